@@ -1,0 +1,320 @@
+"""The causal Wan video transformer: one chunk of latent frames at a time, over whatever cached frames it is shown.
+
+Parameter names are those of diffusers' WanTransformer3DModel, so its tools, LoRA files and checkpoints fit. Every size comes from the
+configuration. The module knows nothing of pages, windows or samplers: a `ChunkContext` tells it which cached keys are visible, at which
+RoPE positions the chunk stands, and takes the chunk's own keys and values if they are to be kept.
+
+Behaviour follows the official Self-Forcing network exactly, bf16 rounding points included, with two exceptions: RoPE rotates in float32
+by tables computed in float64 (officially complex128), and the patch embedding is a matrix product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from arcopo_kernels.attention import Segment, segment_attention
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class CausalWanConfig:
+    """Sizes, under diffusers' names. The defaults are Wan2.1-T2V-1.3B."""
+
+    num_layers: int = 30
+    num_attention_heads: int = 12
+    attention_head_dim: int = 128
+    ffn_dim: int = 8960
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if self.patch_size[0] != 1:
+            raise ValueError(f"patch_size is {self.patch_size}; a causal generator needs one latent frame to a patch, (1, height, width)")
+        if self.attention_head_dim % 2 or self.freq_dim % 2:
+            raise ValueError(f"attention_head_dim {self.attention_head_dim} and freq_dim {self.freq_dim} must be even")
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame of `height` x `width` latent pixels."""
+        _, rows, columns = self.patch_size
+        if height % rows or width % columns:
+            raise ValueError(f"latent frames of {height}x{width} do not divide into patches of {rows}x{columns}")
+        return (height // rows) * (width // columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class CachedRun(NamedTuple):
+    """Consecutive cached frames of one layer: key, value [1 or B, tokens, H, D].
+
+    first_position is the RoPE time position of the first frame for keys that are cached un-roped, None for keys cached roped. frozen: no
+    gradient flows into it; only teacher forcing, which trains the context too, clears it.
+    """
+
+    key: Tensor
+    value: Tensor
+    first_position: int | None = None
+    frozen: bool = True
+
+
+class ChunkContext:
+    """What one chunk sees besides itself. This base class is the start of a video: nothing, positions from 0, nothing kept."""
+
+    query_position: int = 0  # RoPE time position of the chunk's first frame, for queries
+    key_position: int = 0  # the same for keys; it differs from the queries' in one official variant only
+    keep: bool = False  # whether `store` wants the chunk's keys and values
+    keep_roped: bool = True  # with RoPE applied or before
+
+    def cached(self, layer: int) -> Sequence[CachedRun]:
+        """The visible cached frames of one layer."""
+        return ()
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Take the chunk's keys and values [B, tokens, H, D]."""
+
+
+class TextContext(NamedTuple):
+    """Keys and values of the prompt for every layer's cross-attention, [1 or B, text_len, H, D]."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension; in bf16 the normalised value is rounded before the weight is applied, as officially."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+@lru_cache(maxsize=256)
+def rope_table(position: int, frames: int, rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [frames * rows * columns, 1, head_dim / 2] float32 of 3-axis RoPE from time position `position` on (theta = 10000)."""
+    spatial = head_dim // 6
+    axes = []
+    for pairs, start, count in ((head_dim // 2 - 2 * spatial, position, frames), (spatial, 0, rows), (spatial, 0, columns)):
+        frequencies = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs) if pairs else torch.zeros(0, dtype=torch.float64)
+        axes.append(torch.outer(torch.arange(start, start + count, dtype=torch.float64), frequencies))
+    time, row, column = axes
+    grid = (frames, rows, columns, -1)
+    angles = torch.cat(
+        [time[:, None, None].expand(grid), row[None, :, None].expand(grid), column[None, None].expand(grid)], dim=-1
+    ).reshape(frames * rows * columns, 1, head_dim // 2)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate adjacent pairs of x [B, tokens, H, D] by the table's angles; computed in float32 (float64 for float64 inputs)."""
+    cos, sin = table
+    even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """The projections and q/k norms of self- or cross-attention; q and k are normalised over the full dimension."""
+
+    def __init__(self, config: CausalWanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = config.num_attention_heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = RMSNorm(dim, config.eps)
+        self.norm_k = RMSNorm(dim, config.eps)
+
+    def query(self, x: Tensor) -> Tensor:
+        """[B, tokens, E] -> [B, tokens, H, D]"""
+        return self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm_k(self.to_k(x)).unflatten(-1, (self.heads, -1)), self.to_v(x).unflatten(-1, (self.heads, -1))
+
+    def output(self, x: Tensor) -> Tensor:
+        return self.to_out[0](x.flatten(-2))
+
+
+class GELUProjection(nn.Module):
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GELUProjection(dim, inner), nn.Identity(), nn.Linear(inner, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class Block(nn.Module):
+    """Self-attention over the chunk and its context, cross-attention to the text, feed-forward; adaLN modulation for each frame."""
+
+    def __init__(self, config: CausalWanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.norm1 = nn.LayerNorm(dim, eps=config.eps, elementwise_affine=False)
+        self.attn1 = Attention(config)
+        self.norm2 = nn.LayerNorm(dim, eps=config.eps)
+        self.attn2 = Attention(config)
+        self.norm3 = nn.LayerNorm(dim, eps=config.eps, elementwise_affine=False)
+        self.ffn = FeedForward(dim, config.ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, layer: int, grid: tuple[int, int, int], text: TextContext, context: ChunkContext, stop: bool
+    ) -> Tensor | None:
+        """x [B, frames, tokens, E]; modulation [1 or B, 1 or frames, 6, E]. With `stop`, ends once the keys and values are stored."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).unsqueeze(3).unbind(2)  # [., ., 1, E]
+        normed = (self.norm1(x) * (1 + scale1) + shift1).flatten(1, 2)  # [B, frames * tokens, E]
+        key, value = self.attn1.key_value(normed)
+        head_dim, device = key.shape[-1], x.device
+        roped_key = apply_rope(key, rope_table(context.key_position, *grid, head_dim, device))
+        if context.keep:
+            context.store(layer, roped_key if context.keep_roped else key, value)
+        if stop:
+            return None
+        query = apply_rope(self.attn1.query(normed), rope_table(context.query_position, *grid, head_dim, device))
+        segments = []
+        for run in context.cached(layer):
+            cached_key = run.key
+            if run.first_position is not None:
+                frames = run.key.shape[1] // (grid[1] * grid[2])
+                cached_key = apply_rope(run.key, rope_table(run.first_position, frames, grid[1], grid[2], head_dim, device))
+            segments.append(Segment(cached_key, run.value, run.frozen))
+        attended = segment_attention(query, [*segments, Segment(roped_key, value)])
+        x = x + self.attn1.output(attended).view_as(x) * gate1
+        query = self.attn2.query(self.norm2(x).flatten(1, 2))
+        attended = segment_attention(query, [Segment(text.keys[layer], text.values[layer])])
+        x = x + self.attn2.output(attended).view_as(x)
+        return x + self.ffn(self.norm3(x) * (1 + scale2) + shift2) * gate2
+
+
+class MLP(nn.Module):
+    def __init__(self, in_dim: int, dim: int, gelu: bool) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear_1(x)
+        return self.linear_2(F.gelu(x, approximate="tanh") if self.gelu else F.silu(x))
+
+
+class ConditionEmbedder(nn.Module):
+    def __init__(self, config: CausalWanConfig) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = MLP(config.freq_dim, config.dim, gelu=False)
+        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.text_embedder = MLP(config.text_dim, config.dim, gelu=True)
+
+    def time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """timestep [..., ] in 0..1000 -> embedding [..., E] and modulation [..., 6, E]."""
+        half = self.freq_dim // 2
+        frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+        angles = timestep.double().unsqueeze(-1) * frequencies
+        embedding = self.time_embedder(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+class CausalWan(nn.Module):
+    """Predicts the flow (noise - clean) of one chunk.
+
+    Sources: Self-Forcing's CausalWanModel for the computation, diffusers' WanTransformer3DModel for the names.
+    """
+
+    def __init__(self, config: CausalWanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.dim, config.patch_size
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch, stride=patch)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.norm_out = nn.LayerNorm(dim, eps=config.eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.proj_out = nn.Linear(dim, config.out_channels * patch[1] * patch[2])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.proj_out.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.proj_out.weight.device
+
+    def encode_text(self, text: Tensor) -> TextContext:
+        """Prompt embeddings [B, length <= text_len, text_dim] -> the keys and values that every chunk of these videos attends to.
+
+        Missing rows are filled with zeros, and zero rows are attended to: the official generators mask nothing.
+        """
+        if text.dim() != 3 or text.shape[1] > self.config.text_len or text.shape[2] != self.config.text_dim:
+            expected = f"[B, at most {self.config.text_len}, {self.config.text_dim}]"
+            raise ValueError(f"text embeddings have shape {tuple(text.shape)}; expected {expected}")
+        text = F.pad(text.to(self.device, self.dtype), (0, 0, 0, self.config.text_len - text.shape[1]))
+        text = self.condition_embedder.text_embedder(text)
+        pairs = [block.attn2.key_value(text) for block in self.blocks]
+        return TextContext([key for key, _ in pairs], [value for _, value in pairs])
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, text: TextContext, context: ChunkContext | None = None, *, store_only: bool = False
+    ) -> Tensor | None:
+        """The flow of one chunk.
+
+        Args:
+            x: noisy (or, for a clean pass, clean) latents [B, frames, C, h, w].
+            timestep: [1 or B, 1 or frames], in 0..1000, need not be whole.
+            text: from `encode_text`; batch 1 is shared by the whole batch.
+            context: visible cached frames and positions; None is the start of a video.
+            store_only: stop once the last layer's keys and values are stored (a clean pass) and return None.
+
+        Returns:
+            [B, frames, C, h, w] in the model's dtype.
+        """
+        context = context or ChunkContext()
+        batch, frames, _, height, width = x.shape
+        _, patch_rows, patch_columns = self.config.patch_size
+        rows, columns = height // patch_rows, width // patch_columns
+        patches = x.to(self.dtype).unflatten(4, (columns, patch_columns)).unflatten(3, (rows, patch_rows))  # [B, F, C, r, pr, c, pc]
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, frames, rows * columns, -1)
+        hidden = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # [B, F, tokens, E]
+        embedding, modulation = self.condition_embedder.time(timestep, self.dtype)
+        grid = (frames, rows, columns)
+        for layer, block in enumerate(self.blocks):
+            stop = store_only and layer == len(self.blocks) - 1
+            hidden = block(hidden, modulation, layer, grid, text, context, stop)
+        if store_only:
+            return None
+        shift, scale = (self.scale_shift_table + embedding.unsqueeze(2)).unsqueeze(3).unbind(2)  # [., ., 1, E]
+        out = self.proj_out(self.norm_out(hidden) * (1 + scale) + shift)
+        out = out.reshape(batch, frames, rows, columns, patch_rows, patch_columns, self.config.out_channels)  # channels vary fastest
+        return out.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.config.out_channels, height, width)

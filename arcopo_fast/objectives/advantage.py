@@ -1,0 +1,53 @@
+"""From the rewards of a group to advantages."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def zscore(rewards: Tensor) -> Tensor:
+    """(r - mean r) / std r over a group [G], in float64; zeros for a group without variance, which can teach nothing."""
+    rewards = rewards.double()
+    centred = rewards - rewards.mean()
+    deviation = centred.square().mean().sqrt()
+    # Equal float32 rewards can differ by rounding of their mean: below that, the group has no variance.
+    if deviation <= 1e-7 * max(1.0, rewards.abs().max().item()):
+        return torch.zeros_like(centred)
+    return centred / deviation
+
+
+def quasi_norm(advantages: Tensor, p: float) -> Tensor:
+    """A_i / (sum |A|^p)^(1/p), times sqrt(G) to keep the scale of a z-score for comparison (Neighbor GRPO, arXiv 2511.16955)."""
+    norm = advantages.abs().pow(p).sum().pow(1 / p)
+    return advantages / norm * len(advantages) ** 0.5 if norm > 0 else advantages
+
+
+def group_advantages(
+    components: dict[str, Tensor],
+    weights: dict[str, float],
+    *,
+    combine: Literal["sum", "per_reward_zscore"] = "sum",
+    kind: Literal["zscore", "quasi_norm"] = "zscore",
+    p: float = 0.8,
+) -> Tensor:
+    """Advantages [G] float64 of one group.
+
+    Args:
+        components: rewards [G] by name.
+        weights: their weights.
+        combine: "sum" z-scores the weighted sum; "per_reward_zscore" sums the z-scores, so that each reward weighs the same whatever its spread.
+        kind: "quasi_norm" normalises the result as Neighbor GRPO does, with exponent p.
+    """
+    if combine == "sum":
+        advantages = zscore(sum_rewards(components, weights))
+    else:
+        advantages = sum_rewards({name: zscore(reward) for name, reward in components.items()}, weights)
+    return quasi_norm(advantages, p) if kind == "quasi_norm" else advantages
+
+
+def sum_rewards(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The weighted sum [G] float64."""
+    return torch.stack([weights[name] * reward.double() for name, reward in components.items()]).sum(dim=0)

@@ -1,0 +1,140 @@
+"""The K/V cache of a batch of videos: page tables plus the rule by which frames become visible, slide out and are positioned.
+
+Variants (sources: Self-Forcing, LongLive v1.0, Infinity-RoPE):
+
+* ``self_forcing``       keys cached roped at their absolute frame; window of the newest frames, the sink (first frames) inside it.
+* ``longlive``           the same numbers; on a prompt switch the visible frames are cached again under the new prompt.
+* ``longlive_infinity``  keys cached un-roped and roped at every read by their place in the window.
+* ``infinity_rope``      the same, with the official query position: the chunk's frame while it is below the window, then window - chunk.
+
+The noisy chunk is never cached: while it is denoised its keys and values live for one layer at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Sequence
+
+from arcopo_kernels.paging import PagePool, PageRun, PageTable
+from torch import Tensor
+
+from arcopo_fast.model.causal_wan import CachedRun, ChunkContext
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """window: visible latent frames, the chunk being denoised included (None: all). sink: first frames that never leave.
+
+    global_sink: on a prompt switch the sink keeps its keys and values (longlive).
+    """
+
+    variant: Literal["self_forcing", "longlive", "longlive_infinity", "infinity_rope"] = "self_forcing"
+    window: int | None = None
+    sink: int = 0
+    global_sink: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sink < 0 or (self.window is not None and self.window <= self.sink):
+            raise ValueError(f"a window of {self.window} frames cannot hold a sink of {self.sink} and a chunk")
+        if self.variant == "infinity_rope" and self.window is not None and self.sink < 1:
+            raise ValueError("infinity_rope with a window needs a sink of at least 1 frame")
+
+    @property
+    def absolute(self) -> bool:
+        """Keys are cached roped, at their absolute frame."""
+        return self.variant in ("self_forcing", "longlive")
+
+
+class VideoCache:
+    """Page tables of B videos that stand at the same frame; all tables have the same length."""
+
+    def __init__(self, pool: PagePool, policy: CachePolicy, batch: int) -> None:
+        self.pool = pool
+        self.policy = policy
+        self.tables = [pool.table() for _ in range(batch)]
+        self._reserved: list[list[int]] = [[] for _ in range(batch)]
+
+    @property
+    def frames(self) -> int:
+        """Cached frames that are visible now."""
+        return len(self.tables[0])
+
+    def fork(self, branches: int) -> VideoCache:
+        """`branches` caches over the pages of this one video (batch 1), copying nothing."""
+        if len(self.tables) != 1:
+            raise ValueError(f"a cache of {len(self.tables)} videos cannot be forked; fork one video at a time")
+        child = VideoCache(self.pool, self.policy, 0)
+        child.tables = [self.tables[0].fork() for _ in range(branches)]
+        child._reserved = [[] for _ in range(branches)]
+        return child
+
+    def reserve(self, frames: int) -> None:
+        """Take the pages of the next `frames` frames of every video at once, so that each video's are consecutive."""
+        pages = self.pool.allocate(frames * len(self.tables))
+        for row, reserved in enumerate(self._reserved):
+            reserved.extend(pages[row * frames : (row + 1) * frames])
+
+    def make_room(self, frames: int) -> None:
+        """Slide the window for a chunk of `frames` frames: drop the oldest frames after the sink."""
+        window, sink = self.policy.window, self.policy.sink
+        excess = 0 if window is None else self.frames + frames - window
+        if excess > 0:
+            if sink + excess > self.frames:
+                raise ValueError(f"a chunk of {frames} frames does not fit a window of {window} with a sink of {sink}")
+            for table in self.tables:
+                table.drop(sink, sink + excess)
+
+    def drop_all(self, keep: int) -> None:
+        """Forget all but the first `keep` frames."""
+        for table in self.tables:
+            table.drop(keep, len(table))
+
+    def context(self, first_frame: int, frames: int, *, keep: bool) -> PagedContext:
+        """What a chunk of `frames` frames starting at `first_frame` of the video sees; with `keep`, its pages are appended and written."""
+        visible = self.frames
+        if self.policy.absolute:
+            query = key = first_frame
+        else:
+            query = key = visible
+            window = self.policy.window
+            if self.policy.variant == "infinity_rope" and window is not None:
+                query = first_frame if first_frame < window else window - frames
+        reads = self.pool.runs(self.tables, 0, visible) if visible else []
+        writes = self._append(frames) if keep else []
+        return PagedContext(self.pool, reads, writes, query, key, self.policy.absolute)
+
+    def _append(self, frames: int) -> list[PageRun]:
+        if len(self._reserved[0]) < frames:
+            self.reserve(frames - len(self._reserved[0]))
+        for table, reserved in zip(self.tables, self._reserved):
+            table.extend(reserved[:frames])
+            del reserved[:frames]
+        return self.pool.prepare_write(self.tables, self.frames - frames, self.frames)
+
+    def release(self) -> None:
+        """Give every page back."""
+        for table, reserved in zip(self.tables, self._reserved):
+            table.release()
+            self.pool.release(reserved)
+            reserved.clear()
+
+
+class PagedContext(ChunkContext):
+    """A chunk's view of the pool: planned once on the host, read and written layer by layer."""
+
+    def __init__(
+        self, pool: PagePool, reads: Sequence[PageRun], writes: Sequence[PageRun], query_position: int, key_position: int, roped: bool
+    ) -> None:
+        self.pool = pool
+        self.reads = reads
+        self.writes = writes
+        self.query_position = query_position
+        self.key_position = key_position
+        self.keep = bool(writes)
+        self.keep_roped = roped
+
+    def cached(self, layer: int) -> list[CachedRun]:
+        return [CachedRun(*self.pool.read(layer, run), None if self.keep_roped else run.column) for run in self.reads]
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self.pool.write(layer, self.writes, key, value)

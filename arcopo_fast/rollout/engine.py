@@ -1,0 +1,297 @@
+"""The rollout engine: generate the shared context once, fork at the pivot, finish the branches as one batch.
+
+A `Stream` is a batch of videos in the making. The engine extends it chunk by chunk: slide the window, denoise, and, unless it was the last
+chunk, one clean pass that stores the chunk's keys and values. `rollout` makes a group for AR-CoPO; `replay` predicts anchors of the group's
+pivot chunk again, with gradient through that chunk only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Iterator, Literal, Sequence
+
+import torch
+from arcopo_kernels.paging import PagePool
+from torch import Tensor
+
+from arcopo_fast.model.causal_wan import CausalWan, TextContext
+from arcopo_fast.rollout.cache import CachePolicy, VideoCache
+from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource
+from arcopo_fast.rollout.sampler import Steps, Trajectory, denoise, predict
+from arcopo_fast.rollout.scheduler import Schedule
+
+
+@dataclass(frozen=True)
+class VideoShape:
+    """A video as the generator makes it: frames of each chunk, then channels, height and width of a latent frame."""
+
+    chunk_frames: tuple[int, ...]
+    channels: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, chunks: int, chunk_frames: int, channels: int, height: int, width: int, *, independent_first_frame: bool = False) -> VideoShape:
+        sizes = [1] if independent_first_frame else []
+        return cls(tuple(sizes + [chunk_frames] * chunks), channels, height, width)
+
+    @property
+    def chunks(self) -> int:
+        """L"""
+        return len(self.chunk_frames)
+
+    @property
+    def frames(self) -> int:
+        return sum(self.chunk_frames)
+
+    def chunk(self, index: int) -> tuple[int, int, int, int]:
+        """[frames, C, h, w] of chunk `index`."""
+        return self.chunk_frames[index], self.channels, self.height, self.width
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """steps: raw timesteps as recipes write them; warp and shift: see `Schedule`; first_chunk_steps: another list for chunk 0."""
+
+    steps: tuple[float, ...]
+    warp: bool
+    shift: float
+    first_chunk_steps: tuple[float, ...] | None = None
+    context_noise: float = 0.0
+    kind: Literal["consistency", "ode"] = "consistency"
+
+
+@dataclass
+class Stream:
+    """A batch of B videos in the making."""
+
+    cache: VideoCache
+    text: TextContext
+    latents: list[Tensor] = field(default_factory=list)  # finished chunks [1 or B, F, C, h, w] float32
+
+    @property
+    def frame(self) -> int:
+        """The next frame to generate."""
+        return sum(chunk.shape[1] for chunk in self.latents)
+
+
+@dataclass
+class Group:
+    """G videos that differ only in the initial noise of the pivot chunk. Holds the prefix's pages: release it, or use it as a context manager.
+
+    inputs, predictions: x_t and x0hat_t of the pivot chunk, [T, G, F, C, h, w] float32. latents: all chunks of the finished videos,
+    [1, F, C, h, w] before the pivot and [G, F, C, h, w] from it on. pivot counts from 0.
+    """
+
+    text: Tensor
+    pivot: int
+    prefix: Stream
+    inputs: Tensor
+    predictions: Tensor
+    latents: list[Tensor]
+    steps: Steps
+    noise: KeyedNoise
+
+    @property
+    def size(self) -> int:
+        return self.inputs.shape[1]
+
+    def release(self) -> None:
+        """Give the prefix's pages back."""
+        self.prefix.cache.release()
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Engine:
+    """Runs one generator. `pages` is the size of the K/V pool in latent frames (`Engine.pages_for` says how many a group needs)."""
+
+    def __init__(self, model: CausalWan, shape: VideoShape, sampler: SamplerSettings, policy: CachePolicy, *, pages: int) -> None:
+        self.model = model
+        self.shape = shape
+        self.policy = policy
+        self.kind = sampler.kind
+        self.context_noise = sampler.context_noise
+        schedule = Schedule(sampler.shift)
+        self.steps = Steps.from_schedule(schedule, sampler.steps, warp=sampler.warp)
+        self.first_steps = self.steps
+        if sampler.first_chunk_steps is not None:
+            self.first_steps = Steps.from_schedule(schedule, sampler.first_chunk_steps, warp=sampler.warp)
+        config = model.config
+        self.pool = PagePool(
+            layers=config.num_layers,
+            pages=pages,
+            tokens_per_page=config.tokens_per_frame(shape.height, shape.width),
+            heads=config.num_attention_heads,
+            head_dim=config.attention_head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+
+    @staticmethod
+    def pages_for(shape: VideoShape, branches: int, pivot: int | None = None) -> int:
+        """Pages of a prefix and `branches` tails at `pivot` (the worst pivot when None); the last chunk is never cached."""
+        if pivot is None:
+            return max(Engine.pages_for(shape, branches, p) for p in range(shape.chunks))
+        prefix, cached = sum(shape.chunk_frames[:pivot]), sum(shape.chunk_frames[:-1])
+        return max(1, prefix + branches * (cached - prefix))
+
+    # One chunk at a time
+
+    def start(self, text: Tensor) -> Stream:
+        """Begin one video for each row of `text` [B, length, text_dim]."""
+        return Stream(VideoCache(self.pool, self.policy, text.shape[0]), self.model.encode_text(text))
+
+    def steps_of(self, chunk: int) -> Steps:
+        return self.first_steps if chunk == 0 else self.steps
+
+    def extend(self, stream: Stream, chunk: int, initial: Tensor, noise: NoiseSource, *, last: bool) -> Trajectory:
+        """Generate the next chunk of every video from `initial` [B, F, C, h, w]; `chunk` names its draws and its step list."""
+        frames = initial.shape[1]
+        stream.cache.make_room(frames)
+        context = stream.cache.context(stream.frame, frames, keep=False)
+        trajectory = denoise(
+            self.model, initial, self.steps_of(chunk), lambda step: noise.renoise(chunk, step), stream.text, context, kind=self.kind
+        )
+        self.append(stream, trajectory.predictions[-1], timestep=self.context_noise, last=last)
+        return trajectory
+
+    def append(self, stream: Stream, latents: Tensor, *, timestep: float = 0.0, last: bool = False) -> None:
+        """Add finished frames [1 or B, F, C, h, w] to every video and, unless nothing follows, cache them by a clean pass."""
+        if not last:
+            stream.cache.make_room(latents.shape[1])
+            self._cache_frames(stream, latents, stream.frame, timestep)
+        stream.latents.append(latents)
+
+    def switch_prompt(self, stream: Stream, text: Tensor) -> None:
+        """Go on with another prompt: the visible frames are cached again under it, all at once (LongLive's KV-recache)."""
+        stream.text = self.model.encode_text(text)
+        frame, window = stream.frame, self.policy.window
+        overflow = window is not None and frame > window
+        keep = self.policy.sink if self.policy.global_sink and overflow else 0
+        frames = stream.cache.frames - keep if keep else min(frame, window or frame)
+        if not frames:
+            return
+        latents = torch.cat([chunk.expand(len(stream.cache.tables), *chunk.shape[1:]) for chunk in stream.latents], dim=1)[:, -frames:]
+        stream.cache.drop_all(keep)
+        self._cache_frames(stream, latents, frame - frames, self.context_noise)
+
+    def _cache_frames(self, stream: Stream, latents: Tensor, first_frame: int, timestep: float) -> None:
+        latents = latents.to(self.model.device).expand(len(stream.cache.tables), *latents.shape[1:])
+        context = stream.cache.context(first_frame, latents.shape[1], keep=True)
+        with torch.no_grad():
+            self.model(latents, torch.full((1, 1), timestep, device=latents.device), stream.text, context, store_only=True)
+
+    # Whole videos
+
+    @torch.no_grad()
+    def generate(
+        self, text: Tensor, noise: NoiseSource, *, initial_latents: Sequence[Tensor] = (), switches: dict[int, Tensor] | None = None
+    ) -> Tensor:
+        """Independent videos, one for each row of `text` -> latents [B, frames, C, h, w] float32.
+
+        initial_latents: clean chunks [1 or B, F, C, h, w] that the videos begin with (image- or video-to-video).
+        switches: {frame: text}; the first chunk that starts at or after the frame uses that prompt.
+        """
+        stream = self.start(text)
+        try:
+            for _ in self.stream(stream, noise, initial_latents=initial_latents, switches=switches):
+                pass
+        finally:
+            stream.cache.release()
+        batch = text.shape[0]
+        return torch.cat([chunk.expand(batch, *chunk.shape[1:]) for chunk in stream.latents], dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self, stream: Stream, noise: NoiseSource, *, initial_latents: Sequence[Tensor] = (), switches: dict[int, Tensor] | None = None
+    ) -> Iterator[Trajectory]:
+        """Yield each chunk's trajectory as soon as it is there (its clean pass done)."""
+        batch = len(stream.cache.tables)
+        for latents in initial_latents:
+            self.append(stream, latents.to(self.model.device, torch.float32))
+        pending = sorted((switches or {}).items())
+        for chunk in range(self.shape.chunks):
+            if pending and stream.frame >= pending[0][0]:
+                self.switch_prompt(stream, pending.pop(0)[1])
+            initial = noise.initial(chunk)
+            initial = initial.expand(batch, *initial.shape[1:])
+            yield self.extend(stream, chunk, initial, noise, last=chunk == self.shape.chunks - 1)
+
+    # Groups
+
+    @torch.no_grad()
+    def rollout(
+        self, text: Tensor, noise: KeyedNoise, *, pivot: int, branches: int, sigma: float, branches_per_wave: int | None = None
+    ) -> Group:
+        """A group of G = `branches` videos for one prompt (AR-CoPO, one iteration, steps 2 to 4).
+
+        Args:
+            text: [1, length, text_dim].
+            noise: names every draw; branches share all of them but the pivot chunk's initial noise.
+            pivot: the chunk to fork at, counted from 0.
+            branches: G.
+            sigma: strength of the pivot's noise perturbation.
+            branches_per_wave: finish at most so many branches at once; less K/V memory, the same result within rounding.
+        """
+        if not 0 <= pivot < self.shape.chunks:
+            raise ValueError(f"pivot {pivot} is not a chunk of this video; it has {self.shape.chunks}, counted from 0")
+        prefix = self.rebuild_prefix(text, [])
+        try:
+            for chunk in range(pivot):
+                self.extend(prefix, chunk, noise.initial(chunk), noise, last=False)
+            initial = noise.neighbours(pivot, branches, sigma)
+            waves = [self._finish(prefix, pivot, wave, noise) for wave in initial.split(branches_per_wave or branches)]
+        except BaseException:
+            prefix.cache.release()
+            raise
+        inputs, predictions, tails = (torch.cat(parts, dim=1) for parts in zip(*waves))
+        latents = [*prefix.latents, *tails.split(self.shape.chunk_frames[pivot:], dim=2)]
+        latents = [chunk.squeeze(0) if chunk.dim() == 6 else chunk for chunk in latents]
+        return Group(text, pivot, prefix, inputs, predictions, latents, self.steps_of(pivot), noise)
+
+    def _finish(self, prefix: Stream, pivot: int, initial: Tensor, noise: NoiseSource) -> tuple[Tensor, Tensor, Tensor]:
+        """Complete the branches of one wave: pivot inputs and predictions [T, g, F, ...], tail latents [1, g, frames, ...]."""
+        stream = replace(prefix, cache=prefix.cache.fork(len(initial)), latents=list(prefix.latents))
+        try:
+            if self.policy.window is None:
+                stream.cache.reserve(sum(self.shape.chunk_frames[pivot:-1]))
+            trajectory = self.extend(stream, pivot, initial, noise, last=pivot == self.shape.chunks - 1)
+            for chunk in range(pivot + 1, self.shape.chunks):
+                start = noise.initial(chunk)
+                self.extend(stream, chunk, start.expand(len(initial), *start.shape[1:]), noise, last=chunk == self.shape.chunks - 1)
+        finally:
+            stream.cache.release()
+        tail = torch.cat(stream.latents[pivot:], dim=1)
+        return torch.stack(trajectory.inputs), torch.stack(trajectory.predictions), tail.unsqueeze(0)
+
+    def rebuild_prefix(self, text: Tensor, latents: Sequence[Tensor]) -> Stream:
+        """The shared context again, from its clean chunks, by clean passes only."""
+        stream = self.start(text)
+        for chunk in latents:
+            self.append(stream, chunk, timestep=self.context_noise)
+        return stream
+
+    def replay(self, group: Group, steps: Tensor, anchors: Tensor, *, prefix: Stream | None = None) -> Tensor:
+        """Predict x0hat of anchors again under the present weights, as the rollout did; the context is constant.
+
+        steps, anchors: [N] indices into the group's steps and branches. Returns [N, F, C, h, w] float32, with gradient if enabled.
+        """
+        prefix = prefix or group.prefix
+        branch = prefix.cache.fork(len(anchors))
+        try:
+            frames = group.inputs.shape[2]
+            branch.make_room(frames)
+            context = branch.context(prefix.frame, frames, keep=False)
+            timesteps = torch.tensor(group.steps.timesteps, device=self.model.device)[steps]
+            sigmas = torch.tensor(group.steps.sigmas, device=self.model.device)[steps]
+            # The prompt is encoded again: with gradient, the adapters of the cross-attention keys and values learn too.
+            text = self.model.encode_text(group.text)
+            return predict(self.model, group.inputs[steps, anchors], timesteps, sigmas, text, context)
+        finally:
+            branch.release()
+

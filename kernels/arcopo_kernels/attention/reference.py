@@ -1,0 +1,44 @@
+"""Segment attention in plain PyTorch: the specification.
+
+    out = softmax([q k_1^T, q k_2^T, ...] * scale) [v_1; v_2; ...]
+
+One softmax over the concatenated scores; keys and values are never concatenated or copied, so a segment shared by all branches (batch 1)
+is read in place. Computed in float32 (float64 for float64 inputs) and rounded once to the query's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """A contiguous run of keys and values that every query sees.
+
+    key, value: [1 or B, Tk, H, D]; batch 1 is shared by all branches. frozen: no gradient flows into it (a cached prefix).
+    """
+
+    key: Tensor
+    value: Tensor
+    frozen: bool = False
+
+
+def segment_attention(query: Tensor, segments: Sequence[Segment], scale: float) -> Tensor:
+    """query [B, Tq, H, D] over the segments -> [B, Tq, H, D] of the query's dtype."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q = query.to(dtype) * scale
+    scores, values = [], []
+    for segment in segments:
+        key, value = (segment.key.detach(), segment.value.detach()) if segment.frozen else (segment.key, segment.value)
+        key, value = key.to(dtype), value.to(dtype)
+        shared = key.shape[0] == 1
+        scores.append(torch.einsum("bqhd,khd->bhqk", q, key[0]) if shared else torch.einsum("bqhd,bkhd->bhqk", q, key))
+        values.append(value)
+    weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([s.shape[-1] for s in scores], dim=-1)
+    out = torch.zeros_like(q)
+    for weight, value in zip(weights, values):
+        shared = value.shape[0] == 1
+        out = out + (torch.einsum("bhqk,khd->bqhd", weight, value[0]) if shared else torch.einsum("bhqk,bkhd->bqhd", weight, value))
+    return out.to(query.dtype)

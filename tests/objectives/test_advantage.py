@@ -1,0 +1,40 @@
+"""Advantages: their defining properties, on fresh random rewards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from arcopo_fast.objectives.advantage import group_advantages, quasi_norm, zscore
+
+
+def test_zscore_has_mean_zero_and_unit_spread() -> None:
+    rewards = torch.randn(12) * 3 + 5
+    advantages = zscore(rewards)
+    assert advantages.sum().abs() < 1e-12 and advantages.square().mean() == pytest.approx(1)
+    assert torch.equal(advantages.argsort(), rewards.argsort())
+    torch.testing.assert_close(zscore(rewards * 7 - 2), advantages, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e6])
+def test_a_group_without_variance_teaches_nothing(value: float) -> None:
+    assert not zscore(torch.full((12,), value)).any()
+    assert not group_advantages({"a": torch.full((12,), value)}, {"a": 2.0}, kind="quasi_norm").any()
+
+
+def test_quasi_norm_is_the_papers() -> None:
+    advantages, p = zscore(torch.randn(9)), 0.8
+    normed = quasi_norm(advantages, p)
+    assert normed.abs().pow(p).sum().pow(1 / p).item() == pytest.approx(9**0.5)
+    torch.testing.assert_close(normed / normed.norm(), advantages / advantages.norm())
+
+
+def test_per_reward_zscores_ignore_a_rewards_scale_but_not_its_weight() -> None:
+    a, b = torch.randn(12), torch.randn(12)
+    weights = {"a": 1.0, "b": 0.5}
+    balanced = group_advantages({"a": a, "b": b}, weights, combine="per_reward_zscore")
+    scaled = group_advantages({"a": a, "b": 100 * b}, weights, combine="per_reward_zscore")
+    torch.testing.assert_close(balanced, scaled, rtol=0, atol=1e-5)
+    summed = group_advantages({"a": a, "b": 100 * b}, weights)
+    assert torch.corrcoef(torch.stack([summed, b.double()]))[0, 1] > 0.99, "summed first, the larger reward decides"
+    torch.testing.assert_close(group_advantages({"a": a, "b": b}, weights), zscore(a.double() + 0.5 * b.double()))

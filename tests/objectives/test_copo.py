@@ -1,0 +1,174 @@
+"""The AR-CoPO update on a small generator: exact first ratio, the gradient identity, what changes and what does not."""
+
+from __future__ import annotations
+
+
+import pytest
+import torch
+from support.models import SHAPE, random_text, small_engine, small_model
+from torch import Tensor
+
+from arcopo_fast.model.lora import adapter_parameters, add_lora
+from arcopo_fast.objectives.advantage import zscore
+from arcopo_fast.objectives.copo import CopoObjective, CopoSettings, RatioNotOne, draw_items
+from arcopo_fast.rollout.engine import Engine, Group
+from arcopo_fast.rollout.noise import KeyedNoise
+
+GROUP = 6
+
+
+def adapted_engine(dtype: torch.dtype = torch.float32) -> Engine:
+    model = add_lora(small_model(dtype), rank=4, alpha=8, targets=["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"], seed=1)
+    with torch.no_grad():  # an adapter in the middle of training: B is not zero any more
+        for parameter in adapter_parameters(model):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    engine = small_engine(model, branches=GROUP)
+    return engine
+
+
+def make_group(engine: Engine, pivot: int = 1) -> Group:
+    noise = KeyedNoise(SHAPE.chunk, seed=int(torch.randint(10**6, ())))
+    return engine.rollout(random_text(), noise, pivot=pivot, branches=GROUP, sigma=0.5)
+
+
+def run_update(engine: Engine, settings: CopoSettings, group: Group, advantages: Tensor, lr: float = 1e-2) -> dict[str, float]:
+    parameters = adapter_parameters(engine.model)
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    return CopoObjective(engine, settings).update([(group, advantages)], optimizer, parameters, gradient_clip=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("distance", ["consistency", "flow_matching"])
+@pytest.mark.parametrize("pivot", [0, 3])
+def test_ratio_is_exactly_one_before_the_first_update(dtype: torch.dtype, distance: str, pivot: int) -> None:
+    engine = adapted_engine(dtype)
+    with make_group(engine, pivot) as group:
+        statistics = run_update(engine, CopoSettings(distance=distance, anchors_per_update=2), group, zscore(torch.randn(GROUP)))
+    assert statistics["update1/ratio_max"] == 0 and statistics["update1/live"] == 1
+    assert statistics["update2/ratio_max"] > 0, "after one update the ratio of fresh anchors has moved"
+    assert engine.pool.pages_in_use == 0
+
+
+@pytest.mark.parametrize("tau", [0.2, 5.0, "auto"])
+def test_gradient_identity(tau: float | str) -> None:
+    """Before the first update the ascent direction at every anchor is (2 / (tau G D)) sum_i A_i x0hat_i, the same for every anchor of a step."""
+    engine, advantages = adapted_engine(), zscore(torch.randn(GROUP))
+    settings = CopoSettings(tau=tau)  # type: ignore[arg-type]
+    objective = CopoObjective(engine, settings)
+    with make_group(engine) as group:
+        target = objective.target(group, advantages)
+        seen: list[Tensor] = []
+        original = engine.replay
+
+        def watched(*arguments: object, **named: object) -> Tensor:
+            seen.append(original(*arguments, **named))  # type: ignore[arg-type]
+            seen[-1].retain_grad()
+            return seen[-1]
+
+        engine.replay = watched  # type: ignore[method-assign]
+        items = draw_items(settings, group, 0)
+        objective.loss(group, target, items).loss.sum().backward()
+        (prediction,) = seen
+        size = prediction[0].numel()
+        ascent = 2 / (target.tau * GROUP * size) * torch.einsum("g,tg...->t...", advantages, group.predictions.double())
+        expected = ascent[items.steps]
+        torch.testing.assert_close(-prediction.grad.double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+def test_only_the_adapter_changes() -> None:
+    engine = adapted_engine()
+    before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    with make_group(engine) as group:
+        run_update(engine, CopoSettings(), group, zscore(torch.randn(GROUP)))
+    for name, tensor in engine.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (".lora_" not in name), name
+
+
+def test_every_adapter_matrix_gets_gradient() -> None:
+    """Also those of the cross-attention's keys and values, which a cached prompt would cut off."""
+    engine = adapted_engine()
+    parameters = adapter_parameters(engine.model)
+    objective = CopoObjective(engine, CopoSettings())
+    with make_group(engine) as group:
+        target = objective.target(group, zscore(torch.randn(GROUP)))
+        objective.loss(group, target, draw_items(objective.settings, group, 0)).loss.sum().backward()
+    silent = [name for name, p in engine.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert parameters and not silent
+
+
+def test_micro_batches_change_nothing_but_rounding() -> None:
+    results = []
+    engine = adapted_engine()
+    start = [parameter.detach().clone() for parameter in adapter_parameters(engine.model)]
+    advantages = zscore(torch.randn(GROUP))
+    with make_group(engine) as group:
+        for size in (None, 3):
+            for parameter, value in zip(adapter_parameters(engine.model), start):
+                parameter.data.copy_(value)
+            statistics = run_update(engine, CopoSettings(anchors_per_update=2, micro_batch=size, updates=1), group, advantages)
+            results.append(statistics["gradient_norm"])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_no_variance_no_step() -> None:
+    engine = adapted_engine()
+    before = [parameter.detach().clone() for parameter in adapter_parameters(engine.model)]
+    with make_group(engine) as group:
+        statistics = run_update(engine, CopoSettings(), group, torch.zeros(GROUP, dtype=torch.float64))
+    assert statistics == {"zero_variance_groups": 1.0}
+    assert all(torch.equal(a, b) for a, b in zip(before, adapter_parameters(engine.model)))
+
+
+@pytest.mark.parametrize("distance", ["consistency", "flow_matching"])
+def test_updates_move_predictions_towards_good_candidates(distance: str) -> None:
+    """After some unclipped updates on one group, the anchors' surrogate probability of well-scored candidates has grown."""
+    engine, advantages = adapted_engine(), zscore(torch.randn(GROUP))
+    settings = CopoSettings(distance=distance, clip=None, updates=1)  # type: ignore[arg-type]
+    with make_group(engine) as group:
+        everyone, steps = torch.arange(GROUP), torch.zeros(GROUP, dtype=torch.long)
+        with torch.no_grad():
+            old = engine.replay(group, steps, everyone)
+        for _ in range(8):
+            run_update(engine, settings, group, advantages, lr=3e-3)
+        with torch.no_grad():
+            moved = engine.replay(group, steps, everyone) - old
+        direction = torch.einsum("g,g...->...", advantages.float(), group.predictions[0])
+        assert (moved * direction).sum() > 0
+
+
+def test_recomputed_context_keeps_the_first_ratio_exact_and_no_page() -> None:
+    engine = small_engine(adapted_engine().model, branches=GROUP + 2)
+    with make_group(engine, pivot=2) as group:
+        statistics = run_update(engine, CopoSettings(context="recompute"), group, zscore(torch.randn(GROUP)))
+        assert engine.pool.pages_in_use == 4
+    assert statistics["update1/ratio_max"] == 0
+
+
+def test_anchors_are_distinct_and_keyed() -> None:
+    engine = adapted_engine()
+    settings = CopoSettings(steps=0.6, skip_last_step=True)
+    with make_group(engine) as group:
+        items = draw_items(settings, group, 0)
+        assert torch.equal(items.anchors, draw_items(settings, group, 0).anchors)
+        others = [draw_items(settings, group, update).anchors.tolist() for update in range(1, 6)]
+        assert any(other != items.anchors.tolist() for other in others), "later updates draw fresh anchors"
+        assert len(set(items.anchors.tolist())) == 4 and items.steps.max() < 2 and len(items.steps) == 4
+
+
+def test_a_replay_that_is_not_reproducible_is_refused() -> None:
+    engine = adapted_engine()
+    objective = CopoObjective(engine, CopoSettings())
+    original = objective.loss
+
+    def noisy(group: Group, target: object, items: object, old: Tensor | None = None, prefix: object = None) -> object:
+        with torch.no_grad():
+            old = objective.predict(group, items, None) + 1e-3  # type: ignore[arg-type]
+        return original(group, target, items, old)  # type: ignore[arg-type]
+
+    objective.loss = noisy  # type: ignore[method-assign, assignment]
+    parameters = adapter_parameters(engine.model)
+    with make_group(engine) as group, pytest.raises(RatioNotOne, match="must be exactly 0"):
+        optimizer = torch.optim.SGD(parameters, lr=1.0)
+        objective.update([(group, zscore(torch.randn(GROUP)))], optimizer, parameters, gradient_clip=1.0)
+
+

@@ -1,0 +1,166 @@
+"""The rollout engine: forked branches are what independent rollouts would be, replay is what rollout was, and no page is lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from arcopo_kernels import PagePoolExhausted
+from support.models import SAMPLER, SHAPE, random_text, small_engine, small_model
+from torch import Tensor
+
+from arcopo_fast.rollout.cache import CachePolicy
+from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource
+
+GROUP = 6
+POLICIES = {
+    "global": CachePolicy(),
+    "window": CachePolicy(window=4),
+    "window and sink": CachePolicy(window=5, sink=1),
+    "longlive": CachePolicy("longlive", window=6, sink=2),
+    "longlive infinity": CachePolicy("longlive_infinity", window=6, sink=2),
+    "infinity rope": CachePolicy("infinity_rope", window=4, sink=1),
+}
+
+
+@dataclass
+class WithPivot:
+    """One branch's noise, as a source of its own: the shared draws, but its own initial noise at the pivot."""
+
+    shared: NoiseSource
+    pivot: int
+    own: Tensor
+
+    def initial(self, chunk: int) -> Tensor:
+        return self.own if chunk == self.pivot else self.shared.initial(chunk)
+
+    def renoise(self, chunk: int, step: int) -> Tensor:
+        return self.shared.renoise(chunk, step)
+
+
+def keyed() -> KeyedNoise:
+    return KeyedNoise(SHAPE.chunk, seed=int(torch.randint(10**6, ())), iteration=3, group=1)
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+@pytest.mark.parametrize("pivot", range(SHAPE.chunks))
+def test_branches_equal_independent_rollouts(policy: CachePolicy, pivot: int) -> None:
+    engine, text, noise = small_engine(small_model(), policy=policy), random_text(), keyed()
+    with engine.rollout(text, noise, pivot=pivot, branches=GROUP, sigma=0.5) as group:
+        branches = torch.cat([chunk.expand(GROUP, *chunk.shape[1:]) for chunk in group.latents], dim=1)
+    initial = noise.neighbours(pivot, GROUP, 0.5)
+    alone = small_engine(engine.model, policy=policy, branches=1)
+    for branch in range(GROUP):
+        latents = alone.generate(text, WithPivot(noise, pivot, initial[branch : branch + 1]))
+        torch.testing.assert_close(branches[branch : branch + 1], latents, rtol=0, atol=1e-5)
+    assert (branches[0] - branches[1]).abs().max() > 1e-2, "branches must differ"
+    assert engine.pool.pages_in_use == 0
+
+
+@pytest.mark.parametrize("pivot", range(SHAPE.chunks))
+def test_pages_are_prefix_plus_tails_and_the_parent_is_untouched(pivot: int) -> None:
+    engine, text, noise = small_engine(small_model()), random_text(), keyed()
+    prefix_only = engine.rebuild_prefix(text, [])
+    for chunk in range(pivot):
+        engine.extend(prefix_only, chunk, noise.initial(chunk), noise, last=False)
+    expected = [engine.pool.read(0, run)[0].clone() for run in engine.pool.runs(prefix_only.cache.tables)]
+    prefix_only.cache.release()
+    engine.pool.peak_in_use = 0
+    group = engine.rollout(text, noise, pivot=pivot, branches=GROUP, sigma=0.5)
+    prefix = 2 * pivot
+    assert engine.pool.peak_in_use == max(prefix + GROUP * (6 - prefix), prefix) == max(Engine.pages_for(SHAPE, GROUP, pivot), prefix)
+    assert engine.pool.pages_in_use == prefix, "the tails are gone, the prefix stays for replay"
+    for run, before in zip(engine.pool.runs(group.prefix.cache.tables), expected):
+        assert torch.equal(engine.pool.read(0, run)[0], before)
+    group.release()
+    assert engine.pool.pages_in_use == 0
+
+
+def test_waves_give_the_same_group() -> None:
+    engine, text, noise = small_engine(small_model()), random_text(), keyed()
+    with engine.rollout(text, noise, pivot=1, branches=GROUP, sigma=0.5) as whole:
+        pass
+    engine.pool.peak_in_use = 0
+    with engine.rollout(text, noise, pivot=1, branches=GROUP, sigma=0.5, branches_per_wave=4) as waves:
+        assert engine.pool.peak_in_use == 2 + 4 * 4
+    torch.testing.assert_close(waves.predictions, whole.predictions, rtol=0, atol=1e-5)
+    for a, b in zip(waves.latents, whole.latents):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_failed_rollout_gives_its_pages_back() -> None:
+    engine = small_engine(small_model(), branches=2)
+    with pytest.raises(PagePoolExhausted):
+        engine.rollout(random_text(), keyed(), pivot=1, branches=GROUP, sigma=0.5)
+    assert engine.pool.pages_in_use == 0
+    with pytest.raises(ValueError, match="pivot 4 is not a chunk"):
+        engine.rollout(random_text(), keyed(), pivot=4, branches=2, sigma=0.5)
+
+
+@pytest.mark.parametrize("pivot", [0, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replay_equals_rollout_bit_for_bit(pivot: int, dtype: torch.dtype) -> None:
+    engine = small_engine(small_model(dtype))
+    with engine.rollout(random_text(), keyed(), pivot=pivot, branches=GROUP, sigma=0.5) as group:
+        for step in range(len(group.steps)):
+            everyone = torch.arange(GROUP)
+            replayed = engine.replay(group, torch.full((GROUP,), step), everyone)
+            assert replayed.requires_grad and torch.equal(replayed, group.predictions[step])
+        assert engine.pool.pages_in_use == 2 * pivot, "replay keeps no page"
+
+
+def test_a_rebuilt_prefix_equals_the_rollouts_bit_for_bit() -> None:
+    engine = small_engine(small_model())
+    with engine.rollout(random_text(), keyed(), pivot=3, branches=2, sigma=0.5) as group:
+        rebuilt = engine.rebuild_prefix(group.text, group.latents[:3])
+        for layer in range(2):
+            ours, theirs = ([engine.pool.read(layer, run) for run in engine.pool.runs(s.cache.tables)] for s in (rebuilt, group.prefix))
+            assert all(torch.equal(a, b) for pair in zip(ours, theirs) for a, b in zip(*pair))
+        rebuilt.cache.release()
+
+
+def test_gradient_stays_in_the_pivot_chunk() -> None:
+    engine = small_engine(small_model())
+    with engine.rollout(random_text(), keyed(), pivot=2, branches=3, sigma=0.5) as group:
+        assert not engine.pool.keys.requires_grad
+        latents = group.latents[0].requires_grad_()  # an earlier chunk
+        inputs = group.inputs.requires_grad_()
+        out = engine.replay(group, torch.tensor([1, 0]), torch.tensor([2, 0])).sum()
+        through_prefix, through_pivot = torch.autograd.grad(out, [latents, inputs], allow_unused=True)
+        assert through_prefix is None and through_pivot is not None
+        engine.pool.keys.requires_grad_()
+        with pytest.raises(ValueError, match="constants"):
+            engine.replay(group, torch.tensor([1]), torch.tensor([2]))
+        engine.pool.keys.requires_grad_(False)
+
+
+def test_the_flow_of_a_prompt_switch_after_the_fork() -> None:
+    """Branches that switch prompts cache shared frames again, each for itself; the parent keeps its own."""
+    engine, noise = small_engine(small_model(), policy=CachePolicy("longlive", window=6, sink=2)), keyed()
+    stream = engine.start(random_text())
+    with torch.no_grad():
+        for chunk in range(2):
+            engine.extend(stream, chunk, noise.initial(chunk), noise, last=False)
+        (run,) = engine.pool.runs(stream.cache.tables)
+        before = engine.pool.read(1, run)[0].clone()
+        branch = replace(stream, cache=stream.cache.fork(2), latents=list(stream.latents))
+        engine.switch_prompt(branch, random_text())
+        assert torch.equal(engine.pool.read(1, run)[0], before)
+        assert engine.pool.pages_in_use == 4 + 2 * 4
+        (own,) = engine.pool.runs(branch.cache.tables)
+        assert (engine.pool.read(1, own)[0] - before).abs().max() > 1e-3
+        stream.cache.release()
+        branch.cache.release()
+    assert engine.pool.pages_in_use == 0
+
+
+def test_ode_rollouts_draw_no_noise() -> None:
+    class Silent(KeyedNoise):
+        def renoise(self, chunk: int, step: int) -> Tensor:
+            raise AssertionError("an ODE step asked for noise")
+
+    engine = small_engine(small_model(), sampler=replace(SAMPLER, kind="ode"))
+    latents = engine.generate(random_text(2), Silent(SHAPE.chunk, seed=5))
+    assert latents.shape == (2, *(SHAPE.frames, 8, 4, 6)) and latents.isfinite().all()
