@@ -4,8 +4,8 @@ Parameter names are those of diffusers' WanTransformer3DModel, so its tools, LoR
 configuration. The module knows nothing of pages, windows or samplers: a `ChunkContext` tells it which cached keys are visible, at which
 RoPE positions the chunk stands, and takes the chunk's own keys and values if they are to be kept.
 
-Behaviour follows the official Self-Forcing network exactly, bf16 rounding points included, with two exceptions: RoPE rotates in float32
-by tables computed in float64 (officially complex128), and the patch embedding is a matrix product.
+Behaviour follows the official Self-Forcing network exactly, bf16 rounding points included. RoPE, officially complex128, rotates
+in float32 by tables computed in float64; for half-precision inputs on a CPU in float64, which makes them equal bit for bit.
 """
 
 from __future__ import annotations
@@ -108,8 +108,10 @@ class RMSNorm(nn.Module):
 
 
 @lru_cache(maxsize=256)
-def rope_table(position: int, frames: int, rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [frames * rows * columns, 1, head_dim / 2] float32 of 3-axis RoPE from time position `position` on (theta = 10000)."""
+def rope_table(
+    position: int, frames: int, rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [frames * rows * columns, 1, head_dim / 2] of 3-axis RoPE from time position `position` on (theta = 10000)."""
     spatial = head_dim // 6
     axes = []
     for pairs, start, count in ((head_dim // 2 - 2 * spatial, position, frames), (spatial, 0, rows), (spatial, 0, columns)):
@@ -120,13 +122,16 @@ def rope_table(position: int, frames: int, rows: int, columns: int, head_dim: in
     angles = torch.cat(
         [time[:, None, None].expand(grid), row[None, :, None].expand(grid), column[None, None].expand(grid)], dim=-1
     ).reshape(frames * rows * columns, 1, head_dim // 2)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
-def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate adjacent pairs of x [B, tokens, H, D] by the table's angles; computed in float32 (float64 for float64 inputs)."""
-    cos, sin = table
-    even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
+def apply_rope(x: Tensor, position: int, grid: tuple[int, int, int]) -> Tensor:
+    """Rotate adjacent pairs of x [B, frames * rows * columns, H, D]; its first frame stands at time position `position`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type == "cpu" and x.dtype.itemsize < 4:
+        dtype = torch.float64
+    cos, sin = rope_table(position, *grid, x.shape[-1], dtype, x.device)
+    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -196,19 +201,18 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).unsqueeze(3).unbind(2)  # [., ., 1, E]
         normed = (self.norm1(x) * (1 + scale1) + shift1).flatten(1, 2)  # [B, frames * tokens, E]
         key, value = self.attn1.key_value(normed)
-        head_dim, device = key.shape[-1], x.device
-        roped_key = apply_rope(key, rope_table(context.key_position, *grid, head_dim, device))
+        roped_key = apply_rope(key, context.key_position, grid)
         if context.keep:
             context.store(layer, roped_key if context.keep_roped else key, value)
         if stop:
             return None
-        query = apply_rope(self.attn1.query(normed), rope_table(context.query_position, *grid, head_dim, device))
+        query = apply_rope(self.attn1.query(normed), context.query_position, grid)
         segments = []
         for run in context.cached(layer):
             cached_key = run.key
             if run.first_position is not None:
                 frames = run.key.shape[1] // (grid[1] * grid[2])
-                cached_key = apply_rope(run.key, rope_table(run.first_position, frames, grid[1], grid[2], head_dim, device))
+                cached_key = apply_rope(run.key, run.first_position, (frames, *grid[1:]))
             segments.append(Segment(cached_key, run.value, run.frozen))
         attended = segment_attention(query, [*segments, Segment(roped_key, value)])
         x = x + self.attn1.output(attended).view_as(x) * gate1

@@ -1,0 +1,291 @@
+"""LoRA through peft: float32 master adapters over a frozen base, and their files.
+
+peft's layers are injected into the module itself, so its class, its attributes and its forward stay as they are. Code that multiplies
+with `layer.weight` instead of calling the layer would bypass the adapter, silently.
+A saved adapter is a directory with two forms of the same numbers: PEFT's, and diffusers' for WanPipeline.load_lora_weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeVar, cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from arcopo_fast.errors import UserError
+from arcopo_fast.model.checkpoints import (
+    atomic_directory,
+    diffusers_name,
+    read_container,
+    read_json,
+    save_tensors,
+    shorten,
+    strip_wrappers,
+)
+
+# Every linear layer of a transformer block, ten in each; what LongLive adapts.
+BLOCK_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+DIFFUSERS_METADATA = "lora_adapter_metadata"  # diffusers' header entry: the adapter's configuration as JSON
+_ADAPTER = "default"
+_PEFT_PREFIX = "base_model.model."
+_DIFFUSERS_PREFIX = "transformer."
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Adapter(NamedTuple):
+    """An adapter as read from a file: `state` maps `<module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r] to tensors."""
+
+    state: dict[str, Tensor]
+    rank: int
+    alpha: float
+
+    @property
+    def modules(self) -> list[str]:
+        return sorted({name.rpartition(".lora_")[0] for name in self.state})
+
+
+# In a module -----------------------------------------------------------------------------------------------------------------------
+
+
+def add_lora(
+    module: Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = BLOCK_TARGETS,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> Module:
+    """Freeze a module and give its targeted linear layers trainable adapters: W x + (alpha / rank) B A x. Returns the same module.
+
+    A is drawn as peft does (uniform, Kaiming), but each layer from its own generator keyed by `seed` and the layer's name: the global
+    generator is neither read nor moved, and more targets do not change the draws of the others. B is zero.
+
+    Args:
+        targets: names of linear layers, whole or from some dot on: "to_q" is to_q of both attentions of every block.
+        dtype: of the adapters, whatever the base has.
+
+    Raises:
+        UserError: a target names no linear layer, or rank or alpha is not positive.
+    """
+    if rank < 1 or alpha <= 0:
+        raise UserError(f"LoRA rank {rank}, alpha {alpha}: both must be positive")
+    if any(isinstance(layer, LoraLayer) for layer in module.modules()):
+        raise ValueError("the module has an adapter already")
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    for target in targets:
+        if not _matching(linear, [target]):
+            known = ", ".join(sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in linear})) or "none"
+            raise UserError(f"LoRA target {target!r} matches no linear layer; there are {known}")
+    if not targets:
+        raise UserError("LoRA needs at least one target layer")
+    whole = int(alpha) if alpha == int(alpha) else alpha  # peft declares an integer, and computes with either
+    config = LoraConfig(r=rank, lora_alpha=cast(int, whole), target_modules=list(targets), lora_dropout=0.0, bias="none")
+    # Freezes the module, and makes the adapter on the meta device: nothing is drawn.
+    inject_adapter_in_model(config, module, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+    for name, layer in _layers(module):
+        device = cast(nn.Linear, layer.get_base_layer()).weight.device
+        down, up = _pair(layer)
+        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        bound = down.in_features**-0.5
+        drawn = torch.empty(rank, down.in_features).uniform_(-bound, bound, generator=generator)
+        down.weight = nn.Parameter(drawn.to(device, dtype))
+        up.weight = nn.Parameter(torch.zeros(up.out_features, rank, device=device, dtype=dtype))
+    return module
+
+
+def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The adapter's parameters, A and B of each layer, in the order of the module's layers."""
+    return [parameter for _, layer in _layers(module) for linear in _pair(layer) for parameter in linear.parameters()]
+
+
+def adapter_state(module: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors, detached but not copied, as `<module>.lora_A.weight` and `<module>.lora_B.weight`."""
+    state = {}
+    for name, layer in _layers(module):
+        down, up = _pair(layer)
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = down.weight.detach(), up.weight.detach()
+    return state
+
+
+def load_adapter_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path = "the adapter") -> None:
+    """Copy what `adapter_state` returned into a module that has such an adapter: all of it, or a `UserError` that lists what differs."""
+    own = adapter_state(module)
+    reshaped = [name for name in own if name in state and state[name].shape != own[name].shape]
+    groups = (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()), ("of another shape", reshaped))
+    problems = [f"{len(names)} {kind} ({shorten(names)})" for kind, names in groups if names]
+    if problems:
+        raise UserError(f"{source} does not fit the module's adapter: {'; '.join(problems)}; use the same base, rank and targets")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+@contextmanager
+def adapter_disabled(module: nn.Module) -> Iterator[None]:
+    """Within the block the module computes what its base computes. May be nested; `requires_grad` flags come out as they went in."""
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    former = [layer.disable_adapters for layer in layers]
+    flags = [(parameter, parameter.requires_grad) for parameter in adapter_parameters(module)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer, disabled in zip(layers, former, strict=True):
+            layer.enable_adapters(not disabled)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def _pair(layer: LoraLayer) -> tuple[nn.Linear, nn.Linear]:
+    """A and B of one adapted layer."""
+    return cast(nn.Linear, layer.lora_A[_ADAPTER]), cast(nn.Linear, layer.lora_B[_ADAPTER])
+
+
+def _config(module: nn.Module) -> LoraConfig:
+    return cast("dict[str, LoraConfig]", module.peft_config)[_ADAPTER]  # peft leaves it on the module that it injects into
+
+
+def _matching(names: Sequence[str], targets: Sequence[str]) -> set[str]:
+    """Names that peft adapts for a list of targets."""
+    return {name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)}
+
+
+# In files --------------------------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(directory: str | Path, module: nn.Module, *, base_model: str | None = None) -> None:
+    """Write the adapter in PEFT form (`adapter_model.safetensors`, `adapter_config.json`) and diffusers form
+    (`pytorch_lora_weights.safetensors`), complete or not at all.
+
+    The PEFT form has the adapter's tensors as they are, and alpha in its configuration. The diffusers form has B multiplied by
+    alpha / rank and does not mention alpha: every reader of such files then takes alpha = rank, while headers that say it are known
+    to some versions only.
+
+    Args:
+        base_model: recorded as `base_model_name_or_path`.
+
+    Raises:
+        UserError: the directory cannot be written, or holds other files.
+    """
+    state = adapter_state(module)
+    if not state:
+        raise ValueError("the module has no adapter")
+    config = copy.deepcopy(_config(module))
+    config.inference_mode = True
+    config.base_model_name_or_path = base_model
+    config.target_modules = sorted(config.target_modules or ())  # peft keeps a set, whose order changes from run to run
+    scale = config.lora_alpha / config.r
+    baked = {_DIFFUSERS_PREFIX + name: tensor * scale if ".lora_B." in name else tensor for name, tensor in state.items()}
+    with atomic_directory(directory) as temporary:
+        config.save_pretrained(str(temporary))
+        save_tensors(temporary / PEFT_WEIGHTS, {_PEFT_PREFIX + name: tensor for name, tensor in state.items()})
+        save_tensors(temporary / DIFFUSERS_WEIGHTS, baked)
+
+
+def load_adapter(module: Module, path: str | Path, *, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> Module:
+    """Read an adapter (see `read_adapter`) into a module; one without adapter is given it. Returns the same module.
+
+    Raises:
+        UserError: `read_adapter`'s, or the adapter has other layers, shapes or scale than the module.
+    """
+    adapter = read_adapter(path, alpha=alpha)
+    layers = _layers(module)
+    if not layers:
+        linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+        if strangers := set(adapter.modules) - set(linear):
+            raise UserError(f"{path} adapts {len(strangers)} layers that the model lacks ({shorten(strangers)}); use its own base model")
+        for name in adapter.modules:
+            down, up, layer = adapter.state[f"{name}.lora_A.weight"], adapter.state[f"{name}.lora_B.weight"], linear[name]
+            if (down.shape[1], up.shape[0]) != (layer.in_features, layer.out_features):
+                sizes = f"{down.shape[1]} to {up.shape[0]}, the model's layer goes from {layer.in_features} to {layer.out_features}"
+                raise UserError(f"{path}: the adapter of {name} goes from {sizes}; use its own base model")
+        suffixes = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in adapter.modules})
+        short = _matching(list(linear), suffixes) == set(adapter.modules)
+        add_lora(module, rank=adapter.rank, alpha=adapter.alpha, targets=suffixes if short else adapter.modules, seed=0, dtype=dtype)
+    else:
+        own_config = _config(module)
+        if (own_config.r, own_config.lora_alpha) != (adapter.rank, adapter.alpha):
+            own = f"the module's adapter has rank {own_config.r} and alpha {own_config.lora_alpha:g}"
+            raise UserError(f"{path} has rank {adapter.rank} and alpha {adapter.alpha:g}, {own}; configure the same")
+    load_adapter_state(module, adapter.state, source=path)
+    return module
+
+
+def read_adapter(path: str | Path, *, alpha: float | None = None) -> Adapter:
+    """An adapter for a Wan transformer, under diffusers names.
+
+    Args:
+        path: a directory that holds PEFT's or else diffusers' form, a `.safetensors` file in diffusers' form, or LongLive's `lora.pt`
+            (official names, possibly under `generator_lora`).
+        alpha: for files that do not say it; alpha = rank if that is not given either, which holds for LongLive's.
+
+    Raises:
+        UserError: missing, damaged, not a plain LoRA of one rank, or it says another alpha.
+    """
+    path = Path(path)
+    file, config = path, None
+    if path.is_dir():
+        file = next((path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS) if (path / name).exists()), path)
+        if file == path:
+            raise UserError(f"{path} has neither {PEFT_WEIGHTS} nor {DIFFUSERS_WEIGHTS}; give an adapter directory")
+    container = read_container(file)
+    if file.name == PEFT_WEIGHTS:
+        config = read_json(file.with_name(PEFT_CONFIG))
+    elif file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            header = (opened.metadata() or {}).get(DIFFUSERS_METADATA, "{}")
+        try:
+            config = {key.removeprefix(_DIFFUSERS_PREFIX): value for key, value in json.loads(header).items()}
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{file}: its header entry {DIFFUSERS_METADATA} is no JSON object; save the adapter again") from error
+    elif isinstance(container.get("generator_lora"), Mapping):
+        container = container["generator_lora"]
+
+    state = {}
+    for name, tensor in strip_wrappers(container, file).items():  # the wrappers' "model" of base_model.model included
+        name = diffusers_name(name.removeprefix("base_model.").removeprefix(_DIFFUSERS_PREFIX)).replace(f".{_ADAPTER}.weight", ".weight")
+        if not re.search(r"\.lora_[AB]\.weight$", name) or tensor.dim() != 2:
+            raise UserError(f"{file}: {name!r} {list(tensor.shape)} is no lora_A or lora_B matrix; give a plain LoRA of linear layers")
+        state[name] = tensor
+    modules = {name.rpartition(".lora_")[0] for name in state}
+    if not modules:
+        raise UserError(f"{file} holds no adapter tensors")
+    if halves := [name for name in modules if not {f"{name}.lora_A.weight", f"{name}.lora_B.weight"} <= state.keys()]:
+        raise UserError(f"{file}: {len(halves)} layers have only one of lora_A and lora_B ({shorten(halves)}); copy it again")
+    ranks = {tensor.shape[0 if ".lora_A." in name else 1] for name, tensor in state.items()}
+    if len(ranks) > 1:
+        raise UserError(f"{file}: its layers have different ranks ({', '.join(map(str, sorted(ranks)))}); one rank for all is supported")
+    rank = ranks.pop()
+    config = config or {}
+    variants = ("rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "modules_to_save", "lora_bias")
+    if used := [key for key in variants if config.get(key)]:
+        raise UserError(f"{file}: its configuration uses {', '.join(used)}; give a plain LoRA of one rank and alpha")
+    if config.get("r", rank) != rank:
+        raise UserError(f"{file}: its configuration says rank {config['r']}, its tensors have rank {rank}; copy it again")
+    written = config.get("lora_alpha")
+    if None not in (alpha, written) and alpha != written:
+        raise UserError(f"{file} says alpha {written:g}, but {alpha:g} was given; leave alpha out")
+    return Adapter(state, rank, float(next(value for value in (written, alpha, rank) if value is not None)))

@@ -1,0 +1,275 @@
+"""The streaming decoder against the official VAE's recorded outputs and diffusers' own decode; caches as values; loading."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from arcopo_fast.errors import UserError
+from arcopo_fast.model import vae as vae_module
+from arcopo_fast.model.vae import StreamingDecoder, VAECache, decode_video, encode, fork, load_vae
+
+FIXTURES = sorted(Path(os.environ.get("ARCOPO_FIXTURES", Path(__file__).parents[1] / "fixtures")).glob("*_vae.safetensors"))
+TOLERANCE = 2e-5
+
+STATISTICS = {"latents_mean": [0.3, -0.2, 0.1, 0.5], "latents_std": [1.5, 0.7, 2.0, 1.1]}
+TINY = {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1, **STATISTICS}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "wan2.1": TINY | {"dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "scale_factor_spatial": 4},
+    "wan2.2": TINY
+    # the temporal upsampler stands where the width halves: only there the shortcut of a first frame differs
+    | {"dim_mult": [1, 1, 2, 2], "temperal_downsample": [True, False, False], "is_residual": True, "decoder_base_dim": 8}
+    | {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_temporal": 2, "scale_factor_spatial": 16},
+}
+
+
+def build(name: str) -> AutoencoderKLWan:
+    vae = AutoencoderKLWan(**CONFIGS[name]).eval().requires_grad_(False)
+    for parameter in vae.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, std=0.3)
+    vae.decoder.conv_out.weight *= 4  # so that some pixels lie outside [-1, 1]
+    return vae
+
+
+@pytest.fixture(params=CONFIGS)
+def vae(request: pytest.FixtureRequest) -> AutoencoderKLWan:
+    return build(request.param)
+
+
+def latents_of(frames: int, batch: int = 1) -> Tensor:
+    return torch.randn(batch, frames, 4, 3, 2)
+
+
+def stream(decoder: StreamingDecoder, latents: Tensor, chunks: list[int], cache: VAECache | None = None) -> tuple[Tensor, VAECache]:
+    cache = decoder.start() if cache is None else cache
+    frames = []
+    for chunk in latents.split(chunks, dim=1):
+        decoded, cache = decoder.decode_unclamped(chunk, cache)
+        frames.append(decoded)
+    return torch.cat(frames, dim=1), cache
+
+
+def snapshot(cache: VAECache) -> list[tuple[object, ...]]:
+    return [
+        (feature.data_ptr(), feature._version, feature.stride(), feature.clone()) if isinstance(feature, Tensor) else (feature,)
+        for feature in cache.features
+    ]
+
+
+def assert_unchanged(cache: VAECache, before: list[tuple[object, ...]]) -> None:
+    for (*identity, value), (*former_identity, former) in zip(snapshot(cache), before, strict=True):
+        assert identity == former_identity
+        assert torch.equal(value, former) if isinstance(value, Tensor) and isinstance(former, Tensor) else value == former
+
+
+# Against the official code
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=[path.stem for path in FIXTURES])
+def test_official_outputs(path: Path, tmp_path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    tensors = load_file(path)
+    weights = {name.removeprefix("w/"): tensor for name, tensor in tensors.items() if name.startswith("w/")}
+    torch.save(weights, tmp_path / "Wan2.1_VAE.pth")
+    vae = load_vae(tmp_path / "Wan2.1_VAE.pth")
+    assert (vae.config["base_dim"], vae.config["z_dim"]) == (config["dim"], config["z_dim"])
+
+    def check(name: str, ours: Tensor) -> None:
+        official = tensors[name].transpose(1, 2)
+        assert ours.shape == official.shape
+        error = (ours - official).abs().max().item()
+        assert error <= TOLERANCE, f"{name} differs by {error:.1e}"
+
+    latents = tensors["latent"].transpose(1, 2)
+    decoder = StreamingDecoder(vae)
+    check("pixels", decoder.decode_unclamped(latents, decoder.start())[0])
+    check("pixels_stream", stream(decoder, latents, config["chunks"])[0])
+    check("encode_mu", encode(vae, tensors["encode_in"].transpose(1, 2) * 0.5 + 0.5))
+
+
+def test_there_are_fixtures() -> None:
+    assert FIXTURES
+
+
+# Against diffusers
+
+
+def test_whole_clip_is_diffusers_decode(vae: AutoencoderKLWan) -> None:
+    latents = latents_of(4, batch=2)
+    mean, std = (torch.tensor(STATISTICS[name]).view(1, 4, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    expected = vae.decode(latents.transpose(1, 2) * std + mean).sample.transpose(1, 2) * 0.5 + 0.5
+    frames = decode_video(vae, latents)
+    factor, size = vae.config["scale_factor_temporal"], vae.config["scale_factor_spatial"]
+    assert frames.shape == expected.shape == (2, 1 + 3 * factor, 3, 3 * size, 2 * size)
+    assert frames.dtype == torch.float32 and frames.min() >= 0 and frames.max() <= 1
+    torch.testing.assert_close(frames, expected, rtol=0, atol=1e-5)
+    decoder = StreamingDecoder(vae)
+    unclamped, _ = decoder.decode_unclamped(latents, decoder.start())
+    assert unclamped.abs().max() > 1  # else the clamp was not tested
+    assert torch.equal(decode_video(vae, latents), unclamped.clamp(-1, 1) * 0.5 + 0.5)
+
+
+def test_encode_is_diffusers_encode() -> None:
+    vae = build("wan2.1")
+    frames = torch.rand(2, 9, 3, 12, 8)
+    mean, std = (torch.tensor(STATISTICS[name]).view(1, 4, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    expected = ((vae.encode(frames.transpose(1, 2) * 2 - 1).latent_dist.mean - mean) / std).transpose(1, 2)
+    latents = encode(vae, frames)
+    assert latents.shape == (2, 3, 4, 3, 2)
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"4 n \+ 1"):
+        encode(vae, frames[:, :8])
+
+
+# Streaming and forks
+
+
+@pytest.mark.parametrize("chunks", [[1, 1, 1, 1, 1, 1, 1], [3, 3, 1], [1, 3, 3], [2, 5]], ids=str)
+def test_chunks_do_not_matter(vae: AutoencoderKLWan, chunks: list[int]) -> None:
+    decoder, latents = StreamingDecoder(vae), latents_of(7)
+    whole, whole_cache = decoder.decode_unclamped(latents, decoder.start())
+    cut, cut_cache = stream(decoder, latents, chunks)
+    assert torch.equal(whole, cut)
+    assert cut_cache.frames == whole_cache.frames == 7
+    kept = 0
+    for ours, theirs in zip(cut_cache.features, whole_cache.features, strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, Tensor) and isinstance(theirs, Tensor) else ours == theirs
+        kept += isinstance(ours, Tensor)
+    assert kept > 10
+
+
+@pytest.mark.parametrize("prefix_chunks", [[1], [3], [1, 3]], ids=str)
+def test_forked_branches_are_independent_videos(vae: AutoencoderKLWan, prefix_chunks: list[int]) -> None:
+    decoder = StreamingDecoder(vae)
+    prefix, branches = latents_of(sum(prefix_chunks)), latents_of(6, batch=3)
+    _, parent = stream(decoder, prefix, prefix_chunks)
+    before = snapshot(parent)
+    forked = fork(parent, 3)
+    for feature, original in zip(forked.features, parent.features, strict=True):
+        if isinstance(original, Tensor):
+            assert isinstance(feature, Tensor) and feature.shape[0] == 3 and feature.data_ptr() == original.data_ptr()
+    together, _ = stream(decoder, branches, [3, 3], forked)
+    assert_unchanged(parent, before)
+    for branch, frames in zip(branches.split(1), together.split(1), strict=True):
+        alone, _ = decoder.decode_unclamped(torch.cat([prefix, branch], dim=1), decoder.start())
+        torch.testing.assert_close(frames, alone[:, -frames.shape[1] :], rtol=0, atol=1e-5)
+    again, _ = stream(decoder, branches, [3, 3], fork(parent, 3))
+    assert torch.equal(again, together)
+    assert (together[0] - together[1]).abs().max() > 1e-2
+    other, _ = stream(decoder, branches, [3, 3], fork(stream(decoder, latents_of(sum(prefix_chunks)), prefix_chunks)[1], 3))
+    assert (other[:, 0] - together[:, 0]).abs().max() > 1e-3  # the cache carries the prefix
+
+
+def test_fork_before_the_first_frame() -> None:
+    decoder = StreamingDecoder(build("wan2.1"))
+    latents = latents_of(2, batch=3)
+    assert torch.equal(decoder.decode(latents, fork(decoder.start(), 3))[0], decoder.decode(latents, decoder.start())[0])
+
+
+def test_gradients_reach_the_latents(vae: AutoencoderKLWan) -> None:
+    decoder, latents = StreamingDecoder(vae), latents_of(3).requires_grad_()
+    frames, _ = stream(decoder, latents, [1, 2])
+    frames.square().sum().backward()
+    assert latents.grad is not None and (latents.grad.flatten(2).abs().sum(-1) > 0).all()
+
+
+def test_half_precision_vae_gives_float32_frames() -> None:
+    vae = build("wan2.1").to(torch.bfloat16)
+    frames = decode_video(vae, latents_of(2))
+    assert frames.dtype == torch.float32 and frames.isfinite().all()
+    assert encode(vae, torch.rand(1, 5, 3, 12, 8)).dtype == torch.float32
+
+
+def test_wrong_shapes_are_named() -> None:
+    decoder = StreamingDecoder(build("wan2.1"))
+    for shape in ((1, 2, 5, 3, 2), (2, 4, 3, 2), (1, 0, 4, 3, 2)):
+        with pytest.raises(ValueError, match=r"expected \[B, F >= 1, 4, h, w\]"):
+            decoder.decode(torch.randn(shape), decoder.start())
+    _, cache = decoder.decode(latents_of(1), decoder.start())
+    with pytest.raises(ValueError, match="fork"):
+        decoder.decode(latents_of(1, batch=2), cache)
+    with pytest.raises(ValueError, match="batch 2"):
+        fork(decoder.decode(latents_of(1, batch=2), decoder.start())[1], 3)
+
+
+# Loading
+
+
+def test_load_from_a_diffusers_directory(vae: AutoencoderKLWan, tmp_path: Path) -> None:
+    vae.save_pretrained(tmp_path / "pipeline" / "vae")
+    latents = latents_of(2)
+    for path in (tmp_path / "pipeline" / "vae", tmp_path / "pipeline"):
+        loaded = load_vae(path)
+        assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+        assert torch.equal(decode_video(loaded, latents), decode_video(vae, latents))
+    assert load_vae(tmp_path / "pipeline", dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+SIZES = {
+    "wan2.1": {},
+    "other": {"dim_mult": [1, 3], "num_res_blocks": 1, "temperal_downsample": [True], "decoder_base_dim": 6, "scale_factor_temporal": 2},
+    "patches": {"in_channels": 12, "out_channels": 12, "patch_size": 2, "temperal_downsample": [True, False, True]},
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_sizes_are_read_off_a_file_with_diffusers_names(kind: str, tmp_path: Path) -> None:
+    vae = AutoencoderKLWan(**{"base_dim": 4, **SIZES[kind]})
+    for parameter in vae.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    save_file({f"model.{name}": tensor for name, tensor in vae.state_dict().items()}, tmp_path / "vae.safetensors")
+    loaded = load_vae(tmp_path / "vae.safetensors")
+    for name in ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "in_channels", "out_channels", "patch_size"):
+        assert loaded.config[name] == vae.config[name], name
+    expected = vae.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_bad_vaes_end_in_one_line(tmp_path: Path) -> None:
+    def refused(path: Path, *parts: object) -> None:
+        with pytest.raises(UserError) as error:
+            load_vae(path)
+        message = str(error.value)
+        assert "\n" not in message
+        for part in (path.name, *parts):
+            assert str(part) in message, f"{part!r} is not in: {message}"
+
+    def file(name: str, state: dict[str, Tensor]) -> Path:
+        torch.save(state, tmp_path / name)
+        return tmp_path / name
+
+    good = AutoencoderKLWan(base_dim=4).state_dict()
+    refused(tmp_path / "none.pth", "does not exist")
+    refused(file("resnet.pth", {"conv1.weight": torch.randn(2)}), "conv1.weight", "Wan VAE")
+    refused(file("empty.pth", {}), "no tensors")
+    refused(file("lacking.pth", {name: tensor for name, tensor in good.items() if "time_conv.bias" not in name}), "time_conv.bias")
+    refused(file("no-blocks.pth", {name: tensor for name, tensor in good.items() if "down_blocks" not in name}), "down_blocks")
+    refused(file("channels.pth", build("wan2.1").state_dict()), "4 latent channels", "diffusers directory")
+    refused(file("residual.pth", build("wan2.2").state_dict()), "Wan2.2")
+    refused(file("official.pth", {"decoder.conv1.weight": torch.randn(2)}), "Wan2.1")
+    (tmp_path / "directory").mkdir()
+    refused(tmp_path / "directory", "config.json")
+    (tmp_path / "directory" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    refused(tmp_path / "directory", "AutoencoderKL")
+    (tmp_path / "directory" / "config.json").write_text('{"_class_name": "AutoencoderKLWan", "base_dim": 4, "dim_mult": []}')
+    save_file(good, tmp_path / "directory" / "diffusion_pytorch_model.safetensors")
+    refused(tmp_path / "directory", "configuration")
+    (tmp_path / "directory" / "config.json").write_text('{"_class_name": "AutoencoderKLWan", "base_dim": 8}')
+    refused(tmp_path / "directory", "instead of")
+
+
+def test_official_names_are_all_used() -> None:
+    official = {name.removeprefix("w/"): tensor for name, tensor in load_file(FIXTURES[0]).items() if name.startswith("w/")}
+    renamed = vae_module.official_to_diffusers_names(official)
+    assert renamed.keys() == AutoencoderKLWan(base_dim=4).state_dict().keys() and len(renamed) == len(official)
