@@ -243,7 +243,7 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = MLP(config.text_dim, config.dim, gelu=True)
 
     def time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """timestep [..., ] in 0..1000 -> embedding [..., E] and modulation [..., 6, E]."""
+        """timestep [...] in 0..1000 -> embedding [..., E] and modulation [..., 6, E]."""
         half = self.freq_dim // 2
         frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
         angles = timestep.double().unsqueeze(-1) * frequencies
@@ -263,7 +263,7 @@ class CausalWan(nn.Module):
         dim, patch = config.dim, config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.blocks: Sequence[Block] = nn.ModuleList([Block(config) for _ in range(config.num_layers)])  # type: ignore[assignment]
         self.norm_out = nn.LayerNorm(dim, eps=config.eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.proj_out = nn.Linear(dim, config.out_channels * patch[1] * patch[2])

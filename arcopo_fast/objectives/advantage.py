@@ -38,7 +38,7 @@ def group_advantages(
     Args:
         components: rewards [G] by name.
         weights: their weights.
-        combine: "sum" z-scores the weighted sum; "per_reward_zscore" sums the z-scores, so that each reward weighs the same whatever its spread.
+        combine: "sum" z-scores the weighted sum; "per_reward_zscore" sums the z-scores, so that a reward's spread does not weigh.
         kind: "quasi_norm" normalises the result as Neighbor GRPO does, with exponent p.
     """
     if combine == "sum":

@@ -1,8 +1,9 @@
 """AR-CoPO: pull the policy's prediction of the pivot chunk towards well-scored candidates (arXiv 2603.17461).
 
-An update draws anchors among a group's candidates, replays their pivot chunk under the present weights and maximises the clipped surrogate of
-`arcopo_kernels.surrogate`. The old prediction of an anchor is made by the same replay path under the old weights: for the first update it
-is the replay itself, detached, so that the ratio is exactly 1; for later updates one forward without gradient, before the first step.
+An update draws anchors among a group's candidates, replays their pivot chunk under the present weights and maximises the clipped
+surrogate of `arcopo_kernels.surrogate`. The old prediction of an anchor is made by the same replay path under the old weights: for the
+first update it is the replay itself, detached, so that the ratio is exactly 1; for later updates one forward without gradient, before
+the first step.
 """
 
 from __future__ import annotations
@@ -52,15 +53,14 @@ def draw_items(settings: CopoSettings, group: Group, update: int) -> Items:
     random = generator(noise.seed, noise.iteration, noise.group, "anchors", update)
     anchors = random.choice(group.size, size=min(settings.anchors_per_update, group.size), replace=False)
     available = len(group.steps) - (settings.skip_last_step and len(group.steps) > 1)
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     for anchor in anchors.tolist():
-        steps = range(available)
+        chosen = list(range(available))
         if settings.steps != "all":
             count = max(1, round(settings.steps * available))
-            steps = sorted(random.choice(available, size=count, replace=False).tolist())
-        pairs += [(step, anchor) for step in steps]
-    steps, anchors = torch.tensor(pairs).T
-    return Items(steps, anchors)
+            chosen = sorted(random.choice(available, size=count, replace=False).tolist())
+        pairs += [(step, anchor) for step in chosen]
+    return Items(*torch.tensor(pairs).unbind(1))
 
 
 def one_step(clean: Tensor, inputs: Tensor, steps: Steps, step: Tensor) -> Tensor:
@@ -123,7 +123,12 @@ class CopoObjective:
         )
 
     def update(
-        self, groups: Sequence[tuple[Group, Tensor]], optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], *, gradient_clip: float
+        self,
+        groups: Sequence[tuple[Group, Tensor]],
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        *,
+        gradient_clip: float,
     ) -> dict[str, float]:
         """All policy updates of an iteration over (group, advantages [G]) pairs; returns statistics.
 
@@ -139,7 +144,8 @@ class CopoObjective:
             drawn = [[draw_items(self.settings, group, update) for group, _ in live_groups] for update in range(self.settings.updates)]
             # Old predictions of the later updates' fresh anchors: under the old weights, hence before the first step.
             old: list[list[list[Tensor]]] = [
-                [self._old(group, items) for (group, _), items in zip(live_groups, drawn[update])] for update in range(1, self.settings.updates)
+                [self._old(group, items) for (group, _), items in zip(live_groups, drawn[update])]
+                for update in range(1, self.settings.updates)
             ]
             for update in range(self.settings.updates):
                 optimizer.zero_grad(set_to_none=True)
@@ -175,7 +181,14 @@ class CopoObjective:
                 prefix.cache.release()
 
     def _backward(
-        self, group: Group, target: Target, items: Items, old: list[Tensor] | None, groups: int, update: int, statistics: dict[str, list[float]]
+        self,
+        group: Group,
+        target: Target,
+        items: Items,
+        old: list[Tensor] | None,
+        groups: int,
+        update: int,
+        statistics: dict[str, list[float]],
     ) -> None:
         """Accumulate the gradient of one group's share of the loss, micro-batch by micro-batch."""
         prefix = self._prefix(group)

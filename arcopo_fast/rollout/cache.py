@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Sequence
 
-from arcopo_kernels.paging import PagePool, PageRun, PageTable
+from arcopo_kernels.paging import PagePool, PageRun
 from torch import Tensor
 
 from arcopo_fast.model.causal_wan import CachedRun, ChunkContext

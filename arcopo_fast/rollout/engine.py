@@ -31,7 +31,9 @@ class VideoShape:
     width: int
 
     @classmethod
-    def of(cls, chunks: int, chunk_frames: int, channels: int, height: int, width: int, *, independent_first_frame: bool = False) -> VideoShape:
+    def of(
+        cls, chunks: int, chunk_frames: int, channels: int, height: int, width: int, *, independent_first_frame: bool = False
+    ) -> VideoShape:
         sizes = [1] if independent_first_frame else []
         return cls(tuple(sizes + [chunk_frames] * chunks), channels, height, width)
 
@@ -77,8 +79,9 @@ class Stream:
 
 @dataclass
 class Group:
-    """G videos that differ only in the initial noise of the pivot chunk. Holds the prefix's pages: release it, or use it as a context manager.
+    """G videos that differ only in the initial noise of the pivot chunk.
 
+    Holds the prefix's pages: release it, or use it as a context manager.
     inputs, predictions: x_t and x0hat_t of the pivot chunk, [T, G, F, C, h, w] float32. latents: all chunks of the finished videos,
     [1, F, C, h, w] before the pivot and [G, F, C, h, w] from it on. pivot counts from 0.
     """
@@ -108,7 +111,7 @@ class Group:
 
 
 class Engine:
-    """Runs one generator. `pages` is the size of the K/V pool in latent frames (`Engine.pages_for` says how many a group needs)."""
+    """Runs one generator. `pages` is the size of the K/V pool in latent frames; `pages_for` says how many a group needs."""
 
     def __init__(self, model: CausalWan, shape: VideoShape, sampler: SamplerSettings, policy: CachePolicy, *, pages: int) -> None:
         self.model = model
@@ -294,4 +297,3 @@ class Engine:
             return predict(self.model, group.inputs[steps, anchors], timesteps, sigmas, text, context)
         finally:
             branch.release()
-

@@ -43,13 +43,15 @@ def predict(model: CausalWan, x: Tensor, timesteps: Tensor, sigmas: Tensor, text
     return predict_clean(x.to(flow.dtype), flow, sigmas.view(-1, 1, 1, 1, 1))
 
 
-def next_input(kind: Literal["consistency", "ode"], x: Tensor, clean: Tensor, sigma: float, sigma_next: float, noise: Tensor | None) -> Tensor:
+def next_input(
+    kind: Literal["consistency", "ode"], x: Tensor, clean: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, noise: Tensor | None
+) -> Tensor:
     """The input of the next step, float32, from this step's input and prediction."""
     if kind == "ode":
         return x + (sigma_next - sigma) * (x - clean) / sigma
     if noise is None:
         raise ValueError("the consistency sampler needs noise for every step but the last")
-    return add_noise(clean, noise, torch.tensor(sigma_next, device=clean.device))
+    return add_noise(clean, noise, torch.as_tensor(sigma_next, device=clean.device))
 
 
 @dataclass

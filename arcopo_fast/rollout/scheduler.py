@@ -1,7 +1,7 @@
 """The flow-matching noise schedule of the few-step generators: x_t = (1 - sigma) x_0 + sigma eps, timestep = 1000 sigma.
 
-The official table of 1000 entries: sigma = s u / (1 + (s - 1) u) for u = 1, 0.999, ..., 0.001 and timestep shift s. It does not reach 0: its
-last entry is 0.00498 for s = 5. Any timestep is looked up as the nearest entry. Source: Self-Forcing utils/scheduler.py.
+The official table of 1000 entries: sigma = s u / (1 + (s - 1) u) for u = 1, 0.999, ..., 0.001 and timestep shift s. It does not reach 0:
+its last entry is 0.00498 for s = 5. Any timestep is looked up as the nearest entry. Source: Self-Forcing utils/scheduler.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ from arcopo_kernels import copo_surrogate
 from torch import Tensor
 
 
-def definition(pred: Tensor, old: Tensor, candidates: Tensor, advantages: Tensor, tau: float, clip: float | None, mean: bool) -> tuple[Tensor, Tensor]:
+def definition(
+    pred: Tensor, old: Tensor, candidates: Tensor, advantages: Tensor, tau: float, clip: float | None, mean: bool
+) -> tuple[Tensor, Tensor]:
     """-J and rho of one anchor from squared distances; pred, old [D], candidates [G, D]."""
     reduce = torch.mean if mean else torch.sum
     log_pi, log_pi_old = (torch.log_softmax(-reduce((candidates - x) ** 2, dim=1) / tau, dim=0) for x in (pred, old))
@@ -37,7 +39,8 @@ def test_loss_ratio_and_gradient(clip: float | None, mean: bool, update: float) 
     weight = torch.randn(5, dtype=torch.float64)
     (gradient,) = torch.autograd.grad((out.loss * weight).sum(), pred)
     reference = [
-        definition(p.flatten(), o.flatten(), candidates[s].flatten(1), advantages, tau, clip, mean) for p, o, s in zip(pred, old, step_index)
+        definition(p.flatten(), o.flatten(), candidates[s].flatten(1), advantages, tau, clip, mean)
+        for p, o, s in zip(pred, old, step_index)
     ]
     losses, ratios = (torch.stack(parts) for parts in zip(*reference))
     (expected,) = torch.autograd.grad((losses * weight).sum(), pred)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from support.models import SHAPE, random_text, small_engine, small_model
@@ -18,7 +17,9 @@ GROUP = 6
 
 
 def adapted_engine(dtype: torch.dtype = torch.float32) -> Engine:
-    model = add_lora(small_model(dtype), rank=4, alpha=8, targets=["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"], seed=1)
+    model = add_lora(
+        small_model(dtype), rank=4, alpha=8, targets=["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"], seed=1
+    )
     with torch.no_grad():  # an adapter in the middle of training: B is not zero any more
         for parameter in adapter_parameters(model):
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -51,7 +52,7 @@ def test_ratio_is_exactly_one_before_the_first_update(dtype: torch.dtype, distan
 
 @pytest.mark.parametrize("tau", [0.2, 5.0, "auto"])
 def test_gradient_identity(tau: float | str) -> None:
-    """Before the first update the ascent direction at every anchor is (2 / (tau G D)) sum_i A_i x0hat_i, the same for every anchor of a step."""
+    """Before the first update the ascent direction at every anchor is (2 / (tau G D)) sum_i A_i x0hat_i."""
     engine, advantages = adapted_engine(), zscore(torch.randn(GROUP))
     settings = CopoSettings(tau=tau)  # type: ignore[arg-type]
     objective = CopoObjective(engine, settings)
@@ -170,5 +171,3 @@ def test_a_replay_that_is_not_reproducible_is_refused() -> None:
     with make_group(engine) as group, pytest.raises(RatioNotOne, match="must be exactly 0"):
         optimizer = torch.optim.SGD(parameters, lr=1.0)
         objective.update([(group, zscore(torch.randn(GROUP)))], optimizer, parameters, gradient_clip=1.0)
-
-

@@ -37,9 +37,7 @@ def cached(case: fixtures.Case, stream: Stream, frames: int | None) -> tuple[Ten
     pool = case.engine.pool
     rows = [[pool.runs([table], start) for table in stream.cache.tables]] * case.model.config.num_layers
     read = [[[pool.read(layer, run) for run in runs] for runs in row] for layer, row in enumerate(rows)]
-    both = [
-        torch.stack([torch.cat([torch.cat([run[which] for run in runs], dim=1) for runs in row]) for row in read]) for which in (0, 1)
-    ]
+    both = [torch.stack([torch.cat([torch.cat([run[which] for run in runs], dim=1) for runs in row]) for row in read]) for which in (0, 1)]
     return both[0], both[1]
 
 
@@ -207,7 +205,9 @@ def test_gradients(path: Path) -> None:
         steps = engine.steps_of(chunk)
         batch = torch.ones(x.shape[0])
         case.model.zero_grad()
-        clean = predict(case.model, x, steps.timesteps[step] * batch, steps.sigmas[step] * batch, case.model.encode_text(case.text()), context)
+        clean = predict(
+            case.model, x, steps.timesteps[step] * batch, steps.sigmas[step] * batch, case.model.encode_text(case.text()), context
+        )
         assert_close(f"step{step}/x0", clean, recorded[f"step{step}/x0"], FLOAT32)
         loss = (clean * recorded["loss_weight"]).sum()
         loss.backward()

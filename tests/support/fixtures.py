@@ -27,7 +27,7 @@ VARIANTS = {"sf": "self_forcing", "cf": "self_forcing", "ll": "longlive", "ir": 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and all tensors of a fixture."""
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["config"]), {name: file.get_tensor(name) for name in file.keys()}
+        return json.loads(file.metadata()["config"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
@@ -9,27 +11,41 @@ from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
 
 SHAPE = VideoShape.of(4, 2, 8, 4, 6)  # 4 chunks of 2 latent frames, 8 channels, 4 x 6 latent pixels
+GLOBAL = CachePolicy()
 SAMPLER = SamplerSettings((1000, 750, 500), warp=True, shift=5.0)
 
 
 def small_config(**changes: object) -> CausalWanConfig:
-    sizes = dict(
-        num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=40, freq_dim=16, text_dim=10, text_len=5, in_channels=8, out_channels=8
+    small = CausalWanConfig(
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        ffn_dim=40,
+        freq_dim=16,
+        text_dim=10,
+        text_len=5,
+        in_channels=8,
+        out_channels=8,
     )
-    return CausalWanConfig(**(sizes | changes))  # type: ignore[arg-type]
+    return replace(small, **changes)  # type: ignore[arg-type]
 
 
 def small_model(dtype: torch.dtype = torch.float32, **changes: object) -> CausalWan:
     model = CausalWan(small_config(**changes))
     with torch.no_grad():
         for parameter in model.parameters():
-            scale = 0.3 if parameter.dim() < 2 else 1.3 / parameter[0].numel() ** 0.5
+            scale = 0.3 if parameter.dim() < 2 else 1.0 / parameter[0].numel() ** 0.5
             parameter.copy_(scale * torch.randn_like(parameter) + (1.0 if parameter.dim() == 1 else 0.0))
     return model.to(dtype)
 
 
 def small_engine(
-    model: CausalWan, *, branches: int = 6, policy: CachePolicy = CachePolicy(), shape: VideoShape = SHAPE, sampler: SamplerSettings = SAMPLER
+    model: CausalWan,
+    *,
+    branches: int = 6,
+    policy: CachePolicy = GLOBAL,
+    shape: VideoShape = SHAPE,
+    sampler: SamplerSettings = SAMPLER,
 ) -> Engine:
     return Engine(model, shape, sampler, policy, pages=Engine.pages_for(shape, branches))
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import Sequence
 
-from torch import Tensor
-
 from arcopo_kernels.attention import reference
 from arcopo_kernels.attention.reference import Segment
+from torch import Tensor
 
 
 def segment_attention(query: Tensor, segments: Sequence[Segment], *, scale: float | None = None) -> Tensor:
@@ -34,11 +33,12 @@ def segment_attention(query: Tensor, segments: Sequence[Segment], *, scale: floa
             fits = tensor.dim() == 4 and tensor.shape[0] in (1, batch) and tensor.shape[2:] == (heads, head_dim)
             if not fits or tensor.shape[:2] != segment.key.shape[:2]:
                 expected = f"[1 or {batch}, Tk, {heads}, {head_dim}]"
-                raise ValueError(f"segment {index}: {name} has shape {tuple(tensor.shape)}; expected {expected}, the same Tk for key and value")
-            if tensor.dtype != query.dtype or tensor.device != query.device:
                 raise ValueError(
-                    f"segment {index}: {name} is {tensor.dtype} on {tensor.device}, the query {query.dtype} on {query.device}; convert one of them"
+                    f"segment {index}: {name} has shape {tuple(tensor.shape)}; expected {expected}, the same Tk for key and value"
                 )
+            if tensor.dtype != query.dtype or tensor.device != query.device:
+                theirs, ours = f"{tensor.dtype} on {tensor.device}", f"{query.dtype} on {query.device}"
+                raise ValueError(f"segment {index}: {name} is {theirs}, the query {ours}; convert one of them")
     if not sum(segment.key.shape[1] for segment in segments):
         raise ValueError(f"{len(segments)} segments hold no key at all; a query needs at least one")
     return reference.segment_attention(query, segments, scale if scale is not None else 1.0 / math.sqrt(head_dim))

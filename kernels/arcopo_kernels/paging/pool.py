@@ -23,8 +23,8 @@ class PagePoolExhausted(RuntimeError):
 class PageRun(NamedTuple):
     """`length` consecutive columns of a batch of page tables that can be read or written as one tensor.
 
-    Row i holds pages first + i * stride ... + length - 1 (stride 0: one row shared by the whole batch). `index` [B, length] is set instead
-    when the pages are irregular.
+    Row i holds pages first + i * stride ... + length - 1 (stride 0: one row shared by the whole batch). `pages` [B, length] is set instead
+    when they are irregular.
     """
 
     column: int
@@ -32,7 +32,7 @@ class PageRun(NamedTuple):
     rows: int
     first: int
     stride: int
-    index: Tensor | None = None
+    pages: Tensor | None = None
 
 
 class PagePool:
@@ -85,7 +85,9 @@ class PagePool:
             PagePoolExhausted: fewer are free; nothing is taken.
         """
         if count > self.pages_free:
-            raise PagePoolExhausted(f"{count} pages asked for, {self.pages_free} of {self.pages} are free; release tables or make the pool larger")
+            raise PagePoolExhausted(
+                f"{count} pages asked for, {self.pages_free} of {self.pages} are free; release tables or make the pool larger"
+            )
         free = [page for page, references in enumerate(self._references) if references == 0]
         start = next((i for i in range(len(free) - count + 1) if free[i + count - 1] - free[i] == count - 1), 0) if count else 0
         taken = free[start : start + count]
@@ -126,14 +128,14 @@ class PagePool:
             shared = len(tables) == 1 or (regular and stride == 0)
             run = PageRun(column, 1, 1 if shared else len(tables), pages[0], stride) if regular and stride >= 0 else None
             if run is None:
-                index = torch.tensor([pages], device=self.keys.device).T
-                run = PageRun(column, 1, len(tables), pages[0], 0, index)
+                irregular = torch.tensor([pages], device=self.keys.device).T
+                run = PageRun(column, 1, len(tables), pages[0], 0, irregular)
             last = runs.pop() if runs else None
             if last is None:
                 runs.append(run)
-            elif last.index is not None and run.index is not None:
-                runs.append(last._replace(length=last.length + 1, index=torch.cat([last.index, run.index], dim=1)))
-            elif (last.first + last.length, last.rows, last.stride) == (run.first, run.rows, run.stride) and last.index is run.index:
+            elif last.pages is not None and run.pages is not None:
+                runs.append(last._replace(length=last.length + 1, pages=torch.cat([last.pages, run.pages], dim=1)))
+            elif (last.first + last.length, last.rows, last.stride) == (run.first, run.rows, run.stride) and last.pages is run.pages:
                 runs.append(last._replace(length=last.length + 1))
             else:
                 runs += [last, run]
@@ -186,15 +188,15 @@ class PagePool:
             at += run.length
             for store, source in ((self.keys[layer], key), (self.values[layer], value)):
                 source = source[:, part].unflatten(1, (run.length, tokens))
-                if run.index is None:
+                if run.pages is None:
                     self._view(store, run).copy_(source)
                 else:
-                    store[run.index] = source
+                    store[run.pages] = source
 
     def _view(self, store: Tensor, run: PageRun) -> Tensor:
         """[rows, length, tokens, heads, head_dim] of one layer's store [pages, tokens, heads, head_dim]."""
-        if run.index is not None:
-            return store[run.index]
+        if run.pages is not None:
+            return store[run.pages]
         page = store.stride(0)
         size = (run.rows, run.length, *store.shape[1:])
         return store.as_strided(size, (run.stride * page, *store.stride()), store.storage_offset() + run.first * page)

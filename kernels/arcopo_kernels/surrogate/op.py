@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
-
 from arcopo_kernels.surrogate import reference
 from arcopo_kernels.surrogate.reference import SurrogateOutput
+from torch import Tensor
 
 
 def copo_surrogate(

@@ -1,0 +1,57 @@
+"""Judge a generator on fixed prompts and noises: the rewards it is trained on and the held-out metrics it is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arcopo_fast.assemble import Generator, build_engine, video_shape
+from arcopo_fast.config import Config
+from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
+
+BATCH = 8
+
+
+@dataclass
+class Evaluation:
+    """scores: each reward's and metric's values [N] by name, and "reward", the weighted sum that is trained on.
+
+    frames: the first videos, to be looked at.
+    """
+
+    scores: dict[str, Tensor]
+    prompts: list[str]
+    frames: Tensor
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {"mean": values.mean().item(), "std": values.std(correction=0).item(), "values": [round(v, 6) for v in values.tolist()]}
+            for name, values in self.scores.items()
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    config: Config, generator: Generator, prompts: list[str], rewards: dict[str, Reward], held_out: dict[str, Reward]
+) -> Evaluation:
+    """Score `evaluation.videos_per_prompt` videos of every prompt. Equal configurations give equal noises, whatever the weights."""
+    shape = video_shape(config, generator)
+    every = [prompt for prompt in prompts for _ in range(config.evaluation.videos_per_prompt)]
+    engine = build_engine(config, generator.model, shape, videos=min(BATCH, len(every)))
+    scores: dict[str, list[Tensor]] = {}
+    shown: list[Tensor] = []
+    for start in range(0, len(every), BATCH):
+        part = every[start : start + BATCH]
+        rows = [KeyedNoise(shape.chunk, config.evaluation.seed, group=start + row) for row in range(len(part))]
+        latents = engine.generate(generator.encode_text(part), StackedNoise(rows))
+        frames, _ = generator.decoder.decode(latents, generator.decoder.start())
+        for name, values in (score(rewards, frames, part) | score(held_out, frames, part)).items():
+            scores.setdefault(name, []).append(values.cpu())
+        shown.append(frames[: max(0, config.evaluation.sample_videos - start)].cpu())
+    joined = {name: torch.cat(values) for name, values in scores.items()}
+    total = torch.stack([config.rewards[name] * joined[name] for name in rewards]).sum(dim=0)
+    return Evaluation({"reward": total} | joined, every, torch.cat(shown)[: config.evaluation.sample_videos])

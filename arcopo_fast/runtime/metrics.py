@@ -1,0 +1,141 @@
+"""What a run measures: one JSON line for each step, and the same numbers as TensorBoard scalars.
+
+A line depends on the run's seed alone, times aside: keys are sorted, and everything measured in seconds lies under "time".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from arcopo_fast.errors import UserError
+
+FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl in a run directory; a context manager.
+
+    tensorboard: also write events to tensorboard/.
+    """
+
+    def __init__(self, directory: str | Path, *, tensorboard: bool = True) -> None:
+        path = Path(directory) / FILE
+        # Unbuffered: what could not be written is not tried again when the file is closed.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._drop_torn_line(path)
+        self._events = _Events(Path(directory) / "tensorboard") if tensorboard else None
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line, complete or not at all.
+
+        Args:
+            step: the iteration.
+            metrics: numbers (or tensors of one element), texts, and mappings of them; seconds under the key "time". NaN and infinity
+                become null, because JSON has no other way to say them.
+        """
+        record = {"step": step} | {name: _plain(metrics[name]) for name in sorted(metrics)}
+        line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        start = self._file.tell()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            self._cut(start)
+            raise
+        if self._events is not None:
+            self._events.write(step, {name: value for name, value in _numbers(record) if name != "step"})
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _drop_torn_line(self, path: Path) -> None:
+        """A process that was killed may have left a line without its end: a later line must not be glued to it."""
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            self._cut(content.rfind(b"\n") + 1)
+
+    def _cut(self, size: int) -> None:
+        os.truncate(self._file.fileno(), size)
+        self._file.seek(0, os.SEEK_END)
+
+
+class _Events:
+    """TensorBoard's event file, written at once: its own writer does it in a thread, where a full disk is a traceback and no exception."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        path = directory / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+        self._records = RecordWriter(self._file)
+        self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
+        self._records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, or of a run directory's. A last line that was torn by a crash is left out.
+
+    Raises:
+        UserError: there is no such file, or another line is not a record.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a torn line
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: not a JSON record; the file was changed by something else than a run")
+        records.append(record)
+    return records
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(value[name]) for name in sorted(value)}
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    number = float(value)  # also numpy's numbers and tensors of one element
+    return number if math.isfinite(number) else None
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Every number of a record with its name, nested ones as outer/inner."""
+    found: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (bool, int, float)):
+            found.append((prefix + name, float(value)))
+    return found

@@ -1,0 +1,209 @@
+"""The videos of the toy world: one coloured shape that moves over a slowly drifting dark background, with its caption.
+
+Everything is rendered from a `torch.Generator`, so a data set is a seed. The background and small deviations of the path get fresh
+randomness at every latent frame: a later chunk of a video is then never a function of the earlier ones, which a chunk-wise generator
+needs to stay stochastic.
+Knows nothing of the VAE, the generator or the rewards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IMAGE_SIZE = 64
+TEMPORAL_RATIO = 4
+"""Pixel frames for each latent frame after the first one, as in the Wan VAE."""
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {
+    "red": (0.95, 0.12, 0.12),
+    "yellow": (0.95, 0.88, 0.10),
+    "green": (0.12, 0.85, 0.15),
+    "cyan": (0.10, 0.85, 0.92),
+    "blue": (0.15, 0.22, 0.98),
+    "purple": (0.90, 0.15, 0.90),
+}
+MOTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+"""Unit velocity (x, y) in image coordinates: y points down."""
+
+RADIUS_RANGE = (8.5, 11.0)
+SPEED_RANGE = (0.35, 0.7)
+"""Pixels a frame."""
+EXTENT = {"circle": 1.0, "square": 1.2, "triangle": 1.32, "cross": 1.2}
+"""Largest distance from centre to outline over the radius, tilt included."""
+
+_MAX_TILT = math.radians(8)
+_PATH_DEVIATION = 0.35  # pixels, standard deviation around the constant-velocity path
+_RADIUS_DEVIATION = 0.02  # relative
+_MARGIN = 1.5  # pixels kept free around the shape; more than three path deviations together with the one pixel of anti-aliasing are rare
+_KEYFRAME_CORRELATION = 0.7  # of the background and the deviations, from one latent frame to the next
+_BRIGHTNESS_GRID, _BRIGHTNESS_DEVIATION = 4, 0.07
+_TINT_GRID, _TINT_DEVIATION = 3, 0.03
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one video shows. Pixels, pixels a frame, radians; `start` is the (x, y) centre in the first frame."""
+
+    shape: str
+    colour: str
+    motion: str
+    radius: float
+    start: tuple[float, float]
+    speed: float
+    tilt: float
+
+    @property
+    def caption(self) -> str:
+        return caption_of(self.shape, self.colour, self.motion)
+
+
+def caption_of(shape: str, colour: str, motion: str) -> str:
+    """The sentence for one combination of attributes, such as "a red circle moving left"."""
+    return f"a {colour} {shape} moving {motion}"
+
+
+def attributes_of(caption: str) -> tuple[str, str, str]:
+    """(shape, colour, motion) named by a caption; the inverse of `caption_of`. Raises ValueError for any other sentence."""
+    words = caption.split()
+    if len(words) == 5 and words[2] in SHAPES and words[1] in COLOURS and words[4] in MOTIONS and words[::3] == ["a", "moving"]:
+        return words[2], words[1], words[4]
+    raise ValueError(f"not a caption of the toy world: {caption!r}; expected one like 'a red circle moving left'")
+
+
+def all_captions() -> list[str]:
+    """Every caption, in a fixed order: shape varies slowest, motion fastest."""
+    return [caption_of(shape, colour, motion) for shape in SHAPES for colour in COLOURS for motion in MOTIONS]
+
+
+def pixel_frames(latent_frames: int) -> int:
+    """Number of pixel frames that `latent_frames` latent frames decode to."""
+    return 1 + TEMPORAL_RATIO * (latent_frames - 1)
+
+
+def sample(
+    n: int, latent_frames: int, generator: torch.Generator, *, captions: Sequence[str] | None = None
+) -> tuple[Tensor, list[str], list[Scene]]:
+    """Draw and render `n` videos.
+
+    Args:
+        n: number of videos.
+        latent_frames: length of each video in latent frames.
+        generator: CPU generator; the videos are a pure function of its state.
+        captions: what to show, one sentence a video; drawn uniformly by default.
+
+    Returns:
+        frames [n, 1 + 4 * (latent_frames - 1), 3, 64, 64] fp32 in [0, 1], the captions, and the scenes.
+
+    Raises:
+        ValueError: no video of that length fits into the picture, or a caption that the world does not know.
+    """
+    frame_count = pixel_frames(latent_frames)
+    attributes = _draw_attributes(n, generator) if captions is None else [attributes_of(caption) for caption in captions]
+    if len(attributes) != n:
+        raise ValueError(f"{n} videos need {n} captions, not {len(attributes)}")
+
+    radius = _uniform(n, generator, *RADIUS_RANGE)
+    tilt = _uniform(n, generator, -_MAX_TILT, _MAX_TILT)
+    reach = radius * torch.tensor([EXTENT[shape] for shape, _, _ in attributes]) + _MARGIN
+    room = IMAGE_SIZE - 2 * reach
+    fastest = (room / max(frame_count - 1, 1)).clamp(max=SPEED_RANGE[1])
+    if (fastest < SPEED_RANGE[0]).any():
+        raise ValueError(f"{latent_frames} latent frames are too long for a {IMAGE_SIZE} pixel picture at {SPEED_RANGE[0]} pixels a frame")
+    speed = SPEED_RANGE[0] + (fastest - SPEED_RANGE[0]) * torch.rand(n, generator=generator)
+
+    direction = torch.tensor([MOTIONS[motion] for _, _, motion in attributes])  # [n, 2]
+    travel = direction * (speed * (frame_count - 1))[:, None]
+    low = reach[:, None] - travel.clamp(max=0)
+    high = IMAGE_SIZE - reach[:, None] - travel.clamp(min=0)
+    start = low + (high - low) * torch.rand(n, 2, generator=generator)
+
+    time = torch.arange(frame_count, dtype=torch.float32)
+    deviation = _PATH_DEVIATION * _drifting((n, 2), latent_frames, generator)  # [n, F, 2]
+    centre = start[:, None] + direction[:, None] * (speed[:, None] * time)[..., None] + deviation
+    breathing = 1 + _RADIUS_DEVIATION * _drifting((n, 1), latent_frames, generator)[..., 0]  # [n, F]
+    coverage = _coverage([shape for shape, _, _ in attributes], centre, radius[:, None] * breathing, tilt)
+
+    colour = torch.tensor([COLOURS[name] for _, name, _ in attributes]) + _uniform(n * 3, generator, -0.05, 0.05).view(n, 3)
+    colour = colour.clamp(0, 1)[:, None, :, None, None]
+    background = _background(n, latent_frames, generator)
+    frames = background + coverage[:, :, None] * (colour - background)
+
+    scenes = [
+        Scene(shape, name, motion, float(radius[i]), (float(start[i, 0]), float(start[i, 1])), float(speed[i]), float(tilt[i]))
+        for i, (shape, name, motion) in enumerate(attributes)
+    ]
+    return frames, [scene.caption for scene in scenes], scenes
+
+
+def _draw_attributes(n: int, generator: torch.Generator) -> list[tuple[str, str, str]]:
+    captions = all_captions()
+    return [attributes_of(captions[i]) for i in torch.randint(len(captions), (n,), generator=generator).tolist()]
+
+
+def _uniform(n: int, generator: torch.Generator, low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand(n, generator=generator)
+
+
+def _drifting(shape: tuple[int, int], latent_frames: int, generator: torch.Generator) -> Tensor:
+    """Unit-variance values that drift in time: [n, F, k]. A first-order autoregression over latent frames, linear in between."""
+    innovation = torch.randn(latent_frames, *shape, generator=generator)
+    keyframes = [innovation[0]]
+    for noise in innovation[1:]:
+        keyframes.append(_KEYFRAME_CORRELATION * keyframes[-1] + math.sqrt(1 - _KEYFRAME_CORRELATION**2) * noise)
+    series = torch.stack(keyframes, dim=-1)  # [n, k, L]
+    return F.interpolate(series, size=pixel_frames(latent_frames), mode="linear", align_corners=True).transpose(1, 2)
+
+
+def _background(n: int, latent_frames: int, generator: torch.Generator) -> Tensor:
+    """Dark, weakly tinted, smooth in space and time: [n, F, 3, 64, 64]."""
+    frame_count = pixel_frames(latent_frames)
+    level = _uniform(n, generator, 0.16, 0.32)[:, None, None, None, None]
+
+    def field(grid: int, channels: int) -> Tensor:
+        coarse = _drifting((n, channels * grid * grid), latent_frames, generator).reshape(n * frame_count, channels, grid, grid)
+        fine = F.interpolate(coarse, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", align_corners=True)
+        return fine.view(n, frame_count, channels, IMAGE_SIZE, IMAGE_SIZE)
+
+    brightness = _BRIGHTNESS_DEVIATION * field(_BRIGHTNESS_GRID, 1)
+    tint = _TINT_DEVIATION * field(_TINT_GRID, 3)
+    return (level + brightness + tint).clamp(0.02, 0.6)
+
+
+def _coverage(shapes: Sequence[str], centre: Tensor, radius: Tensor, tilt: Tensor) -> Tensor:
+    """How much of each pixel lies inside the outline, anti-aliased: [n, F, 64, 64]. centre [n, F, 2], radius [n, F], tilt [n]."""
+    pixel = torch.arange(IMAGE_SIZE, dtype=torch.float32) + 0.5
+    dx = pixel[None, None, None, :] - centre[..., 0, None, None]  # [n, F, 1, 64]
+    dy = pixel[None, None, :, None] - centre[..., 1, None, None]  # [n, F, 64, 1]
+    cos, sin = tilt.cos()[:, None, None, None], tilt.sin()[:, None, None, None]
+    x, y = cos * dx + sin * dy, cos * dy - sin * dx
+    r = radius[..., None, None]
+    distance = torch.empty_like(x)
+    for shape in SHAPES:
+        chosen = [i for i, name in enumerate(shapes) if name == shape]
+        if chosen:
+            distance[chosen] = outline_distance(shape, x[chosen], y[chosen], r[chosen])
+    return (0.5 - distance).clamp(0, 1)
+
+
+def outline_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Signed distance to the outline of an upright shape at the origin, negative inside; exact along the edges, not round corners.
+
+    The sizes give the four shapes similar areas for one radius.
+    """
+    if shape == "circle":
+        return torch.sqrt(x * x + y * y) - radius
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - 0.85 * radius
+    if shape == "triangle":
+        return torch.maximum(y, math.sqrt(0.75) * x.abs() - 0.5 * y) - 0.66 * radius
+    if shape == "cross":
+        long, short = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+        return torch.maximum(long - 1.1 * radius, short - 0.38 * radius)
+    raise ValueError(f"unknown shape {shape!r}; the shapes are {', '.join(SHAPES)}")

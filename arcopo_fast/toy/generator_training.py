@@ -1,0 +1,189 @@
+"""From clean latents to a few-step causal generator, on a CPU: a flow-matching teacher with teacher forcing, then distillation.
+
+The teacher learns v = eps - x0 for one chunk given the clean chunks before it. The student starts from the teacher's weights. It makes
+videos with its own few steps; at every chunk the teacher, shown the same context, integrates the flow from the same initial noise, and the
+student's steps learn to land on that sample: the first from the noise alone, the later ones from the student's own re-noised prediction.
+So the initial noise decides what the chunk shows and a re-noise only refines it, as in the full-size generators.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from arcopo_fast.model.causal_wan import CachedRun, CausalWan, ChunkContext
+from arcopo_fast.rollout.cache import CachePolicy
+from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
+from arcopo_fast.rollout.sampler import denoise, next_input, predict
+
+Log = Callable[[dict[str, float | str]], None]
+
+
+class TeacherForcing(ChunkContext):
+    """Context of a batch of 2B rows, [noisy; clean]: both see the clean rows of the earlier chunks, with gradient."""
+
+    keep = True
+
+    def __init__(self, layers: int) -> None:
+        self._new: list[tuple[Tensor, Tensor]] = []
+        self._runs: list[list[CachedRun]] = [[] for _ in range(layers)]
+
+    def cached(self, layer: int) -> list[CachedRun]:
+        return self._runs[layer]
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self._new.append((key, value))
+
+    def advance(self, frames: int) -> None:
+        """The chunk just seen becomes context."""
+        for runs, (key, value) in zip(self._runs, self._new):
+            key, value = key.chunk(2)[1], value.chunk(2)[1]
+            runs.append(CachedRun(torch.cat([key, key]), torch.cat([value, value]), frozen=False))
+        self._new = []
+        self.query_position = self.key_position = self.key_position + frames
+
+
+def flow_matching_loss(
+    model: CausalWan, latents: Tensor, text: Tensor, chunk_frames: tuple[int, ...], shift: float, random: torch.Generator
+) -> Tensor:
+    """Mean squared error of the predicted flow over all chunks; latents [B, F, C, h, w] normalised, text [B, length, text_dim]."""
+    batch = latents.shape[0]
+    context = TeacherForcing(model.config.num_layers)
+    encoded = model.encode_text(torch.cat([text, text]))
+    losses = []
+    for clean in latents.split(chunk_frames, dim=1):
+        u = torch.rand(batch, generator=random)
+        sigma = shift * u / (1 + (shift - 1) * u)
+        noise = torch.randn(clean.shape, generator=random)
+        scale = sigma.view(-1, 1, 1, 1, 1)
+        noisy = (1 - scale) * clean + scale * noise
+        timestep = torch.cat([1000 * sigma, torch.zeros(batch)])[:, None]
+        flow = model(torch.cat([noisy, clean]), timestep, encoded, context)
+        losses.append((flow[:batch] - (noise - clean)).square().mean())
+        context.advance(clean.shape[1])
+    return torch.stack(losses).mean()
+
+
+def cosine(step: int, steps: int, warmup: int = 50) -> float:
+    """Learning-rate factor: linear warm-up, cosine to 2 %."""
+    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def batches(latents: Tensor, text: Tensor, size: int, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless shuffled batches."""
+    while True:
+        for index in torch.randperm(len(latents), generator=random).split(size):
+            if len(index) == size:
+                yield latents[index].float(), text[index]
+
+
+def train_teacher(
+    model: CausalWan,
+    latents: Tensor,
+    text: Tensor,
+    chunk_frames: tuple[int, ...],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    shift: float,
+    seed: int,
+    log: Log,
+) -> CausalWan:
+    """Train `model` in place on clean latents [N, F, C, h, w]; returns the exponential moving average of its weights."""
+    random = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    average = copy.deepcopy(model).requires_grad_(False)
+    source, started, running = batches(latents, text, batch, random), time.monotonic(), 0.0
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * cosine(step, steps)
+        loss = flow_matching_loss(model, *next(source), chunk_frames, shift, random)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.995, (step + 1) / (step + 10))
+        for mean, parameter in zip(average.parameters(), model.parameters()):
+            mean.lerp_(parameter.detach(), 1 - decay)
+        running = loss.item() if not step else 0.98 * running + 0.02 * loss.item()
+        if step % 50 == 49 or step == steps - 1:
+            log({"stage": "teacher", "step": step + 1, "loss": running, "seconds": time.monotonic() - started})
+    return average
+
+
+def no_renoise(step: int) -> Tensor:
+    """An ODE draws no noise."""
+    raise AssertionError(f"step {step} of an ODE asked for noise")
+
+
+def distil(
+    teacher: CausalWan,
+    text: Tensor,
+    shape: VideoShape,
+    sampler: SamplerSettings,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    teacher_steps: int,
+    teacher_shift: float,
+    seed: int,
+    log: Log,
+) -> CausalWan:
+    """A few-step student of `teacher`. One step is one chunk of `batch` videos; `text` [N, length, text_dim] are the prompts to draw from."""
+    random = torch.Generator().manual_seed(seed)
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    average = copy.deepcopy(teacher).requires_grad_(False)
+    pages = batch * sum(shape.chunk_frames)
+    grid = tuple(1000 * (1 - i / teacher_steps) for i in range(teacher_steps))
+    warped = tuple(1000 * teacher_shift * (t / 1000) / (1 + (teacher_shift - 1) * t / 1000) for t in grid)
+    students = Engine(student, shape, sampler, CachePolicy(), pages=pages)
+    teachers = Engine(teacher, shape, SamplerSettings(warped, False, 1.0, kind="ode"), CachePolicy(), pages=pages)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    done, started = 0, time.monotonic()
+    while done < steps:
+        prompts = text[torch.randint(len(text), (batch,), generator=random)]
+        with torch.no_grad():
+            ours, theirs = students.start(prompts), teachers.start(prompts)
+        for chunk, frames in enumerate(shape.chunk_frames):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * cosine(done, steps)
+            noise = torch.randn(batch, *shape.chunk(chunk), generator=random)
+            with torch.no_grad():
+                context = theirs.cache.context(theirs.frame, frames, keep=False)
+                target = denoise(teacher, noise, teachers.steps, no_renoise, theirs.text, context, kind="ode").predictions[-1]
+            context = ours.cache.context(ours.frame, frames, keep=False)
+            encoded = student.encode_text(prompts)
+            x, losses = noise, []
+            for step, (timestep, sigma) in enumerate(zip(students.steps.timesteps, students.steps.sigmas)):
+                prediction = predict(student, x, torch.full((batch,), timestep), torch.full((batch,), sigma), encoded, context)
+                losses.append((prediction - target).square().mean())
+                if step + 1 < len(students.steps):
+                    fresh = torch.randn(noise.shape, generator=random)
+                    x = next_input("consistency", x, prediction.detach(), sigma, students.steps.next_sigma(step), fresh)
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            decay = min(0.99, (done + 1) / (done + 10))
+            for mean, parameter in zip(average.parameters(), student.parameters()):
+                mean.lerp_(parameter.detach(), 1 - decay)
+            last = chunk == shape.chunks - 1
+            with torch.no_grad():
+                students.append(ours, prediction.detach(), timestep=students.context_noise, last=last)
+                teachers.append(theirs, prediction.detach(), last=last)
+            done += 1
+            if done % 50 == 0 or done == steps:
+                values = {f"loss_step{index + 1}": loss.item() for index, loss in enumerate(losses)}
+                log({"stage": "distil", "step": done, **values, "seconds": time.monotonic() - started})
+            if done == steps:
+                break
+        ours.cache.release()
+        theirs.cache.release()
+    return average

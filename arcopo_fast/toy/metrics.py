@@ -1,0 +1,254 @@
+"""Held-out measures of the toy world: shape fidelity, temporal coherence, caption accuracy. In [0, 1], called like rewards.
+
+They are never trained on and show what alignment must not break, so they share nothing with the rewards: template matching on the
+picture instead of moments of a chroma mask, block matching between frames instead of tracks of the centre, and a small learned
+classifier instead of hue and overlap formulas. Read them together: a blank or frozen video is perfectly coherent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arcopo_fast.errors import UserError
+from arcopo_fast.rewards.base import Reward
+from arcopo_fast.toy import data
+from arcopo_fast.toy.vae_training import decode, encode
+
+CLASSIFIER_FILE_NAME = "caption_classifier.safetensors"
+
+
+class ShapeFidelity:
+    """How well the best match of the caption's shape, over positions and sizes, correlates with each frame; mean over frames."""
+
+    name = "shape_fidelity"
+    frame_stride = 4
+    _window = 33  # pixels; holds the largest shape and a little background
+    _radii = (7.5, 8.75, 10.0, 11.25)
+
+    def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
+        shapes = [data.attributes_of(prompt)[0] for prompt in prompts]
+        frames = frames[:, :: self.frame_stride]
+        n, frame_count = frames.shape[:2]
+        typical = frames.flatten(3).median(dim=3).values[..., None, None]
+        contrast = (frames - typical).square().sum(2).sqrt()  # [N, F, H, W]: distance from the typical colour, which is the background's
+
+        score = torch.zeros(n, device=frames.device)
+        for shape in set(shapes):
+            chosen = [i for i, name in enumerate(shapes) if name == shape]
+            score[chosen] = self._best_correlation(contrast[chosen].flatten(0, 1), shape).view(len(chosen), frame_count).mean(1)
+        return score.clamp(0, 1)
+
+    def _best_correlation(self, images: Tensor, shape: str) -> Tensor:
+        """Largest normalised cross-correlation of each image [B, H, W] with the shape at any position and size: [B]."""
+        pixel = torch.arange(self._window, dtype=torch.float32) - (self._window - 1) / 2
+        y, x = torch.meshgrid(pixel, pixel, indexing="ij")
+        drop = 0.3 if shape == "triangle" else 0.0  # a triangle's bounding box is not centred on its centroid
+        templates = torch.stack([(0.5 - data.outline_distance(shape, x, y - drop * r, torch.tensor(r))).clamp(0, 1) for r in self._radii])
+        templates = templates - templates.mean(dim=(1, 2), keepdim=True)
+        templates = (templates / templates.norm(dim=(1, 2), keepdim=True)).to(images.device)
+
+        margin = self._window // 2
+        padded = F.pad(images[:, None], (margin,) * 4, mode="replicate")
+        size = padded.shape[-2:]
+        box = torch.ones_like(templates[:1])
+        kernels = torch.fft.rfft2(torch.cat([templates, box]), s=size).conj()  # correlation, not convolution
+        height, width = images.shape[-2:]
+        sums = torch.fft.irfft2(torch.fft.rfft2(padded) * kernels, s=size)[..., :height, :width]
+        squares = torch.fft.irfft2(torch.fft.rfft2(padded.square()) * kernels[-1], s=size)[..., :height, :width]
+        energy = squares - sums[:, -1:].square() / self._window**2
+        return (sums[:, :-1] / energy.clamp_min(1e-3).sqrt()).amax(dim=(1, 2, 3))
+
+
+class TemporalCoherence:
+    """Share of each frame's variance that blocks of the frame before, moved by at most one pixel, explain; mean over frames."""
+
+    name = "temporal_coherence"
+    _block = 8
+
+    def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
+        before, after = frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
+        height, width = before.shape[-2:]
+        padded = F.pad(before, (1, 1, 1, 1), mode="replicate")
+        residual = torch.full((len(after), height // self._block, width // self._block), torch.inf, device=frames.device)
+        for row, column in itertools.product(range(3), repeat=2):
+            error = (padded[:, :, row : row + height, column : column + width] - after).square().sum(1)
+            residual = torch.minimum(residual, F.avg_pool2d(error[:, None], self._block)[:, 0])
+        spread = after.var(dim=(2, 3), correction=0).sum(1)
+        explained = 1 - residual.mean(dim=(1, 2)) / spread.clamp_min(1e-4)
+        return explained.clamp(0, 1).view(len(frames), -1).mean(1)
+
+
+class CaptionClassifier(nn.Module):
+    """Names colour, shape and motion from the first, the middle and the last frame. 75 k parameters."""
+
+    heads = (data.SHAPES, tuple(data.COLOURS), tuple(data.MOTIONS))
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (9, 16, 32, 40, 48)
+        layers: list[nn.Module] = []
+        for wide, next_wide in itertools.pairwise(widths):
+            layers += [nn.Conv2d(wide, next_wide, 3, stride=2, padding=1), nn.GroupNorm(4, next_wide), nn.SiLU()]
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * (data.IMAGE_SIZE // 16) ** 2, 48), nn.SiLU())
+        self.logits = nn.Linear(48, sum(len(head) for head in self.heads))
+
+    @staticmethod
+    def select(frames: Tensor) -> Tensor:
+        """The three frames that are looked at: [N, F, 3, 64, 64] -> [N, 9, 64, 64]."""
+        last = frames.shape[1] - 1
+        return frames[:, [0, last // 2, last]].flatten(1, 2)
+
+    def forward(self, stills: Tensor) -> tuple[Tensor, ...]:
+        """Logits of shape, colour and motion, each [N, classes], for stills [N, 9, 64, 64] in [0, 1]."""
+        logits = self.logits(self.features(stills * 2 - 1))
+        return logits.split([len(head) for head in self.heads], dim=1)
+
+    @classmethod
+    def labels(cls, captions: list[str]) -> Tensor:
+        """Class indices [N, 3] (shape, colour, motion) of captions."""
+        rows = [[head.index(name) for head, name in zip(cls.heads, data.attributes_of(caption), strict=True)] for caption in captions]
+        return torch.tensor(rows)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the weights, in fp16, to one safetensors file in `directory`."""
+        path = Path(directory) / CLASSIFIER_FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file({name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}, staging)
+            with staging.open("rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> CaptionClassifier:
+        """Read what `save_pretrained` wrote: fp32, frozen, in eval mode. Raises UserError if the file is missing or does not fit."""
+        path = Path(directory) / CLASSIFIER_FILE_NAME
+        classifier = cls()
+        try:
+            classifier.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(
+                f"cannot read a caption classifier from {path}: {error}; expected what CaptionClassifier.save_pretrained writes"
+            ) from error
+        return classifier.eval().requires_grad_(False)
+
+
+class CaptionAccuracy:
+    """Share of the caption's three attributes that the classifier also names: 0, 1/3, 2/3 or 1."""
+
+    name = "caption_accuracy"
+
+    def __init__(self, classifier: CaptionClassifier) -> None:
+        self.classifier = classifier
+
+    @torch.no_grad()
+    def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
+        named = torch.stack([logits.argmax(1) for logits in self.classifier(self.classifier.select(frames))], dim=1)
+        return (named == self.classifier.labels(prompts).to(named.device)).float().mean(1)
+
+
+def held_out(directory: str | Path) -> dict[str, Reward]:
+    """The three measures by name; the classifier is read from `directory`."""
+    measures = (ShapeFidelity(), TemporalCoherence(), CaptionAccuracy(CaptionClassifier.from_pretrained(directory)))
+    return {measure.name: measure for measure in measures}
+
+
+def train_classifier(
+    out_dir: str | Path,
+    *,
+    vae: AutoencoderKLWan | None = None,
+    videos: int = 4096,
+    steps: int = 1500,
+    seed: int = 0,
+    held_out_videos: int = 512,
+    log: Callable[[str], None] = print,
+) -> dict[str, float]:
+    """Train the classifier on rendered videos, a third of them passed through the VAE, and save it; about three minutes with one thread.
+
+    Args:
+        out_dir: receives the weights.
+        vae: makes the reconstructions; without one only rendered videos are used.
+        videos: size of the training pool; pictures are also shifted, blurred, made noisy and rescaled in brightness.
+        steps: optimiser steps with batches of 64.
+        seed: of weights and data.
+        held_out_videos: how many measure each accuracy.
+        log: receives a line now and then.
+
+    Returns:
+        accuracy of each attribute on held-out videos: `rendered_shape`, ..., and `reconstructed_shape`, ... if there is a VAE.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    stills, labels = _pool(videos, vae, generator, reconstructed_share=1 / 3)
+    classifier = CaptionClassifier()
+    optimiser = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=1e-2)
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 3e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        chosen = torch.randint(len(stills), (64,), generator=generator)
+        logits = classifier(_augment(stills[chosen].float(), generator))
+        loss = torch.stack([F.cross_entropy(head, target) for head, target in zip(logits, labels[chosen].unbind(1), strict=True)]).sum()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        if step % 100 == 0 or step == steps - 1:
+            log(f"classifier step {step} loss {float(loss.detach()):.4f}")
+
+    classifier = classifier.eval().requires_grad_(False).half().float()
+    metrics: dict[str, float] = {}
+    unseen = torch.Generator().manual_seed(seed + 1)
+    for kind, share in [("rendered", 0.0)] + ([("reconstructed", 1.0)] if vae is not None else []):
+        stills, labels = _pool(held_out_videos, vae, unseen, reconstructed_share=share)
+        correct = torch.stack([head.argmax(1) for head in classifier(stills.float())], dim=1) == labels
+        for attribute, accuracy in zip(("shape", "colour", "motion"), correct.float().mean(0), strict=True):
+            metrics[f"{kind}_{attribute}"] = float(accuracy)
+    classifier.save_pretrained(out_dir)
+    log(" ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return metrics
+
+
+@torch.no_grad()
+def _pool(videos: int, vae: AutoencoderKLWan | None, generator: torch.Generator, *, reconstructed_share: float) -> tuple[Tensor, Tensor]:
+    """Stills [N, 9, 64, 64] fp16 and labels [N, 3] of videos of several lengths."""
+    stills, captions = [], []
+    batch = 32
+    for index in range(math.ceil(videos / batch)):
+        frames, names, _ = data.sample(batch, (6, 8, 12)[index % 3], generator)
+        reconstruct = int((index + 1) * reconstructed_share) > int(index * reconstructed_share)  # spread evenly
+        if vae is not None and reconstruct:
+            frames = decode(vae, encode(vae, frames))
+        stills.append(CaptionClassifier.select(frames).half())
+        captions += names
+    return torch.cat(stills), CaptionClassifier.labels(captions)
+
+
+def _augment(stills: Tensor, generator: torch.Generator) -> Tensor:
+    """The same random shift, blur, brightness, contrast and amount of noise for the three pictures of a video."""
+    n = len(stills)
+    shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
+    reach = 3
+    padded = F.pad(stills, (reach,) * 4, mode="replicate")
+    size = stills.shape[-1]
+    stills = padded[:, :, reach + shift[0] : reach + shift[0] + size, reach + shift[1] : reach + shift[1] + size]
+    blurred = F.avg_pool2d(stills, 3, stride=1, padding=1, count_include_pad=False)
+
+    def amount(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
+
+    stills = torch.lerp(stills, blurred, amount(0, 1))
+    stills = 0.4 + amount(0.7, 1.2) * (stills - 0.4) + amount(-0.1, 0.1)
+    return (stills + amount(0, 0.06) * torch.randn(stills.shape, generator=generator)).clamp(0, 1)

@@ -1,0 +1,180 @@
+"""Make the toy checkpoint from nothing, on a CPU: VAE, classifier, text table, latents, teacher, few-step student.
+
+    python -m arcopo_fast.toy.pretrain [DIRECTORY] [--quick] [--seed N]
+
+Each stage leaves its result in the directory and is skipped when that is there, so an interrupted run goes on where it stopped. The
+finished checkpoint is what ships in `arcopo_fast/toy/checkpoint`: transformer/, vae/, text/, classifier/, training_log.jsonl, metrics.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
+from arcopo_fast.model.checkpoints import load_into, read_state_dict, save_transformer
+from arcopo_fast.rollout.engine import SamplerSettings, VideoShape
+from arcopo_fast.toy import data
+from arcopo_fast.toy.generator_training import distil, train_teacher
+from arcopo_fast.toy.influence import noise_influence
+from arcopo_fast.toy.metrics import CLASSIFIER_FILE_NAME, train_classifier
+from arcopo_fast.toy.text import ToyTextEncoder
+from arcopo_fast.toy.vae_training import encode, load_vae, train_vae
+
+GENERATOR = CausalWanConfig(
+    num_layers=5,
+    num_attention_heads=4,
+    attention_head_dim=32,
+    ffn_dim=448,
+    freq_dim=64,
+    text_dim=32,
+    text_len=8,
+    in_channels=16,
+    out_channels=16,
+)
+CHUNKS, CHUNK_FRAMES = 4, 2
+SAMPLER = SamplerSettings(steps=(1000, 350, 200, 100), warp=False, shift=1.0)
+
+
+class Sizes:
+    """How much of everything; `quick` only shows that it runs."""
+
+    def __init__(self, quick: bool) -> None:
+        self.vae_steps = 20 if quick else 3400
+        self.classifier_steps = 10 if quick else 800
+        self.videos = 64 if quick else 4096
+        self.teacher_steps = 4 if quick else 1200
+        self.distil_steps = 8 if quick else 640
+        self.batch = 4 if quick else 16
+
+
+def initialise(config: CausalWanConfig, seed: int) -> CausalWan:
+    """A generator to train from: PyTorch's initialisation, but an output that starts at zero."""
+    torch.manual_seed(seed)
+    model = CausalWan(config)
+    torch.nn.init.zeros_(model.proj_out.weight)
+    torch.nn.init.zeros_(model.proj_out.bias)
+    return model
+
+
+@torch.no_grad()
+def encode_videos(vae: Any, count: int, latent_frames: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Normalised latents [count, latent_frames, C, h, w] float16 of fresh videos, and their captions."""
+    random = torch.Generator().manual_seed(seed)
+    latents: list[Tensor] = []
+    captions: list[str] = []
+    while len(captions) < count:
+        frames, texts, _ = data.sample(min(32, count - len(captions)), latent_frames, random)
+        latents.append(encode(vae, frames).half())
+        captions += texts
+    return torch.cat(latents), captions
+
+
+def save_atomically(path: Path, save: Callable[[Path], object]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    save(partial)
+    os.replace(partial, path)
+
+
+def stage(directory: Path, name: str, model: CausalWan, train: Callable[[], CausalWan]) -> CausalWan:
+    """The trained weights of a stage: from the directory if they are there, else by training."""
+    if (directory / name / "config.json").exists():
+        load_into(model, read_state_dict(directory / name))
+        return model
+    result = train()
+    save_transformer(directory / name, result.half().state_dict(), GENERATOR.to_dict())
+    return result.float()
+
+
+def pretrain(directory: Path, *, quick: bool, seed: int) -> dict[str, Any]:
+    """Run every stage that is missing; returns the metrics that are written to metrics.json."""
+    sizes, shape = Sizes(quick), VideoShape.of(CHUNKS, CHUNK_FRAMES, GENERATOR.in_channels, 8, 8)
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def log(record: dict[str, Any]) -> None:
+        line = json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()})
+        with open(directory / "training_log.jsonl", "a") as file:
+            file.write(line + "\n")
+        print(line, file=sys.stderr, flush=True)
+
+    metrics: dict[str, Any] = {}
+    if not (directory / "vae" / "config.json").exists():
+        log({"stage": "vae"} | train_vae(directory / "vae", steps=sizes.vae_steps, seed=seed))
+    vae = load_vae(directory / "vae")
+    metrics["vae"] = json.loads((directory / "vae" / "metrics.json").read_text())
+    if not (directory / "classifier" / CLASSIFIER_FILE_NAME).exists():
+        log({"stage": "classifier"} | train_classifier(directory / "classifier", vae=vae, steps=sizes.classifier_steps, seed=seed))
+    if not (directory / "text").exists():
+        ToyTextEncoder.for_captions(
+            data.all_captions(), text_dim=GENERATOR.text_dim, text_len=GENERATOR.text_len, seed=seed
+        ).save_pretrained(directory / "text")
+    text = ToyTextEncoder.from_pretrained(directory / "text")
+
+    latents_file = directory / "latents.pt"
+    if not latents_file.exists():
+        encoded = encode_videos(vae, sizes.videos, shape.frames, seed + 1)
+        save_atomically(latents_file, lambda path: torch.save(encoded, path))
+    latents, captions = torch.load(latents_file, weights_only=True)
+    prompts = text(captions)
+
+    model = initialise(GENERATOR, seed)
+    teacher = stage(
+        directory,
+        "teacher",
+        model,
+        lambda: train_teacher(
+            model,
+            latents,
+            prompts,
+            shape.chunk_frames,
+            steps=sizes.teacher_steps,
+            batch=sizes.batch,
+            lr=1.5e-3,
+            shift=2.0,
+            seed=seed + 2,
+            log=log,
+        ),
+    )
+    student = stage(
+        directory,
+        "transformer",
+        initialise(GENERATOR, seed),
+        lambda: distil(
+            teacher,
+            text(data.all_captions()),
+            shape,
+            SAMPLER,
+            steps=sizes.distil_steps,
+            batch=sizes.batch,
+            lr=1e-3,
+            teacher_steps=4 if quick else 16,
+            teacher_shift=2.0,
+            seed=seed + 3,
+            log=log,
+        ),
+    )
+    metrics["noise_influence"] = noise_influence(student, text(data.all_captions()[::12]), shape, SAMPLER, seed=seed + 4)
+    metrics["parameters"] = sum(parameter.numel() for parameter in student.parameters())
+    save_atomically(directory / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
+    log({"stage": "done"})
+    return metrics
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m arcopo_fast.toy.pretrain", description=__doc__.split("\n")[0])
+    parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/toy-checkpoint"))
+    parser.add_argument("--quick", action="store_true", help="a few steps of every stage, to see that it runs (a minute)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    pretrain(arguments.directory, quick=arguments.quick, seed=arguments.seed)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,198 @@
+"""Align a generator with AR-CoPO.
+
+    python -m arcopo_fast.train [RECIPE] [key=value ...]
+
+One iteration, top to bottom: roll out a group of videos that differ in one chunk's initial noise, decode, reward, advantages, update the
+LoRA adapter. Everything a run makes lies in its run directory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arcopo_fast.assemble import (
+    Generator,
+    build_engine,
+    copo_settings,
+    load_generator,
+    load_held_out,
+    load_prompts,
+    load_rewards,
+    video_shape,
+)
+from arcopo_fast.commands import parse_config, run_command
+from arcopo_fast.config import Config
+from arcopo_fast.evaluation import Evaluation, evaluate
+from arcopo_fast.model.lora import adapter_parameters, add_lora, save_adapter
+from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
+from arcopo_fast.objectives.copo import CopoObjective
+from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rollout.decode import decode_group
+from arcopo_fast.rollout.engine import Engine, Group
+from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import generator as random_for
+from arcopo_fast.runtime.metrics import MetricsWriter
+from arcopo_fast.runtime.progress import Progress
+from arcopo_fast.runtime.report import model_card, write_report
+from arcopo_fast.runtime.run_dir import RunDirectory
+from arcopo_fast.runtime.video import write_mp4
+
+
+class Trainer:
+    """A run: the generator with its adapter, the objective, and where its results go."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        RunDirectory.check(config)
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        self.rewards: dict[str, Reward] = load_rewards(config)
+        self.prompts = load_prompts(config)
+        self.generator: Generator = load_generator(config)
+        self.held_out = load_held_out(self.generator)
+        lora = config.lora
+        add_lora(self.generator.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+        self.parameters = adapter_parameters(self.generator.model)
+        self.shape = video_shape(config, self.generator)
+        self.engine: Engine = build_engine(config, self.generator.model, self.shape)
+        self.objective = CopoObjective(self.engine, copo_settings(config))
+        optimizer = config.optimizer
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay)
+
+    def evaluate(self) -> Evaluation:
+        return evaluate(self.config, self.generator, self.prompts.evaluation, self.rewards, self.held_out)
+
+    def rollout(self, iteration: int, index: int) -> tuple[Group, str]:
+        """One group of videos for one prompt; prompt, pivot and every noise are functions of (seed, iteration, index)."""
+        config = self.config
+        random = random_for(config.seed, iteration, index, "prompt")
+        prompt = self.prompts.training[random.integers(len(self.prompts.training))]
+        pivot = config.rollout.pivot
+        if isinstance(pivot, str):
+            key = ("pivot",) if pivot == "shared" else ("pivot", index)
+            pivot = 1 + int(random_for(config.seed, iteration, *key).integers(self.shape.chunks))
+        group = self.engine.rollout(
+            self.generator.encode_text([prompt]),
+            KeyedNoise(self.shape.chunk, config.seed, iteration, index),
+            pivot=pivot - 1,
+            branches=config.rollout.group_size,
+            sigma=config.rollout.noise_strength,
+            branches_per_wave=config.rollout.branches_per_wave,
+        )
+        return group, prompt
+
+    def iteration(self, iteration: int) -> dict[str, Any]:
+        """Roll out, decode, reward, update; returns what metrics.jsonl keeps."""
+        config, clock = self.config, Clock()
+        groups: list[tuple[Group, Tensor]] = []
+        logged: dict[str, list[float]] = {}
+        with ExitStack() as stack:
+            for index in range(config.rollout.prompts_per_iteration):
+                group, prompt = self.rollout(iteration, index)
+                stack.enter_context(group)
+                clock.lap("rollout")
+                frames = decode_group(self.generator.decoder, group.latents, group.pivot)
+                clock.lap("decode")
+                components = score(self.rewards, frames, [prompt] * group.size)
+                total = sum_rewards(components, config.rewards)
+                for name, values in ({"reward": total} | {f"reward/{name}": values for name, values in components.items()}).items():
+                    logged.setdefault(name, []).append(values.mean().item())
+                    logged.setdefault(f"{name}_std", []).append(values.double().std(correction=0).item())
+                logged.setdefault("pivot", []).append(group.pivot + 1)
+                objective = config.objective
+                advantages = group_advantages(
+                    components, config.rewards, combine=objective.reward_combine, kind=objective.advantage, p=objective.quasi_norm_p
+                )
+                groups.append((group, advantages))
+                clock.lap("reward")
+            statistics = self.objective.update(groups, self.optimizer, self.parameters, gradient_clip=config.optimizer.gradient_clip)
+            clock.lap("update")
+        return {name: sum(values) / len(values) for name, values in logged.items()} | statistics | {"time": clock.laps}
+
+    def save_checkpoint(self, run: RunDirectory, iteration: int) -> None:
+        """checkpoints/step-N: the adapter, and what a continuation would need; complete or absent."""
+        with run.checkpoint(iteration) as directory:
+            save_adapter(directory / "adapter", self.generator.model, base_model=self.config.generator.checkpoint)
+            torch.save({"iteration": iteration, "optimizer": self.optimizer.state_dict()}, directory / "trainer.pt")
+
+
+class Clock:
+    """Seconds since the last lap, added up by stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def write_samples(run: RunDirectory, config: Config, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+    """The first evaluation videos as mp4, before and after, the same prompt and noise side by side."""
+    videos = []
+    for index in range(len(before.frames)):
+        entry: dict[str, Any] = {"prompt": before.prompts[index], "seed": index}
+        for name, evaluation in (("before", before), ("after", after)):
+            entry[name] = f"samples/{name}-{index:02d}.mp4"
+            write_mp4(run.path / entry[name], evaluation.frames[index], config.video.fps)
+            entry[f"reward_{name}"] = evaluation.scores["reward"][index].item()
+        videos.append(entry)
+    return videos
+
+
+def comparison(before: Evaluation, after: Evaluation, rewards: dict[str, Reward]) -> str:
+    """The table that ends a run: each reward and held-out metric before and after, and the change in baseline standard deviations."""
+    width = max(map(len, before.scores)) + 2
+    lines = [f"{'':{width}}  before   after  change  in std of a video"]
+    for name, values in before.scores.items():
+        change = (after.scores[name] - values).mean().item()
+        spread = values.std(correction=0).item()
+        label = name if name in rewards or name == "reward" else f"({name})"
+        lines.append(
+            f"{label:{width}}  {values.mean():6.3f}  {after.scores[name].mean():6.3f}  {change:+6.3f}  {change / max(spread, 1e-9):+6.2f}"
+        )
+    return "\n".join([*lines, f"{len(before.prompts)} videos on fixed prompts and noises; metrics in (brackets) are never trained on"])
+
+
+def train(config: Config) -> Path:
+    """The whole run; returns its directory."""
+    trainer = Trainer(config)
+    run = RunDirectory.create(config)
+    with MetricsWriter(run.path, tensorboard=config.run.tensorboard) as metrics:
+        before = trainer.evaluate()
+        with Progress(config.train.iterations) as progress:
+            for iteration in range(1, config.train.iterations + 1):
+                record = trainer.iteration(iteration)
+                metrics.write(iteration, record)
+                progress.update(record["reward"])
+                if config.train.save_every and iteration % config.train.save_every == 0:
+                    trainer.save_checkpoint(run, iteration)
+    after = trainer.evaluate()
+    document = {"before": before.summary(), "after": after.summary(), "videos": write_samples(run, config, before, after)}
+    run.write("evaluation.json", json.dumps(document, indent=2) + "\n")
+    save_adapter(run.path / "adapter", trainer.generator.model, base_model=config.generator.checkpoint)
+    run.write("adapter/README.md", model_card(config, document))
+    write_report(run.path)
+    print(comparison(before, after, trainer.rewards))
+    print(f"report: {run.path / 'report.html'}")
+    return run.path
+
+
+def main(argv: list[str]) -> None:
+    config = parse_config(argv, prog="python -m arcopo_fast.train", description="Align a generator with AR-CoPO.")
+    if config is not None:
+        train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,97 @@
+"""How a command ends: one line and a status."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from arcopo_fast.commands import machine_problem, parse_config, run_command
+from arcopo_fast.config import load_config
+from arcopo_fast.errors import UserError
+
+
+def parse(*arguments: str) -> object:
+    return parse_config(arguments, prog="python -m arcopo_fast.train", description="Align a generator.")
+
+
+def test_recipe_and_overrides_in_any_order() -> None:
+    assert parse() == load_config()
+    assert parse("toy", "seed=3") == parse("seed=3", "toy") == load_config("toy", ["seed=3"])
+
+
+def test_help_and_print_config(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:
+    assert parse("nonsense", "--help") is None
+    text = capsys.readouterr().out
+    for part in ("usage: python -m arcopo_fast.train [recipe] [key.sub=value ...]", "Align a generator.", "rollout.group_size = 12"):
+        assert part in text
+    assert parse("seed=7", "--print-config") is None
+    path = f"{tmp_path}/printed.yaml"
+    with open(path, "w") as file:
+        file.write(capsys.readouterr().out)
+    assert load_config(path) == load_config(None, ["seed=7"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [(["--seed", "3"], "unknown option --seed"), (["toy", "seed"], "one recipe at a time"), (["x=1"], "unknown key x")],
+)
+def test_bad_command_lines(arguments: list[str], part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        parse(*arguments)
+
+
+def ending(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    def main(arguments: list[str]) -> None:
+        assert arguments == ["a", "b"]
+        raise error
+
+    status = run_command(main, ["a", "b"])
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and err.endswith("\n")
+    return status, err.strip()
+
+
+def test_endings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ending(UserError("what was\n given"), capsys) == (2, "error: what was given")
+    assert ending(KeyboardInterrupt(), capsys)[0] == 130
+    status, line = ending(OSError(errno.ENOSPC, "No space left on device", "runs/x"), capsys)
+    assert status == 2 and line.startswith("error: the disk is full (runs/x)")
+    assert ending(PermissionError(errno.EACCES, "Permission denied", "runs/x"), capsys)[0] == 2
+    assert "read-only" in ending(OSError(errno.EROFS, "Read-only file system", "runs/x"), capsys)[1]
+    # A library that keeps only the text of the error, and one that raises its own error on top of it.
+    assert "the disk is full" in ending(RuntimeError("I/O error: No space left on device (os error 28)"), capsys)[1]
+    wrapped = RuntimeError("writer failed")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    assert "the disk is full" in ending(wrapped, capsys)[1]
+    assert run_command(lambda arguments: None, []) == 0
+    assert run_command(lambda arguments: 3, []) == 3
+
+
+def test_what_is_not_the_users_doing_keeps_its_traceback() -> None:
+    def main(arguments: list[str]) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "x")
+
+    with pytest.raises(FileNotFoundError):
+        run_command(main, [])
+    looped = RuntimeError("a")
+    looped.__context__ = ValueError("b")
+    looped.__context__.__context__ = looped
+    assert machine_problem(looped) is None
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    program = "import sys\nfrom arcopo_fast.commands import *\nsys.exit(run_command(lambda a: print(help_text('x', 'y') * 50), []))"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    assert process.stdout and process.stderr
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.wait()
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

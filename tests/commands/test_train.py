@@ -1,0 +1,151 @@
+"""`python -m arcopo_fast.train` on the toy world: what a run leaves behind, that it repeats itself, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
+
+from arcopo_fast.assemble import checkpoint_directory, load_model
+from arcopo_fast.model.lora import load_adapter
+from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.train import main
+
+SMALL = [
+    "train.iterations=2",
+    "rollout.group_size=3",
+    "objective.anchors_per_update=2",
+    "evaluation.prompts=2",
+    "evaluation.videos_per_prompt=1",
+    "evaluation.sample_videos=1",
+    "train.save_every=1",
+    "lora.rank=4",
+    "lora.alpha=8",
+]
+
+
+def run(directory: Path, *overrides: str) -> Path:
+    main(["toy", *SMALL, f"run.directory={directory}", *overrides])
+    return directory / "toy"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("runs"))
+
+
+def test_a_run_leaves_everything_behind(finished: Path) -> None:
+    left = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "evaluation.json",
+        "report.html",
+        "samples/before-00.mp4",
+        "samples/after-00.mp4",
+        "adapter/README.md",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/pytorch_lora_weights.safetensors",
+        "checkpoints/step-2/adapter/adapter_model.safetensors",
+    } <= left
+    assert any("tfevents" in name for name in left)
+    metrics = read_metrics(finished / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert all(line["update1/ratio_max"] == 0 for line in metrics), "before the first update of every iteration the ratio is exactly 1"
+    assert any(line["update2/ratio_max"] > 0 for line in metrics)
+
+
+def test_the_same_seed_gives_the_same_metrics(finished: Path, tmp_path: Path) -> None:
+    def untimed(directory: Path) -> list[dict[str, object]]:
+        return [{key: value for key, value in line.items() if key != "time"} for line in read_metrics(directory / "metrics.jsonl")]
+
+    again = run(tmp_path / "again")
+    assert untimed(again) == untimed(finished)
+    assert json.loads((again / "evaluation.json").read_text()) == json.loads((finished / "evaluation.json").read_text())
+    assert untimed(run(tmp_path / "other", "seed=1")) != untimed(finished)
+
+
+def test_the_resolved_configuration_repeats_the_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(finished / "config.yaml"), "--print-config", f"run.directory={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert printed.replace(str(tmp_path), str(finished.parent)) == (finished / "config.yaml").read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_adapter_loads_into_peft_and_diffusers(finished: Path) -> None:
+    """And gives there what it gives here: the first chunk is what diffusers' bidirectional transformer computes on it."""
+    ours = load_adapter(load_model(checkpoint_directory("toy")), finished / "adapter")
+    x, t = torch.randn(2, 2, 16, 8, 8), torch.tensor([820.0])
+    text = torch.randn(2, 8, 32)
+    with torch.no_grad():
+        expected = ours(x, t[:, None], ours.encode_text(text))
+        base = load_model(checkpoint_directory("toy"))
+        plain = base(x, t[:, None], base.encode_text(text))
+        assert expected is not None and plain is not None and (expected - plain).abs().max() > 1e-4, "the adapter must do something"
+
+        through_peft = inject_adapter_in_model(LoraConfig.from_pretrained(str(finished / "adapter")), base)
+        result = set_peft_model_state_dict(through_peft, load_peft_weights(str(finished / "adapter"), device="cpu"))
+        assert not result.unexpected_keys
+        torch.testing.assert_close(through_peft(x, t[:, None], through_peft.encode_text(text)), expected, rtol=0, atol=2e-5)
+
+        wan = WanTransformer3DModel.from_pretrained(checkpoint_directory("toy") / "transformer", torch_dtype=torch.float32)
+        wan.load_lora_adapter(str(finished / "adapter"), weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
+        out = wan(x.transpose(1, 2), t.expand(2), text, return_dict=False)[0].transpose(1, 2)
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+
+
+BAD = {
+    "unknown recipe": (["tou"], "toy"),
+    "unknown key": (["toy", "rolout.group_size=4"], "rollout"),
+    "wrong type": (["toy", "train.iterations=many"], "whole number"),
+    "group of one": (["toy", "rollout.group_size=1"], "at least 2"),
+    "pivot beyond the video": (["toy", "rollout.pivot=9"], "beyond the video"),
+    "no such checkpoint": (["toy", "generator.checkpoint=/nowhere/model.pt"], "no checkpoint"),
+    "unknown reward": (["toy", "rewards={beauty: 1.0}"], "beauty"),
+    "unwritable run directory": (["toy", "run.directory=/proc/runs"], "/proc/runs"),
+    "too many evaluation prompts": (["toy", "evaluation.prompts=5000"], "5000"),
+    "no such target": (["toy", "lora.targets=[to_z]"], "to_z"),
+}
+
+
+@pytest.mark.parametrize("arguments, said", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_leaves_nothing(arguments: list[str], said: str, tmp_path: Path) -> None:
+    override = [] if "run.directory" in " ".join(arguments) else [f"run.directory={tmp_path / 'runs'}"]
+    status, lines = command([*arguments, *override])
+    assert status == 2 and len(lines) == 1, lines
+    assert lines[0].startswith("error: ") and said in lines[0], lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "pickle with code", "empty directory"])
+def test_bad_checkpoints_are_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / ("model.pt" if kind == "pickle with code" else "model.safetensors")
+    if kind == "truncated":
+        whole = (checkpoint_directory("toy") / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "foreign":
+        from safetensors.torch import save_file
+
+        save_file({"layer1.0.conv1.weight": torch.randn(4, 4)}, path)
+    elif kind == "pickle with code":
+        torch.save({"generator": os.system}, path)
+    else:
+        path.mkdir()
+    status, lines = command(["toy", f"generator.checkpoint={path}", f"run.directory={tmp_path / 'runs'}"])
+    assert status == 2 and len(lines) == 1, lines
+    assert str(path) in lines[0]
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def command(arguments: list[str]) -> tuple[int, list[str]]:
+    """Exit status and the lines on stderr of the command as a user runs it."""
+    done = subprocess.run([sys.executable, "-m", "arcopo_fast.train", *arguments], capture_output=True, text=True, check=False)
+    return done.returncode, [line for line in done.stderr.splitlines() if line.strip()]

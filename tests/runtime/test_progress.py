@@ -1,0 +1,45 @@
+"""The progress line: on a terminal, in a log file, and on other ranks."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+from arcopo_fast.runtime.progress import Progress
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run(progress: Progress, iterations: int = 5) -> None:
+    with progress:
+        for index in range(iterations):
+            progress.update(index / 8, live=0.25)
+
+
+def test_a_log_file_gets_plain_lines_now_and_then_and_at_the_end() -> None:
+    stream = StringIO()
+    run(Progress(5, stream=stream, seconds=1000))
+    (line,) = stream.getvalue().splitlines()
+    for part in ("5/5", "reward 0.500", "live 0.250", "s/it", "0:00 left"):
+        assert part in line
+    stream = StringIO()
+    run(Progress(5, stream=stream, seconds=0))
+    assert [line.split()[0] for line in stream.getvalue().splitlines()] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+
+
+def test_a_terminal_gets_one_line_that_is_redrawn() -> None:
+    stream = Terminal()
+    run(Progress(5, stream=stream))
+    text = stream.getvalue()
+    assert text.count("\n") == 1 and text.count("\r") > 1
+    last = text.rsplit("\r", 1)[1]
+    for part in ("100%", "5/5", "reward 0.500", "s/it"):
+        assert part in last
+
+
+def test_other_ranks_say_nothing() -> None:
+    for stream in (StringIO(), Terminal()):
+        run(Progress(5, rank=1, stream=stream))
+        assert stream.getvalue() == ""

@@ -1,0 +1,81 @@
+"""mp4 and PNG: read back through PyAV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from arcopo_fast.runtime import video
+from arcopo_fast.runtime.video import write_mp4, write_png_sheet
+
+
+def read(path: Path) -> tuple[NDArray[np.uint8], float]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        assert stream.average_rate is not None
+        return frames, float(stream.average_rate)
+
+
+def smooth_frames(count: int, height: int, width: int) -> torch.Tensor:
+    """Random colours that change slowly in space: a codec may smear edges."""
+    coarse = torch.rand(count, 3, 4, 4)
+    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
+
+
+@pytest.mark.parametrize(("height", "width", "expected"), [(64, 64, (256, 256)), (48, 80, (288, 480)), (300, 301, (300, 302))])
+def test_mp4_has_the_frames_size_rate_and_colours(tmp_path: Path, height: int, width: int, expected: tuple[int, int]) -> None:
+    frames = smooth_frames(7, height, width)
+    write_mp4(tmp_path / "a.mp4", frames, 8)
+    decoded, rate = read(tmp_path / "a.mp4")
+    assert decoded.shape == (7, *expected, 3) and rate == 8
+    factor = expected[0] // height
+    centres = decoded[:, factor // 2 : height * factor : factor, factor // 2 : width * factor : factor]
+    errors = np.abs(centres / 255 - frames.permute(0, 2, 3, 1).numpy())
+    assert errors.mean() < 0.02
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_the_codec_of_every_ffmpeg_build_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "CODECS", ("a codec that does not exist", "mpeg4"))
+    frames = smooth_frames(3, 64, 64)
+    write_mp4(tmp_path / "a.mp4", frames.numpy(), 12.5)
+    decoded, rate = read(tmp_path / "a.mp4")
+    assert decoded.shape == (3, 256, 256, 3) and rate == 12.5
+    assert np.abs(decoded[:, 2::4, 2::4] / 255 - frames.permute(0, 2, 3, 1).numpy()).mean() < 0.04
+
+
+def test_values_outside_are_clamped(tmp_path: Path) -> None:
+    frames = torch.stack([torch.full((3, 64, 64), value) for value in (-3.0, 4.0)])
+    write_mp4(tmp_path / "a.mp4", frames, 1)
+    decoded, _ = read(tmp_path / "a.mp4")
+    assert decoded[0].max() < 8 and decoded[1].min() > 247
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"shape \(5, 64, 64\); expected \[F, 3, H, W\]"):
+        write_mp4(tmp_path / "a.mp4", torch.rand(5, 64, 64), 8)
+
+    def fails(*arguments: object, **keywords: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video.av.VideoFrame, "from_ndarray", fails)
+    with pytest.raises(OSError, match="No space left"):
+        write_mp4(tmp_path / "a.mp4", torch.rand(5, 3, 64, 64), 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_png_sheet_holds_every_frame_exactly(tmp_path: Path) -> None:
+    frames = torch.randint(0, 256, (5, 3, 32, 48), dtype=torch.uint8)
+    write_png_sheet(tmp_path / "a.png", frames / 255, columns=3, smallest_side=64)
+    (sheet,), _ = read(tmp_path / "a.png")
+    assert sheet.shape == (2 * 64 + 2, 3 * 96 + 4, 3)
+    for index, frame in enumerate(frames):
+        top, left = index // 3 * 66, index % 3 * 98
+        tile = sheet[top : top + 64 : 2, left : left + 96 : 2]
+        np.testing.assert_array_equal(tile, frame.permute(1, 2, 0).numpy())

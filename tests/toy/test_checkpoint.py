@@ -1,0 +1,59 @@
+"""The shipped toy checkpoint: small, loads by default, and behaves as the full-size generators do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from arcopo_fast.assemble import Generator, checkpoint_directory, load_generator, load_held_out, load_prompts, video_shape
+from arcopo_fast.config import Config, load_config
+from arcopo_fast.evaluation import evaluate
+from arcopo_fast.rollout.engine import SamplerSettings
+from arcopo_fast.toy.influence import noise_influence
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_config("toy", ["evaluation.prompts=8", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=1"])
+
+
+@pytest.fixture(scope="module")
+def generator(config: Config) -> Generator:
+    return load_generator(config)
+
+
+def test_it_is_at_most_8_megabytes() -> None:
+    size = sum(file.stat().st_size for file in checkpoint_directory("toy").rglob("*") if file.is_file())
+    assert size <= 8_000_000, f"the toy checkpoint takes {size / 1e6:.1f} MB"
+
+
+def test_the_initial_noise_decides_and_renoises_do_not(config: Config, generator: Generator) -> None:
+    """At every pivot, replacing the initial noise changes the output at least 5 times as much (mean square) as replacing any re-noise."""
+    shape, sampler = video_shape(config, generator), config.sampler
+    text = generator.encode_text(load_prompts(config).training[::9])
+    settings = SamplerSettings(tuple(sampler.steps), sampler.warp, sampler.shift)
+    influence = noise_influence(generator.model, text, shape, settings, seed=int(torch.randint(2**31, ())))
+    assert min(influence["ratio"]) >= 5, {name: [f"{value:.3g}" for value in values] for name, values in influence.items()}
+    assert min(influence["initial"]) > 0.01, "the pivot's noise must matter at all"
+
+
+def test_it_shows_what_the_caption_says_often_enough(config: Config, generator: Generator) -> None:
+    """An aligned generator has to start from one that works: the independent classifier recognises most captions."""
+    from arcopo_fast.assemble import load_rewards
+
+    evaluation = evaluate(config, generator, load_prompts(config).training[::6], load_rewards(config), load_held_out(generator))
+    for name, values in evaluation.scores.items():
+        assert values.isfinite().all(), name
+        if name != "reward":
+            assert values.min() >= 0 and values.max() <= 1, name
+    assert evaluation.frames.shape[2:] == (3, 64, 64)
+
+
+def test_its_records_ship_with_it() -> None:
+    directory = checkpoint_directory("toy")
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert metrics["vae"]["psnr"] > 24 and min(metrics["noise_influence"]["ratio"]) >= 5
+    stages = [json.loads(line)["stage"] for line in (directory / "training_log.jsonl").read_text().splitlines()]
+    assert {"teacher", "distil"} <= set(stages)

@@ -1,0 +1,168 @@
+"""The rewards of the toy world rank rendered, broken and wrongly captioned videos as a person would; tone changes do not fool them."""
+
+from __future__ import annotations
+
+import time
+from typing import Callable, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.toy import data
+from arcopo_fast.toy.rewards import MotionQuality, TextAlignment, VisualQuality
+
+REWARDS: tuple[Reward, ...] = (VisualQuality(), MotionQuality(), TextAlignment())
+
+
+class Videos(NamedTuple):
+    frames: Tensor
+    captions: list[str]
+
+
+@pytest.fixture(scope="module")
+def videos() -> Videos:
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    frames, captions, _ = data.sample(12, 8, generator)
+    return Videos(frames, captions)
+
+
+def blurred(frames: Tensor, width: int) -> Tensor:
+    return F.avg_pool2d(frames.flatten(0, 1), width, stride=1, padding=width // 2, count_include_pad=False).view(frames.shape)
+
+
+def noisy(frames: Tensor) -> Tensor:
+    return (frames + 0.05 * torch.randn(frames.shape)).clamp(0, 1)
+
+
+def shuffled(frames: Tensor) -> Tensor:
+    return frames[:, torch.randperm(frames.shape[1])]
+
+
+def flickering(frames: Tensor) -> Tensor:
+    return (frames * (1 + 0.25 * torch.randn(*frames.shape[:2], 1, 1, 1))).clamp(0, 1)
+
+
+def striped(frames: Tensor) -> Tensor:
+    """Every second row of the whole picture greyed out: a shape that is not uniform inside."""
+    frames = frames.clone()
+    frames[..., ::2, :] = frames[..., ::2, :].mean(2, keepdim=True)
+    return frames
+
+
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.name)
+@pytest.mark.parametrize("latent_frames", [8, 12])
+def test_rendered_videos_score_high(reward: Reward, latent_frames: int) -> None:
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    frames, captions, _ = data.sample(24, latent_frames, generator)
+    scores = reward(frames, captions)
+    assert scores.shape == (24,) and scores.dtype == torch.float32
+    assert scores.min() > 0.75 and scores.mean() > 0.9 and scores.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("reward", "damage", "most"),
+    [
+        (VisualQuality(), lambda frames: blurred(frames, 5), 0.85),
+        (VisualQuality(), lambda frames: blurred(frames, 9), 0.5),
+        (VisualQuality(), noisy, 0.8),
+        (VisualQuality(), striped, 0.8),
+        (MotionQuality(), shuffled, 0.3),
+        (MotionQuality(), flickering, 0.6),
+        (MotionQuality(), lambda frames: frames[:, :1].expand_as(frames), 0.6),
+        (TextAlignment(), lambda frames: blurred(frames, 9), 0.9),
+        (TextAlignment(), lambda frames: frames.flip(1), 0.5),
+        (TextAlignment(), lambda frames: frames.flip(2), 0.7),  # red and blue exchanged: green and purple stay
+    ],
+)
+def test_damage_costs(videos: Videos, reward: Reward, damage: Callable[[Tensor], Tensor], most: float) -> None:
+    damaged = reward(damage(videos.frames), videos.captions)
+    assert damaged.mean() < most
+    assert (damaged <= reward(videos.frames, videos.captions) + 0.02).all()
+
+
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.name)
+def test_videos_without_a_shape_earn_nothing(videos: Videos, reward: Reward) -> None:
+    for frames in (
+        torch.rand(4, 29, 3, 64, 64),
+        torch.full((4, 29, 3, 64, 64), 0.4),
+        torch.zeros(4, 29, 3, 64, 64),
+        torch.ones(4, 29, 3, 64, 64),
+    ):
+        scores = reward(frames, videos.captions[:4])
+        assert scores.isfinite().all() and scores.min() >= 0 and scores.max() < 0.1
+
+
+def test_motion_needs_more_than_one_frame(videos: Videos) -> None:
+    for reward in REWARDS:
+        assert reward(videos.frames[:, :1], videos.captions).isfinite().all()
+
+
+@pytest.mark.parametrize("attribute", range(3), ids=["shape", "colour", "motion"])
+def test_each_wrong_attribute_costs_alignment(videos: Videos, attribute: int) -> None:
+    choices = (data.SHAPES, tuple(data.COLOURS), tuple(data.MOTIONS))[attribute]
+    wrong = []
+    for caption in videos.captions:
+        attributes = list(data.attributes_of(caption))
+        others = [name for name in choices if name != attributes[attribute]]
+        attributes[attribute] = others[int(torch.randint(len(others), ()))]
+        wrong.append(data.caption_of(*attributes))
+    right = TextAlignment()(videos.frames, videos.captions)
+    assert (TextAlignment()(videos.frames, wrong) < right - 0.4).all()
+
+
+def tone(kind: str, factor: float, frames: Tensor) -> Tensor:
+    pivot = {
+        "brightness": torch.zeros(()),
+        "contrast": frames.mean((1, 2, 3, 4), keepdim=True),
+        "saturation": frames.mean(2, keepdim=True),
+    }[kind]
+    return pivot + factor * (frames - pivot)
+
+
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.name)
+@pytest.mark.parametrize("kind", ["brightness", "contrast", "saturation"])
+def test_tone_changes_earn_nothing(videos: Videos, reward: Reward, kind: str) -> None:
+    """Exactly nothing as long as pixels are not clipped, and no gain worth the name when they are; on clean and on mediocre videos."""
+    for frames in (videos.frames, noisy(blurred(videos.frames, 3))):
+        scores = reward(frames, videos.captions)
+        for factor in (0.5, 0.8, 1.3, 2.0):
+            changed = tone(kind, factor, frames)
+            torch.testing.assert_close(reward(changed, videos.captions), scores, atol=2e-3, rtol=0)
+            assert (reward(changed.clamp(0, 1), videos.captions) - scores).mean() < 0.03
+
+
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.name)
+def test_a_video_is_judged_alone(videos: Videos, reward: Reward) -> None:
+    together = reward(videos.frames, videos.captions)
+    order = torch.randperm(12)
+    permuted = reward(videos.frames[order], [videos.captions[i] for i in order])
+    torch.testing.assert_close(permuted, together[order], atol=1e-5, rtol=0)
+    torch.testing.assert_close(reward(videos.frames[:1], videos.captions[:1]), together[:1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.name)
+def test_small_differences_are_seen(videos: Videos, reward: Reward) -> None:
+    """A little more of the same fault always costs a little more: the ranking inside a group has something to hold on to."""
+    fault = {
+        "visual_quality": lambda frames: blurred(frames, 9),
+        "motion_quality": shuffled,
+        "text_alignment": lambda frames: frames.flip(3),
+    }[reward.name]
+    frames, captions = videos.frames, videos.captions
+    if reward.name == "text_alignment":
+        triangles = [caption.replace(caption.split()[2], "triangle") for caption in captions]
+        frames, captions, _ = data.sample(12, 8, torch.Generator().manual_seed(int(torch.randint(2**31, ()))), captions=triangles)
+    broken = fault(frames)
+    scores = torch.stack([reward(torch.lerp(frames, broken, amount), captions).mean() for amount in (0.0, 0.15, 0.3, 0.5)])
+    assert (scores.diff() < -1e-3).all(), scores
+
+
+def test_speed(videos: Videos) -> None:
+    """12 videos of 29 frames; generous, since machines are shared. A loop over frames would take seconds."""
+    score({reward.name: reward for reward in REWARDS}, *videos)
+    began = time.perf_counter()
+    score({reward.name: reward for reward in REWARDS}, *videos)
+    assert time.perf_counter() - began < 2.0
