@@ -136,7 +136,7 @@ def distil(
     seed: int,
     log: Log,
 ) -> CausalWan:
-    """A few-step student of `teacher`. One step is one chunk of `batch` videos; `text` [N, length, text_dim] are the prompts to draw from."""
+    """A few-step student of `teacher`; one step is one chunk of `batch` videos. text: the prompts to draw from, [N, length, text_dim]."""
     random = torch.Generator().manual_seed(seed)
     student = copy.deepcopy(teacher).requires_grad_(True)
     average = copy.deepcopy(teacher).requires_grad_(False)
