@@ -101,9 +101,9 @@ def build_engine(config: Config, model: CausalWan, shape: VideoShape, *, videos:
     sampler = config.sampler
     wave = min(config.rollout.branches_per_wave or config.rollout.group_size, config.rollout.group_size)
     cached = sum(shape.chunk_frames[:-1])
-    # While a context is recomputed, the rollout's own prefix is still held.
-    twice = cached if config.objective.context == "recompute" else 0
-    pages = max(1, videos * cached) if videos else Engine.pages_for(shape, wave) + twice
+    # Every group of an iteration holds its prefix until the update; a context that is recomputed stands beside the rollout's own.
+    held = config.rollout.prompts_per_iteration - 1 + (config.objective.context == "recompute")
+    pages = max(1, videos * cached) if videos else Engine.pages_for(shape, wave) + held * cached
     return Engine(
         model,
         shape,

@@ -151,6 +151,7 @@ class ObjectiveConfig(_Section):
     context: Literal["rollout", "recompute"] = Field("rollout", description="h_{p-1}: the rollout's, or recomputed under new weights")
     advantage: Literal["zscore", "quasi_norm"] = Field("zscore", description="A_i from the rewards of a group")
     quasi_norm_p: PositiveFloat = Field(0.8, description="p of the quasi-norm")
+    advantage_std_floor: float = Field(0.0, ge=0, description="smallest spread of a group's rewards that advantages are divided by")
     reward_combine: Literal["sum", "per_reward_zscore"] = Field("sum", description="sum, then advantage; or the reverse")
     micro_batch: Positive | None = Field(None, description="(anchor, step) pairs of one backward pass: less memory; null: all")
 

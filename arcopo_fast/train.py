@@ -109,7 +109,12 @@ class Trainer:
                 logged.setdefault("pivot", []).append(group.pivot + 1)
                 objective = config.objective
                 advantages = group_advantages(
-                    components, config.rewards, combine=objective.reward_combine, kind=objective.advantage, p=objective.quasi_norm_p
+                    components,
+                    config.rewards,
+                    combine=objective.reward_combine,
+                    kind=objective.advantage,
+                    p=objective.quasi_norm_p,
+                    std_floor=objective.advantage_std_floor,
                 )
                 groups.append((group, advantages))
                 clock.lap("reward")

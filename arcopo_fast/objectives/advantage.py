@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 
-def zscore(rewards: Tensor) -> Tensor:
-    """(r - mean r) / std r over a group [G], in float64; zeros for a group without variance, which can teach nothing."""
+def zscore(rewards: Tensor, std_floor: float = 0.0) -> Tensor:
+    """(r - mean r) / max(std r, std_floor) over a group [G], in float64; zeros for a group without variance, which can teach nothing.
+
+    A floor above 0 keeps groups whose members are as good as equal from shouting as loudly as the others.
+    """
     rewards = rewards.double()
     centred = rewards - rewards.mean()
     deviation = centred.square().mean().sqrt()
     # Equal float32 rewards can differ by rounding of their mean: below that, the group has no variance.
     if deviation <= 1e-7 * max(1.0, rewards.abs().max().item()):
         return torch.zeros_like(centred)
-    return centred / deviation
+    return centred / max(deviation.item(), std_floor)
 
 
 def quasi_norm(advantages: Tensor, p: float) -> Tensor:
@@ -32,6 +35,7 @@ def group_advantages(
     combine: Literal["sum", "per_reward_zscore"] = "sum",
     kind: Literal["zscore", "quasi_norm"] = "zscore",
     p: float = 0.8,
+    std_floor: float = 0.0,
 ) -> Tensor:
     """Advantages [G] float64 of one group.
 
@@ -40,11 +44,12 @@ def group_advantages(
         weights: their weights.
         combine: "sum" z-scores the weighted sum; "per_reward_zscore" sums the z-scores, so that a reward's spread does not weigh.
         kind: "quasi_norm" normalises the result as Neighbor GRPO does, with exponent p.
+        std_floor: see `zscore`.
     """
     if combine == "sum":
-        advantages = zscore(sum_rewards(components, weights))
+        advantages = zscore(sum_rewards(components, weights), std_floor)
     else:
-        advantages = sum_rewards({name: zscore(reward) for name, reward in components.items()}, weights)
+        advantages = sum_rewards({name: zscore(reward, std_floor) for name, reward in components.items()}, weights)
     return quasi_norm(advantages, p) if kind == "quasi_norm" else advantages
 
 

@@ -48,10 +48,10 @@ class Sizes:
 
     def __init__(self, quick: bool) -> None:
         self.vae_steps = 20 if quick else 3400
-        self.classifier_steps = 10 if quick else 800
+        self.classifier_steps = 10 if quick else 2400
         self.videos = 64 if quick else 4096
-        self.teacher_steps = 4 if quick else 1200
-        self.distil_steps = 8 if quick else 640
+        self.teacher_steps = 4 if quick else 3200
+        self.distil_steps = 8 if quick else 480
         self.batch = 4 if quick else 16
 
 
@@ -136,8 +136,8 @@ def pretrain(directory: Path, *, quick: bool, seed: int) -> dict[str, Any]:
             shape.chunk_frames,
             steps=sizes.teacher_steps,
             batch=sizes.batch,
-            lr=1.5e-3,
-            shift=2.0,
+            lr=2e-3,
+            shift=3.0,
             seed=seed + 2,
             log=log,
         ),

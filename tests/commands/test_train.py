@@ -73,6 +73,13 @@ def test_the_same_seed_gives_the_same_metrics(finished: Path, tmp_path: Path) ->
     assert untimed(run(tmp_path / "other", "seed=1")) != untimed(finished)
 
 
+def test_several_groups_an_iteration(tmp_path: Path) -> None:
+    directory = run(
+        tmp_path, "rollout.prompts_per_iteration=3", "rollout.pivot=per_group", "objective.context=recompute", "rollout.branches_per_wave=2"
+    )
+    assert all(line["update1/ratio_max"] == 0 for line in read_metrics(directory / "metrics.jsonl"))
+
+
 def test_the_resolved_configuration_repeats_the_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(finished / "config.yaml"), "--print-config", f"run.directory={tmp_path}"])
     printed = capsys.readouterr().out

@@ -16,6 +16,13 @@ def test_zscore_has_mean_zero_and_unit_spread() -> None:
     torch.testing.assert_close(zscore(rewards * 7 - 2), advantages, rtol=0, atol=1e-5)
 
 
+def test_a_floor_quietens_groups_of_equals_only() -> None:
+    rewards = torch.randn(12)
+    rewards = (rewards - rewards.mean()) / rewards.std(correction=0)
+    torch.testing.assert_close(zscore(0.01 * rewards, 0.1), 0.1 * rewards.double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(zscore(0.5 * rewards, 0.1), zscore(0.5 * rewards), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e6])
 def test_a_group_without_variance_teaches_nothing(value: float) -> None:
     assert not zscore(torch.full((12,), value)).any()
