@@ -252,13 +252,13 @@ class Engine:
         except BaseException:
             prefix.cache.release()
             raise
-        inputs, predictions, tails = (torch.cat(parts, dim=1) for parts in zip(*waves))
-        latents = [*prefix.latents, *tails.split(self.shape.chunk_frames[pivot:], dim=2)]
-        latents = [chunk.squeeze(0) if chunk.dim() == 6 else chunk for chunk in latents]
+        inputs, predictions = (torch.cat([wave[part] for wave in waves], dim=1) for part in (0, 1))
+        tail = torch.cat([wave[2] for wave in waves])
+        latents = [*prefix.latents, *tail.split(self.shape.chunk_frames[pivot:], dim=1)]
         return Group(text, pivot, prefix, inputs, predictions, latents, self.steps_of(pivot), noise)
 
     def _finish(self, prefix: Stream, pivot: int, initial: Tensor, noise: NoiseSource) -> tuple[Tensor, Tensor, Tensor]:
-        """Complete the branches of one wave: pivot inputs and predictions [T, g, F, ...], tail latents [1, g, frames, ...]."""
+        """Complete the branches of one wave: pivot inputs and predictions [T, g, F, ...], tail latents [g, frames, ...]."""
         stream = replace(prefix, cache=prefix.cache.fork(len(initial)), latents=list(prefix.latents))
         try:
             if self.policy.window is None:
@@ -270,7 +270,7 @@ class Engine:
         finally:
             stream.cache.release()
         tail = torch.cat(stream.latents[pivot:], dim=1)
-        return torch.stack(trajectory.inputs), torch.stack(trajectory.predictions), tail.unsqueeze(0)
+        return torch.stack(trajectory.inputs), torch.stack(trajectory.predictions), tail
 
     def rebuild_prefix(self, text: Tensor, latents: Sequence[Tensor]) -> Stream:
         """The shared context again, from its clean chunks, by clean passes only."""
