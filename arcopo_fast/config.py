@@ -253,6 +253,12 @@ class Config(_Section):
                 f"cache.window {cache.window} is too small: the sink of {cache.sink} and a chunk of {video.chunk_frames} latent frames "
                 f"need {cache.sink + video.chunk_frames}"
             )
+        first = 1 if video.independent_first_frame else video.chunk_frames
+        if cache.variant.startswith("longlive") and cache.sink > first:
+            raise ValueError(
+                f"cache.sink {cache.sink} is more than the first chunk's {first} latent frames: official LongLive then attends to frames "
+                "that were never written, which is not reproduced; give a sink of at most the first chunk"
+            )
         if cache.variant == "infinity_rope" and cache.window is not None and cache.sink < 1:
             raise ValueError("cache.sink must be at least 1 for infinity_rope with a window")
         if isinstance(rollout.pivot, int) and not 1 <= rollout.pivot <= video.count:

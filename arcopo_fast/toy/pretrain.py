@@ -48,7 +48,9 @@ class Sizes:
 
     def __init__(self, quick: bool) -> None:
         self.vae_steps = 20 if quick else 3400
+        self.vae_evaluation_videos = 8 if quick else 256
         self.classifier_steps = 10 if quick else 2400
+        self.classifier_videos = 64 if quick else 3072
         self.videos = 64 if quick else 4096
         self.teacher_steps = 4 if quick else 3200
         self.distil_steps = 8 if quick else 480
@@ -106,11 +108,21 @@ def pretrain(directory: Path, *, quick: bool, seed: int) -> dict[str, Any]:
 
     metrics: dict[str, Any] = {}
     if not (directory / "vae" / "config.json").exists():
-        log({"stage": "vae"} | train_vae(directory / "vae", steps=sizes.vae_steps, seed=seed))
+        log(
+            {"stage": "vae"} | train_vae(directory / "vae", steps=sizes.vae_steps, seed=seed, evaluation_videos=sizes.vae_evaluation_videos)
+        )
     vae = load_vae(directory / "vae")
     metrics["vae"] = json.loads((directory / "vae" / "metrics.json").read_text())
     if not (directory / "classifier" / CLASSIFIER_FILE_NAME).exists():
-        log({"stage": "classifier"} | train_classifier(directory / "classifier", vae=vae, steps=sizes.classifier_steps, seed=seed))
+        accuracies = train_classifier(
+            directory / "classifier",
+            vae=vae,
+            videos=sizes.classifier_videos,
+            steps=sizes.classifier_steps,
+            seed=seed,
+            held_out_videos=min(512, sizes.videos),
+        )
+        log({"stage": "classifier"} | accuracies)
     if not (directory / "text").exists():
         ToyTextEncoder.for_captions(
             data.all_captions(), text_dim=GENERATOR.text_dim, text_len=GENERATOR.text_len, seed=seed

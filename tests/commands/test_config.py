@@ -191,6 +191,7 @@ def test_bad_overrides(override: str, parts: list[str]) -> None:
 
 def test_settings_that_contradict_each_other_name_both() -> None:
     assert "cache.sink" in message("cache.variant=infinity_rope", "cache.window=4")
+    assert "cache.sink 3" in message("cache.variant=longlive", "cache.window=6", "cache.sink=3")
     assert "the sink of 3" in message("cache.sink=3", "cache.window=4")
     assert "whole" in message("sampler.warp=true", "sampler.steps=[750.5]")
     assert load("cache.sink=2", "cache.window=4").cache.window == 4
