@@ -180,7 +180,8 @@ def train(config: Config) -> Path:
                 record = trainer.iteration(iteration)
                 metrics.write(iteration, record)
                 progress.update(record["reward"])
-                if config.train.save_every and iteration % config.train.save_every == 0:
+                last = iteration == config.train.iterations
+                if last or (config.train.save_every and iteration % config.train.save_every == 0):
                     trainer.save_checkpoint(run, iteration)
     after = trainer.evaluate()
     document = {"before": before.summary(), "after": after.summary(), "videos": write_samples(run, config, before, after)}

@@ -75,9 +75,15 @@ def test_the_same_seed_gives_the_same_metrics(finished: Path, tmp_path: Path) ->
 
 def test_several_groups_an_iteration(tmp_path: Path) -> None:
     directory = run(
-        tmp_path, "rollout.prompts_per_iteration=3", "rollout.pivot=per_group", "objective.context=recompute", "rollout.branches_per_wave=2"
+        tmp_path,
+        "train.save_every=0",
+        "rollout.prompts_per_iteration=3",
+        "rollout.pivot=per_group",
+        "objective.context=recompute",
+        "rollout.branches_per_wave=2",
     )
     assert all(line["update1/ratio_max"] == 0 for line in read_metrics(directory / "metrics.jsonl"))
+    assert [entry.name for entry in (directory / "checkpoints").iterdir()] == ["step-2"], "without save_every, one checkpoint at the end"
 
 
 def test_the_resolved_configuration_repeats_the_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from arcopo_fast.assemble import Generator, checkpoint_directory, load_generator, load_held_out, load_prompts, video_shape
+from arcopo_fast.assemble import Generator, checkpoint_directory, load_generator, load_held_out, load_prompts, load_rewards, video_shape
 from arcopo_fast.config import Config, load_config
 from arcopo_fast.evaluation import evaluate
 from arcopo_fast.rollout.engine import SamplerSettings
@@ -41,13 +41,12 @@ def test_the_initial_noise_decides_and_renoises_do_not(config: Config, generator
 
 def test_it_shows_what_the_caption_says_often_enough(config: Config, generator: Generator) -> None:
     """An aligned generator has to start from one that works: the independent classifier recognises most captions."""
-    from arcopo_fast.assemble import load_rewards
-
     evaluation = evaluate(config, generator, load_prompts(config).training[::6], load_rewards(config), load_held_out(generator))
     for name, values in evaluation.scores.items():
         assert values.isfinite().all(), name
         if name != "reward":
             assert values.min() >= 0 and values.max() <= 1, name
+    assert evaluation.scores["caption_accuracy"].mean() > 0.45, "guessing gives 0.22"
     assert evaluation.frames.shape[2:] == (3, 64, 64)
 
 
