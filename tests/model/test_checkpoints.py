@@ -17,23 +17,14 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
+from support.models import small_config
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.model import checkpoints
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
 
-CONFIG = CausalWanConfig(
-    num_layers=2,
-    num_attention_heads=2,
-    attention_head_dim=12,
-    ffn_dim=40,
-    freq_dim=16,
-    text_dim=10,
-    text_len=5,
-    in_channels=4,
-    out_channels=4,
-)
+CONFIG = small_config(in_channels=4, out_channels=4)
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "public_sf_global.safetensors"  # written by the official code
 State = dict[str, Tensor]
 

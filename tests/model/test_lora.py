@@ -12,24 +12,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransform
 from peft import PeftModel
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
+from support.models import small_config
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.model import lora
-from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
+from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.checkpoints import official_name
 
-CONFIG = CausalWanConfig(
-    num_layers=2,
-    num_attention_heads=2,
-    attention_head_dim=12,
-    ffn_dim=40,
-    freq_dim=16,
-    text_dim=10,
-    text_len=5,
-    in_channels=4,
-    out_channels=4,
-)
+CONFIG = small_config(in_channels=4, out_channels=4)
 RANK, ALPHA = 3, 7.0  # alpha / rank is neither 1 nor a power of two
 ROUNDING = 2e-5  # of the largest value
 
