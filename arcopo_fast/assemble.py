@@ -81,7 +81,8 @@ def load_generator(config: Config) -> Generator:
         absent = "text/" if (directory / "vae").is_dir() else "vae/"
         raise UserError(f"{directory} lacks {absent}; expected a directory with transformer/, vae/ and text/")
     vae = channels_last(load_vae(directory / "vae")).to(device)
-    return Generator(model, ToyTextEncoder.from_pretrained(directory / "text"), StreamingDecoder(vae), directory)
+    text = ToyTextEncoder.from_pretrained(directory / "text")
+    return Generator(model, text, StreamingDecoder(vae, config.video.decode_frames), directory)
 
 
 def video_shape(config: Config, generator: Generator) -> VideoShape:

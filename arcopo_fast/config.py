@@ -76,6 +76,7 @@ class VideoConfig(_Section):
     latent_height: Positive = Field(description="rows of a latent frame: the video's height in pixels over the VAE's factor, 8 for Wan")
     latent_width: Positive = Field(description="columns of a latent frame")
     fps: Positive = Field(description="frames per second of the decoded video")
+    decode_frames: Positive = Field(1, description="latent frames that the VAE decodes in one call: more is faster for small videos only")
 
     @property
     def count(self) -> int:
@@ -172,6 +173,7 @@ class OptimizerConfig(_Section):
     """AdamW on float32 master weights, no warm-up."""
 
     lr: PositiveFloat = Field(1e-5, description="learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate; the others fall to 0")
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = Field((0.9, 0.999), description="Adam's two decays")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
     gradient_clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")

@@ -9,6 +9,7 @@ LoRA adapter. Everything a run makes lies in its run directory.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from contextlib import ExitStack
@@ -39,6 +40,7 @@ from arcopo_fast.rollout.decode import decode_group
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.rollout.noise import generator as random_for
+from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.metrics import MetricsWriter
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.report import model_card, write_report
@@ -89,6 +91,14 @@ class Trainer:
         )
         return group, prompt
 
+    def set_learning_rate(self, iteration: int) -> float:
+        """The learning rate of an iteration, a function of its number alone."""
+        done = (iteration - 1) / self.config.train.iterations
+        factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.config.optimizer.schedule]
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * self.config.optimizer.lr
+        return group["lr"]
+
     def iteration(self, iteration: int) -> dict[str, Any]:
         """Roll out, decode, reward, update; returns what metrics.jsonl keeps."""
         config, clock = self.config, Clock()
@@ -118,9 +128,10 @@ class Trainer:
                 )
                 groups.append((group, advantages))
                 clock.lap("reward")
+            lr = self.set_learning_rate(iteration)
             statistics = self.objective.update(groups, self.optimizer, self.parameters, gradient_clip=config.optimizer.gradient_clip)
             clock.lap("update")
-        return {name: sum(values) / len(values) for name, values in logged.items()} | statistics | {"time": clock.laps}
+        return {name: sum(values) / len(values) for name, values in logged.items()} | statistics | {"lr": lr, "time": clock.laps}
 
     def save_checkpoint(self, run: RunDirectory, iteration: int) -> None:
         """checkpoints/step-N: the adapter, and what a continuation would need; complete or absent."""
@@ -197,6 +208,7 @@ def train(config: Config) -> Path:
 def main(argv: list[str]) -> None:
     config = parse_config(argv, prog="python -m arcopo_fast.train", description="Align a generator with AR-CoPO.")
     if config is not None:
+        tune_for_cpu()
         train(config)
 
 

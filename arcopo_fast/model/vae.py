@@ -49,14 +49,19 @@ def fork(cache: VAECache, branches: int) -> VAECache:
 
 
 class StreamingDecoder:
-    """Decodes latents chunk by chunk, one latent frame per call of the network, as the official decoder does.
+    """Decodes latents chunk by chunk. The first latent frame of a video gives one pixel frame, each later one four (2 to the number of
+    temporal upsamplers). Nothing here turns gradients off.
 
-    However a clip is cut into chunks, the frames are the same, bit for bit. The first latent frame of a video gives one pixel frame,
-    each later one four (2 to the number of temporal upsamplers). Nothing here turns gradients off.
+    Args:
+        vae: whose decoder is used.
+        frames_per_call: latent frames in one call of the network. 1, as in the official decoder, takes the least memory, and however a
+            clip is cut into chunks, the frames are the same, bit for bit. More is faster where frames are small; equal up to rounding.
+            A video's first frame always has a call of its own.
     """
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: AutoencoderKLWan, frames_per_call: int = 1) -> None:
         self.vae = vae
+        self.frames_per_call = frames_per_call
         self._convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
         self._mean, self._std = _statistics(vae)
 
@@ -88,9 +93,12 @@ class StreamingDecoder:
         z = z.movedim(-1, 1).to(self.vae.dtype)  # [B, C, F, h, w]
         features = list(cache.features)  # the decoder replaces entries of this list and writes into no tensor
         frames = []
-        for index, frame in enumerate(z.split(1, dim=2)):
+        alone = z[:, :, : int(cache.frames == 0)]
+        rest = z[:, :, alone.shape[2] :]
+        parts = [part for part in (alone, *rest.split(self.frames_per_call, dim=2)) if part.shape[2]]
+        for index, part in enumerate(parts):
             first = cache.frames + index == 0
-            frames.append(self.vae.decoder(self.vae.post_quant_conv(frame), feat_cache=features, feat_idx=[0], first_chunk=first))
+            frames.append(self.vae.decoder(self.vae.post_quant_conv(part), feat_cache=features, feat_idx=[0], first_chunk=first))
         pixels = torch.cat(frames, dim=2)  # [B, 3, F, H, W]; with a patch size 3 p^2 channels, and H / p, W / p
         if self.vae.config["patch_size"] is not None:
             pixels = unpatchify(pixels, patch_size=self.vae.config["patch_size"])

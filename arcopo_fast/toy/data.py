@@ -1,8 +1,9 @@
 """The videos of the toy world: one coloured shape that moves over a slowly drifting dark background, with its caption.
 
-Everything is rendered from a `torch.Generator`, so a data set is a seed. The background and small deviations of the path get fresh
-randomness at every latent frame: a later chunk of a video is then never a function of the earlier ones, which a chunk-wise generator
-needs to stay stochastic.
+Everything is rendered from a `torch.Generator`, so a data set is a seed. The videos are flawed on purpose: path and size jitter, outlines
+go soft, shapes turn translucent, tints pass over the background. A generator that learns them is mediocre in every video, as real ones are,
+and has something to gain from alignment. Background and flaws get fresh randomness at every latent frame: a later chunk of a video is then
+never a function of the earlier ones, which a chunk-wise generator needs to stay stochastic, and every chunk has its share in the flaws.
 Knows nothing of the VAE, the generator or the rewards.
 """
 
@@ -39,12 +40,18 @@ EXTENT = {"circle": 1.0, "square": 1.2, "triangle": 1.32, "cross": 1.2}
 """Largest distance from centre to outline over the radius, tilt included."""
 
 _MAX_TILT = math.radians(8)
-_PATH_DEVIATION = 0.35  # pixels, standard deviation around the constant-velocity path
-_RADIUS_DEVIATION = 0.02  # relative
-_MARGIN = 1.5  # pixels kept free around the shape; more than three path deviations together with the one pixel of anti-aliasing are rare
-_KEYFRAME_CORRELATION = 0.7  # of the background and the deviations, from one latent frame to the next
+_MARGIN = 4.0  # pixels kept free around the shape; the flaws take most of it
+_KEYFRAME_CORRELATION = 0.7  # of the background, from one latent frame to the next
 _BRIGHTNESS_GRID, _BRIGHTNESS_DEVIATION = 4, 0.07
-_TINT_GRID, _TINT_DEVIATION = 3, 0.03
+_TINT_GRID, _TINT_DEVIATION = 3, 0.025
+
+# The flaws at `flaws=1`; all but the tint are uniform, so that no video is beyond recognition.
+_FLAW_CORRELATION = 0.3
+_PATH_FLAW = 2.5  # pixels, largest deviation from the constant-velocity path in x and in y
+_RADIUS_FLAW = 0.12  # largest relative deviation
+_SOFTNESS_FLAW = 5.0  # pixels, largest addition to the one pixel over which an outline is anti-aliased
+_OPACITY_FLAW = 0.3  # largest loss of opacity
+_TINT_FLAW = 0.04  # standard deviation of the tints over the background
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def pixel_frames(latent_frames: int) -> int:
 
 
 def sample(
-    n: int, latent_frames: int, generator: torch.Generator, *, captions: Sequence[str] | None = None
+    n: int, latent_frames: int, generator: torch.Generator, *, captions: Sequence[str] | None = None, flaws: float = 1.0
 ) -> tuple[Tensor, list[str], list[Scene]]:
     """Draw and render `n` videos.
 
@@ -97,6 +104,7 @@ def sample(
         latent_frames: length of each video in latent frames.
         generator: CPU generator; the videos are a pure function of its state.
         captions: what to show, one sentence a video; drawn uniformly by default.
+        flaws: how bad the videos are, from 0 (clean) to 1 (as the generator learns them). The random numbers do not depend on it.
 
     Returns:
         frames [n, 1 + 4 * (latent_frames - 1), 3, 64, 64] fp32 in [0, 1], the captions, and the scenes.
@@ -124,16 +132,19 @@ def sample(
     high = IMAGE_SIZE - reach[:, None] - travel.clamp(min=0)
     start = low + (high - low) * torch.rand(n, 2, generator=generator)
 
+    jitter = flaws * (2 * _wandering((n, 3), latent_frames, generator) - 1)  # [n, F, 3]: x, y and radius
+    softness, loss = (flaws * _wandering((n, 2), latent_frames, generator)).unbind(2)  # [n, F]
+
     time = torch.arange(frame_count, dtype=torch.float32)
-    deviation = _PATH_DEVIATION * _drifting((n, 2), latent_frames, generator)  # [n, F, 2]
-    centre = start[:, None] + direction[:, None] * (speed[:, None] * time)[..., None] + deviation
-    breathing = 1 + _RADIUS_DEVIATION * _drifting((n, 1), latent_frames, generator)[..., 0]  # [n, F]
-    coverage = _coverage([shape for shape, _, _ in attributes], centre, radius[:, None] * breathing, tilt)
+    centre = start[:, None] + direction[:, None] * (speed[:, None] * time)[..., None] + _PATH_FLAW * jitter[..., :2]
+    sizes = radius[:, None] * (1 + _RADIUS_FLAW * jitter[..., 2])
+    coverage = _coverage([shape for shape, _, _ in attributes], centre, sizes, tilt, 1 + _SOFTNESS_FLAW * softness)
 
     colour = torch.tensor([COLOURS[name] for _, name, _ in attributes]) + _uniform(n * 3, generator, -0.05, 0.05).view(n, 3)
     colour = colour.clamp(0, 1)[:, None, :, None, None]
-    background = _background(n, latent_frames, generator)
-    frames = background + coverage[:, :, None] * (colour - background)
+    background = _background(n, latent_frames, generator, flaws)
+    opacity = coverage * (1 - _OPACITY_FLAW * loss)[..., None, None]
+    frames = background + opacity[:, :, None] * (colour - background)
 
     scenes = [
         Scene(shape, name, motion, float(radius[i]), (float(start[i, 0]), float(start[i, 1])), float(speed[i]), float(tilt[i]))
@@ -151,33 +162,42 @@ def _uniform(n: int, generator: torch.Generator, low: float, high: float) -> Ten
     return low + (high - low) * torch.rand(n, generator=generator)
 
 
-def _drifting(shape: tuple[int, int], latent_frames: int, generator: torch.Generator) -> Tensor:
+def _wandering(shape: tuple[int, int], latent_frames: int, generator: torch.Generator) -> Tensor:
+    """A flaw's course over a video, uniform in [0, 1] at every latent frame: [n, F, k]."""
+    return torch.special.ndtr(_drifting(shape, latent_frames, generator, _FLAW_CORRELATION))
+
+
+def _drifting(shape: tuple[int, int], latent_frames: int, generator: torch.Generator, correlation: float) -> Tensor:
     """Unit-variance values that drift in time: [n, F, k]. A first-order autoregression over latent frames, linear in between."""
     innovation = torch.randn(latent_frames, *shape, generator=generator)
     keyframes = [innovation[0]]
     for noise in innovation[1:]:
-        keyframes.append(_KEYFRAME_CORRELATION * keyframes[-1] + math.sqrt(1 - _KEYFRAME_CORRELATION**2) * noise)
+        keyframes.append(correlation * keyframes[-1] + math.sqrt(1 - correlation**2) * noise)
     series = torch.stack(keyframes, dim=-1)  # [n, k, L]
     return F.interpolate(series, size=pixel_frames(latent_frames), mode="linear", align_corners=True).transpose(1, 2)
 
 
-def _background(n: int, latent_frames: int, generator: torch.Generator) -> Tensor:
+def _background(n: int, latent_frames: int, generator: torch.Generator, flaws: float) -> Tensor:
     """Dark, weakly tinted, smooth in space and time: [n, F, 3, 64, 64]."""
     frame_count = pixel_frames(latent_frames)
     level = _uniform(n, generator, 0.16, 0.32)[:, None, None, None, None]
 
-    def field(grid: int, channels: int) -> Tensor:
-        coarse = _drifting((n, channels * grid * grid), latent_frames, generator).reshape(n * frame_count, channels, grid, grid)
+    def field(grid: int, channels: int, correlation: float) -> Tensor:
+        coarse = _drifting((n, channels * grid * grid), latent_frames, generator, correlation)
+        coarse = coarse.reshape(n * frame_count, channels, grid, grid)
         fine = F.interpolate(coarse, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", align_corners=True)
         return fine.view(n, frame_count, channels, IMAGE_SIZE, IMAGE_SIZE)
 
-    brightness = _BRIGHTNESS_DEVIATION * field(_BRIGHTNESS_GRID, 1)
-    tint = _TINT_DEVIATION * field(_TINT_GRID, 3)
+    brightness = _BRIGHTNESS_DEVIATION * field(_BRIGHTNESS_GRID, 1, _KEYFRAME_CORRELATION)
+    tint = _TINT_DEVIATION * field(_TINT_GRID, 3, _KEYFRAME_CORRELATION) + flaws * _TINT_FLAW * field(_TINT_GRID, 3, _FLAW_CORRELATION)
     return (level + brightness + tint).clamp(0.02, 0.6)
 
 
-def _coverage(shapes: Sequence[str], centre: Tensor, radius: Tensor, tilt: Tensor) -> Tensor:
-    """How much of each pixel lies inside the outline, anti-aliased: [n, F, 64, 64]. centre [n, F, 2], radius [n, F], tilt [n]."""
+def _coverage(shapes: Sequence[str], centre: Tensor, radius: Tensor, tilt: Tensor, width: Tensor) -> Tensor:
+    """How much of each pixel lies inside the outline: [n, F, 64, 64]. The outline is a ramp `width` pixels wide; 1 is anti-aliasing.
+
+    centre [n, F, 2], radius [n, F], tilt [n], width [n, F].
+    """
     pixel = torch.arange(IMAGE_SIZE, dtype=torch.float32) + 0.5
     dx = pixel[None, None, None, :] - centre[..., 0, None, None]  # [n, F, 1, 64]
     dy = pixel[None, None, :, None] - centre[..., 1, None, None]  # [n, F, 64, 1]
@@ -189,7 +209,7 @@ def _coverage(shapes: Sequence[str], centre: Tensor, radius: Tensor, tilt: Tenso
         chosen = [i for i, name in enumerate(shapes) if name == shape]
         if chosen:
             distance[chosen] = outline_distance(shape, x[chosen], y[chosen], r[chosen])
-    return (0.5 - distance).clamp(0, 1)
+    return (0.5 - distance / width[..., None, None]).clamp(0, 1)
 
 
 def outline_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:

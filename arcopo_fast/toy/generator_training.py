@@ -1,9 +1,10 @@
 """From clean latents to a few-step causal generator, on a CPU: a flow-matching teacher with teacher forcing, then distillation.
 
-The teacher learns v = eps - x0 for one chunk given the clean chunks before it. The student starts from the teacher's weights. It makes
-videos with its own few steps; at every chunk the teacher, shown the same context, integrates the flow from the same initial noise, and the
-student's steps learn to land on that sample: the first from the noise alone, the later ones from the student's own re-noised prediction.
-So the initial noise decides what the chunk shows and a re-noise only refines it, as in the full-size generators.
+The teacher learns v = eps - x0 for one chunk given the clean chunks before it, sometimes without its text. The student starts from the
+teacher's weights. It makes videos with its own few steps; at every chunk the teacher, shown the same context, integrates the flow from the
+same initial noise with classifier-free guidance, and the student's steps learn to land on that sample: the first from the noise alone, the
+later ones from the student's own re-noised prediction. So the initial noise decides what the chunk shows and a re-noise only refines it, as
+in the full-size generators.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from torch import Tensor
 from arcopo_fast.model.causal_wan import CachedRun, CausalWan, ChunkContext
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
-from arcopo_fast.rollout.sampler import denoise, next_input, predict
+from arcopo_fast.rollout.sampler import next_input, predict
+
+CONTEXT_NOISE = 0.1
+"""Standard deviation of the noise on the clean chunks that the teacher sees as context: a generator's own chunks are never quite clean."""
+
+TEXT_DROPOUT = 0.1
+"""Share of the videos that the teacher sees without their text, so that it can be guided."""
 
 Log = Callable[[dict[str, float | str]], None]
 
@@ -63,7 +70,8 @@ def flow_matching_loss(
         scale = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - scale) * clean + scale * noise
         timestep = torch.cat([1000 * sigma, torch.zeros(batch)])[:, None]
-        flow = model(torch.cat([noisy, clean]), timestep, encoded, context)
+        seen = clean + CONTEXT_NOISE * torch.randn(clean.shape, generator=random)
+        flow = model(torch.cat([noisy, seen]), timestep, encoded, context)
         losses.append((flow[:batch] - (noise - clean)).square().mean())
         context.advance(clean.shape[1])
     return torch.stack(losses).mean()
@@ -103,7 +111,9 @@ def train_teacher(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine(step, steps)
-        loss = flow_matching_loss(model, *next(source), chunk_frames, shift, random)
+        videos, prompts = next(source)
+        prompts = prompts * (torch.rand(batch, 1, 1, generator=random) >= TEXT_DROPOUT)
+        loss = flow_matching_loss(model, videos, prompts, chunk_frames, shift, random)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -117,9 +127,39 @@ def train_teacher(
     return average
 
 
-def no_renoise(step: int) -> Tensor:
-    """An ODE draws no noise."""
-    raise AssertionError(f"step {step} of an ODE asked for noise")
+class GuidedTeacher:
+    """Samples chunks by the flow's ODE with classifier-free guidance; with and without text it has a cache of its own."""
+
+    def __init__(self, model: CausalWan, shape: VideoShape, steps: int, shift: float, guidance: float, batch: int) -> None:
+        grid = [1 - i / steps for i in range(steps)]
+        warped = tuple(1000 * shift * t / (1 + (shift - 1) * t) for t in grid)
+        pages = 2 * batch * sum(shape.chunk_frames)
+        self.model, self.guidance = model, guidance
+        self.engine = Engine(model, shape, SamplerSettings(warped, False, 1.0, kind="ode"), CachePolicy(), pages=pages)
+
+    def start(self, text: Tensor) -> None:
+        """New videos, of prompts [B, length, text_dim]."""
+        self.states = [self.engine.start(text), self.engine.start(torch.zeros_like(text))]
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """The next chunk, [B, frames, C, h, w], from its initial noise."""
+        contexts = [state.cache.context(state.frame, noise.shape[1], keep=False) for state in self.states]
+        x, steps = noise, self.engine.steps
+        for step, (timestep, sigma) in enumerate(zip(steps.timesteps, steps.sigmas)):
+            times = torch.full((len(x),), timestep), torch.full((len(x),), sigma)
+            told, untold = (predict(self.model, x, *times, state.text, context) for state, context in zip(self.states, contexts))
+            clean = untold + self.guidance * (told - untold)
+            x = next_input("ode", x, clean, sigma, steps.next_sigma(step), None)
+        return clean
+
+    def append(self, chunk: Tensor, *, last: bool) -> None:
+        """The chunk that the videos go on from."""
+        for state in self.states:
+            self.engine.append(state, chunk, last=last)
+
+    def release(self) -> None:
+        for state in self.states:
+            state.cache.release()
 
 
 def distil(
@@ -133,6 +173,7 @@ def distil(
     lr: float,
     teacher_steps: int,
     teacher_shift: float,
+    guidance: float,
     seed: int,
     log: Log,
 ) -> CausalWan:
@@ -140,24 +181,21 @@ def distil(
     random = torch.Generator().manual_seed(seed)
     student = copy.deepcopy(teacher).requires_grad_(True)
     average = copy.deepcopy(teacher).requires_grad_(False)
-    pages = batch * sum(shape.chunk_frames)
-    grid = tuple(1000 * (1 - i / teacher_steps) for i in range(teacher_steps))
-    warped = tuple(1000 * teacher_shift * (t / 1000) / (1 + (teacher_shift - 1) * t / 1000) for t in grid)
-    students = Engine(student, shape, sampler, CachePolicy(), pages=pages)
-    teachers = Engine(teacher, shape, SamplerSettings(warped, False, 1.0, kind="ode"), CachePolicy(), pages=pages)
+    students = Engine(student, shape, sampler, CachePolicy(), pages=batch * sum(shape.chunk_frames))
+    guided = GuidedTeacher(teacher, shape, teacher_steps, teacher_shift, guidance, batch)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     done, started = 0, time.monotonic()
     while done < steps:
         prompts = text[torch.randint(len(text), (batch,), generator=random)]
         with torch.no_grad():
-            ours, theirs = students.start(prompts), teachers.start(prompts)
+            ours = students.start(prompts)
+            guided.start(prompts)
         for chunk, frames in enumerate(shape.chunk_frames):
             for group in optimizer.param_groups:
                 group["lr"] = lr * cosine(done, steps)
             noise = torch.randn(batch, *shape.chunk(chunk), generator=random)
             with torch.no_grad():
-                context = theirs.cache.context(theirs.frame, frames, keep=False)
-                target = denoise(teacher, noise, teachers.steps, no_renoise, theirs.text, context, kind="ode").predictions[-1]
+                target = guided.sample(noise)
             context = ours.cache.context(ours.frame, frames, keep=False)
             encoded = student.encode_text(prompts)
             x, losses = noise, []
@@ -177,7 +215,7 @@ def distil(
             last = chunk == shape.chunks - 1
             with torch.no_grad():
                 students.append(ours, prediction.detach(), timestep=students.context_noise, last=last)
-                teachers.append(theirs, prediction.detach(), last=last)
+                guided.append(prediction.detach(), last=last)
             done += 1
             if done % 50 == 0 or done == steps:
                 values = {f"loss_step{index + 1}": loss.item() for index, loss in enumerate(losses)}
@@ -185,5 +223,5 @@ def distil(
             if done == steps:
                 break
         ours.cache.release()
-        theirs.cache.release()
+        guided.release()
     return average

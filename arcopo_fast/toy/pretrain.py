@@ -21,6 +21,7 @@ from torch import Tensor
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
 from arcopo_fast.model.checkpoints import load_into, read_state_dict, save_transformer
 from arcopo_fast.rollout.engine import SamplerSettings, VideoShape
+from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.toy import data
 from arcopo_fast.toy.generator_training import distil, train_teacher
 from arcopo_fast.toy.influence import noise_influence
@@ -47,13 +48,13 @@ class Sizes:
     """How much of everything; `quick` only shows that it runs."""
 
     def __init__(self, quick: bool) -> None:
-        self.vae_steps = 20 if quick else 3400
+        self.vae_steps = 20 if quick else 3000
         self.vae_evaluation_videos = 8 if quick else 256
         self.classifier_steps = 10 if quick else 2400
         self.classifier_videos = 64 if quick else 3072
         self.videos = 64 if quick else 4096
-        self.teacher_steps = 4 if quick else 3200
-        self.distil_steps = 8 if quick else 480
+        self.teacher_steps = 4 if quick else 4200
+        self.distil_steps = 8 if quick else 360
         self.batch = 4 if quick else 16
 
 
@@ -166,8 +167,9 @@ def pretrain(directory: Path, *, quick: bool, seed: int) -> dict[str, Any]:
             steps=sizes.distil_steps,
             batch=sizes.batch,
             lr=1e-3,
-            teacher_steps=4 if quick else 16,
+            teacher_steps=4 if quick else 12,
             teacher_shift=2.0,
+            guidance=2.0,
             seed=seed + 3,
             log=log,
         ),
@@ -185,6 +187,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps of every stage, to see that it runs (a minute)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    tune_for_cpu()
     pretrain(arguments.directory, quick=arguments.quick, seed=arguments.seed)
 
 

@@ -149,6 +149,16 @@ def test_chunks_do_not_matter(vae: AutoencoderKLWan, chunks: list[int]) -> None:
     assert kept > 10
 
 
+@pytest.mark.parametrize("chunks", [[7], [1, 6], [3, 3, 1]], ids=str)
+def test_several_frames_in_one_call_are_the_same_video(vae: AutoencoderKLWan, chunks: list[int]) -> None:
+    vae, latents = vae.double(), latents_of(7, batch=2).double()
+    expected, _ = stream(StreamingDecoder(vae), latents, [7])
+    for frames_per_call in (2, 3, 7):
+        decoded, cache = stream(StreamingDecoder(vae, frames_per_call), latents, chunks)
+        torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-6)
+        assert cache.frames == 7
+
+
 @pytest.mark.parametrize("prefix_chunks", [[1], [3], [1, 3]], ids=str)
 def test_forked_branches_are_independent_videos(vae: AutoencoderKLWan, prefix_chunks: list[int]) -> None:
     decoder = StreamingDecoder(vae)

@@ -25,7 +25,7 @@ class Videos(NamedTuple):
 @pytest.fixture(scope="module")
 def videos() -> Videos:
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-    frames, captions, _ = data.sample(12, 8, generator)
+    frames, captions, _ = data.sample(12, 8, generator, flaws=0)
     return Videos(frames, captions)
 
 
@@ -54,12 +54,24 @@ def striped(frames: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.name)
 @pytest.mark.parametrize("latent_frames", [8, 12])
-def test_rendered_videos_score_high(reward: Reward, latent_frames: int) -> None:
+def test_clean_videos_score_high(reward: Reward, latent_frames: int) -> None:
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-    frames, captions, _ = data.sample(24, latent_frames, generator)
+    frames, captions, _ = data.sample(24, latent_frames, generator, flaws=0)
     scores = reward(frames, captions)
     assert scores.shape == (24,) and scores.dtype == torch.float32
     assert scores.min() > 0.75 and scores.mean() > 0.9 and scores.max() <= 1
+
+
+def test_flaws_cost_every_video_and_leave_room_to_improve() -> None:
+    """What alignment lives on: all videos have something to gain, by far more than they differ from one another."""
+    seed = int(torch.randint(2**31, ()))
+    totals = []
+    for flaws in (0.0, 0.5, 1.0):
+        frames, captions, _ = data.sample(24, 8, torch.Generator().manual_seed(seed), flaws=flaws)
+        totals.append(torch.stack([reward(frames, captions) for reward in REWARDS]).sum(0))
+    clean, half, full = totals
+    assert (clean > half).all() and (half > full).all()
+    assert (clean - full).mean() > 2 * full.std()
 
 
 @pytest.mark.parametrize(
@@ -126,12 +138,14 @@ def tone(kind: str, factor: float, frames: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["brightness", "contrast", "saturation"])
 def test_tone_changes_earn_nothing(videos: Videos, reward: Reward, kind: str) -> None:
     """Exactly nothing as long as pixels are not clipped, and no gain worth the name when they are; on clean and on mediocre videos."""
-    for frames in (videos.frames, noisy(blurred(videos.frames, 3))):
+    flawed = data.sample(12, 8, torch.Generator().manual_seed(int(torch.randint(2**31, ()))), captions=videos.captions)[0]
+    # Clipping does sharpen the soft outlines of flawed videos, for the eye as well: they are looked at without it.
+    for frames, may_clip in ((videos.frames, True), (noisy(blurred(videos.frames, 3)), True), (flawed, False)):
         scores = reward(frames, videos.captions)
         for factor in (0.5, 0.8, 1.3, 2.0):
             changed = tone(kind, factor, frames)
             torch.testing.assert_close(reward(changed, videos.captions), scores, atol=2e-3, rtol=0)
-            assert (reward(changed.clamp(0, 1), videos.captions) - scores).mean() < 0.03
+            assert not may_clip or (reward(changed.clamp(0, 1), videos.captions) - scores).mean() < 0.03
 
 
 @pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.name)
@@ -154,7 +168,7 @@ def test_small_differences_are_seen(videos: Videos, reward: Reward) -> None:
     frames, captions = videos.frames, videos.captions
     if reward.name == "text_alignment":
         triangles = [caption.replace(caption.split()[2], "triangle") for caption in captions]
-        frames, captions, _ = data.sample(12, 8, torch.Generator().manual_seed(int(torch.randint(2**31, ()))), captions=triangles)
+        frames, captions, _ = data.sample(12, 8, torch.Generator().manual_seed(int(torch.randint(2**31, ()))), captions=triangles, flaws=0)
     broken = fault(frames)
     scores = torch.stack([reward(torch.lerp(frames, broken, amount), captions).mean() for amount in (0.0, 0.15, 0.3, 0.5)])
     assert (scores.diff() < -1e-3).all(), scores
