@@ -46,13 +46,16 @@ class CachePolicy:
 
 
 class VideoCache:
-    """Page tables of B videos that stand at the same frame; all tables have the same length."""
+    """Page tables of B videos that stand at the same frame; all tables have the same length.
+
+    reserved: for each video the pages set aside for its next frames; the cache takes them out of these lists, or gives them back.
+    """
 
     def __init__(self, pool: PagePool, policy: CachePolicy, batch: int) -> None:
         self.pool = pool
         self.policy = policy
         self.tables = [pool.table() for _ in range(batch)]
-        self._reserved: list[list[int]] = [[] for _ in range(batch)]
+        self.reserved: list[list[int]] = [[] for _ in range(batch)]
 
     @property
     def frames(self) -> int:
@@ -63,16 +66,16 @@ class VideoCache:
         """`branches` caches over the pages of this one video (batch 1), copying nothing."""
         if len(self.tables) != 1:
             raise ValueError(f"a cache of {len(self.tables)} videos cannot be forked; fork one video at a time")
-        child = VideoCache(self.pool, self.policy, 0)
+        child = VideoCache(self.pool, self.policy, branches)
         child.tables = [self.tables[0].fork() for _ in range(branches)]
-        child._reserved = [[] for _ in range(branches)]
         return child
 
     def reserve(self, frames: int) -> None:
-        """Take the pages of the next `frames` frames of every video at once, so that each video's are consecutive."""
-        pages = self.pool.allocate(frames * len(self.tables))
-        for row, reserved in enumerate(self._reserved):
-            reserved.extend(pages[row * frames : (row + 1) * frames])
+        """Set aside what is missing for the next `frames` frames of every video, all at once, so that each video's are consecutive."""
+        missing = max(0, frames - len(self.reserved[0]))
+        pages = self.pool.allocate(missing * len(self.tables))
+        for row, reserved in enumerate(self.reserved):
+            reserved.extend(pages[row * missing : (row + 1) * missing])
 
     def make_room(self, frames: int) -> None:
         """Slide the window for a chunk of `frames` frames: drop the oldest frames after the sink."""
@@ -104,16 +107,15 @@ class VideoCache:
         return PagedContext(self.pool, reads, writes, query, key, self.policy.absolute)
 
     def _append(self, frames: int) -> list[PageRun]:
-        if len(self._reserved[0]) < frames:
-            self.reserve(frames - len(self._reserved[0]))
-        for table, reserved in zip(self.tables, self._reserved):
+        self.reserve(frames)
+        for table, reserved in zip(self.tables, self.reserved):
             table.extend(reserved[:frames])
             del reserved[:frames]
         return self.pool.prepare_write(self.tables, self.frames - frames, self.frames)
 
     def release(self) -> None:
         """Give every page back."""
-        for table, reserved in zip(self.tables, self._reserved):
+        for table, reserved in zip(self.tables, self.reserved):
             table.release()
             self.pool.release(reserved)
             reserved.clear()

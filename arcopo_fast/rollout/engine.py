@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Iterator, Literal, Sequence
 
 import torch
-from arcopo_kernels.paging import PagePool
+from arcopo_kernels.paging import GroupPlan, PagePool, plan_group
 from torch import Tensor
 
 from arcopo_fast.model.causal_wan import CausalWan, TextContext
@@ -136,12 +136,16 @@ class Engine:
         )
 
     @staticmethod
-    def pages_for(shape: VideoShape, branches: int, pivot: int | None = None) -> int:
-        """Pages of a prefix and `branches` tails at `pivot` (the worst pivot when None); the last chunk is never cached."""
-        if pivot is None:
-            return max(Engine.pages_for(shape, branches, p) for p in range(shape.chunks))
-        prefix, cached = sum(shape.chunk_frames[:pivot]), sum(shape.chunk_frames[:-1])
-        return max(1, prefix + branches * (cached - prefix))
+    def pages_for(shape: VideoShape, branches: int, pivot: int | None = None, policy: CachePolicy | None = None) -> int:
+        """Pages of a prefix and `branches` tails at `pivot` (the worst pivot when None), by `policy`'s window (no window when None)."""
+        pivots = range(shape.chunks) if pivot is None else [pivot]
+        return max(1, *(Engine.plan(shape, policy or CachePolicy(), p, branches).pages for p in pivots))
+
+    @staticmethod
+    def plan(shape: VideoShape, policy: CachePolicy, pivot: int, branches: int) -> GroupPlan:
+        """The pages of a group that forks at `pivot`; the last chunk is never cached."""
+        cached = shape.chunk_frames[:-1]
+        return plan_group(cached[:pivot], cached[pivot:], branches, window=policy.window, sink=policy.sink)
 
     # One chunk at a time
 
@@ -243,26 +247,36 @@ class Engine:
         """
         if not 0 <= pivot < self.shape.chunks:
             raise ValueError(f"pivot {pivot} is not a chunk of this video; it has {self.shape.chunks}, counted from 0")
-        prefix = self.rebuild_prefix(text, [])
+        wave_size = min(branches_per_wave or branches, branches)
+        plan = self.plan(self.shape, self.policy, pivot, wave_size)
+        prefix = self.start(text)
+        reserved = self.pool.reserve(plan)  # a group that does not fit fails here, before a frame is computed
+        prefix.cache.reserved = [reserved.prefix]
         try:
             for chunk in range(pivot):
                 self.extend(prefix, chunk, noise.initial(chunk), noise, last=False)
             initial = noise.neighbours(pivot, branches, sigma)
-            waves = [self._finish(prefix, pivot, wave, noise) for wave in initial.split(branches_per_wave or branches)]
+            waves = [self._finish(prefix, pivot, wave, noise, reserved.tails, plan.tail) for wave in initial.split(wave_size)]
         except BaseException:
             prefix.cache.release()
+            reserved.release()
             raise
         inputs, predictions = (torch.cat([wave[part] for wave in waves], dim=1) for part in (0, 1))
         tail = torch.cat([wave[2] for wave in waves])
         latents = [*prefix.latents, *tail.split(self.shape.chunk_frames[pivot:], dim=1)]
         return Group(text, pivot, prefix, inputs, predictions, latents, self.steps_of(pivot), noise)
 
-    def _finish(self, prefix: Stream, pivot: int, initial: Tensor, noise: NoiseSource) -> tuple[Tensor, Tensor, Tensor]:
-        """Complete the branches of one wave: pivot inputs and predictions [T, g, F, ...], tail latents [g, frames, ...]."""
+    def _finish(
+        self, prefix: Stream, pivot: int, initial: Tensor, noise: NoiseSource, tails: list[list[int]], tail_pages: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Complete the branches of one wave: pivot inputs and predictions [T, g, F, ...], tail latents [g, frames, ...].
+
+        The first wave takes the pages reserved for its `tails`; those after it take `tail_pages` for each branch of what it gave back.
+        """
         stream = replace(prefix, cache=prefix.cache.fork(len(initial)), latents=list(prefix.latents))
+        stream.cache.reserved = tails[: len(initial)]
         try:
-            if self.policy.window is None:
-                stream.cache.reserve(sum(self.shape.chunk_frames[pivot:-1]))
+            stream.cache.reserve(tail_pages)
             trajectory = self.extend(stream, pivot, initial, noise, last=pivot == self.shape.chunks - 1)
             for chunk in range(pivot + 1, self.shape.chunks):
                 start = noise.initial(chunk)

@@ -1,11 +1,37 @@
 """Operators for few-step autoregressive video generators and their alignment.
 
-`attention` (queries over contiguous K/V segments), `paging` (a copy-on-write pool of K/V pages) and `surrogate` (the AR-CoPO objective).
+`attention` (queries over contiguous K/V segments), `paging` (a copy-on-write pool of K/V pages), `surrogate` (the AR-CoPO objective),
+`qk_norm_rope` and `modulation` (what lies between a block's matrix products) and `nft` (the negative-aware forward-process loss).
 Needs torch only (triton where it is there); knows nothing of training, configuration or checkpoints.
 """
 
-from arcopo_kernels.attention import Segment, segment_attention
+from arcopo_kernels.attention import Segment, merge_attention, segment_attention
+from arcopo_kernels.dispatch import Choice, use, used
+from arcopo_kernels.modulation import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
+from arcopo_kernels.nft import NFTOutput, nft_loss
 from arcopo_kernels.paging import PagePool, PagePoolExhausted, PageTable
-from arcopo_kernels.surrogate import SurrogateOutput, copo_surrogate
+from arcopo_kernels.qk_norm_rope import apply_rope, rms_norm  # not the function named like its folder: it would hide it
+from arcopo_kernels.surrogate import PolicyOutput, SurrogateOutput, copo_policy, copo_surrogate
 
-__all__ = ["PagePool", "PagePoolExhausted", "PageTable", "Segment", "SurrogateOutput", "copo_surrogate", "segment_attention"]
+__all__ = [
+    "Choice",
+    "NFTOutput",
+    "PagePool",
+    "PagePoolExhausted",
+    "PageTable",
+    "PolicyOutput",
+    "Segment",
+    "SurrogateOutput",
+    "apply_rope",
+    "copo_policy",
+    "copo_surrogate",
+    "gated_residual",
+    "gated_residual_layer_norm_modulate",
+    "layer_norm_modulate",
+    "merge_attention",
+    "nft_loss",
+    "rms_norm",
+    "segment_attention",
+    "use",
+    "used",
+]

@@ -1,73 +1,438 @@
-"""Segment attention against PyTorch's own attention over concatenated keys, outputs and gradients."""
+"""Segment attention against dense attention over concatenated keys in float64, written here: outputs, every gradient, every backend.
+
+The budget of a precision is twice the error of PyTorch's own attention at that precision over expanded, concatenated keys.
+"""
 
 from __future__ import annotations
+
+import itertools
+from typing import NamedTuple, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
-from arcopo_kernels import Segment, segment_attention
+from arcopo_kernels import Segment, dispatch, segment_attention
+from arcopo_kernels.attention import backends, merge_attention, op
+from arcopo_kernels.testing import ROUNDING, assert_close, assert_no_worse
 from torch import Tensor
 
+needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="triton is not installed")
+gpu = pytest.mark.gpu
 
-def concatenated(query: Tensor, segments: list[Segment]) -> Tensor:
-    """The same attention through F.scaled_dot_product_attention on expanded, concatenated keys and values."""
+
+class Run(NamedTuple):
+    """One segment of a test: how many keys, shared by the batch or not, frozen or not."""
+
+    keys: int
+    shared: bool
+    frozen: bool
+
+
+PREFIX, WINDOW, OWN = Run(13, True, True), Run(7, True, False), Run(9, False, False)
+
+
+def draw(
+    batch: int,
+    queries: int,
+    runs: Sequence[Run],
+    dtype: torch.dtype = torch.float64,
+    heads: int = 2,
+    head_dim: int = 32,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, list[Segment]]:
+    """Random query and segments, all requiring gradient; frozen ones too, so that a gradient given to them would be seen."""
+
+    def leaf(rows: int, tokens: int) -> Tensor:
+        return torch.randn(rows, tokens, heads, head_dim, dtype=dtype, device=device, requires_grad=True)
+
+    query = leaf(batch, queries)
+    return query, [Segment(*(leaf(1 if run.shared else batch, run.keys) for _ in range(2)), run.frozen) for run in runs]
+
+
+def dense(query: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over all keys at once."""
     batch = query.shape[0]
-    key, value = (torch.cat([s[i].expand(batch, *s[i].shape[1:]) for s in segments], dim=1).transpose(1, 2) for i in (0, 1))
+    key, value = (torch.cat([segment[i].expand(batch, -1, -1, -1) for segment in segments], dim=1) for i in (0, 1))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+
+
+def plain(query: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """PyTorch's own attention over the same keys."""
+    batch = query.shape[0]
+    key, value = (torch.cat([segment[i].expand(batch, -1, -1, -1) for segment in segments], dim=1).transpose(1, 2) for i in (0, 1))
     return F.scaled_dot_product_attention(query.transpose(1, 2), key, value).transpose(1, 2)
 
 
-def draw(batch: int, queries: int, lengths: list[tuple[int, int]], dtype: torch.dtype) -> tuple[Tensor, list[Segment]]:
-    query = torch.randn(batch, queries, 3, 10, dtype=dtype)
-    return query, [Segment(torch.randn(b, n, 3, 10, dtype=dtype), torch.randn(b, n, 3, 10, dtype=dtype)) for b, n in lengths]
+def leaves(query: Tensor, segments: Sequence[Segment]) -> dict[str, Tensor]:
+    """What a gradient is due for, by name. Empty segments are skipped: no implementation owes them one."""
+    named = {"query": query}
+    for index, segment in enumerate(segments):
+        if not segment.frozen and segment.key.shape[1]:
+            named |= {f"key {index}": segment.key, f"value {index}": segment.value}
+    return named
+
+
+def differentiate(out: Tensor, grad_out: Tensor, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(named, torch.autograd.grad(out, list(named.values()), grad_out.to(out.dtype))))
+
+
+def in_double(query: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, list[Segment]]:
+    def double(tensor: Tensor) -> Tensor:
+        return tensor.detach().double().requires_grad_()
+
+    return double(query), [Segment(double(segment.key), double(segment.value), segment.frozen) for segment in segments]
+
+
+def check(backend: str, query: Tensor, segments: list[Segment]) -> None:
+    """Output and every gradient of a backend within the budget of their precision."""
+    grad_out = torch.randn_like(query)
+    out = segment_attention(query, segments, backend=backend)
+    used = dispatch.used("segment_attention")
+    assert used is not None and used.name == backend
+    assert out.dtype == query.dtype and out.shape == query.shape
+    ours = differentiate(out, grad_out, leaves(query, segments))
+    exact_query, exact_segments = in_double(query, segments)
+    exact_out = dense(exact_query, exact_segments)
+    exact = differentiate(exact_out, grad_out, leaves(exact_query, exact_segments))
+    plain_out = plain(query, segments)
+    same_precision = differentiate(plain_out, grad_out, leaves(query, segments))
+    slack = ROUNDING[query.dtype] / 4
+    assert_no_worse(f"{backend}: output", out, plain_out, exact_out, slack=slack)
+    for name in exact:
+        assert ours[name].shape == same_precision[name].shape
+        assert_no_worse(f"{backend}: gradient of {name}", ours[name], same_precision[name], exact[name], slack=slack)
+
+
+CPU_CASES = [
+    *itertools.product(["math", "cpu"], [torch.float32, torch.bfloat16]),
+    *(pytest.param("triton", dtype, marks=needs_triton) for dtype in (torch.float32, torch.float16)),
+]
+
+
+@pytest.fixture
+def interpreted() -> None:
+    if not dispatch.INTERPRETED:
+        pytest.skip("Triton compiles in this process: there is a GPU")
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CPU_CASES)
+@pytest.mark.parametrize(
+    ("batch", "queries", "runs"),
+    [
+        pytest.param(3, 37, [PREFIX, OWN], id="prefix and own"),
+        pytest.param(1, 33, [Run(70, True, False)], id="one branch, one segment"),
+        pytest.param(2, 5, [PREFIX, Run(0, False, False), WINDOW, OWN], id="three segments and an empty one"),
+        pytest.param(5, 11, [Run(1, True, True), Run(1, False, False)], id="one-token segments"),
+        pytest.param(64, 3, [PREFIX, Run(2, False, False)], id="64 branches"),
+        pytest.param(2, 1, [PREFIX, OWN], id="one query"),
+    ],
+)
+def test_error_is_at_most_twice_that_of_plain_attention(
+    backend: str, dtype: torch.dtype, batch: int, queries: int, runs: list[Run], request: pytest.FixtureRequest
+) -> None:
+    if backend == "triton":
+        request.getfixturevalue("interpreted")
+    check(backend, *draw(batch, queries, runs, dtype, heads=1 if batch == 64 else 2))
+
+
+@needs_triton
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_triton_takes_every_head_dim_and_whole_and_partial_tiles(head_dim: int, interpreted: None) -> None:
+    check("triton", *draw(2, 130, [Run(64, True, False), Run(65, False, False)], torch.float16, heads=1, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("backend", ["math", "cpu"])
+def test_in_double_the_segments_are_the_whole(backend: str) -> None:
+    """The operator's own path: per segment, merged, and the backward from the global output and log-sum-exp."""
+    query, segments = draw(3, 11, [PREFIX, WINDOW, OWN, Run(1, False, False)], head_dim=10)
+    keys, values = [segment.key for segment in segments], [segment.value for segment in segments]
+    out, lse = torch.ops.arcopo.segment_attention(query, keys, values, [segment.frozen for segment in segments], 10**-0.5, backend)
+    expected = dense(query, segments)
+    assert_close("output", out, expected, 1e-14)
+    scores = torch.cat([torch.einsum("bqhd,bkhd->bhqk", query, key.expand(3, -1, -1, -1)) for key in keys], dim=-1)
+    assert_close("log-sum-exp", lse, (scores * 10**-0.5).logsumexp(-1), 1e-14)
+    assert not lse.requires_grad
+    grad_out = torch.randn_like(out)
+    ours = differentiate(out, grad_out, leaves(query, segments))
+    exact = differentiate(expected, grad_out, leaves(query, segments))
+    for name in exact:
+        assert_close(f"gradient of {name}", ours[name], exact[name], 1e-13)
 
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
 @pytest.mark.parametrize("lengths", [[7], [1, 13], [0, 5, 1, 0]])
-def test_equals_concatenation(batch: int, lengths: list[int]) -> None:
-    # Every other segment is shared by the batch.
-    query, segments = draw(batch, 11, [(1 if i % 2 == 0 else batch, n) for i, n in enumerate(lengths)], torch.float64)
-    torch.testing.assert_close(segment_attention(query, segments), concatenated(query, segments), rtol=0, atol=1e-13)
+def test_default_on_a_cpu_in_double(batch: int, lengths: list[int]) -> None:
+    query, segments = draw(batch, 11, [Run(keys, index % 2 == 0, False) for index, keys in enumerate(lengths)], head_dim=10)
+    torch.testing.assert_close(segment_attention(query, segments), dense(query, segments), rtol=0, atol=1e-13)
+    assert dispatch.used("segment_attention") == ("math", "the tensors are on cpu, not on a GPU")
+    torch.testing.assert_close(segment_attention(query, segments, scale=0.7), dense(query * 0.7 * 10**0.5, segments), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_error_is_at_most_twice_that_of_plain_attention(dtype: torch.dtype) -> None:
-    query, segments = draw(4, 33, [(1, 40), (4, 17)], dtype)
-    exact = concatenated(query.double(), [Segment(s.key.double(), s.value.double()) for s in segments])
-    ours = (segment_attention(query, segments).double() - exact).abs().max()
-    plain = (concatenated(query, segments).double() - exact).abs().max()
-    assert ours <= 2 * plain + torch.finfo(dtype).eps
+@pytest.mark.parametrize("backend", ["math", "cpu", pytest.param("triton", marks=needs_triton)])
+def test_a_frozen_segment_gets_no_gradient_and_changes_no_other(backend: str, request: pytest.FixtureRequest) -> None:
+    if backend == "triton":
+        request.getfixturevalue("interpreted")
+    query, (first, second) = draw(2, 5, [WINDOW, OWN], torch.float32)
+    grad_out = torch.randn_like(query)
+    tensors = [query, second.key, second.value, first.key, first.value]
+    frozen_out = segment_attention(query, [first._replace(frozen=True), second], backend=backend)
+    frozen = torch.autograd.grad(frozen_out, tensors, grad_out, allow_unused=True)
+    whole = torch.autograd.grad(segment_attention(query, [first, second], backend=backend), tensors, grad_out)
+    assert frozen[3] is None and frozen[4] is None
+    for a, b in zip(frozen[:3], whole):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_gradients() -> None:
-    query, segments = draw(3, 5, [(1, 6), (3, 4)], torch.float64)
-    leaves = [query, *(t for s in segments for t in (s.key, s.value))]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    weight = torch.randn(3, 5, 3, 10, dtype=torch.float64)
-    ours = torch.autograd.grad((segment_attention(query, segments) * weight).sum(), leaves)
-    official = torch.autograd.grad((concatenated(query, segments) * weight).sum(), leaves)
-    for a, b in zip(ours, official):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_triton)])
+def test_strided_views_are_read_in_place(backend: str, request: pytest.FixtureRequest) -> None:
+    """Keys and values as a page pool hands them out, with gaps between the branches, and a query that is not contiguous."""
+    if backend == "triton":
+        request.getfixturevalue("interpreted")
+    pool = torch.randn(2, 6, 20, 2, 32)
+    prefix = Segment(pool[0, 1, :13].unsqueeze(0), pool[1, 1, :13].unsqueeze(0), True)
+    own = Segment(pool[0, 2:5, 3:11], pool[1, 2:5, 3:11])
+    query = torch.randn(3, 2, 7, 32).transpose(1, 2)
+    assert not own.key.is_contiguous() and not query.is_contiguous()
+    out = segment_attention(query, [prefix, own], backend=backend)
+    assert_close("output", out, dense(query.double(), [Segment(s.key.double(), s.value.double()) for s in (prefix, own)]), 1e-6)
 
 
-def test_a_frozen_segment_gets_no_gradient_and_changes_no_other() -> None:
-    query, (first, second) = draw(2, 5, [(1, 6), (2, 4)], torch.float64)
-    for leaf in (query, first.key, first.value, second.key, second.value):
-        leaf.requires_grad_()
-    weight = torch.randn(2, 5, 3, 10, dtype=torch.float64)
-    loss = (segment_attention(query, [first._replace(frozen=True), second]) * weight).sum()
-    frozen = torch.autograd.grad(loss, [first.key, first.value, query, second.key, second.value], allow_unused=True)
-    whole = torch.autograd.grad((segment_attention(query, [first, second]) * weight).sum(), [query, second.key, second.value])
-    assert frozen[0] is None and frozen[1] is None
-    for a, b in zip(frozen[2:], whole):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+@needs_triton
+def test_triton_is_bitwise_repeatable(device: torch.device) -> None:
+    query, segments = draw(2, 70, [PREFIX, OWN], torch.float16, heads=1, device=device)
+    grad_out = torch.randn_like(query)
+    results = []
+    for _ in range(2):
+        out = segment_attention(query, segments, backend="triton")
+        results.append([out, *differentiate(out, grad_out, leaves(query, segments)).values()])
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_merge_is_attention_over_the_union(parts: int) -> None:
+    query, segments = draw(2, 5, [OWN] * parts)
+    both = [backends.BACKENDS["math"].forward(query, segment.key, segment.value, query.shape[-1] ** -0.5) for segment in segments]
+    out, lse = merge_attention([out for out, _ in both], [lse for _, lse in both])
+    expected = dense(query, segments)
+    assert_close("output", out, expected, 1e-14)
+    assert lse.shape == (2, 2, 5)
+    grad_out = torch.randn_like(out)
+    ours, exact = (differentiate(result, grad_out, leaves(query, segments)) for result in (out, expected))
+    for name in exact:
+        assert_close(f"gradient of {name}", ours[name], exact[name], 1e-13)
+
+
+def test_merge_where_queries_see_no_key() -> None:
+    outs, lses = torch.randn(2, 1, 3, 1, 4), torch.randn(2, 1, 1, 3)
+    lses[0, ..., 0] = lses[:, ..., 1] = -torch.inf
+    out, lse = merge_attention(list(outs), list(lses))
+    torch.testing.assert_close(out[0, 0], outs[1, 0, 0])
+    assert not out[0, 1].any() and lse[0, 0, 1] == -torch.inf and out.isfinite().all()
+    with pytest.raises(ValueError, match="2 outputs and 1 log-sum-exps"):
+        merge_attention(list(outs), list(lses[:1]))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_triton_merge(device: torch.device, dtype: torch.dtype, parts: int) -> None:
+    from arcopo_kernels.attention import triton
+
+    outs = [torch.randn(3, 5, 2, 40, dtype=dtype, device=device) for _ in range(parts)]
+    lses = [10 * torch.randn(3, 2, 5, device=device) for _ in range(parts)]
+    lses[0] = lses[0].transpose(0, 1).contiguous().transpose(0, 1)  # as of a folded segment
+    out, lse = triton.merge(outs, lses)
+    expected, expected_lse = merge_attention([out.double() for out in outs], [lse.double() for lse in lses])
+    assert out.dtype == dtype
+    truncates = dtype == torch.bfloat16 and dispatch.INTERPRETED  # where hardware rounds to nearest
+    assert_close("output", out, expected, ROUNDING[dtype] * (2 if truncates else 1))
+    assert_close("log-sum-exp", lse, expected_lse, 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["math", "cpu", pytest.param("triton", marks=needs_triton)])
+def test_operator_is_registered_rightly(backend: str, request: pytest.FixtureRequest) -> None:
+    if backend == "triton":
+        request.getfixturevalue("interpreted")
+    query, segments = draw(2, 3, [Run(5, True, True), Run(4, False, False)], torch.float32, heads=1, head_dim=16)
+    keys, values = [segment.key for segment in segments], [segment.value for segment in segments]
+    frozen = [segment.frozen for segment in segments]
+    torch.library.opcheck(op._forward, (query, keys, values, frozen, 0.25, backend))
+    keys, values = ([tensor.detach() for tensor in tensors] for tensors in (keys, values))
+    query = query.detach()
+    out, lse = op._forward(query, keys, values, frozen, 0.25, backend)
+    grad_out = torch.randn_like(out)
+    torch.library.opcheck(op._backward, (grad_out, query, keys, values, out, lse, [False, True], 0.25, backend))
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", pytest.param("triton", marks=needs_triton)])
+def test_compiles_to_one_graph(backend: str, request: pytest.FixtureRequest) -> None:
+    if backend == "triton":
+        request.getfixturevalue("interpreted")
+    query, segments = draw(2, 3, [PREFIX, OWN], torch.float32)
+
+    def attend(query: Tensor, segments: list[Segment]) -> Tensor:
+        return 2 * segment_attention(2 * query, segments, backend=backend)
+
+    out = torch.compile(attend, fullgraph=True, backend="aot_eager")(query, segments)
+    expected = attend(query, segments)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    grad_out = torch.randn_like(out)
+    ours, eager = (differentiate(result, grad_out, leaves(query, segments)) for result in (out, expected))
+    for name in eager:
+        assert_close(f"gradient of {name}", ours[name], eager[name], 1e-6)
 
 
 def test_bad_arguments_are_named() -> None:
-    query, segments = draw(2, 5, [(3, 6)], torch.float32)
-    with pytest.raises(ValueError, match=r"segment 0: key has shape \(3, 6, 3, 10\); expected \[1 or 2, Tk, 3, 10\]"):
-        segment_attention(query, segments)
+    query, segments = draw(2, 5, [Run(6, False, False)], torch.float32, heads=3, head_dim=10)
+    wrong = Segment(torch.randn(3, 6, 3, 10), torch.randn(3, 6, 3, 10))
+    with pytest.raises(ValueError, match=r"segment 1: key has shape \(3, 6, 3, 10\); expected \[1 or 2, Tk, 3, 10\]"):
+        segment_attention(query, [*segments, wrong])
+    with pytest.raises(ValueError, match=r"segment 0: value has shape \(2, 5, 3, 10\)"):
+        segment_attention(query, [segments[0]._replace(value=torch.randn(2, 5, 3, 10))])
     with pytest.raises(ValueError, match="no key at all"):
         segment_attention(query, [])
+    with pytest.raises(ValueError, match="no key at all"):
+        segment_attention(query, [Segment(torch.randn(1, 0, 3, 10), torch.randn(1, 0, 3, 10))])
     with pytest.raises(ValueError, match="float64"):
         segment_attention(query, [Segment(torch.randn(1, 2, 3, 10).double(), torch.randn(1, 2, 3, 10).double())])
+    with pytest.raises(ValueError, match="backend is 'fast'; expected one of auto, math, cpu"):
+        segment_attention(query, segments, backend="fast")
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "fa3", "fa4"])
+def test_a_backend_that_cannot_take_the_call_says_why(backend: str) -> None:
+    query, segments = draw(2, 5, [OWN], torch.bfloat16)
+    with pytest.raises(ValueError, match=f"'{backend}' was asked for, but the tensors are on cpu; use 'auto'"):
+        segment_attention(query, segments, backend=backend)
+
+
+@needs_triton
+def test_triton_says_what_it_cannot_take(interpreted: None) -> None:
+    query, segments = draw(2, 5, [OWN], torch.bfloat16)
+    with pytest.raises(ValueError, match="'triton' was asked for, but Triton's interpreter computes bfloat16"):
+        segment_attention(query, segments, backend="triton")
+    with pytest.raises(ValueError, match="head_dim of 16, 32, 64, 128, not 24"):
+        segment_attention(*draw(2, 5, [OWN], torch.float16, head_dim=24), backend="triton")
+
+
+def test_what_was_asked_for_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The argument before the environment before `use`."""
+    query, segments = draw(2, 5, [OWN], torch.float32)
+
+    def ran_on(backend: str = "auto") -> str:
+        segment_attention(query, segments, backend=backend)
+        used = dispatch.used("segment_attention")
+        assert used is not None
+        return used.name
+
+    with dispatch.use("reference"):
+        assert ran_on() == "math"
+        monkeypatch.setattr(op, "_forced", "cpu")
+        assert ran_on() == "cpu"
+        assert ran_on("math") == "math"
+    with pytest.raises(ValueError, match="ARCOPO_ATTENTION is 'fast'"):
+        op._checked("fast", "ARCOPO_ATTENTION")
+
+
+# On a GPU, at the model's head count and width. Lengths are no multiple of any tile.
+
+GPU_RUNS = [Run(2340, True, True), Run(390, True, False), Run(1170, False, False)]
+
+
+def gpu_backend(name: str, runs: Sequence[Run] = GPU_RUNS) -> tuple[Tensor, list[Segment]]:
+    """A realistic call; skips where the backend cannot take it."""
+    query, segments = draw(3, 1170, runs, torch.bfloat16, heads=12, head_dim=128, device="cuda")
+    try:
+        backends.choose(name, query, [(segment.key, segment.value) for segment in segments])
+    except ValueError as error:
+        pytest.skip(str(error))
+    return query, segments
+
+
+FUSED = ["cudnn", "flash", "triton", "flash_attn"]
+
+
+@gpu
+@pytest.mark.parametrize("backend", FUSED)
+def test_gpu_error(backend: str) -> None:
+    check(backend, *gpu_backend(backend))
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["flash", "triton"])
+def test_gpu_one_token_segments(backend: str) -> None:
+    check(backend, *gpu_backend(backend, [Run(1, True, True), Run(1, False, False), Run(129, False, False)]))
+
+
+@gpu
+@pytest.mark.parametrize("backend", FUSED)
+def test_gpu_pool_views(backend: str) -> None:
+    """Branches whose own keys lie apart in a pool, trained and frozen."""
+    query, _ = gpu_backend(backend)
+    pool = torch.randn(2, 5, 3 * 390, 12, 128, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    segments = [Segment(pool[0, :1], pool[1, :1], True), Segment(pool[0, 1:4, :780], pool[1, 1:4, :780])]
+    out = segment_attention(query, segments, backend=backend)
+    plain_out = plain(query, segments)
+    exact_query, exact_segments = in_double(query, segments)
+    exact_out = dense(exact_query, exact_segments)
+    assert_no_worse("output", out, plain_out, exact_out)
+    grad_out = torch.randn_like(query)
+    own = segments[1]
+    ours, same_precision = (torch.autograd.grad(result, [query, own.key, own.value], grad_out) for result in (out, plain_out))
+    exact = torch.autograd.grad(exact_out, [exact_query, exact_segments[1].key, exact_segments[1].value], grad_out.double())
+    for name, a, b, c in zip(("query", "key", "value"), ours, same_precision, exact):
+        assert_no_worse(f"gradient of {name}", a, b, c)
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["auto", *FUSED])
+def test_gpu_graph_capture(backend: str) -> None:
+    """Forward and backward replayed from a CUDA graph on new numbers."""
+    query, segments = gpu_backend(backend)
+    grad_out = torch.randn_like(query)
+    named = leaves(query, segments)
+
+    def step() -> list[Tensor]:
+        out = segment_attention(query, segments, backend=backend)
+        return [out, *differentiate(out, grad_out, named).values()]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for tensor in named.values():
+            tensor.normal_()
+    graph.replay()
+    for name, ours, eager in zip(["output", *named], captured, step()):
+        assert_close(name, ours, eager, 2e-3)
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_gpu_compiles_to_one_graph(backend: str) -> None:
+    query, segments = gpu_backend(backend)
+    out = torch.compile(segment_attention, fullgraph=True, backend="aot_eager")(query, segments, backend=backend)
+    expected = segment_attention(query, segments, backend=backend)
+    assert torch.equal(out, expected)
+    grad_out = torch.randn_like(query)
+    ours, eager = (differentiate(result, grad_out, leaves(query, segments)) for result in (out, expected))
+    for name in eager:
+        assert_close(f"gradient of {name}", ours[name], eager[name], 2e-3)
+
+
+@gpu
+def test_gpu_auto_takes_the_best_kernel() -> None:
+    query, segments = gpu_backend("auto")
+    segment_attention(query, segments)
+    used = dispatch.used("segment_attention")
+    assert used is not None and used.name == ("cudnn" if torch.cuda.get_device_capability() >= (9, 0) else "flash")
+    segment_attention(query.float(), [Segment(segment.key.float(), segment.value.float()) for segment in segments[2:]])
+    assert dispatch.used("segment_attention") == ("math", "the fused kernels take float16 and bfloat16, not torch.float32")

@@ -1,19 +1,24 @@
-"""The page pool: reference counts, forks, copy on write, windows, regular views, and what it refuses."""
+"""The page pool: reference counts, forks, copy on write, windows, regular views, plans, and what it refuses. The copy kernel.
+
+test_paging_properties.py walks through all of it at random.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
-from arcopo_kernels import PagePool, PagePoolExhausted, PageTable
+from arcopo_kernels import PagePool, PagePoolExhausted, PageTable, dispatch
+from arcopo_kernels.paging import GroupPlan, PageRun, copy_pages, plan_group
 from torch import Tensor
 
 LAYERS, TOKENS, HEADS, DIM = 2, 3, 2, 4
 
 
-def make(pages: int) -> PagePool:
-    return PagePool(layers=LAYERS, pages=pages, tokens_per_page=TOKENS, heads=HEADS, head_dim=DIM)
+def make(pages: int, **options: object) -> PagePool:
+    return PagePool(layers=LAYERS, pages=pages, tokens_per_page=TOKENS, heads=HEADS, head_dim=DIM, **options)
 
 
 def append(pool: PagePool, tables: list[PageTable], frames: int) -> tuple[Tensor, Tensor]:
@@ -25,7 +30,7 @@ def append(pool: PagePool, tables: list[PageTable], frames: int) -> tuple[Tensor
 
 
 def overwrite(pool: PagePool, tables: list[PageTable], start: int, stop: int) -> tuple[Tensor, Tensor]:
-    key, value = torch.randn(2, LAYERS, len(tables), (stop - start) * TOKENS, HEADS, DIM)
+    key, value = torch.randn(2, LAYERS, len(tables), (stop - start) * TOKENS, HEADS, DIM, device=pool.keys.device)
     runs = pool.prepare_write(tables, start, stop)
     for layer in range(LAYERS):
         pool.write(layer, runs, key[layer], value[layer])
@@ -101,7 +106,7 @@ def test_running_out_changes_nothing() -> None:
     with pytest.raises(PagePoolExhausted, match="2 pages asked for, 1 of 4 are free"):
         pool.allocate(2)
     child = table.fork()
-    before = list(child.pages)
+    before = child.pages
     with pytest.raises(PagePoolExhausted):
         pool.prepare_write([child], 0, 2)
     assert child.pages == before and pool.pages_in_use == 3
@@ -113,10 +118,12 @@ def test_misuse_is_refused() -> None:
     append(pool, [table], 1)
     runs = pool.prepare_write([table], 0, 1)
     key = torch.randn(1, TOKENS, HEADS, DIM)
-    with pytest.raises(ValueError, match="carry gradient"):
-        pool.write(0, runs, key.clone().requires_grad_(), key)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="value: tensors that carry gradient"):
+        pool.write(0, runs, key, key.clone().requires_grad_())
+    with pytest.raises(ValueError, match=r"key has shape \[1, 2, 2, 4\], which the prepared pages do not fit; expected \[1, 3, 2, 4\]"):
         pool.write(0, runs, key[:, 1:], key[:, 1:])
+    with pytest.raises(ValueError, match="value is torch.float64 on cpu, the pages are torch.float32 on cpu"):
+        pool.write(0, runs, key, key.double())
     page = table.pages[0]
     table.release()
     with pytest.raises(ValueError, match="released"):
@@ -160,3 +167,403 @@ def test_random_walk_against_plain_copies() -> None:
         if same_length:
             expected = torch.stack([c for _, c in same_length], dim=2)
             torch.testing.assert_close(read(pool, [t for t, _ in same_length]), expected, rtol=0, atol=0)
+
+
+def prepared(pool: PagePool, tables: list[PageTable]) -> tuple[list[PageRun], Callable[[], None]]:
+    """A plan to write all columns, and a write by it."""
+    runs = pool.prepare_write(tables, 0, len(tables[0]))
+    key, value = torch.randn(2, len(tables), len(tables[0]) * TOKENS, HEADS, DIM)
+    return runs, lambda: pool.write(1, runs, key, value)
+
+
+def test_a_plan_from_before_a_fork_may_not_write() -> None:
+    """Not even once only the fork is left: the pages are its own by then."""
+    pool = make(8)
+    table = pool.table()
+    append(pool, [table], 2)
+    runs, write = prepared(pool, [table])
+    write()
+    child = table.fork()
+    before = read(pool, [child]).clone()
+    with pytest.raises(ValueError, match="may not be written.*forked"):
+        write()
+    with pytest.raises(ValueError, match="may not be written"):
+        pool.slots(0, runs[0])
+    pool.read(0, runs[0])
+    table.release()
+    with pytest.raises(ValueError, match="may not be written"):
+        write()
+    torch.testing.assert_close(read(pool, [child]), before, rtol=0, atol=0)
+
+
+def test_a_plan_over_pages_that_became_anothers_is_refused() -> None:
+    pool = make(3)
+    table = pool.table()
+    append(pool, [table], 3)
+    runs, write = prepared(pool, [table])
+    table.drop(0, 3)
+    other = pool.table()
+    append(pool, [other], 3)
+    before = read(pool, [other]).clone()
+    with pytest.raises(ValueError, match="stale"):
+        pool.read(0, runs[0])
+    with pytest.raises(ValueError, match="may not be written"):
+        write()
+    torch.testing.assert_close(read(pool, [other]), before, rtol=0, atol=0)
+
+
+def test_a_plan_does_not_read_what_another_table_writes() -> None:
+    """The parent moves to a copy and leaves its page to the child: an old plan of the parent must not see the child's frames."""
+    pool = make(2)
+    parent = pool.table()
+    append(pool, [parent], 1)
+    (run,) = pool.runs([parent])
+    child = parent.fork()
+    before = pool.read(0, run)[0].clone()
+    overwrite(pool, [parent], 0, 1)
+    assert torch.equal(pool.read(0, run)[0], before), "the page as it was planned is still there"
+    overwrite(pool, [child], 0, 1)
+    with pytest.raises(ValueError, match="stale"):
+        pool.read(0, run)
+
+
+def test_writing_needs_runs_that_were_prepared_here() -> None:
+    pool, other = make(4), make(4)
+    tables = [pool.table(), other.table()]
+    for owner, table in zip((pool, other), tables):
+        append(owner, [table], 2)
+    key = torch.randn(1, 2 * TOKENS, HEADS, DIM)
+    pool.prepare_write(tables[:1], 0, 2)
+    with pytest.raises(ValueError, match="did not come from prepare_write"):
+        pool.write(0, pool.runs(tables[:1]), key, key)
+    with pytest.raises(ValueError, match="another pool"):
+        pool.write(0, other.prepare_write(tables[1:], 0, 2), key, key)
+    with pytest.raises(ValueError, match="another pool"):
+        pool.read(0, other.runs(tables[1:])[0])
+    with pytest.raises(ValueError, match="another pool"):
+        pool.runs(tables[1:])
+    with pytest.raises(ValueError, match="one table twice"):
+        pool.prepare_write(tables[:1] * 2, 0, 1)
+    with pytest.raises(ValueError, match="do not fit"):
+        pool.write(0, [], key, key)
+
+
+def test_a_page_belongs_to_one_table_until_it_is_forked() -> None:
+    pool = make(4)
+    tables = [pool.table(), pool.table()]
+    pages = pool.allocate(2)
+    with pytest.raises(ValueError, match="name one page twice"):
+        tables[0].extend(pages[:1] * 2)
+    tables[0].extend(pages)
+    with pytest.raises(ValueError, match="page 0 is held by 1 tables"):
+        tables[1].extend(pages)
+    with pytest.raises(ValueError, match="page 1 is held by 1 tables"):
+        pool.release([pages[1]])
+    with pytest.raises(ValueError, match="page 3 is already free"):
+        tables[1].extend([3])
+    with pytest.raises(ValueError, match=r"columns \[1, 3\) are not within a table of 2 pages"):
+        tables[0].drop(1, 3)
+    assert (len(tables[0]), len(tables[1]), pool.pages_in_use) == (2, 0, 2)
+
+
+def test_a_released_table_refuses_everything() -> None:
+    """An empty cache would be an answer, and a wrong one."""
+    pool = make(4)
+    table = pool.table()
+    append(pool, [table], 2)
+    table.release()
+    plans = (lambda: pool.runs([table]), lambda: pool.prepare_write([table], 0, 1))
+    for use in (lambda: len(table), lambda: table.pages, table.fork, table.release, *plans):
+        with pytest.raises(ValueError, match="was released"):
+            use()
+
+
+def test_a_kernel_can_store_into_the_slots_itself() -> None:
+    pool = make(8)
+    tables = [pool.table() for _ in range(2)]
+    append(pool, tables, 3)
+    (run,) = pool.prepare_write(tables, 1, 3)
+    expected = torch.randn(2, 2, 2 * TOKENS, HEADS, DIM)
+    for slots, source in zip(pool.slots(1, run), expected):
+        slots.copy_(source)
+    torch.testing.assert_close(read(pool, tables)[:, 1, :, TOKENS:], expected, rtol=0, atol=0)
+
+
+def test_layers_pay_for_the_check_once() -> None:
+    """As long as the pool is unchanged, reading and writing look at no page."""
+
+    class Forbidden(tuple):
+        def __iter__(self) -> object:
+            raise AssertionError("looked at the pages again")
+
+    pool = make(8)
+    table = pool.table()
+    append(pool, [table], 3)
+    plans = [pool.runs([table], 0, 2)[0], pool.prepare_write([table], 2, 3)[0]]
+    pool.table()
+    pool.read(0, plans[0])
+    for run in plans:
+        run.pages = Forbidden(run.pages)
+    key = torch.randn(1, TOKENS, HEADS, DIM)
+    for layer in range(LAYERS):
+        pool.read(layer, plans[0])
+        pool.write(layer, plans[1:], key, key)
+    table.fork()
+    with pytest.raises(AssertionError, match="again"):
+        pool.read(0, plans[0])
+
+
+def test_a_page_pool_of_bad_sizes_or_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="positive sizes"):
+        make(0)
+    with pytest.raises(ValueError, match="dtype is torch.int64"):
+        make(4, dtype=torch.int64)
+
+
+# Plans for a group
+
+
+def slide(pool: PagePool, tables: list[PageTable], chunks: list[int], reserved: list[list[int]], window: int | None, sink: int) -> None:
+    """Append chunks as a cache does: drop what leaves the window, then take reserved pages, then others."""
+    for chunk in chunks:
+        excess = 0 if window is None else max(0, len(tables[0]) + chunk - window)
+        for table in tables if excess else ():
+            table.drop(sink, sink + excess)
+        missing = max(0, chunk - len(reserved[0]))
+        pages = pool.allocate(missing * len(tables))
+        for row, (table, own) in enumerate(zip(tables, reserved)):
+            own += pages[row * missing : (row + 1) * missing]
+            table.extend(own[:chunk])
+            del own[:chunk]
+
+
+def test_a_group_needs_the_pages_that_were_planned() -> None:
+    """Whatever the chunks, window and sink: the group runs in a pool of just these pages, and a pool that is larger sees as many in use."""
+    choose = random.Random(torch.initial_seed())
+    windows = 0
+    for _ in range(200):
+        size = choose.randint(1, 3)
+        chunks = [choose.choice([1, size]), *[size] * choose.randint(0, 6)]
+        pivot, branches, sink = choose.randint(0, len(chunks)), choose.randint(1, 4), choose.randint(0, 3)
+        window = choose.choice([None, sink + size + choose.randint(0, 8)])
+        plan = plan_group(chunks[:pivot], chunks[pivot:], branches, window=window, sink=sink)
+        windows += plan.pages < sum(chunks[:pivot]) + branches * sum(chunks[pivot:])
+        for pool, reserve in ((make(max(1, plan.pages)), True), (make(2 * sum(chunks) * branches), False)):
+            reserved = pool.reserve(plan if reserve else GroupPlan(0, 0, branches))
+            assert reserved.contiguous
+            prefix = pool.table()
+            slide(pool, [prefix], chunks[:pivot], [reserved.prefix], window, sink)
+            tails = [prefix.fork() for _ in range(branches)]
+            slide(pool, tails, chunks[pivot:], reserved.tails, window, sink)
+            assert pool.peak_in_use == plan.pages
+            for table in (prefix, *tails):
+                table.release()
+            reserved.release()
+            assert pool.pages_in_use == 0
+    assert windows > 10, "some windows matter"
+
+
+def test_a_plan_says_what_fits() -> None:
+    plan = plan_group([3, 3], [3, 3], 12)
+    assert (plan.prefix, plan.tail, plan.branches, plan.pages) == (6, 6, 12, 78)
+    assert [plan.branches_within(pages) for pages in (5, 6, 11, 12, 30, 78, 100)] == [0, 0, 0, 1, 4, 12, 12]
+    assert plan_group([3], [], 12).branches_within(3) == 12
+    assert plan_group([], [3] * 5, 2, window=9, sink=3) == GroupPlan(0, 9, 2)
+    with pytest.raises(ValueError, match="a chunk of 3 pages does not fit a window of 5 with a sink of 3"):
+        plan_group([3], [3], 2, window=5, sink=3)
+    with pytest.raises(ValueError, match="must not be negative"):
+        plan_group([3], [-3], 2)
+
+
+def test_a_group_that_does_not_fit_takes_nothing() -> None:
+    pool = make(20)
+    page = 2 * LAYERS * TOKENS * HEADS * DIM * 4
+    assert pool.page_bytes == page
+    message = rf"a prefix of 6 pages and 4 tails of 4 are 22 pages \({22 * page / 2**30:.3g} GiB\), 20 of 20 are free; at most 3 branches"
+    with pytest.raises(PagePoolExhausted, match=message):
+        pool.reserve(plan_group([6], [4], 4))
+    assert pool.pages_in_use == 0 and pool.peak_in_use == 0
+    reserved = pool.reserve(plan_group([6], [4], 3))
+    assert reserved.prefix == list(range(12, 18)) and [pages[0] for pages in reserved.tails] == [0, 4, 8]
+    table = pool.table()
+    table.extend(reserved.tails[1])
+    reserved.tails[1].clear()
+    reserved.release()
+    assert pool.pages_in_use == 4
+    table.release()
+    reserved.release()
+    assert pool.pages_in_use == 0
+
+
+def test_a_group_finds_the_stretches_that_hold_it() -> None:
+    """Free: 4 pages, then 7. The tails have to take the second stretch, whichever part is asked for first."""
+    pool = make(12)
+    pages = pool.allocate(12)
+    pool.release(pages[:4] + pages[5:])
+    reserved = pool.reserve(GroupPlan(4, 3, 2))
+    assert reserved.contiguous and (reserved.prefix, reserved.tails) == ([0, 1, 2, 3], [[5, 6, 7], [8, 9, 10]])
+    reserved.release()
+    reserved = pool.reserve(GroupPlan(5, 3, 2))
+    assert not reserved.contiguous and pool.pages_free == 0
+    reserved.release()
+    assert pool.allocate(3) == [0, 1, 2], "the shortest stretch that holds them"
+
+
+# The copy of pages
+
+
+def random_bits(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Any bits at all, those of NaN included."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    info = torch.iinfo(integer)
+    return torch.randint(info.min, info.max, shape, dtype=integer, device=device).view(dtype)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.fixture
+def triton_device(device: torch.device) -> torch.device:
+    pytest.importorskip("triton")
+    return device
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, block",
+    [((3, 7, 5, 3, 7), 128), ((3, 7, 5, 3, 7), 32), ((2, 6, 4, 2, 16), 128), ((1, 2, 1, 1, 1), 1)],
+    ids=["one tile", "four tiles", "whole tile", "one element"],
+)
+def test_the_kernel_copies_bits(triton_device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], block: int) -> None:
+    from arcopo_kernels.paging import reference
+    from arcopo_kernels.paging import triton as kernels
+
+    keys, values = (random_bits(shape, dtype, triton_device) for _ in range(2))
+    order = torch.randperm(shape[1], device=triton_device)
+    targets = order[: shape[1] // 2]
+    sources = order[shape[1] // 2 :][torch.randint(shape[1] - len(targets), (len(targets),), device=triton_device)]
+    expected = [keys.clone(), values.clone()]
+    reference.copy_pages(*(tensor.view(kernels.INTEGERS[dtype.itemsize]) for tensor in expected), sources, targets)
+    kernels.copy_pages(keys, values, sources, targets, kernels.BlockSizes(block, num_warps=4))
+    for name, ours, theirs in zip(("keys", "values"), (keys, values), expected):
+        assert torch.equal(bits(ours), bits(theirs)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copy_on_write_is_one_launch(triton_device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers, keys and values; and the pool reads the same after it as after plain PyTorch's copy."""
+    from arcopo_kernels.paging import triton as kernels
+
+    launches, kernel = [], kernels._copy_pages
+
+    class Counting:
+        def __getitem__(self, grid: tuple[int, int]) -> object:
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(kernels, "_copy_pages", Counting())
+    pool = make(9, dtype=dtype, device=triton_device)
+    table = pool.table()
+    table.extend(pool.allocate(3))
+    bits(pool.keys).random_()
+    bits(pool.values).random_()
+    before = [bits(store[:, :3]).clone() for store in (pool.keys, pool.values)]
+    branches = [table.fork() for _ in range(2)]
+    with dispatch.use("triton"):
+        pool.prepare_write(branches, 0, 3)
+    assert launches == [(6, LAYERS)]
+    assert [branch.pages for branch in branches] == [(3, 4, 5), (6, 7, 8)]
+    for store, copied in zip((pool.keys, pool.values), before):
+        for first in (0, 3, 6):
+            assert torch.equal(bits(store[:, first : first + 3]), copied)
+
+
+def pages_and_copies(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keys, values = torch.randn(2, 2, 5, 3, 2, 4, device=device)
+    return keys, values, torch.tensor([4, 0], device=device), torch.tensor([1, 2], device=device)
+
+
+def test_the_operator_is_registered_as_it_behaves(triton_device: torch.device) -> None:
+    torch.library.opcheck(torch.ops.arcopo.copy_pages.default, pages_and_copies(triton_device))
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_the_copy_compiles_whole(triton_device: torch.device, implementation: str) -> None:
+    keys, values, sources, targets = pages_and_copies(triton_device)
+    expected = [keys.clone(), values.clone()]
+    for store in expected:
+        store[:, targets] = store[:, sources]
+    with dispatch.use(implementation):
+        copy_pages(keys.clone(), values.clone(), sources, targets)
+        assert dispatch.used("copy_pages").name == implementation
+        torch.compile(copy_pages, fullgraph=True, backend="aot_eager")(keys, values, sources, targets)
+    assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
+
+
+def test_what_does_not_fit_is_named() -> None:
+    keys, values, sources, targets = pages_and_copies(torch.device("cpu"))
+    for arguments, message in (
+        ((keys[0, 0, 0, 0], values, sources, targets), r"keys has shape \[4\]; expected \[layers, pages, ...\]"),
+        ((keys, values[:, 1:], sources, targets), r"values is \[2, 4, 3, 2, 4\] .*; expected what keys is, \[2, 5, 3, 2, 4\]"),
+        ((keys, values.double(), sources, targets), "values is .* torch.float64"),
+        ((keys, values, sources.int(), targets), r"sources is \[2\] torch.int32 on cpu; expected \[2\] torch.int64 on cpu"),
+        ((keys, values, sources, targets[:1]), r"targets is \[1\] torch.int64 on cpu; expected \[2\] torch.int64"),
+        ((keys.clone().requires_grad_(), values, sources, targets), "must not require gradient"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            copy_pages(*arguments)
+
+
+def test_storage_that_is_not_contiguous_takes_the_reference(triton_device: torch.device) -> None:
+    keys, values, sources, targets = pages_and_copies(triton_device)
+    expected = keys.clone()
+    expected[:, targets] = expected[:, sources]
+    keys = keys.transpose(3, 4).contiguous().transpose(3, 4)
+    copy_pages(keys, values, sources, targets)
+    assert torch.equal(keys, expected)
+    with dispatch.use("triton"), pytest.raises(ValueError, match="not contiguous"):
+        copy_pages(keys, values, sources, targets)
+
+
+@pytest.mark.gpu
+def test_a_captured_copy_takes_its_pages_from_the_device() -> None:
+    keys, values, sources, targets = pages_and_copies(torch.device("cuda"))
+    copy_pages(keys.clone(), values.clone(), sources, targets)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        copy_pages(keys, values, sources, targets)
+    for pages in ([3, 2], [0, 1]), ([1, 1], [4, 0]):
+        sources.copy_(torch.tensor(pages[0]))
+        targets.copy_(torch.tensor(pages[1]))
+        expected = [keys.clone(), values.clone()]
+        for store in expected:
+            store[:, targets] = store[:, sources]
+        graph.replay()
+        assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
+
+
+@pytest.mark.gpu
+def test_the_host_never_waits_for_the_device() -> None:
+    pool = make(16, device="cuda")
+    table = pool.table()
+    append(pool, [table], 3)
+    key, value = torch.randn(2, 2, 3 * TOKENS, HEADS, DIM, device="cuda")
+    branches = [table.fork() for _ in range(2)]
+    warm = table.fork()
+    pool.prepare_write([warm], 0, 3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runs = pool.prepare_write(branches, 0, 3)
+        for layer in range(LAYERS):
+            pool.write(layer, runs, key, value)
+            for run in runs:
+                pool.read(layer, run)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for found, written in zip(pool.read(1, pool.runs(branches)[0]), (key, value)):
+        assert torch.equal(found, written)

@@ -91,6 +91,18 @@ def test_waves_give_the_same_group() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES.values() if policy.window], ids=[*POLICIES][1:])
+def test_a_windowed_group_runs_in_the_pages_planned_for_it(policy: CachePolicy) -> None:
+    pages = Engine.pages_for(SHAPE, GROUP, policy=policy)
+    assert pages <= Engine.pages_for(SHAPE, GROUP)
+    engine = Engine(small_model(), SHAPE, SAMPLER, policy, pages=pages)
+    for pivot in range(SHAPE.chunks):
+        engine.pool.peak_in_use = 0
+        with engine.rollout(random_text(), keyed(), pivot=pivot, branches=GROUP, sigma=0.5):
+            assert engine.pool.peak_in_use == Engine.plan(SHAPE, policy, pivot, GROUP).pages
+        assert engine.pool.pages_in_use == 0
+
+
 def test_a_failed_rollout_gives_its_pages_back() -> None:
     engine = small_engine(small_model(), branches=2)
     with pytest.raises(PagePoolExhausted):

@@ -1,30 +1,72 @@
-"""The public operator: checks at the boundary, then the implementation."""
+"""The public operator: checks at the boundary, then one backend for each segment, merged by log-sum-exp.
+
+    ARCOPO_ATTENTION=flash python ...     for a whole process: auto (default) or a name of `backends.BACKENDS`
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Sequence
+import os
+from typing import Any, Sequence
 
-from arcopo_kernels.attention import reference
-from arcopo_kernels.attention.reference import Segment
+import torch
+from arcopo_kernels import dispatch
+from arcopo_kernels.attention import backends, reference
+from arcopo_kernels.attention.reference import Segment, merge_attention
+from arcopo_kernels.dispatch import Choice
 from torch import Tensor
 
+__all__ = ["Segment", "merge_attention", "segment_attention"]
 
-def segment_attention(query: Tensor, segments: Sequence[Segment], *, scale: float | None = None) -> Tensor:
-    """Attention of `query` over all `segments` together, without concatenating them.
+NAME = "segment_attention"
+
+
+def _checked(name: str, origin: str) -> str:
+    if name != "auto" and name not in backends.BACKENDS:
+        raise ValueError(f"{origin} is {name!r}; expected one of auto, {', '.join(backends.BACKENDS)}")
+    return name
+
+
+_forced = _checked(os.environ.get("ARCOPO_ATTENTION", "auto"), "ARCOPO_ATTENTION")
+
+
+def segment_attention(query: Tensor, segments: Sequence[Segment], *, scale: float | None = None, backend: str = "auto") -> Tensor:
+    """Attention of `query` over all `segments` together, without concatenating or copying them.
+
+    Each segment is attended to on its own, the outputs are merged by log-sum-exp. The queries of all branches attend to a shared segment as
+    one long sequence. The backward pass gives each segment the output and log-sum-exp of the whole (see `backends`).
 
     Args:
         query: [B, Tq, H, D], any floating dtype.
-        segments: keys and values [1 or B, Tk, H, D] of the query's dtype and device; batch 1 is shared by all B. A frozen segment gets no
-            gradient. Segments of zero tokens are allowed as long as one key is visible.
+        segments: keys and values [1 or B, Tk, H, D] of the query's dtype and device; batch 1 is shared by all B, its gradient their sum. A
+            frozen segment gets no gradient; backends "math" and "triton" do not compute it, the others compute and drop it. Segments of
+            zero tokens are skipped as long as one key is visible.
         scale: factor on the scores; 1/sqrt(D) when None.
+        backend: who computes it. "auto": on a GPU in half precision FA4 or FA3 where PyTorch's flash operator has been switched to it, else
+            cuDNN (compute capability 9.0 on), else PyTorch's flash operator, else Triton; everywhere else plain PyTorch, "math", which
+            keeps all scores. Or a name: math, cpu (PyTorch's flash kernel for CPUs), cudnn, flash, fa3, fa4, flash_attn (the package),
+            triton. `arcopo_kernels.used("segment_attention")` says what the last call ran on.
 
     Returns:
         [B, Tq, H, D] of the query's dtype.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or no key at all.
+        ValueError: a shape, dtype or device that does not fit, no key at all, or a backend that cannot take this call, with the reason.
     """
+    _check(query, segments)
+    visible = [segment for segment in segments if segment.key.shape[1]]
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    requested, reason = _requested(query, backend)
+    if requested == "math" or not query.numel():
+        if not torch.compiler.is_compiling():
+            dispatch._used[NAME] = Choice("math", reason)
+        return reference.segment_attention(query, visible, scale)
+    keys, values = [segment.key for segment in visible], [segment.value for segment in visible]
+    out, _ = _forward(query, keys, values, [segment.frozen for segment in visible], scale, requested)
+    return out
+
+
+def _check(query: Tensor, segments: Sequence[Segment]) -> None:
     if query.dim() != 4:
         raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, Tq, H, D]")
     batch, _, heads, head_dim = query.shape
@@ -41,4 +83,134 @@ def segment_attention(query: Tensor, segments: Sequence[Segment], *, scale: floa
                 raise ValueError(f"segment {index}: {name} is {theirs}, the query {ours}; convert one of them")
     if not sum(segment.key.shape[1] for segment in segments):
         raise ValueError(f"{len(segments)} segments hold no key at all; a query needs at least one")
-    return reference.segment_attention(query, segments, scale if scale is not None else 1.0 / math.sqrt(head_dim))
+
+
+def _requested(query: Tensor, backend: str) -> tuple[str, str]:
+    """The backend to ask for and why: the argument, the environment, `arcopo_kernels.use`, or what suits the tensors, in this order."""
+    name = _checked(backend, "backend")
+    if name == "auto":
+        name = _forced
+    if name == "auto":
+        name = {"auto": "auto", "reference": "math", "triton": "triton"}[dispatch._forced]
+    if name != "auto":
+        return name, "asked for"
+    if query.device.type != "cuda":
+        return "math", f"the tensors are on {query.device.type}, not on a GPU"
+    if query.dtype not in backends.HALF:
+        return "math", f"the fused kernels take float16 and bfloat16, not {query.dtype}"
+    return "auto", ""
+
+
+# The operator. "auto" is resolved when it runs, so that a compiled graph asks the device it runs on.
+
+
+@torch.library.custom_op("arcopo::segment_attention", mutates_args=())
+def _forward(
+    query: Tensor, keys: list[Tensor], values: list[Tensor], frozen: list[bool], scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    query = query.contiguous()
+    chosen = backends.choose(backend, query, list(zip(keys, values)))
+    dispatch._used[NAME] = chosen
+    forward = backends.BACKENDS[chosen.name].forward
+    parts: list[tuple[Tensor, Tensor]] = []
+    for key, value in zip(keys, values):
+        rows = backends.folded(query, key)
+        out, lse = forward(rows, key, value, scale)
+        if rows.shape[0] < query.shape[0]:  # [1, H, B * Tq] -> [B, H, Tq]
+            lse = lse.squeeze(0).unflatten(-1, query.shape[:2]).transpose(0, 1)
+        parts.append((out.reshape(query.shape), lse))
+    out, lse = parts[0] if len(parts) == 1 else _merge(parts)
+    return out.to(query.dtype).contiguous(), lse.contiguous()
+
+
+def _merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    outs, lses = zip(*parts)
+    if outs[0].device.type == "cuda" and dispatch.TRITON_INSTALLED and dispatch._forced != "reference":
+        from arcopo_kernels.attention import triton
+
+        return triton.merge(outs, lses)
+    return merge_attention(outs, lses)
+
+
+@_forward.register_fake
+def _(query: Tensor, keys: list[Tensor], values: list[Tensor], frozen: list[bool], scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = query.shape
+    lse = query.new_empty((batch, heads, tokens), dtype=torch.promote_types(query.dtype, torch.float32))
+    return query.new_empty(query.shape), lse
+
+
+@torch.library.custom_op("arcopo::segment_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    trained: list[bool],
+    scale: float,
+    backend: str,
+) -> list[Tensor]:
+    """dQ, then dK and dV of each trained segment."""
+    grad_out, query = grad_out.contiguous(), query.contiguous()
+    chosen = backends.choose(backend, query, list(zip(keys, values)))
+    backward = backends.BACKENDS[chosen.name].backward
+    grad_queries: list[Tensor] = []
+    grads: list[Tensor] = []
+    for key, value, wanted in zip(keys, values, trained):
+        rows_grad, rows, rows_out = (backends.folded(tensor, key) for tensor in (grad_out, query, out))
+        rows_lse = lse if rows.shape[0] == query.shape[0] else lse.transpose(0, 1).flatten(1).unsqueeze(0).contiguous()
+        grad_query, grad_key, grad_value = backward(rows_grad, rows, key, value, rows_out, rows_lse, scale, wanted)
+        grad_queries.append(grad_query.reshape(query.shape))
+        if wanted:
+            assert grad_key is not None and grad_value is not None
+            grads += [grad_key.to(key.dtype).contiguous(), grad_value.to(value.dtype).contiguous()]
+    return [_sum(grad_queries).to(query.dtype).contiguous(), *grads]
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """The sum, rounded once to the parts' dtype."""
+    if len(parts) <= 2:
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor,
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    trained: list[bool],
+    scale: float,
+    backend: str,
+) -> list[Tensor]:
+    grads = [tensor for key, value, wanted in zip(keys, values, trained) if wanted for tensor in (key, value)]
+    return [tensor.new_empty(tensor.shape) for tensor in (query, *grads)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, keys, values, frozen, scale, backend = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(query, out, lse, *keys, *values)
+    ctx.frozen, ctx.scale, ctx.backend = frozen, scale, backend
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    query, out, lse, *saved = ctx.saved_tensors
+    keys, values = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+    _, key_wanted, value_wanted, *_ = ctx.needs_input_grad
+    trained = [not fixed and (key or value) for fixed, key, value in zip(ctx.frozen, key_wanted, value_wanted)]
+    grad_query, *grads = _backward(grad_out, query, keys, values, out, lse, trained, ctx.scale, ctx.backend)
+    rest = iter(grads)
+    pairs = [(next(rest), next(rest)) if wanted else (None, None) for wanted in trained]
+    return grad_query, [key for key, _ in pairs], [value for _, value in pairs], None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

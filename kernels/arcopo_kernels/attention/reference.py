@@ -42,3 +42,27 @@ def segment_attention(query: Tensor, segments: Sequence[Segment], scale: float) 
         shared = value.shape[0] == 1
         out = out + (torch.einsum("bhqk,khd->bqhd", weight, value[0]) if shared else torch.einsum("bhqk,bkhd->bqhd", weight, value))
     return out.to(query.dtype)
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint sets of keys, from the attention over each set.
+
+        lse = log sum_i exp(lse_i),    out = sum_i exp(lse_i - lse) out_i
+
+    Args:
+        outs: outputs [B, Tq, H, D] over each set.
+        lses: log-sum-exps of the scores [B, H, Tq] over each set, natural logarithm; -inf where a query sees none of the keys.
+
+    Returns:
+        out [B, Tq, H, D] of outs[0]'s dtype, zero where a query sees no key at all, and lse [B, H, Tq]. Computed in float32 (float64).
+    """
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"{len(outs)} outputs and {len(lses)} log-sum-exps; expected as many of both, at least one")
+    dtype = torch.promote_types(outs[0].dtype, torch.float32)
+    each = torch.stack([lse.to(dtype) for lse in lses])  # [parts, B, H, Tq]
+    lse = each.logsumexp(0)
+    weights = (each - lse.masked_fill(lse == -torch.inf, 0)).exp().transpose(2, 3).unsqueeze(-1)  # [parts, B, Tq, H, 1]
+    merged = weights[0] * outs[0].to(dtype)
+    for weight, out in zip(weights[1:], outs[1:]):
+        merged = merged + weight * out.to(dtype)
+    return merged.to(outs[0].dtype), lse

@@ -2,17 +2,35 @@
 
 A page holds the keys and values of one latent frame in every layer. Pages are reference counted; a video's cache is a table (a host-side
 list) of pages. Forking copies the list and counts references up; writing to a page that someone else also holds copies it first; a
-sliding window drops entries from the list. No tensor moves for any of these but the copy on write.
+sliding window drops entries from the list. No tensor moves for any of these but the copy on write, one launch for all layers.
 
 Attention never sees a page: pages are handed out in consecutive slots, so a prefix, a chunk or the tails of a group of branches are regular
 runs of slots, and `runs` gives them as strided views. Irregular tables (they arise only when the pool is fragmented) are gathered.
+
+What holds at any time:
+
+* A page is free, unclaimed, or in tables. Unclaimed pages, fresh from `allocate` or `reserve`, have one reference; they alone can be put
+  into a table or given back by number. A page in tables has as many references as tables hold it, and goes back through them.
+* `pages_in_use` counts the pages that are not free; `peak_in_use` is the most it has been.
+* A page that several tables hold is never written. Writing takes runs from `prepare_write`, which makes the pages exclusive; they are good
+  until one of the pages is forked, freed or prepared again.
+* What a run reads is what its tables held when it was planned, later writes of theirs included. Once one of its pages was freed, or was
+  prepared for a write, which may be another table's by then, the run is refused.
+* A call that raises has changed nothing.
+
+Planning and counting is host work, once for a chunk. `read` and `write` are called in every layer: they check their runs in constant time
+while the pool is unchanged, and never wait for the device. A captured CUDA graph replays addresses and asks nobody: whoever captured it
+keeps its tables as they were.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
+from arcopo_kernels.paging.op import copy_pages
+from arcopo_kernels.paging.plan import GroupPlan
 from torch import Tensor
 
 
@@ -20,11 +38,12 @@ class PagePoolExhausted(RuntimeError):
     """There are not enough free pages; the pool is unchanged."""
 
 
-class PageRun(NamedTuple):
-    """`length` consecutive columns of a batch of page tables that can be read or written as one tensor.
+@dataclass(eq=False)
+class PageRun:
+    """`length` consecutive columns of a batch of page tables that can be read or written as one tensor; planned by the pool, for the pool.
 
-    Row i holds pages first + i * stride ... + length - 1 (stride 0: one row shared by the whole batch). `pages` [B, length] is set instead
-    when they are irregular.
+    Row i holds pages first + i * stride ... + length - 1 (stride 0: one row shared by the whole batch). `index` [B, length] holds their
+    numbers on the device when they are irregular.
     """
 
     column: int
@@ -32,7 +51,32 @@ class PageRun(NamedTuple):
     rows: int
     first: int
     stride: int
-    pages: Tensor | None = None
+    index: Tensor | None = field(repr=False)
+    pages: tuple[int, ...] = field(repr=False)
+    pool: PagePool = field(repr=False)
+    stamp: int = field(repr=False)  # the pool's clock when this was planned
+    checked: int = field(repr=False)  # the pool's clock when `writable` and `readable` were last found out
+    writable: bool
+    readable: bool = True
+
+
+@dataclass(eq=False)
+class Reservation:
+    """Unclaimed pages for a group, lists for its prefix and for the tail of each branch.
+
+    contiguous: whether the prefix is one stretch of slots, and the tails, one after the other, are another. Whoever puts pages into a table
+    takes them out of the lists; `release` gives back what is left.
+    """
+
+    pool: PagePool = field(repr=False)
+    prefix: list[int]
+    tails: list[list[int]]
+    contiguous: bool
+
+    def release(self) -> None:
+        for pages in (self.prefix, *self.tails):
+            self.pool.release(pages)
+            pages.clear()
 
 
 class PagePool:
@@ -52,11 +96,17 @@ class PagePool:
         shape = (layers, pages, tokens_per_page, heads, head_dim)
         if min(shape) < 1:
             raise ValueError(f"a page pool needs positive sizes; got [layers, pages, tokens, heads, head_dim] = {list(shape)}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; keys and values need a floating-point one")
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self._references = [0] * pages
-        self._in_use = 0
         self.peak_in_use = 0
+        self._in_use = 0
+        self._references = [0] * pages
+        self._unclaimed: set[int] = set()
+        self._clock = 0  # counts changes
+        self._changed = [0] * pages  # the clock when each page was last freed or prepared for a write
+        self._writer = [0] * pages  # the stamp of the runs that may write each page, 0 if none may
 
     @property
     def pages(self) -> int:
@@ -70,8 +120,13 @@ class PagePool:
     def pages_free(self) -> int:
         return self.pages - self._in_use
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page, all layers, keys and values."""
+        return 2 * self.keys.nbytes // self.pages
+
     def references(self, page: int) -> int:
-        """How many tables hold `page`."""
+        """How many tables hold `page`; 1 for an unclaimed page."""
         return self._references[page]
 
     def table(self) -> PageTable:
@@ -79,76 +134,62 @@ class PagePool:
         return PageTable(self, [])
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` free pages, consecutive ones where there are any; each has one reference.
+        """Take `count` free pages, consecutive ones where there are any, from the shortest stretch that holds them.
 
         Raises:
             PagePoolExhausted: fewer are free; nothing is taken.
         """
-        if count > self.pages_free:
-            raise PagePoolExhausted(
-                f"{count} pages asked for, {self.pages_free} of {self.pages} are free; release tables or make the pool larger"
-            )
-        free = [page for page, references in enumerate(self._references) if references == 0]
-        start = next((i for i in range(len(free) - count + 1) if free[i + count - 1] - free[i] == count - 1), 0) if count else 0
-        taken = free[start : start + count]
-        for page in taken:
-            self._references[page] = 1
-        self._in_use += count
-        self.peak_in_use = max(self.peak_in_use, self._in_use)
-        return taken
+        pages = self._take(count)
+        self._unclaimed.update(pages)
+        return pages
 
-    def retain(self, pages: Sequence[int]) -> None:
-        """Count one more reference to each page."""
-        for page in pages:
-            if not self._references[page]:
-                raise ValueError(f"page {page} is free; only a page in use can be shared")
-            self._references[page] += 1
+    def reserve(self, plan: GroupPlan) -> Reservation:
+        """Take all pages of a group at once.
+
+        Raises:
+            PagePoolExhausted: fewer are free; nothing is taken.
+        """
+        if plan.pages > self.pages_free:
+            raise PagePoolExhausted(
+                f"{plan} are {plan.pages} pages ({plan.pages * self.page_bytes / 2**30:.3g} GiB), {self.pages_free} of {self.pages} are "
+                f"free; at most {plan.branches_within(self.pages_free)} branches fit at once"
+            )
+        # The longer part first: with the shortest stretch for each, both are kept in one piece wherever that is possible.
+        tails_first = plan.branches * plan.tail > plan.prefix
+        tails = self.allocate(plan.branches * plan.tail) if tails_first else []
+        prefix = self.allocate(plan.prefix)
+        tails = tails if tails_first else self.allocate(plan.branches * plan.tail)
+        contiguous = all(part == list(range(part[0], part[0] + len(part))) for part in (prefix, tails) if part)
+        rows = [tails[row * plan.tail : (row + 1) * plan.tail] for row in range(plan.branches)]
+        return Reservation(self, prefix, rows, contiguous)
 
     def release(self, pages: Sequence[int]) -> None:
-        """Count one reference less to each page; a page without references is free again."""
-        for page in pages:
-            if not self._references[page]:
-                raise ValueError(f"page {page} is already free: it was released twice")
-            self._references[page] -= 1
-            self._in_use -= self._references[page] == 0
+        """Give unclaimed pages back.
+
+        Raises:
+            ValueError: a page is free already, or in a table; none is given back.
+        """
+        self._claim(pages)
+        self._drop(pages)
 
     # Batches of tables: the host plans once for a chunk, then every layer reads and writes by the plan.
 
     def runs(self, tables: Sequence[PageTable], start: int = 0, stop: int | None = None) -> list[PageRun]:
         """Columns [start, stop) of equally long tables as the fewest regular runs."""
-        if not tables or len({len(table) for table in tables}) != 1:
-            raise ValueError(f"tables of lengths {[len(table) for table in tables]}; expected at least one, all of one length")
-        stop = len(tables[0]) if stop is None else stop
-        columns = [[table.pages[column] for table in tables] for column in range(start, stop)]
-        runs: list[PageRun] = []
-        for column, pages in enumerate(columns, start):
-            steps = {after - before for before, after in zip(pages, pages[1:])}
-            regular = len(steps) <= 1
-            stride = steps.pop() if len(steps) == 1 else 0
-            shared = len(tables) == 1 or (regular and stride == 0)
-            run = PageRun(column, 1, 1 if shared else len(tables), pages[0], stride) if regular and stride >= 0 else None
-            if run is None:
-                irregular = torch.tensor([pages], device=self.keys.device).T
-                run = PageRun(column, 1, len(tables), pages[0], 0, irregular)
-            last = runs.pop() if runs else None
-            if last is None:
-                runs.append(run)
-            elif last.pages is not None and run.pages is not None:
-                runs.append(last._replace(length=last.length + 1, pages=torch.cat([last.pages, run.pages], dim=1)))
-            elif (last.first + last.length, last.rows, last.stride) == (run.first, run.rows, run.stride) and last.pages is run.pages:
-                runs.append(last._replace(length=last.length + 1))
-            else:
-                runs += [last, run]
-        return runs
+        return self._plan(tables, *self._columns(tables, start, stop), writable=False)
 
     def read(self, layer: int, run: PageRun) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, length * tokens, heads, head_dim] of one layer: views, but for irregular runs.
 
         Raises:
-            ValueError: the pool's storage was made to require gradient; cached pages are constants.
+            ValueError: pages of the run were freed or prepared for a write since it was planned, or the pool's storage was made to require
+                gradient; cached pages are constants.
         """
         if self.keys.requires_grad or self.values.requires_grad:
             raise ValueError("cached pages are constants: the pool's keys and values must not require gradient")
+        self._check(run)
+        if not run.readable:
+            raise ValueError(f"{run} is stale: pages of it were freed or prepared for a write since it was planned; call runs again")
         key, value = self._view(self.keys[layer], run), self._view(self.values[layer], run)
         return key.flatten(1, 2), value.flatten(1, 2)
 
@@ -158,85 +199,229 @@ class PagePool:
         Raises:
             PagePoolExhausted: the copies do not fit; nothing is changed.
         """
-        shared = [(table, column) for table in tables for column in range(start, stop) if self._references[table.pages[column]] > 1]
-        copies = self.allocate(len(shared))
+        start, stop = self._columns(tables, start, stop)
+        if len({id(table) for table in tables}) != len(tables):
+            raise ValueError("tables holds one table twice; its pages cannot be written as two rows")
+        shared = [(table, column) for table in tables for column in range(start, stop) if self._references[table._pages[column]] > 1]
+        copies = self._take(len(shared))
         if shared:
-            sources = torch.tensor([table.pages[column] for table, column in shared], device=self.keys.device)
-            targets = torch.tensor(copies, device=self.keys.device)
-            self.keys[:, targets] = self.keys[:, sources]
-            self.values[:, targets] = self.values[:, sources]
-        for (table, column), page in zip(shared, copies):
-            self.release([table.pages[column]])
-            table.pages[column] = page
-        return self.runs(tables, start, stop)
+            try:
+                sources, targets = self._to_device([[table._pages[column] for table, column in shared], copies])
+                copy_pages(self.keys, self.values, sources, targets)
+            except BaseException:
+                self._drop(copies)
+                raise
+        for (table, column), copy in zip(shared, copies):
+            self._drop([table._pages[column]])
+            table._pages[column] = copy
+        self._clock += 1
+        for table in tables:
+            for page in table._pages[start:stop]:
+                self._changed[page] = self._writer[page] = self._clock
+        return self._plan(tables, start, stop, writable=True)
 
     def write(self, layer: int, runs: Sequence[PageRun], key: Tensor, value: Tensor) -> None:
         """Store key, value [B, tokens of all runs, heads, head_dim] of one layer into the pages planned by `prepare_write`.
 
         Raises:
-            ValueError: a tensor that carries gradient (cached pages are constants) or of the wrong shape.
+            ValueError: runs that were not prepared or are so no longer, a tensor that carries gradient (cached pages are constants), or one
+                of the wrong shape, dtype or device. Nothing is written.
         """
-        if key.requires_grad or value.requires_grad:
-            raise ValueError("keys and values that carry gradient cannot be cached: pages are constants; detach them or run under no_grad")
+        for run in runs:
+            self._check_writable(run)
         tokens = self.keys.shape[2]
-        expected = (max(run.rows for run in runs), sum(run.length for run in runs) * tokens, *self.keys.shape[3:])
-        if tuple(key.shape) != expected or tuple(value.shape) != expected:
-            raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} do not fit the pages prepared: expected {expected}")
+        expected = (max((run.rows for run in runs), default=0), sum(run.length for run in runs) * tokens, *self.keys.shape[3:])
+        for name, tensor in (("key", key), ("value", value)):
+            if tensor.requires_grad:
+                raise ValueError(f"{name}: tensors that carry gradient cannot be cached; pages are constants, so detach it first")
+            if tensor.shape != expected:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, which the prepared pages do not fit; expected {list(expected)}")
+            if tensor.dtype != self.keys.dtype or tensor.device != self.keys.device:
+                pages = f"{self.keys.dtype} on {self.keys.device}"
+                raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, the pages are {pages}; convert it")
         at = 0
         for run in runs:
-            part = slice(at * tokens, (at + run.length) * tokens)
-            at += run.length
+            part = slice(at, at + run.length * tokens)
+            at += run.length * tokens
             for store, source in ((self.keys[layer], key), (self.values[layer], value)):
                 source = source[:, part].unflatten(1, (run.length, tokens))
-                if run.pages is None:
+                if run.index is None:
                     self._view(store, run).copy_(source)
                 else:
-                    store[run.pages] = source
+                    store[run.index] = source
+
+    def slots(self, layer: int, run: PageRun) -> tuple[Tensor, Tensor]:
+        """Where a kernel may itself store keys and values, instead of `write`: views [rows, length * tokens, heads, head_dim].
+
+        Raises:
+            ValueError: the run was not prepared or is so no longer, or is irregular.
+        """
+        self._check_writable(run)
+        if run.index is not None:
+            raise ValueError(f"{run} is irregular and has no view; store by `write`")
+        return self._view(self.keys[layer], run).flatten(1, 2), self._view(self.values[layer], run).flatten(1, 2)
+
+    # The rest is bookkeeping.
+
+    def _take(self, count: int) -> list[int]:
+        if count < 0:
+            raise ValueError(f"{count} pages asked for; expected a number from 0 on")
+        if count > self.pages_free:
+            raise PagePoolExhausted(
+                f"{count} pages asked for, {self.pages_free} of {self.pages} are free; release tables or make the pool larger"
+            )
+        free = [page for page, references in enumerate(self._references) if not references]
+        starts = [i for i, page in enumerate(free) if not i or free[i - 1] != page - 1]
+        stretches = [free[i:j] for i, j in zip(starts, [*starts[1:], len(free)]) if j - i >= count]
+        taken = min(stretches, key=len)[:count] if stretches else free[:count]
+        for page in taken:
+            self._references[page] = 1
+        self._clock += 1
+        self._in_use += count
+        self.peak_in_use = max(self.peak_in_use, self._in_use)
+        return taken
+
+    def _share(self, pages: Sequence[int]) -> None:
+        """One more reference for each page; what was prepared to write them may no longer."""
+        self._clock += 1
+        for page in pages:
+            self._references[page] += 1
+            self._writer[page] = 0
+
+    def _drop(self, pages: Sequence[int]) -> None:
+        """One reference less for each page; a page without references is free."""
+        self._clock += 1
+        for page in pages:
+            self._references[page] -= 1
+            if not self._references[page]:
+                self._in_use -= 1
+                self._changed[page], self._writer[page] = self._clock, 0
+
+    def _claim(self, pages: Sequence[int]) -> None:
+        """Unclaimed pages become their table's, or are about to be free."""
+        for page in pages:
+            if page not in self._unclaimed:
+                holders = self._references[page] if 0 <= page < self.pages else 0
+                state = f"held by {holders} tables, which give it back themselves" if holders else "already free"
+                raise ValueError(f"page {page} is {state}; expected pages that allocate or reserve handed out, each used once")
+        if len(set(pages)) != len(pages):
+            raise ValueError(f"pages {list(pages)} name one page twice")
+        self._unclaimed.difference_update(pages)
+
+    def _columns(self, tables: Sequence[PageTable], start: int, stop: int | None) -> tuple[int, int]:
+        if any(table.pool is not self for table in tables):
+            raise ValueError("tables holds a table of another pool")
+        if len({len(table) for table in tables}) != 1:
+            raise ValueError(f"tables have lengths {[len(table) for table in tables]}; expected at least one, all of one length")
+        stop = len(tables[0]) if stop is None else stop
+        if not 0 <= start <= stop <= len(tables[0]):
+            raise ValueError(f"columns [{start}, {stop}) are not within tables of {len(tables[0])} pages")
+        return start, stop
+
+    def _plan(self, tables: Sequence[PageTable], start: int, stop: int, *, writable: bool) -> list[PageRun]:
+        spans: list[list[list[int]]] = []  # for each run its columns, for each of them the page of every row
+        for column in range(start, stop):
+            pages = [table._pages[column] for table in tables]
+            stride = _stride(pages)
+            previous = spans[-1][-1] if spans else None
+            if previous and stride == _stride(previous) and (stride is None or pages[0] == previous[0] + 1):
+                spans[-1].append(pages)
+            else:
+                spans.append([pages])
+        runs: list[PageRun] = []
+        for span in spans:
+            stride, first = _stride(span[0]), span[0][0]
+            index = self._to_device(list(zip(*span))) if stride is None else None
+            rows = 1 if stride == 0 else len(tables)
+            pages_of_run = tuple(page for pages in span for page in pages[:rows])
+            now = self._clock
+            runs.append(PageRun(start, len(span), rows, first, stride or 0, index, pages_of_run, self, now, now, writable))
+            start += len(span)
+        return runs
+
+    def _check(self, run: PageRun) -> None:
+        """Find out whether a run is still good: at once if nothing has changed since the last time."""
+        if run.pool is not self:
+            raise ValueError(f"{run} was planned by another pool")
+        if run.checked != self._clock:
+            run.readable = run.readable and all(self._changed[page] <= run.stamp for page in run.pages)
+            run.writable = run.writable and all(self._writer[page] == run.stamp for page in run.pages)
+            run.checked = self._clock
+
+    def _check_writable(self, run: PageRun) -> None:
+        self._check(run)
+        if not run.writable:
+            raise ValueError(
+                f"{run} may not be written: it did not come from prepare_write, or pages of it were forked, freed or prepared again since; "
+                "a write now could reach another table's frames"
+            )
+
+    def _to_device(self, numbers: Sequence[Sequence[int]]) -> Tensor:
+        """int64 on the pool's device, without waiting for it."""
+        return torch.tensor(numbers, pin_memory=self.keys.is_cuda).to(self.keys.device, non_blocking=True)
 
     def _view(self, store: Tensor, run: PageRun) -> Tensor:
         """[rows, length, tokens, heads, head_dim] of one layer's store [pages, tokens, heads, head_dim]."""
-        if run.pages is not None:
-            return store[run.pages]
+        if run.index is not None:
+            return store[run.index]
         page = store.stride(0)
         size = (run.rows, run.length, *store.shape[1:])
         return store.as_strided(size, (run.stride * page, *store.stride()), store.storage_offset() + run.first * page)
 
 
 class PageTable:
-    """The pages of one video's cache, oldest first."""
+    """The pages of one video's cache, oldest first. A released table refuses everything, its length included."""
 
     def __init__(self, pool: PagePool, pages: list[int]) -> None:
         self.pool = pool
-        self.pages = pages
+        self._pages = pages
         self._released = False
 
+    @property
+    def pages(self) -> tuple[int, ...]:
+        self._check()
+        return tuple(self._pages)
+
     def __len__(self) -> int:
-        return len(self.pages)
+        self._check()
+        return len(self._pages)
 
     def fork(self) -> PageTable:
         """A second table over the same pages."""
         self._check()
-        self.pool.retain(self.pages)
-        return PageTable(self.pool, list(self.pages))
+        self.pool._share(self._pages)
+        return PageTable(self.pool, list(self._pages))
 
     def extend(self, pages: Sequence[int]) -> None:
-        """Append freshly allocated pages; the table takes over their reference."""
+        """Append unclaimed pages; the table takes over their reference.
+
+        Raises:
+            ValueError: a page is free, or in a table already; nothing is appended.
+        """
         self._check()
-        self.pages.extend(pages)
+        self.pool._claim(pages)
+        self._pages.extend(pages)
 
     def drop(self, start: int, stop: int) -> None:
         """Forget columns [start, stop): how a window slides past old frames."""
-        self._check()
-        self.pool.release(self.pages[start:stop])
-        del self.pages[start:stop]
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"columns [{start}, {stop}) are not within a table of {len(self)} pages")
+        self.pool._drop(self._pages[start:stop])
+        del self._pages[start:stop]
 
     def release(self) -> None:
         """Give all pages back; the table cannot be used afterwards."""
         self._check()
         self._released = True
-        self.pool.release(self.pages)
-        self.pages = []
+        self.pool._drop(self._pages)
+        self._pages = []
 
     def _check(self) -> None:
         if self._released:
             raise ValueError("this page table was released; fork or create another one")
+
+
+def _stride(pages: Sequence[int]) -> int | None:
+    """From row to row: 0 if all share one page, None if it varies or is negative."""
+    steps = {after - before for before, after in zip(pages, pages[1:])} or {0}
+    return min(steps) if len(steps) == 1 and min(steps) >= 0 else None

@@ -1,13 +1,19 @@
-"""The public operator: checks at the boundary, then the implementation."""
+"""The public operators: checks at the boundary, then the implementation."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from arcopo_kernels import dispatch
 from arcopo_kernels.surrogate import reference
-from arcopo_kernels.surrogate.reference import SurrogateOutput
+from arcopo_kernels.surrogate.reference import PolicyOutput, Projections, SurrogateOutput
 from torch import Tensor
+
+Reduction = Literal["mean", "sum"]
+
+MAX_GROUP = 64
+"""Candidates that the Triton kernels take; one program holds the statistics of all."""
 
 
 def copo_surrogate(
@@ -19,16 +25,25 @@ def copo_surrogate(
     *,
     tau: float = 1.0,
     clip: float | None = 1e-4,
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: Reduction = "mean",
 ) -> SurrogateOutput:
     """The clipped surrogate objective of N anchors against the G candidates of their group (AR-CoPO, arXiv 2603.17461, section 3).
 
+    For an anchor with prediction x, old prediction x_old and candidates x_i (`reference.py` has the form in which it is computed):
+
+        pi(i) = softmax_i(-||x_i - x||^2 / tau)        rho_i = pi(i) / pi_old(i)
+        J     = 1/G sum_i min(rho_i A_i, clip(rho_i, 1 - eps, 1 + eps) A_i)
+
+    Everything that enters rho is computed in float64. Where `pred` equals `old_pred`, rho is exactly 1. On a GPU the loss and its gradient
+    take two launches, bitwise equal from run to run.
+
     Args:
-        pred: anchors' predictions under the policy, [N, ...], with gradient.
+        pred: anchors' predictions under the policy, [N, ...]; the only argument that gets a gradient.
         old_pred: the same anchors' predictions under the old policy, [N, ...].
         candidates: the group's predictions for each denoising step, [T, G, ...].
         advantages: [G].
-        step_index: which of the T steps each anchor belongs to, [N] integers; 0 for all when None.
+        step_index: which of the T steps each anchor belongs to, [N] integers in [0, T); 0 for all when None. A value outside is an error
+            on a CPU; on a GPU, where looking would cost a synchronisation, it makes the anchor's loss NaN.
         tau: temperature of the distance softmax, in units of the reduced squared distance.
         clip: radius of the ratio's clip interval; None switches clipping off.
         reduction: "mean" or "sum" over the elements of the squared distance.
@@ -37,22 +52,166 @@ def copo_surrogate(
         SurrogateOutput(loss [N] float64, ratio_minus_one [N, G] float64, live [N, G] bool); `loss` is minus the objective.
 
     Raises:
-        ValueError: shapes that do not fit, tau <= 0, or an unknown reduction.
+        ValueError: shapes, devices or types that do not fit, tau <= 0, a negative clip, or an unknown reduction.
     """
-    if pred.shape != old_pred.shape:
-        raise ValueError(f"pred has shape {tuple(pred.shape)}, old_pred {tuple(old_pred.shape)}; they must be equal")
-    if candidates.dim() != pred.dim() + 1 or candidates.shape[2:] != pred.shape[1:]:
-        raise ValueError(f"candidates have shape {tuple(candidates.shape)}; expected [T, G, {', '.join(map(str, pred.shape[1:]))}]")
+    pred, old_pred, candidates = _flat(pred, old_pred, candidates, step_index, tau, reduction)
     if advantages.shape != candidates.shape[1:2]:
         raise ValueError(f"advantages have shape {tuple(advantages.shape)}; expected [{candidates.shape[1]}], one for each candidate")
-    if step_index is None:
-        step_index = torch.zeros(pred.shape[0], dtype=torch.long, device=pred.device)
-    if step_index.shape != pred.shape[:1]:
-        raise ValueError(f"step_index has shape {tuple(step_index.shape)}; expected [{pred.shape[0]}], one for each anchor")
-    if tau <= 0:
+    if advantages.device != pred.device:
+        raise ValueError(f"advantages are on {advantages.device}, pred on {pred.device}; expected one device")
+    if clip is not None and not clip >= 0:
+        raise ValueError(f"clip is {clip}; expected a radius of at least 0, or None")
+    size = pred.shape[1] if reduction == "mean" else 1
+    if dispatch.choose("copo_surrogate", pred.device, _unsupported(pred, old_pred, candidates)) == "reference":
+        sums = reference.projections(pred, old_pred, candidates, step_index)
+        return reference.surrogate(reference.policy(sums, tau, size).log_ratio, advantages, clip)
+    with_gradient = pred.requires_grad and torch.is_grad_enabled()
+    outputs = _copo_surrogate(
+        pred, old_pred.detach(), candidates.detach(), advantages.detach(), step_index, tau * size, clip, with_gradient
+    )
+    return SurrogateOutput(*outputs[:3])
+
+
+def copo_policy(
+    pred: Tensor,
+    old_pred: Tensor,
+    candidates: Tensor,
+    step_index: Tensor | None = None,
+    *,
+    tau: float = 1.0,
+    reduction: Reduction = "mean",
+) -> PolicyOutput:
+    """What the surrogate is made of, for other objectives and for logging: distances, log-probabilities and log-ratios.
+
+    Arguments, precision and errors as in `copo_surrogate`. The gradient with respect to `pred` exists, but unlike the surrogate's it is
+    computed in the backward pass, by plain PyTorch.
+
+    Returns:
+        PolicyOutput(distance, old_distance, log_prob, old_log_prob, log_ratio), each [N, G] float64.
+    """
+    pred, old_pred, candidates = _flat(pred, old_pred, candidates, step_index, tau, reduction)
+    if dispatch.choose("copo_policy", pred.device, _unsupported(pred, old_pred, candidates)) == "reference":
+        sums = reference.projections(pred, old_pred, candidates, step_index)
+    else:
+        group = candidates.shape[1]
+        flat = _copo_projections(pred, old_pred.detach(), candidates.detach(), step_index)
+        sums = Projections(flat[:, :group].detach(), flat[:, group : 2 * group], flat[:, 2 * group])
+    return reference.policy(sums, tau, pred.shape[1] if reduction == "mean" else 1)
+
+
+def _flat(
+    pred: Tensor, old_pred: Tensor, candidates: Tensor, step_index: Tensor | None, tau: float, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pred and old_pred [N, D], candidates [T, G, D], once they and the other arguments have been checked."""
+    if pred.dim() < 2 or not pred.numel():
+        raise ValueError(f"pred has shape {tuple(pred.shape)}; expected [N, ...], not empty")
+    if pred.shape != old_pred.shape:
+        raise ValueError(f"pred has shape {tuple(pred.shape)}, old_pred {tuple(old_pred.shape)}; they must be equal")
+    if candidates.dim() != pred.dim() + 1 or candidates.shape[2:] != pred.shape[1:] or not candidates.numel():
+        expected = ", ".join(map(str, pred.shape[1:]))
+        raise ValueError(f"candidates have shape {tuple(candidates.shape)}; expected [T, G, {expected}], not empty")
+    if step_index is not None and (step_index.shape != pred.shape[:1] or step_index.is_floating_point() or step_index.dtype == torch.bool):
+        given = f"shape {tuple(step_index.shape)} and type {step_index.dtype}"
+        raise ValueError(f"step_index has {given}; expected [{pred.shape[0]}] integers, one for each anchor")
+    for argument, tensor in (("old_pred", old_pred), ("candidates", candidates), ("step_index", step_index)):
+        if tensor is not None and tensor.device != pred.device:
+            raise ValueError(f"{argument} is on {tensor.device}, pred on {pred.device}; expected one device")
+    if not tau > 0:
         raise ValueError(f"tau is {tau}; expected a positive temperature")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'sum'")
-    return reference.copo_surrogate(
-        pred.flatten(1), old_pred.flatten(1), candidates.flatten(2), advantages, step_index, tau, clip, mean=reduction == "mean"
+    return pred.flatten(1), old_pred.flatten(1), candidates.flatten(2)
+
+
+def _unsupported(pred: Tensor, old_pred: Tensor, candidates: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these arguments."""
+    for argument, tensor in (("pred", pred), ("old_pred", old_pred), ("candidates", candidates)):
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{argument} is {tensor.dtype}"
+    if candidates.shape[1] > MAX_GROUP:
+        return f"the group has {candidates.shape[1]} candidates, more than {MAX_GROUP}"
+    return None
+
+
+@torch.library.custom_op("arcopo::copo_surrogate", mutates_args=())
+def _copo_surrogate(
+    pred: Tensor,
+    old_pred: Tensor,
+    candidates: Tensor,
+    advantages: Tensor,
+    step_index: Tensor | None,
+    tau: float,
+    clip: float | None,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, ratio - 1, live, and the gradient of each loss, [N, D] float32, empty unless asked for; tau is that of the summed distance."""
+    from arcopo_kernels.surrogate import triton
+
+    return triton.copo_surrogate(pred, old_pred, candidates, advantages, step_index, tau, clip, with_gradient)
+
+
+@_copo_surrogate.register_fake
+def _(
+    pred: Tensor,
+    old_pred: Tensor,
+    candidates: Tensor,
+    advantages: Tensor,
+    step_index: Tensor | None,
+    tau: float,
+    clip: float | None,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (anchors, size), group = pred.shape, candidates.shape[1]
+    return (
+        pred.new_empty(anchors, dtype=torch.float64),
+        pred.new_empty(anchors, group, dtype=torch.float64),
+        pred.new_empty(anchors, group, dtype=torch.bool),
+        pred.new_empty(anchors if with_gradient else 0, size, dtype=torch.float32),
     )
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, ratio_minus_one, live, gradient = output
+    ctx.save_for_backward(gradient)
+    ctx.dtype = inputs[0].dtype
+    ctx.mark_non_differentiable(ratio_minus_one, live, gradient)
+
+
+def _scale_gradient(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return (gradient * grad_loss.float()[:, None]).to(ctx.dtype), *[None] * 7
+
+
+_copo_surrogate.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+
+
+@torch.library.custom_op("arcopo::copo_projections", mutates_args=())
+def _copo_projections(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_index: Tensor | None) -> Tensor:
+    """`reference.Projections` side by side, [N, 2 G + 1] float64; differentiable in `pred`."""
+    from arcopo_kernels.surrogate import triton
+
+    return triton.copo_projections(pred, old_pred, candidates, step_index)
+
+
+@_copo_projections.register_fake
+def _(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_index: Tensor | None) -> Tensor:
+    return pred.new_empty(pred.shape[0], 2 * candidates.shape[1] + 1, dtype=torch.float64)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _projections_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    pred, old_pred, candidates, step_index = ctx.saved_tensors
+    group = candidates.shape[1]  # the first G columns, the distances to x_old, do not depend on pred
+    rows = []
+    for n in range(pred.shape[0]):  # one anchor's [G, D] in float64 at a time
+        x_old = old_pred[n].double()
+        own = candidates[0] if step_index is None else candidates.index_select(0, step_index[n : n + 1])[0]
+        row = grad[n, group : 2 * group] @ (own.double() - x_old) + 2 * grad[n, 2 * group] * (pred[n].double() - x_old)
+        rows.append(row.to(pred.dtype))
+    return torch.stack(rows), None, None, None
+
+
+_copo_projections.register_autograd(_projections_backward, setup_context=_keep_inputs)

@@ -3,11 +3,11 @@
 For one anchor with prediction x (gradient), old prediction x_old, candidates x_i, advantages A_i, i = 1..G:
 
     pi_old(i) = softmax_i(-||x_i - x_old||^2 / tau)        u = x - x_old        a_i = (2 / tau) <u, x_i - x_old>
-    log rho_i = a_i - log1p(sum_k pi_old(k) expm1(a_k))    (the common <u, u> of both distances cancels)
+    log rho_i = a_i - log sum_k pi_old(k) exp(a_k)         (the common <u, u> of both distances cancels)
     J         = 1/G sum_i min(rho_i A_i, clip(rho_i, 1 - eps, 1 + eps) A_i)
 
-Differences are taken before products and sums run in float64: the Gram form (||x||^2 - 2 <x, x_i> + ||x_i||^2) loses the ratio, whose
-clip radius is 1e-4. Source: AR-CoPO (arXiv 2603.17461) for J; the ratio in this form is derived.
+Differences are taken before products and everything runs in float64: the Gram form (||x||^2 - 2 <x, x_i> + ||x_i||^2) loses the ratio,
+whose clip radius is 1e-4. Source: AR-CoPO (arXiv 2603.17461) for J; the ratio in this form is derived.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class SurrogateOutput(NamedTuple):
@@ -26,27 +27,62 @@ class SurrogateOutput(NamedTuple):
     live: Tensor
 
 
-def copo_surrogate(
-    pred: Tensor, old_pred: Tensor, candidates: Tensor, advantages: Tensor, step_index: Tensor, tau: float, clip: float | None, mean: bool
-) -> SurrogateOutput:
-    """pred, old_pred [N, D]; candidates [T, G, D]; advantages [G]; step_index [N]."""
-    size = pred.shape[-1] if mean else 1
-    advantages = advantages.double()
-    losses, ratios, lives = [], [], []
-    for x, x_old, step in zip(pred.double(), old_pred.detach().double(), step_index.tolist()):
-        towards = candidates[step].detach().double() - x_old  # [G, D]
-        log_pi_old = torch.log_softmax(-towards.square().sum(-1) / (size * tau), dim=0)  # [G]
-        a = 2.0 / (size * tau) * (towards @ (x - x_old))  # [G]
-        log_ratio = a - torch.log1p((log_pi_old.exp() * torch.expm1(a)).sum())
-        ratio_minus_one = torch.expm1(log_ratio)
-        if clip is None:
-            live = torch.ones_like(a, dtype=torch.bool)
-        else:
-            # min(rho A, clip(rho) A) has no gradient where the ratio has left the interval on the side that the advantage favours.
-            live = ~torch.where(advantages > 0, ratio_minus_one > clip, (advantages < 0) & (ratio_minus_one < -clip))
-        bounded = ratio_minus_one if clip is None else ratio_minus_one.clamp(-clip, clip)
-        gain = torch.where(live, ratio_minus_one, bounded.detach()) * advantages + advantages
-        losses.append(-gain.mean())
-        ratios.append(ratio_minus_one.detach())
-        lives.append(live)
-    return SurrogateOutput(torch.stack(losses), torch.stack(ratios), torch.stack(lives))
+class PolicyOutput(NamedTuple):
+    """The distance softmax over the candidates, each [N, G] float64; what is not of the old policy is differentiable in `pred`."""
+
+    distance: Tensor  # squared, reduced over the elements: ||x_i - x||^2
+    old_distance: Tensor
+    log_prob: Tensor
+    old_log_prob: Tensor
+    log_ratio: Tensor
+
+
+class Projections(NamedTuple):
+    """All that the policy needs of the predictions, float64, summed over D: the new distance is `old_distance + update - 2 projection`."""
+
+    old_distance: Tensor  # [N, G] ||x_i - x_old||^2
+    projection: Tensor  # [N, G] <u, x_i - x_old>
+    update: Tensor  # [N] <u, u>
+
+
+def projections(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_index: Tensor | None) -> Projections:
+    """pred, old_pred [N, D]; candidates [T, G, D]; step_index [N], or None for step 0."""
+    if step_index is None:
+        step_index = torch.zeros(pred.shape[0], dtype=torch.long, device=pred.device)
+
+    def of_anchor(x: Tensor, x_old: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_old = x_old.double()
+        towards = candidates.detach().index_select(0, step)[0].double() - x_old  # [G, D]
+        u = x.double() - x_old
+        return towards.square().sum(-1), towards @ u, u @ u
+
+    # One anchor's [G, D] in float64 at a time, in the backward pass too: hence checkpoint.
+    anchors = [
+        checkpoint(of_anchor, pred[n], old_pred[n].detach(), step_index[n : n + 1], use_reentrant=False, preserve_rng_state=False)
+        for n in range(pred.shape[0])
+    ]
+    return Projections(*(torch.stack(parts) for parts in zip(*anchors)))
+
+
+def policy(sums: Projections, tau: float, size: int) -> PolicyOutput:
+    """Distances, log-probabilities and log-ratios. size: D for mean-reduced distances, 1 for summed ones."""
+    old_distance = sums.old_distance / size
+    distance = old_distance + (sums.update[:, None] - 2 * sums.projection) / size
+    old_log_prob = torch.log_softmax(-old_distance / tau, dim=-1)
+    a = 2 / (size * tau) * sums.projection
+    # log sum_k pi_old(k) exp(a_k): to full relative precision where the ratios are near 1, without overflow where they are not.
+    near = torch.log1p((old_log_prob.exp() * torch.expm1(a.clamp(-1, 1))).sum(-1, keepdim=True))
+    far = torch.logsumexp(old_log_prob + a, dim=-1, keepdim=True)
+    log_ratio = a - torch.where(a.abs().amax(-1, keepdim=True) <= 1, near, far)
+    return PolicyOutput(distance, old_distance, old_log_prob + log_ratio, old_log_prob, log_ratio)
+
+
+def surrogate(log_ratio: Tensor, advantages: Tensor, clip: float | None) -> SurrogateOutput:
+    """log_ratio [N, G]; advantages [G]; clip None: no clipping."""
+    radius = float("inf") if clip is None else clip
+    advantages = advantages.detach().double()
+    ratio_minus_one = torch.expm1(log_ratio)
+    # min(rho A, clip(rho) A) has no gradient where the ratio has left the interval on the side that the advantage favours.
+    clipped = torch.where(advantages > 0, ratio_minus_one > radius, (advantages < 0) & (ratio_minus_one < -radius))
+    gain = torch.where(clipped, ratio_minus_one.detach().clamp(-radius, radius), ratio_minus_one) * advantages + advantages
+    return SurrogateOutput(-gain.mean(-1), ratio_minus_one.detach(), ~clipped)

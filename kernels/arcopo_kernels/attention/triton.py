@@ -1,0 +1,360 @@
+"""Triton kernels: attention over one segment, its backward with dQ and dK/dV apart, and the merge of partial outputs.
+
+Queries, outputs and their gradients are contiguous [B, Tq, H, D]; keys and values may have any strides that are 1 along D, so runs of a
+page pool are read in place. No atomics: each program owns its rows of the result, and results are bitwise equal from run to run. Lengths
+are masked in the last tile only. Scores are kept in base 2 inside the kernels; log-sum-exps outside are natural.
+
+The forward and dQ kernels are written to be simple and portable. Whether they beat cuDNN or FlashAttention on any shape has not been
+measured; only `merge`, which moves bytes, is used by default on a GPU. Skipping dK and dV of a frozen segment saves 3 of 5 matrix products.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from arcopo_kernels.aot import AotCase
+from arcopo_kernels.dispatch import INTERPRETED
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+HEAD_DIMS = (16, 32, 64, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def _tile(base, start, stride, tokens, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Rows [start, start + BLOCK) of a [tokens, HEAD_DIM] matrix; rows from `tokens` on read as 0."""
+    rows = tl.arange(0, BLOCK)
+    pointers = base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :])
+    if MASKED:
+        tile = tl.load(pointers, mask=(start + rows < tokens)[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def _store_tile(base, tile, start, stride, tokens, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    pointers = base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :])
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(start + rows < tokens)[:, None])
+
+
+@triton.jit
+def _place(tokens, heads, BLOCK: tl.constexpr):
+    """First row, batch and head of this program; programs of one head are neighbours, so that its keys stay in the cache."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    program = tl.program_id(0)
+    batch_head = program // blocks
+    return (program % blocks) * BLOCK, (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+
+
+@triton.jit
+def _attend(
+    total, maximum, acc, query, key, value, scale, start, tokens_k, key_token, value_token,
+    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    keys = _tile(key, start, key_token, tokens_k, HEAD_DIM, BLOCK_K, MASKED)
+    scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+    if MASKED:
+        scores = tl.where((start + tl.arange(0, BLOCK_K) < tokens_k)[None, :], scores, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_maximum[:, None])
+    shrink = tl.exp2(maximum - new_maximum)
+    values = _tile(value, start, value_token, tokens_k, HEAD_DIM, BLOCK_K, MASKED)
+    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+    return total * shrink + tl.sum(weights, 1), new_maximum, acc
+
+
+@triton.jit(do_not_specialize=["tokens_q", "tokens_k"])
+def _forward(
+    query, key, value, out, lse, scale, tokens_q, tokens_k, heads,
+    key_batch, key_token, key_head, value_batch, value_token, value_head,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    start_q, batch, head = _place(tokens_q, heads, BLOCK_Q)
+    row = heads * HEAD_DIM
+    offset = batch * tokens_q * row + head * HEAD_DIM
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    scale = tl.cast(scale, tl.float32) * LOG2_E
+    queries = _tile(query + offset, start_q, row, tokens_q, HEAD_DIM, BLOCK_Q, True)
+    maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
+    whole = tokens_k // BLOCK_K * BLOCK_K
+    for start in range(0, whole, BLOCK_K):
+        total, maximum, acc = _attend(
+            total, maximum, acc, queries, key, value, scale, start, tokens_k, key_token, value_token, HEAD_DIM, BLOCK_K, False
+        )
+    if whole < tokens_k:
+        total, maximum, acc = _attend(
+            total, maximum, acc, queries, key, value, scale, whole, tokens_k, key_token, value_token, HEAD_DIM, BLOCK_K, True
+        )
+    _store_tile(out + offset, acc / total[:, None], start_q, row, tokens_q, HEAD_DIM, BLOCK_Q)
+    rows = start_q + tl.arange(0, BLOCK_Q)
+    tl.store(lse + (batch * heads + head) * tokens_q + rows, (maximum + tl.log2(total)) * LN_2, mask=rows < tokens_q)
+
+
+@triton.jit
+def _add_grad_query(
+    acc, query, grad_out, key, value, lse, delta, scale, start, tokens_k, key_token, value_token,
+    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    keys = _tile(key, start, key_token, tokens_k, HEAD_DIM, BLOCK_K, MASKED)
+    values = _tile(value, start, value_token, tokens_k, HEAD_DIM, BLOCK_K, MASKED)
+    weights = tl.exp2(tl.dot(query, tl.trans(keys), input_precision="ieee") * scale - lse[:, None])
+    if MASKED:  # a missing key has score 0 here, and exp(-lse) may be infinite
+        weights = tl.where((start + tl.arange(0, BLOCK_K) < tokens_k)[None, :], weights, 0.0)
+    grad_scores = weights * (tl.dot(grad_out, tl.trans(values), input_precision="ieee") - delta[:, None])
+    return tl.dot(grad_scores.to(keys.dtype), keys, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["tokens_q", "tokens_k"])
+def _grad_query(
+    grad_out, query, key, value, out, lse, grad_query, delta, scale, tokens_q, tokens_k, heads,
+    key_batch, key_token, key_head, value_batch, value_token, value_head,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dQ, and delta = rowsum(dO * O) for `_grad_key_value`."""
+    start_q, batch, head = _place(tokens_q, heads, BLOCK_Q)
+    row = heads * HEAD_DIM
+    offset = batch * tokens_q * row + head * HEAD_DIM
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    natural_scale = tl.cast(scale, tl.float32)
+    queries = _tile(query + offset, start_q, row, tokens_q, HEAD_DIM, BLOCK_Q, True)
+    grads = _tile(grad_out + offset, start_q, row, tokens_q, HEAD_DIM, BLOCK_Q, True)
+    outs = _tile(out + offset, start_q, row, tokens_q, HEAD_DIM, BLOCK_Q, True)
+    deltas = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
+    rows = start_q + tl.arange(0, BLOCK_Q)
+    statistics = (batch * heads + head) * tokens_q + rows
+    tl.store(delta + statistics, deltas, mask=rows < tokens_q)
+    lses = tl.load(lse + statistics, mask=rows < tokens_q, other=0.0) * LOG2_E
+    acc = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
+    whole = tokens_k // BLOCK_K * BLOCK_K
+    for start in range(0, whole, BLOCK_K):
+        acc = _add_grad_query(
+            acc, queries, grads, key, value, lses, deltas, natural_scale * LOG2_E, start, tokens_k, key_token, value_token,
+            HEAD_DIM, BLOCK_K, False,
+        )  # fmt: skip
+    # The tail is a loop of at most one step: its loads then go through shared memory as the main loop's do, which saves registers.
+    for start in range(whole, tokens_k, BLOCK_K):
+        acc = _add_grad_query(
+            acc, queries, grads, key, value, lses, deltas, natural_scale * LOG2_E, start, tokens_k, key_token, value_token,
+            HEAD_DIM, BLOCK_K, True,
+        )  # fmt: skip
+    _store_tile(grad_query + offset, acc * natural_scale, start_q, row, tokens_q, HEAD_DIM, BLOCK_Q)
+
+
+@triton.jit
+def _add_grad_key_value(
+    grad_key, grad_value, query, grad_out, key, value, lse, delta, scale, start, tokens_q, row,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    queries = _tile(query, start, row, tokens_q, HEAD_DIM, BLOCK_Q, MASKED)
+    grads = _tile(grad_out, start, row, tokens_q, HEAD_DIM, BLOCK_Q, MASKED)
+    rows = start + tl.arange(0, BLOCK_Q)
+    if MASKED:  # an infinite lse gives a missing query no weight
+        lses = tl.load(lse + rows, mask=rows < tokens_q, other=float("inf"))
+        deltas = tl.load(delta + rows, mask=rows < tokens_q, other=0.0)
+    else:
+        lses, deltas = tl.load(lse + rows), tl.load(delta + rows)
+    weights = tl.exp2(tl.dot(key, tl.trans(queries), input_precision="ieee") * scale - (lses * LOG2_E)[None, :])  # [BLOCK_K, BLOCK_Q]
+    grad_value = tl.dot(weights.to(grads.dtype), grads, grad_value, input_precision="ieee")
+    grad_scores = weights * (tl.dot(value, tl.trans(grads), input_precision="ieee") - deltas[None, :])
+    grad_key = tl.dot(grad_scores.to(queries.dtype), queries, grad_key, input_precision="ieee")
+    return grad_key, grad_value
+
+
+@triton.jit(do_not_specialize=["tokens_q", "tokens_k"])
+def _grad_key_value(
+    grad_out, query, key, value, lse, delta, grad_key, grad_value, scale, tokens_q, tokens_k, heads,
+    key_batch, key_token, key_head, value_batch, value_token, value_head,
+    HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dK and dV, contiguous [B, Tk, H, D]."""
+    start_k, batch, head = _place(tokens_k, heads, BLOCK_K)
+    row = heads * HEAD_DIM
+    query += batch * tokens_q * row + head * HEAD_DIM
+    grad_out += batch * tokens_q * row + head * HEAD_DIM
+    lse += (batch * heads + head) * tokens_q
+    delta += (batch * heads + head) * tokens_q
+    natural_scale = tl.cast(scale, tl.float32)
+    keys = _tile(key + batch * key_batch + head * key_head, start_k, key_token, tokens_k, HEAD_DIM, BLOCK_K, True)
+    values = _tile(value + batch * value_batch + head * value_head, start_k, value_token, tokens_k, HEAD_DIM, BLOCK_K, True)
+    acc_key = tl.zeros([BLOCK_K, HEAD_DIM], tl.float32)
+    acc_value = tl.zeros([BLOCK_K, HEAD_DIM], tl.float32)
+    whole = tokens_q // BLOCK_Q * BLOCK_Q
+    for start in range(0, whole, BLOCK_Q):
+        acc_key, acc_value = _add_grad_key_value(
+            acc_key, acc_value, query, grad_out, keys, values, lse, delta, natural_scale * LOG2_E, start, tokens_q, row,
+            HEAD_DIM, BLOCK_Q, False,
+        )  # fmt: skip
+    for start in range(whole, tokens_q, BLOCK_Q):
+        acc_key, acc_value = _add_grad_key_value(
+            acc_key, acc_value, query, grad_out, keys, values, lse, delta, natural_scale * LOG2_E, start, tokens_q, row,
+            HEAD_DIM, BLOCK_Q, True,
+        )  # fmt: skip
+    offset = batch * tokens_k * row + head * HEAD_DIM
+    _store_tile(grad_key + offset, acc_key * natural_scale, start_k, row, tokens_k, HEAD_DIM, BLOCK_K)
+    _store_tile(grad_value + offset, acc_value, start_k, row, tokens_k, HEAD_DIM, BLOCK_K)
+
+
+@triton.jit
+def _merge(
+    first, second, out, first_lse, second_lse, lse, rows, tokens, heads, first_batch, first_head, second_batch, second_head,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of [B, Tq, H]
+    inside = row < rows
+    head, token, batch = row % heads, row // heads % tokens, row // heads // tokens
+    a = tl.load(first_lse + batch * first_batch + head * first_head + token, mask=inside, other=0.0)
+    b = tl.load(second_lse + batch * second_batch + head * second_head + token, mask=inside, other=0.0)
+    maximum = tl.maximum(a, b)
+    weight_a, weight_b = tl.exp(a - maximum), tl.exp(b - maximum)
+    total = weight_a + weight_b
+    tl.store(lse + (batch * heads + head) * tokens + token, maximum + tl.log(total), mask=inside)
+    dims = tl.arange(0, WIDTH)
+    at = row.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
+    mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    merged = tl.load(first + at, mask=mask, other=0.0).to(tl.float32) * (weight_a / total)[:, None]
+    merged += tl.load(second + at, mask=mask, other=0.0).to(tl.float32) * (weight_b / total)[:, None]
+    tl.store(out + at, merged.to(out.dtype.element_ty), mask=mask)
+
+
+class Blocks(NamedTuple):
+    """Tile heights of queries and keys, and the launch."""
+
+    query: int
+    key: int
+    num_warps: int
+    num_stages: int
+
+
+def block_sizes(kernel: str, head_dim: int, itemsize: int) -> Blocks:
+    """Tiles for "forward", "grad_query" or "grad_key_value".
+
+    Chosen ahead of time, not measured: they spill no register on sm_80, sm_90 and sm_100 (`python -m arcopo_kernels.aot`) and fit the
+    99 KiB of shared memory of the smallest GPU of those generations.
+    """
+    if itemsize > 2:
+        return Blocks(32, 32, 4, 1)
+    if kernel == "grad_key_value":
+        return Blocks(64, 64, 8, 2)
+    return Blocks(64, 64, 4, 2) if kernel == "grad_query" and head_dim == 128 else Blocks(128, 64, 8, 2)
+
+
+def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why the kernels cannot take a segment; None if they can."""
+    if query.dtype not in DTYPES:
+        return f"the kernels take float16, bfloat16 and float32, not {query.dtype}"
+    if INTERPRETED and query.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 products wrongly"
+    if query.shape[-1] not in HEAD_DIMS:
+        return f"the kernels take a head_dim of {', '.join(map(str, HEAD_DIMS))}, not {query.shape[-1]}"
+    if key.stride(-1) != 1 or value.stride(-1) != 1:
+        return "keys and values must have stride 1 along the head dimension"
+    return None
+
+
+def _strides(key: Tensor, value: Tensor) -> tuple[int, ...]:
+    return *key.stride()[:3], *value.stride()[:3]
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """query, contiguous [B, Tq, H, D], over key and value [B, Tk, H, D] -> out [B, Tq, H, D], lse [B, H, Tq] float32."""
+    batch, tokens, heads, head_dim = query.shape
+    out = torch.empty_like(query)
+    lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
+    blocks = block_sizes("forward", head_dim, query.element_size())
+    _forward[(triton.cdiv(tokens, blocks.query) * batch * heads,)](
+        query, key, value, out, lse, scale, tokens, key.shape[1], heads, *_strides(key, value),
+        HEAD_DIM=head_dim, BLOCK_Q=blocks.query, BLOCK_K=blocks.key, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, trained: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dQ and, if trained, dK and dV, from the output and log-sum-exp over all segments; all but key and value contiguous."""
+    batch, tokens, heads, head_dim = query.shape
+    grad_query, delta = torch.empty_like(query), torch.empty_like(lse)
+    sizes = (scale, tokens, key.shape[1], heads, *_strides(key, value))
+    blocks = block_sizes("grad_query", head_dim, query.element_size())
+    _grad_query[(triton.cdiv(tokens, blocks.query) * batch * heads,)](
+        grad_out, query, key, value, out, lse, grad_query, delta, *sizes,
+        HEAD_DIM=head_dim, BLOCK_Q=blocks.query, BLOCK_K=blocks.key, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+    if not trained:
+        return grad_query, None, None
+    grad_key, grad_value = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (key, value))
+    blocks = block_sizes("grad_key_value", head_dim, query.element_size())
+    _grad_key_value[(triton.cdiv(key.shape[1], blocks.key) * batch * heads,)](
+        grad_out, query, key, value, lse, delta, grad_key, grad_value, *sizes,
+        HEAD_DIM=head_dim, BLOCK_Q=blocks.query, BLOCK_K=blocks.key, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value
+
+
+def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`reference.merge_attention` for parts that all see a key, two at a time; only the last step rounds to the parts' dtype.
+
+    outs: contiguous [B, Tq, H, D]; lses: [B, H, Tq], stride 1 along Tq.
+    """
+    batch, tokens, heads, head_dim = outs[0].shape
+    rows, block = batch * tokens * heads, 32
+    merged, merged_lse = outs[0], lses[0]
+    for index, (out, lse) in enumerate(zip(outs[1:], lses[1:]), 2):
+        dtype = outs[0].dtype if index == len(outs) else torch.float32
+        first, first_lse, merged = merged, merged_lse, out.new_empty(out.shape, dtype=dtype)
+        merged_lse = out.new_empty((batch, heads, tokens), dtype=torch.float32)
+        _merge[(triton.cdiv(rows, block),)](
+            first, out, merged, first_lse, lse, merged_lse, rows, tokens, heads, *first_lse.stride()[:2], *lse.stride()[:2],
+            HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return merged, merged_lse
+
+
+def _aot_case(kernel: str, function: triton.JITFunction, head_dim: int) -> AotCase:
+    blocks = block_sizes(kernel, head_dim, 2)
+    signature = {}
+    for name in function.arg_names:
+        if name in ("lse", "delta"):
+            signature[name] = "*fp32"
+        elif name == "scale":
+            signature[name] = "fp32"
+        elif name.startswith(("tokens", "heads")) or name.endswith(("_batch", "_token", "_head")):
+            signature[name] = "i32"
+        elif name.islower():
+            signature[name] = "*bf16"
+    divisible = [name for name in signature if name not in ("scale", "tokens_q", "tokens_k", "heads")]
+    constants = {"HEAD_DIM": head_dim, "BLOCK_Q": blocks.query, "BLOCK_K": blocks.key}
+    return AotCase(f"{kernel}[{head_dim}]", function, signature, constants, divisible, blocks.num_warps, blocks.num_stages)
+
+
+AOT_CASES = [
+    _aot_case(kernel, function, head_dim)
+    for kernel, function in (("forward", _forward), ("grad_query", _grad_query), ("grad_key_value", _grad_key_value))
+    for head_dim in (64, 128)
+] + [
+    AotCase(
+        "merge[128]",
+        _merge,
+        {
+            **dict.fromkeys(("first", "second", "out"), "*bf16"),
+            **dict.fromkeys(("first_lse", "second_lse", "lse"), "*fp32"),
+            **dict.fromkeys(("rows", "tokens", "heads", "first_batch", "first_head", "second_batch", "second_head"), "i32"),
+        },
+        {"HEAD_DIM": 128, "WIDTH": 128, "BLOCK": 32},
+        ("first", "second", "out", "first_lse", "second_lse", "lse"),
+    )
+]

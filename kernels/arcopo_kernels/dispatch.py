@@ -1,0 +1,89 @@
+"""Which implementation of an operator runs: the Triton kernels where there is a GPU, plain PyTorch elsewhere, unless told otherwise.
+
+    ARCOPO_KERNELS=reference python ...        for a whole process: auto (default), triton, reference
+    with arcopo_kernels.use("reference"): ...  for a block of code
+    arcopo_kernels.used("copo_surrogate")      what the last eager call ran on, and why
+
+Triton kernels also run on CPU tensors, slowly, in Triton's interpreter: set TRITON_INTERPRET=1 before the first import, and force "triton".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+TRITON_INSTALLED = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+class Choice(NamedTuple):
+    """An implementation, "triton" or "reference", and the reason for it."""
+
+    name: str
+    reason: str
+
+
+def _checked(name: str, origin: str) -> str:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"{origin} is {name!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+    return name
+
+
+_forced = _checked(os.environ.get("ARCOPO_KERNELS", "auto"), "ARCOPO_KERNELS")
+_used: dict[str, Choice] = {}
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run operators with one implementation inside the block: "auto", "triton" or "reference"."""
+    global _forced
+    before, _forced = _forced, _checked(name, "the implementation")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def used(operator: str) -> Choice | None:
+    """What the last eager call of an operator ran on; None if it has not been called."""
+    return _used.get(operator)
+
+
+def choose(operator: str, device: torch.device, unsupported: str | None = None) -> str:
+    """The implementation for a call of `operator` on `device`.
+
+    Args:
+        unsupported: why the Triton version cannot take these arguments; None if it can.
+
+    Returns:
+        "triton" or "reference".
+
+    Raises:
+        ValueError: Triton was asked for by name and cannot run this call.
+    """
+    choice = _choice(_forced, device, unsupported)
+    if not torch.compiler.is_compiling():
+        _used[operator] = choice
+    if _forced == "triton" and choice.name != "triton":
+        raise ValueError(f"{operator}: Triton was asked for, but {choice.reason}; use 'auto' to fall back to plain PyTorch")
+    return choice.name
+
+
+def _choice(forced: str, device: torch.device, unsupported: str | None) -> Choice:
+    if forced == "reference":
+        return Choice("reference", "asked for")
+    if not TRITON_INSTALLED:
+        return Choice("reference", "triton is not installed")
+    if unsupported is not None:
+        return Choice("reference", unsupported)
+    if INTERPRETED and forced == "triton":
+        return Choice("triton", "asked for, in Triton's interpreter")
+    if device.type != "cuda":
+        return Choice("reference", f"the tensors are on {device.type}, not on a GPU")
+    return Choice("triton", "asked for" if forced == "triton" else "the tensors are on a GPU")

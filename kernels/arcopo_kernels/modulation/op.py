@@ -1,0 +1,257 @@
+"""The public operators: checks at the boundary, choice of the implementation, registration of the kernels with torch.library.
+
+All are one kernel: a residual, a norm, or both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from arcopo_kernels.dispatch import choose
+from arcopo_kernels.modulation import reference
+from torch import Tensor
+
+LARGEST_ROW = 32768
+"""Elements of a token that a program can hold in registers."""
+
+
+def layer_norm_modulate(
+    x: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """LayerNorm(x; weight, bias) * (1 + scale) + shift, over the last dimension (adaLN of DiT, for each frame).
+
+    Args:
+        x: [B, F, T, E], any floating dtype: F frames of T tokens.
+        scale, shift: [1 or B, 1 or F, 1, E]; None: 0.
+        weight, bias: [E]; None: 1 and 0.
+        eps: of the norm.
+
+    Returns:
+        [B, F, T, E]. Differentiable in all tensors.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+    """
+    _check(x, scale=scale, shift=shift)
+    _check_affine(x, weight, bias)
+    if choose("layer_norm_modulate", x.device, _unsupported(x, scale, shift, weight, bias)) == "reference":
+        return reference.layer_norm_modulate(x, scale, shift, weight, bias, eps)
+    return _modulation(x, None, None, scale, shift, weight, bias, eps, True)[0]
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    """x + y * gate.
+
+    Args:
+        x, y: [B, F, T, E], any floating dtype.
+        gate: [1 or B, 1 or F, 1, E]; None: 1.
+
+    Returns:
+        [B, F, T, E]. Differentiable in all tensors.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+    """
+    _check(x, y=y, gate=gate)
+    if choose("gated_residual", x.device, _unsupported(x, y, gate)) == "reference":
+        return reference.gated_residual(x, y, gate)
+    return _modulation(x, y, gate, None, None, None, None, 0.0, False)[0]
+
+
+def gated_residual_layer_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """h = `gated_residual`(x, y, gate) and `layer_norm_modulate`(h, ...) in one pass, bit for bit; the arguments are theirs.
+
+    Returns:
+        h and its norm, both [B, F, T, E].
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+    """
+    _check(x, y=y, gate=gate, scale=scale, shift=shift)
+    _check_affine(x, weight, bias)
+    unsupported = _unsupported(x, y, gate, scale, shift, weight, bias)
+    if choose("gated_residual_layer_norm_modulate", x.device, unsupported) == "reference":
+        hidden = reference.gated_residual(x, y, gate)
+        return hidden, reference.layer_norm_modulate(hidden, scale, shift, weight, bias, eps)
+    hidden, out = _modulation(x, y, gate, scale, shift, weight, bias, eps, True)
+    return hidden, out
+
+
+def _unsupported(*tensors: Tensor | None) -> str | None:
+    """Why the kernel cannot take x and the other tensors."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{tensor.dtype} is computed in plain PyTorch"
+        if tensor is not None and tensor.shape[-1] > LARGEST_ROW:
+            return f"a token of {tensor.shape[-1]} elements does not fit a program's {LARGEST_ROW}"
+    return None
+
+
+def _check(x: Tensor, y: Tensor | None = None, **modulations: Tensor | None) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, F, T, E], frames of tokens")
+    if y is not None and (y.shape != x.shape or y.device != x.device):
+        raise ValueError(f"y has shape {tuple(y.shape)} on {y.device}; expected that of x, {tuple(x.shape)} on {x.device}")
+    batch, frames, _, size = x.shape
+    for name, modulation in modulations.items():
+        if modulation is None:
+            continue
+        shape = tuple(modulation.shape)
+        fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, frames) and shape[2:] == (1, size)
+        if not fits or modulation.device != x.device:
+            expected = f"[1 or {batch}, 1 or {frames}, 1, {size}] on {x.device}"
+            raise ValueError(f"{name} has shape {shape} on {modulation.device}; expected {expected}")
+
+
+def _check_affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and (parameter.shape != x.shape[3:] or parameter.device != x.device):
+            found = f"{name} has shape {tuple(parameter.shape)} on {parameter.device}"
+            raise ValueError(f"{found}; expected [{x.shape[3]}] on {x.device}")
+
+
+# Registration. Without y there is no residual; norm False: no norm.
+
+
+def _outputs(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, norm: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Where the residual sum and its norm go: contiguous, of the dtype that the arguments promote to."""
+    hidden = out = None
+    dtype = x.dtype
+    if y is not None:
+        dtype = torch.promote_types(torch.promote_types(dtype, y.dtype), dtype if gate is None else gate.dtype)
+        hidden = x.new_empty(x.shape, dtype=dtype)
+    if norm:
+        for modulation in (scale, shift):
+            dtype = dtype if modulation is None else torch.promote_types(dtype, modulation.dtype)
+        out = x.new_empty(x.shape, dtype=dtype)
+    return hidden, out
+
+
+@torch.library.custom_op("arcopo::modulation", mutates_args=())
+def _modulation(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    norm: bool,
+) -> list[Tensor]:
+    from arcopo_kernels.modulation import triton
+
+    hidden, out = _outputs(x, y, gate, scale, shift, norm)
+    with torch.cuda.device_of(x):
+        triton.forward(x, y, gate, scale, shift, weight, bias, eps, hidden, out)
+    return [t for t in (hidden, out) if t is not None]
+
+
+@_modulation.register_fake
+def _(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    norm: bool,
+) -> list[Tensor]:
+    return [t for t in _outputs(x, y, gate, scale, shift, norm) if t is not None]
+
+
+def _gradients(
+    grad_hidden: Tensor | None, hidden: Tensor | None, gate: Tensor | None, parameters: dict[str, Tensor | None], wanted: bool
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Where the gradients go: of x, of y (None without gate: it is that of x), and, if wanted, of the parameters that are there."""
+    like = grad_hidden if hidden is None else hidden
+    assert like is not None, "there is a residual or a norm"
+    grad_x, grad_y = like.new_empty(like.shape), like.new_empty(like.shape) if gate is not None else None
+    return grad_x, grad_y, {name: p.new_empty(p.shape) for name, p in parameters.items() if wanted and p is not None}
+
+
+@torch.library.custom_op("arcopo::modulation_backward", mutates_args=())
+def _modulation_backward(
+    grad_hidden: Tensor | None,
+    grad_out: Tensor | None,
+    hidden: Tensor | None,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    parameter_gradients: bool,
+) -> list[Tensor]:
+    from arcopo_kernels.modulation import triton
+
+    names = {"gate": gate, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
+    grad_x, grad_y, parameters = _gradients(grad_hidden, hidden, gate, names, parameter_gradients)
+    with torch.cuda.device_of(grad_x):
+        triton.backward(grad_hidden, grad_out, hidden, y, gate, scale, weight, bias, eps, grad_x, grad_y, parameters)
+    return [grad_x, *([] if grad_y is None else [grad_y]), *parameters.values()]
+
+
+@_modulation_backward.register_fake
+def _(
+    grad_hidden: Tensor | None,
+    grad_out: Tensor | None,
+    hidden: Tensor | None,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    parameter_gradients: bool,
+) -> list[Tensor]:
+    names = {"gate": gate, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
+    grad_x, grad_y, parameters = _gradients(grad_hidden, hidden, gate, names, parameter_gradients)
+    return [grad_x, *([] if grad_y is None else [grad_y]), *parameters.values()]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, y, gate, scale, shift, weight, bias, ctx.eps, norm = inputs
+    ctx.parameter_gradients = any(ctx.needs_input_grad[2:7])
+    ctx.dtypes = x.dtype, None if y is None else y.dtype
+    hidden = (x if y is None else output[0]) if norm else None
+    ctx.save_for_backward(hidden, y if ctx.parameter_gradients else None, gate, scale, shift, weight, bias)
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    hidden, _, *parameters = ctx.saved_tensors
+    x_dtype, y_dtype = ctx.dtypes
+    grad_hidden = grads[0] if y_dtype is not None else None
+    grad_out = grads[-1] if hidden is not None else None
+    outputs = iter(_modulation_backward(grad_hidden, grad_out, *ctx.saved_tensors, ctx.eps, ctx.parameter_gradients))
+    grad_x = next(outputs)
+    grad_y = grad_x if parameters[0] is None else next(outputs)
+    present = (p is not None and ctx.parameter_gradients for p in parameters)
+    grad_parameters = [next(outputs) if there else None for there in present]
+    return grad_x.to(x_dtype), None if y_dtype is None else grad_y.to(y_dtype), *grad_parameters, None, None
+
+
+_modulation.register_autograd(_backward, setup_context=_setup_context)

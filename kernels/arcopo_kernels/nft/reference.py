@@ -1,0 +1,42 @@
+"""The negative-aware forward-process loss in plain PyTorch: the specification.
+
+For one sample with prediction p (gradient), old prediction p_old, target y and reward r in [0, 1]:
+
+    p_plus = p_old + beta (p - p_old)        p_minus = p_old - beta (p - p_old)
+    L      = r ||p_plus - y||^2 + (1 - r) ||p_minus - y||^2
+
+Source: Astrolabe (arXiv 2603.17051), section 3.3 and algorithm 1. Unlike DiffusionNFT it neither normalises the loss by the size of its own
+error nor divides it by beta.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class NFTOutput(NamedTuple):
+    """Per sample, [B] float32 (float64 if an argument is); only `loss` is differentiable, in `pred`.
+
+    l_plus and l_minus are the errors of the two mixtures, whose weighted sum is the loss; drift is ||p - p_old||^2, how far the policy
+    has moved. All are means over the elements, or sums with reduction="sum".
+    """
+
+    loss: Tensor
+    l_plus: Tensor
+    l_minus: Tensor
+    drift: Tensor
+
+
+def nft_loss(pred: Tensor, old_pred: Tensor, target: Tensor, reward: Tensor, beta: float, mean: bool) -> NFTOutput:
+    """pred, old_pred, target [B, D]; reward [B]."""
+    dtype = torch.float64 if torch.float64 in (pred.dtype, old_pred.dtype, target.dtype) else torch.float32
+    p, p_old, y, r = pred.to(dtype), old_pred.detach().to(dtype), target.detach().to(dtype), reward.detach().to(dtype)
+    delta = p - p_old
+    p_plus, p_minus = p_old + beta * delta, p_old - beta * delta
+    l_plus, l_minus, drift = (
+        square.mean(-1) if mean else square.sum(-1) for square in ((p_plus - y).square(), (p_minus - y).square(), delta.square())
+    )
+    return NFTOutput(r * l_plus + (1 - r) * l_minus, l_plus.detach(), l_minus.detach(), drift.detach())

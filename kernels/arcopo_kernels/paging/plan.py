@@ -1,0 +1,66 @@
+"""How many pages a group of videos takes: arithmetic on the host, before there is a pool or a page is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A group as its page pool sees it: a prefix that all branches share, and a tail of its own for each branch.
+
+    prefix, tail: pages that the prefix, and one branch besides it, hold at most at any time. branches: how many run at once.
+    """
+
+    prefix: int
+    tail: int
+    branches: int
+
+    @property
+    def pages(self) -> int:
+        """What the whole group needs."""
+        return self.prefix + self.branches * self.tail
+
+    def branches_within(self, pages: int) -> int:
+        """How many of the branches can run at once with so many pages; 0 if the prefix alone takes too many."""
+        if pages < self.prefix:
+            return 0
+        return min(self.branches, (pages - self.prefix) // self.tail) if self.tail else self.branches
+
+    def __str__(self) -> str:
+        return f"a prefix of {self.prefix} pages and {self.branches} tails of {self.tail}"
+
+
+def plan_group(prefix: Sequence[int], tail: Sequence[int], branches: int, *, window: int | None = None, sink: int = 0) -> GroupPlan:
+    """Plan a group whose videos append chunks of pages and, with a window, drop the oldest ones to make room for each.
+
+    Args:
+        prefix, tail: pages of each chunk that is cached before and after the fork, in order.
+        branches: G, or as many as run at once.
+        window: pages that a video holds at most, the chunk being appended included (None: all).
+        sink: first pages that a window never drops.
+
+    Raises:
+        ValueError: a negative size, or a chunk that does not fit the window beside the sink.
+    """
+    if branches < 0 or sink < 0 or min((*prefix, *tail), default=0) < 0:
+        raise ValueError(f"sizes must not be negative; got prefix {list(prefix)}, tail {list(tail)}, branches {branches}, sink {sink}")
+    most_of_prefix, shared = _slide(0, prefix, window, sink)
+    most_of_tail, _ = _slide(shared, tail, window, sink)
+    return GroupPlan(most_of_prefix, most_of_tail, branches)
+
+
+def _slide(shared: int, chunks: Sequence[int], window: int | None, sink: int) -> tuple[int, int]:
+    """Pages of its own that a table holds at most and in the end, which starts with `shared` ones and appends `chunks`."""
+    own = most = 0
+    for chunk in chunks:
+        excess = 0 if window is None else max(0, shared + own + chunk - window)
+        if excess > max(0, shared + own - sink):
+            raise ValueError(f"a chunk of {chunk} pages does not fit a window of {window} with a sink of {sink}")
+        # The oldest go first: those of the prefix that are not in the sink.
+        from_shared = min(excess, max(0, shared - sink))
+        shared -= from_shared
+        own += chunk - (excess - from_shared)
+        most = max(most, own)
+    return most, own

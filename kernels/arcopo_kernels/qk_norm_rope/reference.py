@@ -1,0 +1,87 @@
+"""RMSNorm over all heads together and 3-axis rotary positions in plain PyTorch: the specification.
+
+    rms_norm(x)    x / sqrt(mean(x^2) + eps) * weight, over the full dimension E = H * D
+    apply_rope(x)  (x_2j, x_2j+1) turned by the angle p_j * 10000^(-i / n), for each pair j of a head
+
+Of a head's D / 2 pairs the first turn with the token's frame (p = position + frame), the next D // 6 with its row, the last D // 6 with its
+column; i counts the n pairs of the axis. Source: Wan2.1, interleaved pairs.
+
+Rounding follows the official half-precision inference: the normalised value is rounded before the weight is applied, the product again, the
+rotation once more. Officially it is complex128; here float64 for half-precision inputs on a CPU, which gives the same bits, else float32 or
+wider, by tables computed in float64 (cos and sin within half a unit in the last place).
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+POSITIONS = 4096
+"""Length of the table for positions that only the device knows: 17 minutes of video at 16 pixel frames a second, 4 to a latent frame."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., E], weight [E] -> [..., E]."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def apply_rope(x: Tensor, position: int | Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """x [B, frames * rows * columns, H, D]; its first frame stands at time position `position`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type == "cpu" and x.dtype.itemsize < 4:
+        dtype = torch.float64
+    # A compiler traces through caches, and what inference mode computes could not be used in training later.
+    cached = not (isinstance(position, Tensor) or torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
+    cos, sin = (_cached_cos_sin if cached else _cos_sin)(position, grid, x.shape[-1], dtype, x.device)
+    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def norm_rope(x: Tensor, weight: Tensor, position: int | Tensor, grid: tuple[int, int, int], eps: float) -> Tensor:
+    """x [B, T, H, D], weight [H * D] -> [B, T, H, D]."""
+    return apply_rope(rms_norm(x.flatten(2), weight, eps).unflatten(2, x.shape[2:]), position, grid)
+
+
+def axis_pairs(head_dim: int) -> tuple[int, int, int]:
+    """How many of a head's pairs turn with the frame, the row and the column: 22, 21 and 21 of 64."""
+    spatial = head_dim // 6
+    return head_dim // 2 - 2 * spatial, spatial, spatial
+
+
+def table_length(position: int, grid: tuple[int, int, int]) -> int:
+    """POSITIONS, doubled until a grid whose first frame stands at `position` fits."""
+    length = POSITIONS
+    while length < position + grid[0] or length < max(grid[1:]):
+        length *= 2
+    return length
+
+
+@torch.compiler.assume_constant_result  # else a compiled graph would compute it at every call
+def rope_table(head_dim: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """cos and sin of every pair at every position of its axis, [2, length, D / 2]: a shared constant, not to be written to."""
+    return _rope_table(head_dim, length, dtype, device)
+
+
+@cache
+@torch.inference_mode(False)
+def _rope_table(head_dim: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    exponents = [torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs for pairs in axis_pairs(head_dim)]
+    angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), 10000.0 ** -torch.cat(exponents))
+    return torch.stack([angles.cos(), angles.sin()]).to(device, dtype)
+
+
+def _cos_sin(position: int | Tensor, grid: tuple[int, int, int], head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """cos and sin for the tokens of a grid, [2, frames * rows * columns, 1, D / 2]."""
+    frames, rows, columns = grid
+    table = rope_table(head_dim, table_length(0 if isinstance(position, Tensor) else position, grid), dtype, device)
+    time, row, column = table.split(axis_pairs(head_dim), dim=-1)
+    time = time.index_select(1, position + torch.arange(frames, device=device))
+    shape = (2, frames, rows, columns, -1)
+    parts = time[:, :, None, None].expand(shape), row[:, None, :rows, None].expand(shape), column[:, None, None, :columns].expand(shape)
+    return torch.cat(parts, dim=-1).reshape(2, frames * rows * columns, 1, head_dim // 2)
+
+
+_cached_cos_sin = lru_cache(maxsize=64)(_cos_sin)

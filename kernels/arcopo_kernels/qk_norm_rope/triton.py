@@ -1,0 +1,483 @@
+"""RMSNorm over all heads and RoPE in one pass over the rows, and its backward.
+
+A program holds the E = H * D elements of one token of one tensor as a tile [H, D] in registers: queries, keys and, on the way into a
+cache, values are the third axis of one launch. cos and sin come from a float32 table [2, positions, D / 2], computed in float64, of which
+a token reads one row for each axis; the time axis starts where an int or a tensor on the device says. A position outside the table gives
+NaN. Computed in float32 and rounded once.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from arcopo_kernels.aot import AotCase
+from arcopo_kernels.qk_norm_rope.reference import rope_table, table_length
+from torch import Tensor
+
+WEIGHT_GRADIENT_PROGRAMS = 512
+"""Partial sums of a weight's gradient: a constant, so that their order does not depend on the device."""
+
+
+def block_sizes(heads: int, head_dim: int) -> tuple[int, int, int]:
+    """BLOCK_H, BLOCK_D and num_warps: 16 elements a thread, two 16-byte loads in half precision."""
+    block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
+    return block_h, block_d, min(max(block_h * block_d // 512, 1), 16)
+
+
+@triton.jit
+def _rotate(x, cos, sin, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Adjacent pairs of x [BLOCK_H, BLOCK_D]; cos and sin [1, BLOCK_D / 2]. A thread holds both elements of its pairs."""
+    even, odd = tl.split(tl.reshape(x, [BLOCK_H, BLOCK_D // 2, 2]))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BLOCK_H, BLOCK_D])
+
+
+@triton.jit
+def _cos_sin(table, length, start, position, token, rows, columns, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """cos and sin [1, BLOCK_D / 2] of one token."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    SPATIAL: tl.constexpr = HEAD_DIM // 6
+    TIME: tl.constexpr = HALF - 2 * SPATIAL
+    frame = token // (rows * columns) + position
+    if start is not None:
+        frame += tl.load(start).to(tl.int32)
+    pair = tl.arange(0, BLOCK_D // 2)
+    at = tl.where(pair < TIME, frame, tl.where(pair < TIME + SPATIAL, token // columns % rows, token % columns))
+    known = (at >= 0) & (at < length)
+    entry = table + at * HALF + pair
+    cos = tl.load(entry, mask=known & (pair < HALF), other=0.0)
+    sin = tl.load(entry + length * HALF, mask=known & (pair < HALF), other=0.0)
+    return tl.where(known, cos, float("nan"))[None, :], tl.where(known, sin, float("nan"))[None, :]
+
+
+@triton.jit
+def _rstd(x, eps, SIZE: tl.constexpr):
+    return tl.rsqrt((tl.sum(x * x) / SIZE + eps).to(tl.float32))
+
+
+@triton.jit
+def _forward_row(
+    x,
+    out,
+    cache,  # also written there, roped or before; None: nowhere
+    weight,  # None: no norm
+    table,  # None: no RoPE
+    length,
+    start,
+    position,
+    stride_batch,
+    stride_token,
+    stride_head,
+    cache_stride_batch,
+    cache_stride_token,
+    cache_stride_head,
+    tokens,
+    rows,
+    columns,
+    eps,
+    CACHE_ROPED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head, dim = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    inside = (head < HEADS) & (dim < HEAD_DIM)
+    element = head * HEAD_DIM + dim
+    source = x + batch * stride_batch + token.to(tl.int64) * stride_token
+    values = tl.load(source + head * stride_head + dim, mask=inside, other=0.0).to(tl.float32)
+    if weight is not None:
+        scale = tl.load(weight + element, mask=inside, other=0.0).to(tl.float32)
+        values = values * _rstd(values, eps, HEADS * HEAD_DIM) * scale
+    if cache is not None:
+        cached = cache + batch * cache_stride_batch + token.to(tl.int64) * cache_stride_token + head * cache_stride_head + dim
+        if not CACHE_ROPED:
+            tl.store(cached, values.to(cache.dtype.element_ty), mask=inside)
+    if table is not None:
+        cos, sin = _cos_sin(table, length, start, position, token, rows, columns, HEAD_DIM, BLOCK_D)
+        values = _rotate(values, cos, sin, BLOCK_H, BLOCK_D)
+    if cache is not None and CACHE_ROPED:
+        tl.store(cached, values.to(cache.dtype.element_ty), mask=inside)
+    row = out + (batch * tokens + token) * (HEADS * HEAD_DIM)
+    tl.store(row + element, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["query_position", "key_position"])
+def _forward(
+    query,
+    key,
+    value,
+    query_out,
+    key_out,
+    query_weight,
+    key_weight,
+    table,
+    query_start,
+    key_start,
+    key_cache,
+    value_cache,
+    length,
+    query_position,
+    key_position,
+    query_stride_batch,
+    query_stride_token,
+    query_stride_head,
+    key_stride_batch,
+    key_stride_token,
+    key_stride_head,
+    value_stride_batch,
+    value_stride_token,
+    value_stride_head,
+    key_cache_stride_batch,
+    key_cache_stride_token,
+    key_cache_stride_head,
+    value_cache_stride_batch,
+    value_cache_stride_token,
+    value_cache_stride_head,
+    tokens,
+    rows,
+    columns,
+    eps,
+    CACHE_ROPED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    if tl.program_id(2) == 0:
+        _forward_row(
+            query, query_out, None, query_weight, table, length, query_start, query_position,
+            query_stride_batch, query_stride_token, query_stride_head, 0, 0, 0,
+            tokens, rows, columns, eps, CACHE_ROPED, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D,
+        )
+    elif tl.program_id(2) == 1:
+        if key is not None:
+            _forward_row(
+                key, key_out, key_cache, key_weight, table, length, key_start, key_position,
+                key_stride_batch, key_stride_token, key_stride_head, key_cache_stride_batch, key_cache_stride_token, key_cache_stride_head,
+                tokens, rows, columns, eps, CACHE_ROPED, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D,
+            )
+    else:
+        if value is not None:
+            token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+            head, dim = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+            inside = (head < HEADS) & (dim < HEAD_DIM)
+            source = value + batch * value_stride_batch + token * value_stride_token
+            target = value_cache + batch * value_cache_stride_batch + token * value_cache_stride_token
+            values = tl.load(source + head * value_stride_head + dim, mask=inside)
+            tl.store(target + head * value_cache_stride_head + dim, values, mask=inside)
+
+
+@triton.jit
+def _backward_rows(
+    grad_out,
+    x,
+    grad_x,
+    weight,
+    partials,  # [programs, HEADS * HEAD_DIM] of the weight's gradient; None: not wanted
+    table,
+    length,
+    start,
+    position,
+    grad_stride_batch,
+    grad_stride_token,
+    grad_stride_head,
+    stride_batch,
+    stride_token,
+    stride_head,
+    total,
+    rows_per_program,
+    tokens,
+    rows,
+    columns,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head, dim = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    inside = (head < HEADS) & (dim < HEAD_DIM)
+    element = head * HEAD_DIM + dim
+    first = tl.program_id(0) * rows_per_program
+    if partials is not None:
+        grad_weight = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for row in range(first, tl.minimum(first + rows_per_program, total)):
+        token, batch = row % tokens, tl.cast(row // tokens, tl.int64)
+        source = grad_out + batch * grad_stride_batch + tl.cast(token, tl.int64) * grad_stride_token
+        grad = tl.load(source + head * grad_stride_head + dim, mask=inside, other=0.0).to(tl.float32)
+        if table is not None:
+            cos, sin = _cos_sin(table, length, start, position, token, rows, columns, HEAD_DIM, BLOCK_D)
+            grad = _rotate(grad, cos, -sin, BLOCK_H, BLOCK_D)
+        if weight is not None:
+            source = x + batch * stride_batch + tl.cast(token, tl.int64) * stride_token
+            values = tl.load(source + head * stride_head + dim, mask=inside, other=0.0).to(tl.float32)
+            rstd = _rstd(values, eps, HEADS * HEAD_DIM)
+            normed = values * rstd
+            if partials is not None:
+                grad_weight += grad * normed
+            grad *= tl.load(weight + element, mask=inside, other=0.0).to(tl.float32)
+            grad = rstd * (grad - normed * (tl.sum(grad * normed) / (HEADS * HEAD_DIM)))
+        target = grad_x + (batch * tokens + token) * (HEADS * HEAD_DIM)
+        tl.store(target + element, grad.to(grad_x.dtype.element_ty), mask=inside)
+    if partials is not None:
+        tl.store(partials + tl.program_id(0) * (HEADS * HEAD_DIM) + element, grad_weight, mask=inside)
+
+
+@triton.jit(do_not_specialize=["query_position", "key_position"])
+def _backward(
+    grad_query_out,
+    grad_key_out,
+    query,
+    key,
+    grad_query,
+    grad_key,
+    query_weight,
+    key_weight,
+    query_partials,
+    key_partials,
+    table,
+    query_start,
+    key_start,
+    length,
+    query_position,
+    key_position,
+    grad_query_out_stride_batch,
+    grad_query_out_stride_token,
+    grad_query_out_stride_head,
+    grad_key_out_stride_batch,
+    grad_key_out_stride_token,
+    grad_key_out_stride_head,
+    query_stride_batch,
+    query_stride_token,
+    query_stride_head,
+    key_stride_batch,
+    key_stride_token,
+    key_stride_head,
+    total,
+    rows_per_program,
+    tokens,
+    rows,
+    columns,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    if tl.program_id(1) == 0:
+        _backward_rows(
+            grad_query_out, query, grad_query, query_weight, query_partials, table, length, query_start, query_position,
+            grad_query_out_stride_batch, grad_query_out_stride_token, grad_query_out_stride_head,
+            query_stride_batch, query_stride_token, query_stride_head,
+            total, rows_per_program, tokens, rows, columns, eps, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D,
+        )
+    else:
+        if grad_key_out is not None:
+            _backward_rows(
+                grad_key_out, key, grad_key, key_weight, key_partials, table, length, key_start, key_position,
+                grad_key_out_stride_batch, grad_key_out_stride_token, grad_key_out_stride_head,
+                key_stride_batch, key_stride_token, key_stride_head,
+                total, rows_per_program, tokens, rows, columns, eps, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D,
+            )
+
+
+def _rows(x: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
+    """x [B, T, H, D] with adjacent elements of a head side by side, and its other strides."""
+    if x is None:
+        return None, (0, 0, 0)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, x.stride()[:3]
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
+def _table(x: Tensor, query_position: int, key_position: int, rows: int, columns: int) -> tuple[Tensor | None, int]:
+    """The table for tokens [B, T, H, D] of a grid and its length; None without a grid."""
+    if not rows:
+        return None, 0
+    grid = (x.shape[1] // (rows * columns), rows, columns)
+    length = table_length(max(query_position, key_position), grid)
+    return rope_table(x.shape[3], length, torch.float32, x.device), length
+
+
+def forward(
+    query: Tensor,
+    key: Tensor | None,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    query_start: Tensor | None,
+    key_start: Tensor | None,
+    query_position: int,
+    key_position: int,
+    rows: int,
+    columns: int,
+    eps: float,
+    outputs: list[Tensor],
+    *,
+    cache: tuple[Tensor, Tensor, Tensor] | None = None,
+    cache_roped: bool = True,
+) -> None:
+    """Fill `outputs`, one [B, T, H, D] for the query and one for the key, if there is one.
+
+    *_position: the first frame's; *_start: on the device, added to it. rows 0: no RoPE. cache: value, key_cache and value_cache,
+    [B, T, H, D]; the key, roped or not, and the value are written there too.
+    """
+    if not query.numel():
+        return
+    batch, tokens, heads, head_dim = query.shape
+    table, length = _table(query, query_position, key_position, rows, columns)
+    block_h, block_d, num_warps = block_sizes(heads, head_dim)
+    query_weight, key_weight = _contiguous(query_weight, key_weight)
+    value, key_cache, value_cache = cache or (None, None, None)
+    (q, query_strides), (k, key_strides), (v, value_strides) = _rows(query), _rows(key), _rows(value)
+    (_, key_cache_strides), (_, value_cache_strides) = _rows(key_cache), _rows(value_cache)
+    tensors = len(outputs) + (value is not None)
+    _forward[(tokens, batch, tensors)](
+        q,
+        k,
+        v,
+        outputs[0],
+        outputs[1] if key is not None else None,
+        query_weight,
+        key_weight,
+        table,
+        query_start,
+        key_start,
+        key_cache,
+        value_cache,
+        length,
+        query_position,
+        key_position,
+        *query_strides,
+        *key_strides,
+        *value_strides,
+        *key_cache_strides,
+        *value_cache_strides,
+        tokens,
+        rows,
+        columns,
+        eps,
+        CACHE_ROPED=cache_roped,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_H=block_h,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+    )
+
+
+def backward(
+    grad_query_out: Tensor,
+    grad_key_out: Tensor | None,
+    query: Tensor | None,
+    key: Tensor | None,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    query_start: Tensor | None,
+    key_start: Tensor | None,
+    query_position: int,
+    key_position: int,
+    rows: int,
+    columns: int,
+    eps: float,
+    weight_gradients: bool,
+    outputs: list[Tensor],
+) -> None:
+    """Fill `outputs`: gradients of query, key and, with `weight_gradients`, of their weights, those that are there. Without weights
+    query and key are not needed."""
+    if not grad_query_out.numel():
+        for output in outputs:
+            output.zero_()
+        return
+    batch, tokens, heads, head_dim = grad_query_out.shape
+    total = batch * tokens
+    rows_per_program = triton.cdiv(total, WEIGHT_GRADIENT_PROGRAMS) if weight_gradients else 1
+    programs = triton.cdiv(total, rows_per_program)
+    tensors = 1 if grad_key_out is None else 2
+    partials: list[Tensor | None] = [None, None]
+    if weight_gradients:
+        partials[:tensors] = torch.empty(tensors, programs, heads * head_dim, dtype=torch.float32, device=grad_query_out.device)
+    table, length = _table(grad_query_out, query_position, key_position, rows, columns)
+    block_h, block_d, num_warps = block_sizes(heads, head_dim)
+    query_weight, key_weight = _contiguous(query_weight, key_weight)
+    (grad_q_out, grad_query_out_strides), (grad_k_out, grad_key_out_strides) = _rows(grad_query_out), _rows(grad_key_out)
+    (q, query_strides), (k, key_strides) = _rows(query), _rows(key)
+    _backward[(programs, tensors)](
+        grad_q_out,
+        grad_k_out,
+        q,
+        k,
+        outputs[0],
+        outputs[1] if tensors == 2 else None,
+        query_weight,
+        key_weight,
+        *partials,
+        table,
+        query_start,
+        key_start,
+        length,
+        query_position,
+        key_position,
+        *grad_query_out_strides,
+        *grad_key_out_strides,
+        *query_strides,
+        *key_strides,
+        total,
+        rows_per_program,
+        tokens,
+        rows,
+        columns,
+        eps,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_H=block_h,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+    )
+    for output, partial in zip(outputs[tensors:], partials):
+        if partial is not None:
+            output.copy_(partial.sum(0))
+
+
+def _case(name: str, kernel: Any, heads: int, head_dim: int, *, absent: str = "") -> AotCase:
+    """A kernel at bf16 without the arguments `absent`; the query's position is on the device, the key's on the host."""
+    block_h, block_d, num_warps = block_sizes(heads, head_dim)
+    constants: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_H": block_h, "BLOCK_D": block_d, "CACHE_ROPED": True}
+    constants |= dict.fromkeys([*absent.split(), "key_start"])
+    integers = ("length", "query_position", "key_position", "total", "rows_per_program", "tokens", "rows", "columns")
+    pointers = {"table": "*fp32", "query_partials": "*fp32", "key_partials": "*fp32", "query_start": "*i64"}
+    signature, divisible = {}, []
+    for argument in kernel.arg_names:
+        if argument in constants:
+            continue
+        scalar = argument in integers or "_stride_" in argument
+        signature[argument] = "i32" if scalar else "fp32" if argument == "eps" else pointers.get(argument, "*bf16")
+        if argument == "length" or "_stride_" in argument or signature[argument].startswith("*"):
+            divisible.append(argument)
+    return AotCase(name, kernel, signature, {n: c for n, c in constants.items() if n in kernel.arg_names}, divisible, num_warps)
+
+
+_CACHE = "value key_cache value_cache"
+_KEY = "key key_out key_weight grad_key_out grad_key key_partials"
+
+AOT_CASES = [
+    case
+    for heads, model in ((12, "1.3B"), (40, "14B"))
+    for case in (
+        _case(f"forward {model}", _forward, heads, 128, absent=_CACHE),
+        _case(f"forward to cache {model}", _forward, heads, 128),
+        _case(f"forward, norm only {model}", _forward, 1, heads * 128, absent=f"{_CACHE} {_KEY} table query_start"),
+        _case(f"forward, RoPE only {model}", _forward, heads, 128, absent=f"{_CACHE} {_KEY} query_weight"),
+        _case(f"backward {model}", _backward, heads, 128, absent="query_partials key_partials"),
+        _case(f"backward, weights too {model}", _backward, heads, 128),
+        _case(f"backward, RoPE only {model}", _backward, heads, 128, absent=f"{_KEY} query query_weight query_partials"),
+    )
+]
