@@ -10,7 +10,14 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py
 
-.PHONY: train test test-alignment clean
+# What needs a GPU, in steps of under ten minutes, each of which also runs by its name. They install nothing: an environment with torch, triton,
+# numpy, pytest, pytest-benchmark, peft, transformers and safetensors will do, .venv's where there is one.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_STEPS := gpu-tests gpu-memcheck gpu-racecheck gpu-bench gpu-sweep
+# make gpu-bench GPU_ARGS="--operator attention nft"
+GPU_ARGS ?=
+
+.PHONY: train test test-alignment clean gpu $(GPU_STEPS)
 
 train: $(VENV)/.installed
 	$(BIN)/python -m arcopo_fast.train $(ARGS)
@@ -24,6 +31,13 @@ test: $(VENV)/.installed-test
 # The promise of `make train`, measured: three seeds of the default recipe, a quarter of an hour.
 test-alignment: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -s -m slow tests/commands/test_alignment.py
+
+# Results go to $OUT when it is set, else to benchmarks/results/<device>/.
+gpu:
+	PYTHONPATH="kernels:.:$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu $(GPU_ARGS)
+
+$(GPU_STEPS):
+	PYTHONPATH="kernels:.:$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -9,17 +9,19 @@ from arcopo_kernels.attention import Segment, merge_attention, segment_attention
 from arcopo_kernels.dispatch import Choice, use, used
 from arcopo_kernels.modulation import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
 from arcopo_kernels.nft import NFTOutput, nft_loss
-from arcopo_kernels.paging import PagePool, PagePoolExhausted, PageTable
+from arcopo_kernels.paging import GroupPlan, PagePool, PagePoolExhausted, PageTable, Reservation, plan_group
 from arcopo_kernels.qk_norm_rope import apply_rope, rms_norm  # not the function named like its folder: it would hide it
 from arcopo_kernels.surrogate import PolicyOutput, SurrogateOutput, copo_policy, copo_surrogate
 
 __all__ = [
     "Choice",
+    "GroupPlan",
     "NFTOutput",
     "PagePool",
     "PagePoolExhausted",
     "PageTable",
     "PolicyOutput",
+    "Reservation",
     "Segment",
     "SurrogateOutput",
     "apply_rope",
@@ -30,6 +32,7 @@ __all__ = [
     "layer_norm_modulate",
     "merge_attention",
     "nft_loss",
+    "plan_group",
     "rms_norm",
     "segment_attention",
     "use",

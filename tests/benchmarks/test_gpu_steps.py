@@ -1,0 +1,114 @@
+"""The driver of `make gpu`, with commands and devices that are not there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+from arcopo_kernels.aot import OPERATORS
+
+from benchmarks import gpu
+
+CLEAN = "========= ERROR SUMMARY: 0 errors"
+FOUND = "========= ERROR SUMMARY: 3 errors"
+
+
+def test_without_a_gpu_there_is_one_line_and_status_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main(["tests"]) == 3
+    assert capsys.readouterr().err == "error: no GPU: torch.cuda.is_available() is False\n"
+
+
+def test_a_command_is_killed_with_its_children_at_the_deadline() -> None:
+    start = monotonic()
+    child = "import subprocess, sys; print('started', flush=True); subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    outcome = gpu.run([sys.executable, "-c", child], start + 2)
+    assert outcome.status is None and monotonic() - start < 300
+    assert outcome.part("part")["status"] == gpu.LATE
+    assert gpu.run(["never"], start).lines == ["not started"]
+
+
+def test_a_command_sees_both_packages_and_its_status_counts() -> None:
+    outcome = gpu.run([sys.executable, "-c", "import sys; print(sys.path[1:3]); sys.exit(4)"], monotonic() + 300)
+    assert outcome.status == 4 and "kernels" in outcome.lines[0]
+    assert outcome.part("part") | {"seconds": 0} == {"name": "part", "status": gpu.FAILED, "seconds": 0, "exit": 4, "output": outcome.lines}
+
+
+class Commands:
+    """Stands for `gpu.run`: what each command would have printed, and its status."""
+
+    def __init__(self, planted: tuple[int, str] = (gpu.SANITIZER_FOUND, FOUND), watched: tuple[int, str] = (0, CLEAN)) -> None:
+        self.planted = planted
+        self.watched = watched
+
+    def __call__(self, command: Sequence[str], deadline: float, **variables: str) -> gpu.Outcome:
+        if "--tool" not in command:
+            return gpu.Outcome(0, [], 0.0)
+        assert variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        status, line = self.planted if "--plant" in command else self.watched
+        return gpu.Outcome(status, [line], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("commands", "statuses"),
+    [
+        (Commands(), [gpu.PASSED] * (2 + len(OPERATORS))),
+        (Commands(watched=(gpu.SANITIZER_FOUND, FOUND)), [gpu.PASSED] * 2 + [gpu.FAILED] * len(OPERATORS)),
+        (Commands(watched=(0, FOUND)), [gpu.PASSED] * 2 + [gpu.FAILED] * len(OPERATORS)),
+        (Commands(watched=(0, "no summary")), [gpu.PASSED] * 2 + [gpu.FAILED] * len(OPERATORS)),
+        (Commands(planted=(0, CLEAN)), [gpu.PASSED, gpu.FAILED]),
+        (Commands(planted=(1, "========= Error: Device not supported")), [gpu.PASSED, gpu.ABSENT]),
+    ],
+)
+def test_the_sanitizer_is_believed_only_if_it_sees_a_planted_error(
+    monkeypatch: pytest.MonkeyPatch, commands: Commands, statuses: list[str]
+) -> None:
+    monkeypatch.setattr(gpu, "run", commands)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: "compute-sanitizer")
+    assert [part["status"] for part, _ in gpu.memcheck(0.0, OPERATORS)] == statuses
+
+
+def test_a_sanitizer_that_is_not_there_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    ((part, _),) = gpu.racecheck(0.0, OPERATORS)
+    assert part["status"] == gpu.ABSENT
+
+
+def test_a_step_writes_what_its_parts_measured_and_its_worst_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def bench(command: Sequence[str], deadline: float, **variables: str) -> gpu.Outcome:
+        name = Path(command[3]).stem
+        if name == "bench_nft":
+            return gpu.Outcome(1, ["it broke"], 0.1)
+        case = {"operator": name, "mode": "forward", "case": "N=1", "failed": "for the test"}
+        content = {"environment": {}, "ceilings": {"bandwidth": 1.0, "matmul": 1.0}, "cases": [case]}
+        Path(variables["OUT"], "part.json").write_text(json.dumps(content))
+        return gpu.Outcome(0, [], 0.1)
+
+    monkeypatch.setattr(gpu, "run", bench)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.run_step("bench", 60.0) == gpu.FAILED
+    report: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
+    assert report["status"] == gpu.FAILED and len(report["parts"]) == len(OPERATORS) == len(report["cases"]) + 1
+    (bad,) = (part for part in report["parts"] if part["status"] != gpu.PASSED)
+    assert bad["name"] == "nft" and bad["output"] == ["it broke"]
+
+
+def test_counts_of_a_report(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure message="wrong"/></testcase>'
+        '<testcase name="c"><skipped/></testcase><testcase name="d"><error message="broken"/></testcase></testsuite></testsuites>'
+    )
+    assert gpu._counts(report) == {"passed": 1, "failed": 2, "skipped": 1, "failures": {"b": "wrong", "d": "broken"}}
+    assert gpu._counts(tmp_path / "none.xml") == {}
+
+
+def test_the_worst_status_of_the_parts_stands_for_all() -> None:
+    assert gpu._worst([gpu.PASSED, gpu.ABSENT, gpu.LATE]) == gpu.LATE
+    assert gpu._worst([gpu.PASSED]) == gpu.PASSED
+    assert gpu._worst([]) == gpu.FAILED, "a step without parts has shown nothing"
