@@ -111,7 +111,8 @@ def _sdpa_refuses(can_use: Callable[..., bool], query: Tensor, key: Tensor, valu
     params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
     if can_use(params):
         return None
-    return f"torch.backends.cuda.{can_use.__name__} refuses queries [B, H, Tq, D] = {list(query.shape)} over {key.shape[2]} keys (debug=True says why)"
+    shapes = f"queries [B, H, Tq, D] = {list(query.shape)} over {key.shape[2]} keys"
+    return f"torch.backends.cuda.{can_use.__name__} refuses {shapes} (debug=True says why)"
 
 
 def _cudnn_unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
