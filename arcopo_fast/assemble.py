@@ -101,10 +101,12 @@ def build_engine(config: Config, model: CausalWan, shape: VideoShape, *, videos:
     """An engine whose pool holds a group of the recipe, or `videos` independent videos."""
     sampler = config.sampler
     wave = min(config.rollout.branches_per_wave or config.rollout.group_size, config.rollout.group_size)
+    policy = CachePolicy(config.cache.variant, config.cache.window, config.cache.sink, config.cache.global_sink)
     cached = sum(shape.chunk_frames[:-1])
+    visible = cached if policy.window is None else min(cached, policy.window)
     # Every group of an iteration holds its prefix until the update; a context that is recomputed stands beside the rollout's own.
     held = config.rollout.prompts_per_iteration - 1 + (config.objective.context == "recompute")
-    pages = max(1, videos * cached) if videos else Engine.pages_for(shape, wave) + held * cached
+    pages = max(1, videos * visible) if videos else Engine.pages_for(shape, wave, policy=policy) + held * visible
     return Engine(
         model,
         shape,
@@ -116,7 +118,7 @@ def build_engine(config: Config, model: CausalWan, shape: VideoShape, *, videos:
             sampler.context_noise,
             sampler.kind,
         ),
-        CachePolicy(config.cache.variant, config.cache.window, config.cache.sink, config.cache.global_sink),
+        policy,
         pages=pages,
     )
 

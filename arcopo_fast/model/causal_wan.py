@@ -4,19 +4,20 @@ Parameter names are those of diffusers' WanTransformer3DModel, so its tools, LoR
 configuration. The module knows nothing of pages, windows or samplers: a `ChunkContext` tells it which cached keys are visible, at which
 RoPE positions the chunk stands, and takes the chunk's own keys and values if they are to be kept.
 
-Behaviour follows the official Self-Forcing network exactly, bf16 rounding points included. RoPE, officially complex128, rotates
-in float32 by tables computed in float64; for half-precision inputs on a CPU in float64, which makes them equal bit for bit.
+Behaviour follows the official Self-Forcing network exactly, bf16 rounding points included (see `arcopo_kernels.qk_norm_rope.reference`
+and `arcopo_kernels.modulation.reference`, which are the specification of what lies between the matrix products).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from arcopo_kernels.attention import Segment, segment_attention
+from arcopo_kernels.modulation import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
+from arcopo_kernels.qk_norm_rope import apply_rope, qk_norm_rope, rms_norm
 from torch import Tensor, nn
 
 
@@ -103,36 +104,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
-
-
-@lru_cache(maxsize=256)
-def rope_table(
-    position: int, frames: int, rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [frames * rows * columns, 1, head_dim / 2] of 3-axis RoPE from time position `position` on (theta = 10000)."""
-    spatial = head_dim // 6
-    axes = []
-    for pairs, start, count in ((head_dim // 2 - 2 * spatial, position, frames), (spatial, 0, rows), (spatial, 0, columns)):
-        frequencies = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs) if pairs else torch.zeros(0, dtype=torch.float64)
-        axes.append(torch.outer(torch.arange(start, start + count, dtype=torch.float64), frequencies))
-    time, row, column = axes
-    grid = (frames, rows, columns, -1)
-    angles = torch.cat(
-        [time[:, None, None].expand(grid), row[None, :, None].expand(grid), column[None, None].expand(grid)], dim=-1
-    ).reshape(frames * rows * columns, 1, head_dim // 2)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-def apply_rope(x: Tensor, position: int, grid: tuple[int, int, int]) -> Tensor:
-    """Rotate adjacent pairs of x [B, frames * rows * columns, H, D]; its first frame stands at time position `position`."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type == "cpu" and x.dtype.itemsize < 4:
-        dtype = torch.float64
-    cos, sin = rope_table(position, *grid, x.shape[-1], dtype, x.device)
-    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -151,13 +123,25 @@ class Attention(nn.Module):
 
     def query(self, x: Tensor) -> Tensor:
         """[B, tokens, E] -> [B, tokens, H, D]"""
-        return self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
+        return self.split(self.norm_q(self.to_q(x)))
 
-    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.norm_k(self.to_k(x)).unflatten(-1, (self.heads, -1)), self.to_v(x).unflatten(-1, (self.heads, -1))
+    def key(self, x: Tensor) -> Tensor:
+        return self.split(self.norm_k(self.to_k(x)))
+
+    def value(self, x: Tensor) -> Tensor:
+        return self.split(self.to_v(x))
+
+    def roped_query_key(self, x: Tensor, context: ChunkContext, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Query and key at the positions of `context`: norms and RoPE of both in one pass."""
+        query, key = self.split(self.to_q(x)), self.split(self.to_k(x))
+        weights, places = (self.norm_q.weight, self.norm_k.weight), (context.query_position, context.key_position)
+        return qk_norm_rope(query, key, *weights, grid=grid, position=places[0], key_position=places[1], eps=self.norm_q.eps)
 
     def output(self, x: Tensor) -> Tensor:
         return self.to_out[0](x.flatten(-2))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
 
 
 class GELUProjection(nn.Module):
@@ -186,11 +170,10 @@ class Block(nn.Module):
     def __init__(self, config: CausalWanConfig) -> None:
         super().__init__()
         dim = config.dim
-        self.norm1 = nn.LayerNorm(dim, eps=config.eps, elementwise_affine=False)
+        self.eps = config.eps
         self.attn1 = Attention(config)
         self.norm2 = nn.LayerNorm(dim, eps=config.eps)
         self.attn2 = Attention(config)
-        self.norm3 = nn.LayerNorm(dim, eps=config.eps, elementwise_affine=False)
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
@@ -199,14 +182,19 @@ class Block(nn.Module):
     ) -> Tensor | None:
         """x [B, frames, tokens, E]; modulation [1 or B, 1 or frames, 6, E]. With `stop`, ends once the keys and values are stored."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).unsqueeze(3).unbind(2)  # [., ., 1, E]
-        normed = (self.norm1(x) * (1 + scale1) + shift1).flatten(1, 2)  # [B, frames * tokens, E]
-        key, value = self.attn1.key_value(normed)
-        roped_key = apply_rope(key, context.key_position, grid)
-        if context.keep:
+        normed = layer_norm_modulate(x, scale=scale1, shift=shift1, eps=self.eps).flatten(1, 2)  # [B, frames * tokens, E]
+        value = self.attn1.value(normed)
+        if stop or (context.keep and not context.keep_roped):
+            key = self.attn1.key(normed)
+            roped_key = apply_rope(key, context.key_position, grid)
             context.store(layer, roped_key if context.keep_roped else key, value)
-        if stop:
-            return None
-        query = apply_rope(self.attn1.query(normed), context.query_position, grid)
+            if stop:
+                return None
+            query = apply_rope(self.attn1.query(normed), context.query_position, grid)
+        else:
+            query, roped_key = self.attn1.roped_query_key(normed, context, grid)
+            if context.keep:
+                context.store(layer, roped_key, value)
         segments = []
         for run in context.cached(layer):
             cached_key = run.key
@@ -214,12 +202,13 @@ class Block(nn.Module):
                 frames = run.key.shape[1] // (grid[1] * grid[2])
                 cached_key = apply_rope(run.key, run.first_position, (frames, *grid[1:]))
             segments.append(Segment(cached_key, run.value, run.frozen))
-        attended = segment_attention(query, [*segments, Segment(roped_key, value)])
-        x = x + self.attn1.output(attended).view_as(x) * gate1
-        query = self.attn2.query(self.norm2(x).flatten(1, 2))
-        attended = segment_attention(query, [Segment(text.keys[layer], text.values[layer])])
-        x = x + self.attn2.output(attended).view_as(x)
-        return x + self.ffn(self.norm3(x) * (1 + scale2) + shift2) * gate2
+        attended = self.attn1.output(segment_attention(query, [*segments, Segment(roped_key, value)])).view_as(x)
+        affine = {"weight": self.norm2.weight, "bias": self.norm2.bias}
+        x, normed = gated_residual_layer_norm_modulate(x, attended, gate1, **affine, eps=self.eps)
+        query = self.attn2.query(normed.flatten(1, 2))
+        attended = self.attn2.output(segment_attention(query, [Segment(text.keys[layer], text.values[layer])])).view_as(x)
+        x, normed = gated_residual_layer_norm_modulate(x, attended, scale=scale2, shift=shift2, eps=self.eps)
+        return gated_residual(x, self.ffn(normed), gate2)
 
 
 class MLP(nn.Module):
@@ -265,7 +254,6 @@ class CausalWan(nn.Module):
         self.condition_embedder = ConditionEmbedder(config)
         # A ModuleList at run time; typed as what iterating it gives.
         self.blocks: Sequence[Block] = nn.ModuleList([Block(config) for _ in range(config.num_layers)])  # type: ignore[assignment]
-        self.norm_out = nn.LayerNorm(dim, eps=config.eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.proj_out = nn.Linear(dim, config.out_channels * patch[1] * patch[2])
 
@@ -287,8 +275,7 @@ class CausalWan(nn.Module):
             raise ValueError(f"text embeddings have shape {tuple(text.shape)}; expected {expected}")
         text = F.pad(text.to(self.device, self.dtype), (0, 0, 0, self.config.text_len - text.shape[1]))
         text = self.condition_embedder.text_embedder(text)
-        pairs = [block.attn2.key_value(text) for block in self.blocks]
-        return TextContext([key for key, _ in pairs], [value for _, value in pairs])
+        return TextContext([block.attn2.key(text) for block in self.blocks], [block.attn2.value(text) for block in self.blocks])
 
     def forward(
         self, x: Tensor, timestep: Tensor, text: TextContext, context: ChunkContext | None = None, *, store_only: bool = False
@@ -320,6 +307,6 @@ class CausalWan(nn.Module):
         if store_only:
             return None
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(2)).unsqueeze(3).unbind(2)  # [., ., 1, E]
-        out = self.proj_out(self.norm_out(hidden) * (1 + scale) + shift)
+        out = self.proj_out(layer_norm_modulate(hidden, scale=scale, shift=shift, eps=self.config.eps))
         out = out.reshape(batch, frames, rows, columns, patch_rows, patch_columns, self.config.out_channels)  # channels vary fastest
         return out.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.config.out_channels, height, width)

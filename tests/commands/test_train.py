@@ -14,9 +14,10 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
 
 from arcopo_fast.assemble import checkpoint_directory, load_model
+from arcopo_fast.commands import parse_config
 from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.runtime.metrics import read_metrics
-from arcopo_fast.train import main
+from arcopo_fast.train import Trainer, main
 
 SMALL = [
     "train.iterations=2",
@@ -84,6 +85,18 @@ def test_several_groups_an_iteration(tmp_path: Path) -> None:
     )
     assert all(line["update1/ratio_max"] == 0 for line in read_metrics(directory / "metrics.jsonl"))
     assert [entry.name for entry in (directory / "checkpoints").iterdir()] == ["step-2"], "without save_every, one checkpoint at the end"
+
+
+def test_a_window_needs_a_smaller_pool_and_fits_it(tmp_path: Path) -> None:
+    several = ["rollout.prompts_per_iteration=2", "objective.context=recompute", "video.chunks=6"]
+    window = [*several, "cache.window=4", "cache.sink=1"]
+    pages = []
+    for overrides in (several, window):
+        config = parse_config(["toy", *SMALL, f"run.directory={tmp_path}", *overrides], prog="", description="")
+        assert config is not None
+        pages.append(Trainer(config).engine.pool.pages)
+    assert pages[1] < pages[0] / 2
+    run(tmp_path, *window)  # PagePoolExhausted if it were too small
 
 
 def test_the_resolved_configuration_repeats_the_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

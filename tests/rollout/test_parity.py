@@ -7,9 +7,11 @@ the recorded x0 fed back at each step.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from arcopo_kernels.qk_norm_rope import reference
 from support import fixtures
 from torch import Tensor
 
@@ -140,7 +142,7 @@ def test_each_step(case: fixtures.Case) -> None:
     stream.cache.release()
 
 
-def test_module_outputs(case: fixtures.Case) -> None:
+def test_module_outputs(case: fixtures.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first network call, module by module: says where a difference begins."""
     if not any(name.startswith("trace/") for name in case.tensors):
         pytest.skip("this fixture has no trace")
@@ -155,16 +157,30 @@ def test_module_outputs(case: fixtures.Case) -> None:
         "time_projection": model.condition_embedder.time_proj,
         "text_embedding": model.condition_embedder.text_embedder,
         "head": model.proj_out,
-        "block0.norm1": block.norm1,
-        "block0.norm3": block.norm2,  # the official norm3 is diffusers' norm2
-        "block0.norm2": block.norm3,
-        "block0.self_attn.norm_q": block.attn1.norm_q,
-        "block0.self_attn.norm_k": block.attn1.norm_k,
         "block0.self_attn": block.attn1.to_out[0],
         "block0.cross_attn": block.attn2.to_out[0],
         "block0.ffn": block.ffn,
     }
     handles = [watch(name, module) for name, module in modules.items()]
+
+    # The norms are fused with what follows them: watched where the plain-PyTorch operators compute them.
+    layer_norms = iter(["block0.norm1", "block0.norm3", "block0.norm2"])  # the official norm3 is diffusers' norm2, the second one
+    rms_norms = {"block0.self_attn.norm_q": block.attn1.norm_q.weight, "block0.self_attn.norm_k": block.attn1.norm_k.weight}
+    layer_norm, rms_norm = torch.nn.functional.layer_norm, reference.rms_norm
+
+    def watched_layer_norm(*args: Any) -> torch.Tensor:
+        output = layer_norm(*args)
+        if name := next(layer_norms, None):
+            seen[name] = output
+        return output
+
+    def watched_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        output = rms_norm(x, weight, eps)
+        seen.update({name: output for name, theirs in rms_norms.items() if weight is theirs})
+        return output
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", watched_layer_norm)
+    monkeypatch.setattr(reference, "rms_norm", watched_rms_norm)
     chunks = case.initial_latents or [case.noise.initial(0)]
     timestep = 0.0 if case.initial_latents else case.engine.steps_of(0).timesteps[0]
     with torch.no_grad():
@@ -181,7 +197,7 @@ def test_module_outputs(case: fixtures.Case) -> None:
                 official = official[:1]
             assert_close(name, ours.reshape(official.shape), official, FLOAT32)
             checked += 1
-    assert checked == len(modules)
+    assert checked == len(modules) + 3 + len(rms_norms)
     if not case.initial_latents:
         assert_close("flow", flow, tensors["chunk0/step0/flow"], FLOAT32)
 
