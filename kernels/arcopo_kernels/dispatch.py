@@ -50,6 +50,17 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str:
+    """What `use` or ARCOPO_KERNELS asks for: "auto", "triton" or "reference"."""
+    return _forced
+
+
+def record(operator: str, choice: Choice) -> None:
+    """Remember what a call of `operator` runs on, for `used`. While a graph is compiled nothing runs, and nothing is remembered."""
+    if not torch.compiler.is_compiling():
+        _used[operator] = choice
+
+
 def used(operator: str) -> Choice | None:
     """What the last eager call of an operator ran on; None if it has not been called."""
     return _used.get(operator)
@@ -68,8 +79,7 @@ def choose(operator: str, device: torch.device, unsupported: str | None = None) 
         ValueError: Triton was asked for by name and cannot run this call.
     """
     choice = _choice(_forced, device, unsupported)
-    if not torch.compiler.is_compiling():
-        _used[operator] = choice
+    record(operator, choice)
     if _forced == "triton" and choice.name != "triton":
         raise ValueError(f"{operator}: Triton was asked for, but {choice.reason}; use 'auto' to fall back to plain PyTorch")
     return choice.name

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 from arcopo_kernels.paging import PagePool, PagePoolExhausted, PageRun, PageTable, plan_group
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test

@@ -58,8 +58,7 @@ def segment_attention(query: Tensor, segments: Sequence[Segment], *, scale: floa
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     requested, reason = _requested(query, backend)
     if requested == "math" or not query.numel():
-        if not torch.compiler.is_compiling():
-            dispatch._used[NAME] = Choice("math", reason)
+        dispatch.record(NAME, Choice("math", reason))
         return reference.segment_attention(query, visible, scale)
     keys, values = [segment.key for segment in visible], [segment.value for segment in visible]
     out, _ = _forward(query, keys, values, [segment.frozen for segment in visible], scale, requested)
@@ -91,7 +90,7 @@ def _requested(query: Tensor, backend: str) -> tuple[str, str]:
     if name == "auto":
         name = _forced
     if name == "auto":
-        name = {"auto": "auto", "reference": "math", "triton": "triton"}[dispatch._forced]
+        name = {"auto": "auto", "reference": "math", "triton": "triton"}[dispatch.forced()]
     if name != "auto":
         return name, "asked for"
     if query.device.type != "cuda":
@@ -110,7 +109,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     query = query.contiguous()
     chosen = backends.choose(backend, query, list(zip(keys, values)))
-    dispatch._used[NAME] = chosen
+    dispatch.record(NAME, chosen)
     forward = backends.BACKENDS[chosen.name].forward
     parts: list[tuple[Tensor, Tensor]] = []
     for key, value in zip(keys, values):
@@ -125,7 +124,7 @@ def _forward(
 
 def _merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     outs, lses = zip(*parts)
-    if outs[0].device.type == "cuda" and dispatch.TRITON_INSTALLED and dispatch._forced != "reference":
+    if outs[0].device.type == "cuda" and dispatch.TRITON_INSTALLED and dispatch.forced() != "reference":
         from arcopo_kernels.attention import triton
 
         return triton.merge(outs, lses)
