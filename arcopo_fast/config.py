@@ -55,8 +55,12 @@ Timesteps = Annotated[list[float], AfterValidator(_timesteps)]
 class GeneratorConfig(_Section):
     """The generator that is aligned."""
 
-    checkpoint: str = Field("toy", min_length=1, description='"toy": the checkpoint shipped with the package; else a file or directory')
+    checkpoint: str = Field(
+        "toy", min_length=1, description='"toy": the checkpoint shipped with the package; random:1.3b, random:14b: untrained; else a path'
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen base; the adapter is always float32")
+    vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the decoder; bfloat16 is fast on a GPU")
+    offload: bool = Field(False, description="decoder and rewards wait in host memory while the network works, and the reverse")
     device: str = Field("auto", description='"auto": the GPU if there is one; else cpu, cuda or cuda:N')
 
     @field_validator("device")
@@ -125,6 +129,10 @@ class RolloutConfig(_Section):
     prompts_per_iteration: Positive = Field(1, description="groups of an iteration")
     branches_per_wave: Positive | None = Field(None, description="finish so many branches at once: less memory, same result; null: all")
 
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto", description="replay the denoising steps of a chunk as one CUDA graph; auto: where launches, not arithmetic, take the time"
+    )
+
     @field_validator("group_size")
     @classmethod
     def _group_has_neighbours(cls, size: int) -> int:
@@ -155,6 +163,7 @@ class ObjectiveConfig(_Section):
     advantage_std_floor: float = Field(0.0, ge=0, description="smallest spread of a group's rewards that advantages are divided by")
     reward_combine: Literal["sum", "per_reward_zscore"] = Field("sum", description="sum, then advantage; or the reverse")
     micro_batch: Positive | None = Field(None, description="(anchor, step) pairs of one backward pass: less memory; null: all")
+    checkpoint: bool = Field(False, description="activation checkpointing of the pivot chunk, block by block: less memory, more time")
 
 
 class LoraConfig(_Section):
