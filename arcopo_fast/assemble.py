@@ -120,6 +120,7 @@ def build_engine(config: Config, model: CausalWan, shape: VideoShape, *, videos:
         ),
         policy,
         pages=pages,
+        cuda_graphs=config.rollout.cuda_graphs,
     )
 
 
@@ -136,6 +137,7 @@ def copo_settings(config: Config) -> CopoSettings:
         updates=objective.updates,
         context=objective.context,
         micro_batch=objective.micro_batch,
+        checkpoint=objective.checkpoint,
     )
 
 

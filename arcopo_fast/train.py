@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,10 @@ from arcopo_fast.rollout.decode import decode_group
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.rollout.noise import generator as random_for
+from arcopo_fast.runtime import profiling
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.metrics import MetricsWriter
+from arcopo_fast.runtime.profiling import Trace
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.report import model_card, write_report
 from arcopo_fast.runtime.run_dir import RunDirectory
@@ -101,18 +102,18 @@ class Trainer:
 
     def iteration(self, iteration: int) -> dict[str, Any]:
         """Roll out, decode, reward, update; returns what metrics.jsonl keeps."""
-        config, clock = self.config, Clock()
+        config = self.config
         groups: list[tuple[Group, Tensor]] = []
         logged: dict[str, list[float]] = {}
-        with ExitStack() as stack:
+        with profiling.record(self.generator.model.device) as seconds, ExitStack() as stack:
             for index in range(config.rollout.prompts_per_iteration):
                 group, prompt = self.rollout(iteration, index)
                 stack.enter_context(group)
-                clock.lap("rollout")
-                frames = decode_group(self.generator.decoder, group.latents, group.pivot)
-                clock.lap("decode")
-                components = score(self.rewards, frames, [prompt] * group.size)
-                total = sum_rewards(components, config.rewards)
+                with profiling.stage("decode"):
+                    frames = decode_group(self.generator.decoder, group.latents, group.pivot)
+                with profiling.stage("reward"):
+                    components = score(self.rewards, frames, [prompt] * group.size)
+                    total = sum_rewards(components, config.rewards)
                 for name, values in ({"reward": total} | {f"reward/{name}": values for name, values in components.items()}).items():
                     logged.setdefault(name, []).append(values.mean().item())
                     logged.setdefault(f"{name}_std", []).append(values.double().std(correction=0).item())
@@ -127,30 +128,15 @@ class Trainer:
                     std_floor=objective.advantage_std_floor,
                 )
                 groups.append((group, advantages))
-                clock.lap("reward")
             lr = self.set_learning_rate(iteration)
             statistics = self.objective.update(groups, self.optimizer, self.parameters, gradient_clip=config.optimizer.gradient_clip)
-            clock.lap("update")
-        return {name: sum(values) / len(values) for name, values in logged.items()} | statistics | {"lr": lr, "time": clock.laps}
+        return {name: sum(values) / len(values) for name, values in logged.items()} | statistics | {"lr": lr, "time": seconds}
 
     def save_checkpoint(self, run: RunDirectory, iteration: int) -> None:
         """checkpoints/step-N: the adapter, and what a continuation would need; complete or absent."""
         with run.checkpoint(iteration) as directory:
             save_adapter(directory / "adapter", self.generator.model, base_model=self.config.generator.checkpoint)
             torch.save({"iteration": iteration, "optimizer": self.optimizer.state_dict()}, directory / "trainer.pt")
-
-
-class Clock:
-    """Seconds since the last lap, added up by stage."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, stage: str) -> None:
-        now = time.monotonic()
-        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
-        self._last = now
 
 
 def write_samples(run: RunDirectory, config: Config, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
@@ -180,15 +166,17 @@ def comparison(before: Evaluation, after: Evaluation, rewards: dict[str, Reward]
     return "\n".join([*lines, f"{len(before.prompts)} videos on fixed prompts and noises; metrics in (brackets) are never trained on"])
 
 
-def train(config: Config) -> Path:
-    """The whole run; returns its directory."""
+def train(config: Config, *, profile: int = 0) -> Path:
+    """The whole run; returns its directory. profile: iterations of which a PyTorch trace is written, `profile/trace.json.gz`."""
     trainer = Trainer(config)
+    trace = Trace(profile, of=config.train.iterations)
     run = RunDirectory.create(config)
     with MetricsWriter(run.path, tensorboard=config.run.tensorboard) as metrics:
         before = trainer.evaluate()
-        with Progress(config.train.iterations) as progress:
+        with Progress(config.train.iterations) as progress, trace.to(run.path / "profile" / "trace.json.gz"):
             for iteration in range(1, config.train.iterations + 1):
                 record = trainer.iteration(iteration)
+                trace.step()
                 metrics.write(iteration, record)
                 progress.update(record["reward"])
                 last = iteration == config.train.iterations

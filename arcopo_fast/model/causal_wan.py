@@ -11,7 +11,7 @@ and `arcopo_kernels.modulation.reference`, which are the specification of what l
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Hashable, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from arcopo_kernels.attention import Segment, segment_attention
 from arcopo_kernels.modulation import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
 from arcopo_kernels.qk_norm_rope import apply_rope, qk_norm_rope, rms_norm
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,10 @@ class ChunkContext:
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Take the chunk's keys and values [B, tokens, H, D]."""
+
+    def place(self) -> Hashable | None:
+        """Equal for contexts that read the same addresses in the same way, as a captured graph needs; None if that is not known."""
+        return (self.query_position, self.key_position) if not self.keep and type(self) is ChunkContext else None
 
 
 class TextContext(NamedTuple):
@@ -278,7 +283,14 @@ class CausalWan(nn.Module):
         return TextContext([block.attn2.key(text) for block in self.blocks], [block.attn2.value(text) for block in self.blocks])
 
     def forward(
-        self, x: Tensor, timestep: Tensor, text: TextContext, context: ChunkContext | None = None, *, store_only: bool = False
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: TextContext,
+        context: ChunkContext | None = None,
+        *,
+        store_only: bool = False,
+        checkpoint: bool = False,
     ) -> Tensor | None:
         """The flow of one chunk.
 
@@ -288,6 +300,7 @@ class CausalWan(nn.Module):
             text: from `encode_text`; batch 1 is shared by the whole batch.
             context: visible cached frames and positions; None is the start of a video.
             store_only: stop once the last layer's keys and values are stored (a clean pass) and return None.
+            checkpoint: keep only the inputs of each block for the backward pass, which computes the block again; same result.
 
         Returns:
             [B, frames, C, h, w] in the model's dtype.
@@ -303,7 +316,8 @@ class CausalWan(nn.Module):
         grid = (frames, rows, columns)
         for layer, block in enumerate(self.blocks):
             stop = store_only and layer == len(self.blocks) - 1
-            hidden = block(hidden, modulation, layer, grid, text, context, stop)
+            arguments = hidden, modulation, layer, grid, text, context, stop
+            hidden = activation_checkpoint(block, *arguments, use_reentrant=False) if checkpoint else block(*arguments)
         if store_only:
             return None
         shift, scale = (self.scale_shift_table + embedding.unsqueeze(2)).unsqueeze(3).unbind(2)  # [., ., 1, E]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from arcopo_fast.rollout.engine import Engine, Group, Stream
 from arcopo_fast.rollout.noise import generator
 from arcopo_fast.rollout.sampler import Steps, next_input
+from arcopo_fast.runtime.profiling import stage
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class CopoSettings:
     updates: int = 2
     context: Literal["rollout", "recompute"] = "rollout"
     micro_batch: int | None = None
+    checkpoint: bool = False
 
 
 class Items(NamedTuple):
@@ -103,7 +105,7 @@ class CopoObjective:
 
     def predict(self, group: Group, items: Items, prefix: Stream | None) -> Tensor:
         """Replay: the prediction (or, for flow matching, the state one solver step on) of each item, [N, F, C, h, w] float32."""
-        clean = self.engine.replay(group, items.steps, items.anchors, prefix=prefix)
+        clean = self.engine.replay(group, items.steps, items.anchors, prefix=prefix, checkpoint=self.settings.checkpoint)
         if self.settings.distance == "flow_matching":
             return one_step(clean, group.inputs[items.steps, items.anchors], group.steps, items.steps)
         return clean
@@ -143,18 +145,21 @@ class CopoObjective:
             targets = [self.target(group, advantages) for group, advantages in live_groups]
             drawn = [[draw_items(self.settings, group, update) for group, _ in live_groups] for update in range(self.settings.updates)]
             # Old predictions of the later updates' fresh anchors: under the old weights, hence before the first step.
-            old: list[list[list[Tensor]]] = [
-                [self._old(group, items) for (group, _), items in zip(live_groups, drawn[update])]
-                for update in range(1, self.settings.updates)
-            ]
+            with stage("replay"):
+                old: list[list[list[Tensor]]] = [
+                    [self._old(group, items) for (group, _), items in zip(live_groups, drawn[update])]
+                    for update in range(1, self.settings.updates)
+                ]
             for update in range(self.settings.updates):
                 optimizer.zero_grad(set_to_none=True)
-                for index, (group, _) in enumerate(live_groups):
-                    known = old[update - 1][index] if update else None
-                    self._backward(group, targets[index], drawn[update][index], known, len(live_groups), update, statistics)
-                norm = nn.utils.clip_grad_norm_(parameters, gradient_clip)
-                statistics.setdefault("gradient_norm", []).append(norm.item())
-                optimizer.step()
+                with stage("replay"):
+                    for index, (group, _) in enumerate(live_groups):
+                        known = old[update - 1][index] if update else None
+                        self._backward(group, targets[index], drawn[update][index], known, len(live_groups), update, statistics)
+                with stage("optimiser"):
+                    norm = nn.utils.clip_grad_norm_(parameters, gradient_clip)
+                    statistics.setdefault("gradient_norm", []).append(norm.item())
+                    optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         means = {name: sum(values) / len(values) for name, values in statistics.items()}
         return means | {"zero_variance_groups": float(len(groups) - len(live_groups))}

@@ -13,7 +13,7 @@ The noisy chunk is never cached: while it is denoised its keys and values live f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Sequence
+from typing import Hashable, Literal, Sequence
 
 from arcopo_kernels.paging import PagePool, PageRun
 from torch import Tensor
@@ -140,3 +140,9 @@ class PagedContext(ChunkContext):
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         self.pool.write(layer, self.writes, key, value)
+
+    def place(self) -> Hashable | None:
+        if self.keep:
+            return None
+        runs = tuple((run.column, run.length, run.rows, run.first, run.stride, run.pages) for run in self.reads)
+        return runs, self.query_position, self.key_position, self.keep_roped

@@ -7,6 +7,8 @@ pivot chunk again, with gradient through that chunk only.
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Iterator, Literal, Sequence
 
@@ -16,9 +18,11 @@ from torch import Tensor
 
 from arcopo_fast.model.causal_wan import CausalWan, TextContext
 from arcopo_fast.rollout.cache import CachePolicy, VideoCache
+from arcopo_fast.rollout.graphs import ChunkGraphs
 from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource
-from arcopo_fast.rollout.sampler import Steps, Trajectory, denoise, predict
+from arcopo_fast.rollout.sampler import Steps, Trajectory, predict
 from arcopo_fast.rollout.scheduler import Schedule
+from arcopo_fast.runtime.profiling import stage
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,16 @@ class Group:
 class Engine:
     """Runs one generator. `pages` is the size of the K/V pool in latent frames; `pages_for` says how many a group needs."""
 
-    def __init__(self, model: CausalWan, shape: VideoShape, sampler: SamplerSettings, policy: CachePolicy, *, pages: int) -> None:
+    def __init__(
+        self,
+        model: CausalWan,
+        shape: VideoShape,
+        sampler: SamplerSettings,
+        policy: CachePolicy,
+        *,
+        pages: int,
+        cuda_graphs: Literal["auto", "on", "off"] = "off",
+    ) -> None:
         self.model = model
         self.shape = shape
         self.policy = policy
@@ -124,6 +137,8 @@ class Engine:
         self.first_steps = self.steps
         if sampler.first_chunk_steps is not None:
             self.first_steps = Steps.from_schedule(schedule, sampler.first_chunk_steps, warp=sampler.warp)
+        self.graphs = ChunkGraphs(cuda_graphs)
+        self.largest_wave: int | None = None  # set when a larger one ran out of memory
         config = model.config
         self.pool = PagePool(
             layers=config.num_layers,
@@ -158,12 +173,13 @@ class Engine:
 
     def extend(self, stream: Stream, chunk: int, initial: Tensor, noise: NoiseSource, *, last: bool) -> Trajectory:
         """Generate the next chunk of every video from `initial` [B, F, C, h, w]; `chunk` names its draws and its step list."""
-        frames = initial.shape[1]
+        frames, steps = initial.shape[1], self.steps_of(chunk)
         stream.cache.make_room(frames)
         context = stream.cache.context(stream.frame, frames, keep=False)
-        trajectory = denoise(
-            self.model, initial, self.steps_of(chunk), lambda step: noise.renoise(chunk, step), stream.text, context, kind=self.kind
-        )
+        draws = [noise.renoise(chunk, step) for step in range(len(steps) - 1)] if self.kind == "consistency" else []
+        with stage("denoise"):
+            initial, fresh = self._on_device(initial), [self._on_device(draw) for draw in draws]
+            trajectory = self.graphs.denoise(self.model, initial, steps, fresh, stream.text, context, kind=self.kind)
         self.append(stream, trajectory.predictions[-1], timestep=self.context_noise, last=last)
         return trajectory
 
@@ -173,6 +189,13 @@ class Engine:
             stream.cache.make_room(latents.shape[1])
             self._cache_frames(stream, latents, stream.frame, timestep)
         stream.latents.append(latents)
+
+    def _on_device(self, noise: Tensor) -> Tensor:
+        """Without waiting for the device, which a copy from pageable memory would."""
+        device = self.model.device
+        if device.type == "cuda" and noise.device.type == "cpu":
+            return noise.pin_memory().to(device, non_blocking=True)
+        return noise.to(device)
 
     def switch_prompt(self, stream: Stream, text: Tensor) -> None:
         """Go on with another prompt: the visible frames are cached again under it, all at once (LongLive's KV-recache)."""
@@ -190,7 +213,7 @@ class Engine:
     def _cache_frames(self, stream: Stream, latents: Tensor, first_frame: int, timestep: float) -> None:
         latents = latents.to(self.model.device).expand(len(stream.cache.tables), *latents.shape[1:])
         context = stream.cache.context(first_frame, latents.shape[1], keep=True)
-        with torch.no_grad():
+        with stage("clean"), torch.no_grad():
             self.model(latents, torch.full((1, 1), timestep, device=latents.device), stream.text, context, store_only=True)
 
     # Whole videos
@@ -247,16 +270,26 @@ class Engine:
         """
         if not 0 <= pivot < self.shape.chunks:
             raise ValueError(f"pivot {pivot} is not a chunk of this video; it has {self.shape.chunks}, counted from 0")
-        wave_size = min(branches_per_wave or branches, branches)
+        wave_size = min(branches_per_wave or branches, self.largest_wave or branches, branches)
         plan = self.plan(self.shape, self.policy, pivot, wave_size)
         prefix = self.start(text)
         reserved = self.pool.reserve(plan)  # a group that does not fit fails here, before a frame is computed
         prefix.cache.reserved = [reserved.prefix]
         try:
-            for chunk in range(pivot):
-                self.extend(prefix, chunk, noise.initial(chunk), noise, last=False)
-            initial = noise.neighbours(pivot, branches, sigma)
-            waves = [self._finish(prefix, pivot, wave, noise, reserved.tails, plan.tail) for wave in initial.split(wave_size)]
+            with stage("prefix") if pivot else nullcontext():
+                for chunk in range(pivot):
+                    self.extend(prefix, chunk, noise.initial(chunk), noise, last=False)
+            with stage("fork"):
+                initial = noise.neighbours(pivot, branches, sigma)
+            waves: list[tuple[Tensor, Tensor, Tensor]] = []
+            done = 0
+            while done < branches:
+                wave = self._try_finish(prefix, pivot, initial[done : done + wave_size], noise, reserved.tails, plan.tail)
+                if wave is None:
+                    wave_size = self.largest_wave = (wave_size + 1) // 2
+                    continue
+                waves.append(wave)
+                done += len(wave[2])
         except BaseException:
             prefix.cache.release()
             reserved.release()
@@ -265,6 +298,26 @@ class Engine:
         tail = torch.cat([wave[2] for wave in waves])
         latents = [*prefix.latents, *tail.split(self.shape.chunk_frames[pivot:], dim=1)]
         return Group(text, pivot, prefix, inputs, predictions, latents, self.steps_of(pivot), noise)
+
+    def _try_finish(
+        self, prefix: Stream, pivot: int, initial: Tensor, noise: NoiseSource, tails: list[list[int]], tail_pages: int
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`_finish`; None if a wave of several branches ran out of memory, which is then free again."""
+        try:
+            return self._finish(prefix, pivot, initial, noise, tails, tail_pages)
+        except torch.OutOfMemoryError as error:
+            if len(initial) == 1:
+                raise
+            message = str(error).splitlines()[0]
+        half = (len(initial) + 1) // 2
+        warnings.warn(
+            f"a wave of {len(initial)} branches ran out of memory ({message}); going on with waves of {half}: "
+            f"set rollout.branches_per_wave={half}",
+            stacklevel=3,
+        )
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def _finish(
         self, prefix: Stream, pivot: int, initial: Tensor, noise: NoiseSource, tails: list[list[int]], tail_pages: int
@@ -293,10 +346,11 @@ class Engine:
             self.append(stream, chunk, timestep=self.context_noise)
         return stream
 
-    def replay(self, group: Group, steps: Tensor, anchors: Tensor, *, prefix: Stream | None = None) -> Tensor:
+    def replay(self, group: Group, steps: Tensor, anchors: Tensor, *, prefix: Stream | None = None, checkpoint: bool = False) -> Tensor:
         """Predict x0hat of anchors again under the present weights, as the rollout did; the context is constant.
 
-        steps, anchors: [N] indices into the group's steps and branches. Returns [N, F, C, h, w] float32, with gradient if enabled.
+        steps, anchors: [N] indices into the group's steps and branches. checkpoint: see `CausalWan.forward`. Returns [N, F, C, h, w]
+        float32, with gradient if enabled.
         """
         prefix = prefix or group.prefix
         branch = prefix.cache.fork(len(anchors))
@@ -304,10 +358,12 @@ class Engine:
             frames = group.inputs.shape[2]
             branch.make_room(frames)
             context = branch.context(prefix.frame, frames, keep=False)
-            timesteps = torch.tensor(group.steps.timesteps, device=self.model.device)[steps]
-            sigmas = torch.tensor(group.steps.sigmas, device=self.model.device)[steps]
+            timesteps, sigmas = (
+                torch.tensor(table)[steps.cpu()].to(self.model.device) for table in (group.steps.timesteps, group.steps.sigmas)
+            )
             # The prompt is encoded again: with gradient, the adapters of the cross-attention keys and values learn too.
             text = self.model.encode_text(group.text)
-            return predict(self.model, group.inputs[steps, anchors], timesteps, sigmas, text, context)
+            checkpoint = checkpoint and torch.is_grad_enabled()
+            return predict(self.model, group.inputs[steps, anchors], timesteps, sigmas, text, context, checkpoint=checkpoint)
         finally:
             branch.release()

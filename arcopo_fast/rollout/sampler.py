@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Literal, Sequence
+from typing import Literal, Sequence
 
 import torch
 from torch import Tensor
@@ -37,9 +37,18 @@ class Steps:
         return self.sigmas[step + 1] if step + 1 < len(self) else 0.0
 
 
-def predict(model: CausalWan, x: Tensor, timesteps: Tensor, sigmas: Tensor, text: TextContext, context: ChunkContext) -> Tensor:
+def predict(
+    model: CausalWan,
+    x: Tensor,
+    timesteps: Tensor,
+    sigmas: Tensor,
+    text: TextContext,
+    context: ChunkContext,
+    *,
+    checkpoint: bool = False,
+) -> Tensor:
     """x0hat [B, F, C, h, w] float32 for inputs x at timesteps [B] with sigmas [B]. Rollout and replay both go through here."""
-    flow = model(x, timesteps[:, None], text, context)
+    flow = model(x, timesteps[:, None], text, context, checkpoint=checkpoint)
     return predict_clean(x.to(flow.dtype), flow, sigmas.view(-1, 1, 1, 1, 1))
 
 
@@ -51,7 +60,9 @@ def next_input(
         return x + (sigma_next - sigma) * (x - clean) / sigma
     if noise is None:
         raise ValueError("the consistency sampler needs noise for every step but the last")
-    return add_noise(clean, noise, torch.as_tensor(sigma_next, device=clean.device))
+    if not isinstance(sigma_next, Tensor):
+        sigma_next = torch.full((), sigma_next, device=clean.device)  # float32, and made on the device: a copy would wait for it
+    return add_noise(clean, noise, sigma_next)
 
 
 @dataclass
@@ -66,14 +77,17 @@ def denoise(
     model: CausalWan,
     noise: Tensor,
     steps: Steps,
-    renoise: Callable[[int], Tensor],
+    fresh: Sequence[Tensor],
     text: TextContext,
     context: ChunkContext,
     *,
     kind: Literal["consistency", "ode"] = "consistency",
 ) -> Trajectory:
-    """Denoise one chunk from `noise` [B, F, C, h, w]; `renoise(step)` gives [1 or B, F, C, h, w]."""
-    x, batch, device = noise.to(model.device), noise.shape[0], model.device
+    """Denoise one chunk from `noise` [B, F, C, h, w]. The host never waits for the device in here.
+
+    fresh: the noise [1 or B, F, C, h, w] after each step but the last; none for "ode". All on the model's device.
+    """
+    x, batch, device = noise, noise.shape[0], model.device
     trajectory = Trajectory([], [])
     for step, (timestep, sigma) in enumerate(zip(steps.timesteps, steps.sigmas)):
         t, s = torch.full((batch,), timestep, device=device), torch.full((batch,), sigma, device=device)
@@ -81,6 +95,5 @@ def denoise(
         trajectory.inputs.append(x)
         trajectory.predictions.append(clean)
         if step + 1 < len(steps):
-            fresh = renoise(step).to(device) if kind == "consistency" else None
-            x = next_input(kind, x, clean, sigma, steps.next_sigma(step), fresh)
+            x = next_input(kind, x, clean, sigma, steps.next_sigma(step), fresh[step] if kind == "consistency" else None)
     return trajectory

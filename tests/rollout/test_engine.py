@@ -112,6 +112,62 @@ def test_a_failed_rollout_gives_its_pages_back() -> None:
         engine.rollout(random_text(), keyed(), pivot=4, branches=2, sigma=0.5)
 
 
+def test_a_wave_that_runs_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, text, noise = small_engine(small_model()), random_text(), keyed()
+    with engine.rollout(text, noise, pivot=1, branches=GROUP, sigma=0.5) as whole:
+        pass
+    forward, batches = engine.model.forward, []
+
+    def scarce(x: Tensor, *args: object, **kwargs: object) -> Tensor | None:
+        batches.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nMore lines")
+        return forward(x, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.model, "forward", scarce)
+    said = r"a wave of 6 branches ran out of memory \(CUDA out of memory. Tried to allocate 3.00 GiB.\); going on with waves of 3"
+    with pytest.warns(UserWarning, match=said), pytest.warns(UserWarning, match="a wave of 3 branches"):
+        group = engine.rollout(text, noise, pivot=1, branches=GROUP, sigma=0.5)
+    assert engine.pool.pages_in_use == 2
+    group.release()
+    torch.testing.assert_close(group.predictions, whole.predictions, rtol=0, atol=1e-5)
+    for a, b in zip(group.latents, whole.latents):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    batches.clear()
+    with engine.rollout(text, noise, pivot=1, branches=GROUP, sigma=0.5):
+        assert max(batches) == 2, "what ran out once is not tried again"
+    monkeypatch.setattr(engine.model, "forward", lambda *args, **kwargs: (_ for _ in ()).throw(torch.OutOfMemoryError("nothing fits")))
+    engine.largest_wave = 1
+    with pytest.raises(torch.OutOfMemoryError, match="nothing fits"):
+        engine.rollout(text, noise, pivot=1, branches=GROUP, sigma=0.5)
+    assert engine.pool.pages_in_use == 0
+
+
+@pytest.mark.parametrize("policy", [POLICIES["global"], POLICIES["longlive infinity"]], ids=["global", "unroped"])
+def test_checkpointing_changes_no_gradient_and_keeps_less(policy: CachePolicy) -> None:
+    engine = small_engine(small_model(), policy=policy)
+    steps, anchors = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 5])
+    with engine.rollout(random_text(), keyed(), pivot=1, branches=GROUP, sigma=0.5) as group:
+        engine.model.requires_grad_()
+        results: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+        kept: list[int] = []
+        for checkpoint in (False, True):
+            kept.append(0)
+
+            def count(x: Tensor) -> Tensor:
+                kept[-1] += x.numel()
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+                prediction = engine.replay(group, steps, anchors, checkpoint=checkpoint)
+            loss = (prediction * torch.linspace(-1, 1, prediction.numel()).view_as(prediction)).sum()
+            results.append((prediction, torch.autograd.grad(loss, list(engine.model.parameters()), allow_unused=True)))
+    (prediction, gradients), (checkpointed, again) = results
+    assert torch.equal(prediction, checkpointed)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(gradients, again))
+    assert kept[1] < kept[0] / 3
+
+
 @pytest.mark.parametrize("pivot", [0, 2, 3])
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

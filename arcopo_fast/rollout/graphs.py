@@ -1,0 +1,169 @@
+"""CUDA graphs of a chunk's few-step loop: every launch of its T network calls recorded once, then replayed as one.
+
+A graph is bound to addresses. What stays where it is, the weights, adapters (updated in place) and pages of the pool, is used in place;
+what changes from call to call, the noise and the prompt's keys and values, is copied to where the graph expects it, and what comes out is
+copied away. So a graph fits one shape, step list and set of visible pages. Such a place is captured when it is met for the second time.
+
+Worth it where launching the kernels takes longer than running them: small models, single branches. Predicted, not measured: at the sizes of
+Wan2.1-1.3B a launch is hidden behind the arithmetic, and "auto" leaves graphs off.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig, ChunkContext, TextContext
+from arcopo_fast.rollout.sampler import Steps, Trajectory, denoise
+
+LAUNCHES_OF_A_BLOCK = 45
+SECONDS_OF_A_LAUNCH = 5e-6
+FLOPS_OF_A_SECOND = 4e14
+"""Of a GPU in half precision. With the two above, the rough estimate behind "auto"."""
+
+Function = Callable[[], Sequence[Tensor]]
+Capture = Callable[[Function], tuple[Sequence[Tensor], Callable[[], object]]]
+"""Runs a function while recording it: its outputs, and what runs it again into the same outputs."""
+
+
+def launch_bound(config: CausalWanConfig, batch: int, tokens: int, keys: int) -> bool:
+    """Whether a forward pass of `tokens` queries over `keys` keys, for each of `batch` videos, waits for its launches. An estimate."""
+    dim = config.dim
+    linear = 2 * tokens * dim * (6 * dim + 2 * config.ffn_dim)
+    attention = 4 * tokens * dim * (keys + config.text_len)
+    arithmetic = batch * (linear + attention) / FLOPS_OF_A_SECOND
+    return arithmetic < LAUNCHES_OF_A_BLOCK * SECONDS_OF_A_LAUNCH
+
+
+class _Captured(NamedTuple):
+    noise: Tensor
+    fresh: list[Tensor]
+    text: TextContext
+    outputs: Sequence[Tensor]  # the inputs of all steps, then their predictions
+    replay: Callable[[], object]
+    run: object  # holds what the graph reads by address, the context's indices for one
+
+
+class ChunkGraphs:
+    """Captured loops by place, the least recently used dropped first.
+
+    Args:
+        mode: "on"; "auto", by `launch_bound`; "off".
+        limit: graphs kept. A chunk of Wan2.1-1.3B takes tens of MiB of launches and one working set that all share.
+        capture: how; None: as CUDA graphs, where there is a GPU.
+
+    `reason` says why the last call ran without a graph; None if it ran as one.
+    """
+
+    def __init__(self, mode: Literal["auto", "on", "off"] = "auto", limit: int = 32, capture: Capture | None = None) -> None:
+        self.mode = mode
+        self.limit = limit
+        self.reason: str | None = None
+        self._capture = capture
+        self._graphs: OrderedDict[Hashable, _Captured | str | None] = OrderedDict()  # a string: why there is none; None: met once
+        self._texts: dict[Hashable, tuple[TextContext, TextContext]] = {}  # by shape: where graphs read it, and whose copy lies there
+
+    def denoise(
+        self,
+        model: CausalWan,
+        noise: Tensor,
+        steps: Steps,
+        fresh: Sequence[Tensor],
+        text: TextContext,
+        context: ChunkContext,
+        *,
+        kind: Literal["consistency", "ode"] = "consistency",
+    ) -> Trajectory:
+        """`sampler.denoise`, as a graph where there is one."""
+
+        def run(noise: Tensor, fresh: Sequence[Tensor], text: TextContext) -> list[Tensor]:
+            trajectory = denoise(model, noise, steps, fresh, text, context, kind=kind)
+            return [*trajectory.inputs, *trajectory.predictions]
+
+        place = context.place()
+        self.reason = self._unsuitable(model, noise, place)
+        if self.reason is None:
+            key = (place, tuple(noise.shape), noise.dtype, steps, kind, tuple(text.keys[0].shape))
+            outputs = self._outputs(key, run, noise, fresh, text)
+        else:
+            outputs = run(noise, fresh, text)
+        return Trajectory(list(outputs[: len(steps)]), list(outputs[len(steps) :]))
+
+    def _unsuitable(self, model: CausalWan, noise: Tensor, place: Hashable | None) -> str | None:
+        if self.mode == "off":
+            return "rollout.cuda_graphs is off"
+        if self._capture is None and model.device.type != "cuda":
+            return f"the generator is on {model.device.type}, not on a GPU"
+        if torch.is_grad_enabled():
+            return "gradients are recorded"
+        if place is None:
+            return "the context cannot say which addresses it reads"
+        batch, frames, _, height, width = noise.shape
+        tokens = frames * model.config.tokens_per_frame(height, width)
+        if self.mode == "auto" and not launch_bound(model.config, batch, tokens, tokens):
+            return "the arithmetic takes longer than the launches"
+        return None
+
+    def _outputs(
+        self, key: Hashable, run: Callable[..., list[Tensor]], noise: Tensor, fresh: Sequence[Tensor], text: TextContext
+    ) -> Sequence[Tensor]:
+        if key not in self._graphs:
+            self._remember(key, None)
+            self.reason = "this place is met for the first time"
+            return run(noise, fresh, text)  # which also warms up what must not be set up while a graph is captured
+        self._graphs.move_to_end(key)
+        graph = self._graphs[key]
+        if graph is None:
+            graph = self._captured(run, noise, fresh, text)
+            self._remember(key, graph)
+        if isinstance(graph, str):
+            self.reason = graph
+            return run(noise, fresh, text)
+        graph.noise.copy_(noise)
+        for ours, given in zip(graph.fresh, fresh):
+            ours.copy_(given)
+        self._text(text)
+        graph.replay()
+        return [output.clone() for output in graph.outputs]
+
+    def _remember(self, key: Hashable, graph: _Captured | str | None) -> None:
+        self._graphs[key] = graph
+        while len(self._graphs) > self.limit:
+            self._graphs.popitem(last=False)
+
+    def _captured(self, run: Callable[..., list[Tensor]], noise: Tensor, fresh: Sequence[Tensor], text: TextContext) -> _Captured | str:
+        ours, ours_fresh, ours_text = noise.clone(), [tensor.clone() for tensor in fresh], self._text(text)
+        capture = self._capture or _cuda_capture
+        try:
+            outputs, replay = capture(lambda: run(ours, ours_fresh, ours_text))
+        except RuntimeError as error:  # whatever an operator does that a graph cannot hold
+            return f"the capture failed: {' '.join(str(error).split())[:200]}"
+        return _Captured(ours, ours_fresh, ours_text, outputs, replay, run)
+
+    def _text(self, text: TextContext) -> TextContext:
+        """Where graphs read a prompt of this shape, holding this one."""
+        shape = (len(text.keys), tuple(text.keys[0].shape), text.keys[0].dtype)
+        if shape not in self._texts:
+            self._texts[shape] = TextContext([key.clone() for key in text.keys], [value.clone() for value in text.values]), text
+        ours, held = self._texts[shape]
+        if held is not text:
+            torch._foreach_copy_([*ours.keys, *ours.values], [*text.keys, *text.values])
+            self._texts[shape] = ours, text
+        return ours
+
+
+_pool: Any = None
+
+
+def _cuda_capture(function: Function) -> tuple[Sequence[Tensor], Callable[[], object]]:
+    """One memory pool serves all graphs: their outputs are copied away before another one runs."""
+    global _pool
+    _pool = _pool or torch.cuda.graph_pool_handle()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_pool, capture_error_mode="thread_local"):
+        outputs = function()
+    return outputs, graph.replay

@@ -1,0 +1,136 @@
+"""Where an iteration's time goes: named stages as NVTX ranges and seconds, and PyTorch traces.
+
+    with profiling.record(device) as seconds:    an iteration
+        with profiling.stage("denoise"): ...     anywhere in the library; costs next to nothing outside of `record`
+    seconds == {"denoise": 1.23, ...}            complete once the block has ended
+
+On a GPU a stage is measured by device events on the current stream, so nothing waits while it runs. A stage inside another one counts for
+the outer one (the prefix's denoising is "prefix"), and shows as a range of its own in a trace.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arcopo_fast.errors import UserError
+
+STAGES = ("prefix", "fork", "denoise", "clean", "decode", "reward", "replay", "optimiser")
+"""Of an iteration, in the order in which they come. fork: the branches' noise and page tables."""
+
+
+class _Recorder:
+    """Sums up the outermost stages. `marks` are (stage, start, end): times, or events that are read when all is done."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+        self.depth = 0
+        self.marks: list[tuple[str, Any, Any]] = []
+
+    def now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> dict[str, float]:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        sums: dict[str, float] = {}
+        for name, start, end in self.marks:
+            sums[name] = sums.get(name, 0.0) + (start.elapsed_time(end) / 1000 if self.on_gpu else end - start)
+        known = [name for name in STAGES if name in sums]
+        return {name: sums[name] for name in [*known, *(name for name in sums if name not in STAGES)]}
+
+
+_recorder: _Recorder | None = None
+
+
+@contextmanager
+def record(device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds by stage of work on `device`, filled in when the block ends. One at a time."""
+    global _recorder
+    if _recorder is not None:
+        raise RuntimeError("stages are being recorded already")
+    seconds: dict[str, float] = {}
+    _recorder = recorder = _Recorder(device.type == "cuda")
+    try:
+        yield seconds
+    finally:
+        _recorder = None
+    seconds.update(recorder.seconds())
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """What runs in this block belongs to `name`, one of `STAGES` or another."""
+    recorder = _recorder
+    if recorder is None:
+        yield
+        return
+    recorder.depth += 1
+    start = recorder.now() if recorder.depth == 1 else None
+    if recorder.on_gpu:
+        torch.cuda.nvtx.range_push(name)
+    try:
+        with torch.profiler.record_function(name):
+            yield
+    finally:
+        if recorder.on_gpu:
+            torch.cuda.nvtx.range_pop()
+        recorder.depth -= 1
+        if start is not None:
+            recorder.marks.append((name, start, recorder.now()))
+
+
+class Trace:
+    """A PyTorch trace of `iterations` iterations after the first, which is slower than all others. Open it at ui.perfetto.dev.
+
+        with trace.to(path):
+            for ...: ...; trace.step()      after every iteration
+
+    With 0 iterations it does nothing.
+
+    Raises:
+        UserError: the run, `of` iterations, is too short for it.
+    """
+
+    def __init__(self, iterations: int, *, of: int) -> None:
+        if iterations and iterations + 1 > of:
+            raise UserError(f"--profile {iterations} needs {iterations + 1} iterations, the first is not traced; train.iterations is {of}")
+        self.iterations = iterations
+        self._done = 0
+        self._profiler: Any = None
+
+    @contextmanager
+    def to(self, path: Path) -> Iterator[None]:
+        """Write it to `path`, at the latest when the block ends."""
+        self._path = path
+        try:
+            yield
+        finally:
+            if self._profiler is not None:  # the loop ended early: what there is may show why
+                self._finish()
+
+    def step(self) -> None:
+        self._done += 1
+        if self.iterations and self._done == 1:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+            self._profiler.start()
+        elif self._profiler is not None and self._done == 1 + self.iterations:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._profiler.stop()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(self._path))
+        self._profiler = None

@@ -1,0 +1,168 @@
+"""Captured denoising loops give what the plain loop gives, whatever changes between calls; tested without a GPU by a stand-in for capture.
+
+The stand-in runs the captured closure again, with whatever it closed over when it was captured, and writes into the same outputs: what a
+graph does. So a replay is right only if everything that changes is copied in or part of the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from arcopo_kernels import PagePool
+from support.models import SHAPE, random_text, small_engine, small_model
+from torch import Tensor
+
+from arcopo_fast.model.causal_wan import CausalWanConfig
+from arcopo_fast.model.lora import adapter_parameters, add_lora
+from arcopo_fast.rollout.cache import CachePolicy
+from arcopo_fast.rollout.engine import Engine, Group
+from arcopo_fast.rollout.graphs import ChunkGraphs, Function, launch_bound
+from arcopo_fast.rollout.noise import KeyedNoise
+
+GROUP = 3
+
+
+class Captures:
+    """Counts captures and replays."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, function: Function) -> tuple[Sequence[Tensor], Callable[[], object]]:
+        self.captured += 1
+        outputs = [output.clone() for output in function()]
+
+        def replay() -> None:
+            self.replayed += 1
+            with pytest.MonkeyPatch.context() as patch:  # a graph reads addresses: no host code asks whether a plan is stale
+                patch.setattr(PagePool, "_check", lambda pool, run: setattr(run, "readable", True))
+                for output, fresh in zip(outputs, function()):
+                    output.copy_(fresh)
+
+        return outputs, replay
+
+
+def rollout(engine: Engine, text: Tensor, iteration: int, pivot: int, seed: int = 7) -> Group:
+    noise = KeyedNoise(SHAPE.chunk, seed=seed, iteration=iteration)
+    with engine.rollout(text, noise, pivot=pivot, branches=GROUP, sigma=0.5) as group:
+        return group
+
+
+def engines(policy: CachePolicy | None = None, **options: object) -> tuple[Engine, Engine, Captures]:
+    """Two of one model: with graphs and without."""
+    model = small_model()
+    graphed, plain = (small_engine(model, policy=policy or CachePolicy(), branches=GROUP) for _ in range(2))
+    captures = Captures()
+    graphed.graphs = ChunkGraphs("on", capture=captures, **options)  # type: ignore[arg-type]
+    return graphed, plain, captures
+
+
+POLICIES = {
+    "global": CachePolicy(),
+    "sink": CachePolicy(window=4, sink=1),
+    "unroped": CachePolicy("longlive_infinity", window=6, sink=2),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_replayed_rollouts_equal_plain_ones(policy: CachePolicy) -> None:
+    graphed, plain, captures = engines(policy)
+    for iteration in range(6):
+        text, pivot = random_text(), iteration % SHAPE.chunks
+        ours, theirs = (rollout(engine, text, iteration, pivot) for engine in (graphed, plain))
+        assert torch.equal(ours.inputs, theirs.inputs) and torch.equal(ours.predictions, theirs.predictions)
+        assert all(torch.equal(a, b) for a, b in zip(ours.latents, theirs.latents))
+    assert captures.captured and captures.replayed > captures.captured, "places must come back, and their graphs with them"
+
+
+def test_a_graph_sees_new_weights() -> None:
+    graphed, plain, captures = engines()
+    add_lora(graphed.model, rank=2, alpha=4, targets=["to_q", "to_v"], seed=0)
+    text = random_text()
+    before = rollout(graphed, text, 0, 1)
+    rollout(graphed, text, 0, 1)
+    with torch.no_grad():
+        for parameter in adapter_parameters(graphed.model):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    replays = captures.replayed
+    after = rollout(graphed, text, 0, 1)
+    assert captures.replayed > replays
+    assert not torch.equal(after.predictions, before.predictions)
+    assert torch.equal(after.predictions, rollout(plain, text, 0, 1).predictions)
+
+
+def test_results_of_one_call_survive_the_next() -> None:
+    graphed, _, _ = engines()
+    text = random_text()
+    for _ in range(2):
+        first = rollout(graphed, text, 0, 1)
+    kept = [first.predictions.clone(), *(latents.clone() for latents in first.latents)]
+    rollout(graphed, random_text(), 1, 1)
+    assert all(torch.equal(a, b) for a, b in zip([first.predictions, *first.latents], kept))
+
+
+def test_a_place_is_pages_and_positions() -> None:
+    engine = small_engine(small_model(), policy=CachePolicy(window=6))
+    stream = engine.rebuild_prefix(random_text(), [torch.randn(1, 2, 8, 4, 6)])
+    contexts = [stream.cache.context(frame, 2, keep=False) for frame in (2, 2, 4)]
+    assert contexts[0].place() == contexts[1].place() != contexts[2].place()
+    assert stream.cache.context(4, 2, keep=True).place() is None
+    assert stream.cache.context(4, 2, keep=False).place() != contexts[2].place()
+    stream.cache.release()
+
+
+def test_the_least_recently_used_graph_is_dropped() -> None:
+    graphed, _, captures = engines(limit=2)
+    text = random_text()
+    for _ in range(3):
+        rollout(graphed, text, 0, 0)  # more places than the limit: none comes back in time
+    assert captures.captured == 0 and len(graphed.graphs._graphs) == 2
+    graphed.graphs.limit = 32
+    for _ in range(3):
+        rollout(graphed, text, 0, 0)
+    assert captures.captured == SHAPE.chunks
+
+
+def test_a_failed_capture_is_said_and_costs_nothing_but_time() -> None:
+    graphed, plain, _ = engines()
+
+    def fail(function: Function) -> tuple[Sequence[Tensor], Callable[[], object]]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphed.graphs = ChunkGraphs("on", capture=fail)
+    text = random_text()
+    for _ in range(3):
+        group = rollout(graphed, text, 0, 1)
+    assert torch.equal(group.predictions, rollout(plain, text, 0, 1).predictions)
+    assert graphed.graphs.reason is not None and "not permitted when stream is capturing" in graphed.graphs.reason
+
+
+def test_reasons_for_going_without() -> None:
+    graphed, _, captures = engines()
+    for graphs, said in ((ChunkGraphs("off", capture=captures), "off"), (ChunkGraphs("on"), "on cpu, not on a GPU")):
+        graphed.graphs = graphs
+        rollout(graphed, random_text(), 0, 1)
+        assert graphs.reason is not None and said in graphs.reason
+
+
+def test_small_models_are_launch_bound_and_large_ones_are_not() -> None:
+    tiny = CausalWanConfig(num_attention_heads=4, attention_head_dim=32, ffn_dim=512, text_len=8)
+    assert launch_bound(tiny, batch=12, tokens=32, keys=128)
+    assert not launch_bound(CausalWanConfig(), batch=1, tokens=4680, keys=4680)
+    assert not launch_bound(CausalWanConfig(), batch=12, tokens=4680, keys=32760)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    """Real graphs: the same latents as without, and replays are what run."""
+    model = small_model(torch.bfloat16).cuda()
+    graphed, plain = (small_engine(model, branches=GROUP) for _ in range(2))
+    graphed.graphs = ChunkGraphs("on")
+    for iteration in range(4):
+        text = random_text().cuda()
+        ours, theirs = (rollout(engine, text, iteration, 1) for engine in (graphed, plain))
+        assert torch.equal(ours.predictions, theirs.predictions)
+        assert all(torch.equal(a, b) for a, b in zip(ours.latents, theirs.latents))
+    assert graphed.graphs.reason is None
