@@ -7,7 +7,6 @@ A saved adapter is a directory with two forms of the same numbers: PEFT's, and d
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -193,16 +192,52 @@ def save_adapter(directory: str | Path, module: nn.Module, *, base_model: str | 
     state = adapter_state(module)
     if not state:
         raise ValueError("the module has no adapter")
-    config = copy.deepcopy(_config(module))
-    config.inference_mode = True
+    config = _config(module)
+    adapter = Adapter(state, config.r, config.lora_alpha)
+    write_adapter(directory, adapter, targets=sorted(config.target_modules or ()), base_model=base_model)
+
+
+def write_adapter(directory: str | Path, adapter: Adapter, *, targets: Sequence[str] | None = None, base_model: str | None = None) -> None:
+    """`save_adapter` of an adapter that is in no module. targets: as `add_lora` takes them; None: every adapted layer by its whole name."""
+    rank, alpha = adapter.rank, int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
+    config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), lora_dropout=0.0, bias="none", inference_mode=True)
+    config.target_modules = cast("set[str]", list(targets or adapter.modules))  # peft keeps a set, whose order changes from run to run
     config.base_model_name_or_path = base_model
-    config.target_modules = sorted(config.target_modules or ())  # peft keeps a set, whose order changes from run to run
-    scale = config.lora_alpha / config.r
-    baked = {_DIFFUSERS_PREFIX + name: tensor * scale if ".lora_B." in name else tensor for name, tensor in state.items()}
+    scale = adapter.alpha / rank
+    baked = {_DIFFUSERS_PREFIX + name: tensor * scale if ".lora_B." in name else tensor for name, tensor in adapter.state.items()}
     with atomic_directory(directory) as temporary:
         config.save_pretrained(str(temporary))
-        save_tensors(temporary / PEFT_WEIGHTS, {_PEFT_PREFIX + name: tensor for name, tensor in state.items()})
+        save_tensors(temporary / PEFT_WEIGHTS, {_PEFT_PREFIX + name: tensor for name, tensor in adapter.state.items()})
         save_tensors(temporary / DIFFUSERS_WEIGHTS, baked)
+
+
+def merge_adapters(first: Adapter, second: Adapter, scale: float) -> Adapter:
+    """The adapter that adds `first` and `scale` times `second`, exactly: dW_1 + s dW_2 = [B_1, s B_2] [A_1; A_2], no decomposition.
+
+    Its rank is the sum of both, its alpha equal to the rank; each adapter's own alpha / rank goes into its B. A layer that only one of
+    them adapts gets zeros from the other. Source: AR-CoPO's merge of the semi-on-policy and the on-policy adapter.
+
+    Raises:
+        UserError: the adapters are not of one base model: a layer of both has different sizes.
+    """
+    rank = first.rank + second.rank
+    state: dict[str, Tensor] = {}
+    for name in sorted({*first.modules, *second.modules}):
+        down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        ones, others = ([adapter.state[key] for key in (down, up)] if down in adapter.state else None for adapter in (first, second))
+        there = ones or others
+        assert there is not None
+        if ones and others and (ones[0].shape[1], ones[1].shape[0]) != (others[0].shape[1], others[1].shape[0]):
+            sizes = " and ".join(f"{a.shape[1]} to {b.shape[0]}" for a, b in (ones, others))
+            raise UserError(f"the adapters of {name} go from {sizes}; adapters can be merged that were trained over one base model")
+        downs, ups = [], []
+        for adapter, factor, parts in ((first, 1.0, ones), (second, scale, others)):
+            if parts is None:
+                parts = [there[0].new_zeros(adapter.rank, there[0].shape[1]), there[1].new_zeros(there[1].shape[0], adapter.rank)]
+            downs.append(parts[0].float())
+            ups.append(parts[1].float() * (factor * adapter.alpha / adapter.rank))
+        state[down], state[up] = torch.cat(downs), torch.cat(ups, dim=1)
+    return Adapter(state, rank, float(rank))
 
 
 def load_adapter(module: Module, path: str | Path, *, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> Module:

@@ -322,3 +322,42 @@ def test_bad_adapters_end_in_one_line(tmp_path: Path) -> None:
     refused_header = file("header.safetensors", {name: tensor.clone() for name, tensor in state.items()})
     save_file(load_file(refused_header), refused_header, metadata={"lora_adapter_metadata": "{"})
     refused(refused_header, "lora_adapter_metadata")
+
+
+# Merging
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.35, 1.0, 1.5])
+def test_a_merged_adapter_is_both(tmp_path: Path, scale: float) -> None:
+    """Against the two adapters side by side in one network, in ours, peft's and diffusers' hands; they share some layers only."""
+    base, inputs = tiny_wan(), Inputs()
+    parts = []
+    for index, (rank, alpha, targets) in enumerate([(3, 7.0, ("to_q", "ffn.net.2")), (2, 5.0, ("to_q", "to_v"))]):
+        lora.save_adapter(tmp_path / str(index), adapted(copy_of(base), rank, alpha, targets))
+        parts.append(lora.read_adapter(tmp_path / str(index)))
+    both = copy_of(base)
+    with torch.no_grad():
+        for adapter, factor in zip(parts, (1.0, scale)):
+            for name in adapter.modules:
+                change = adapter.state[f"{name}.lora_B.weight"].double() @ adapter.state[f"{name}.lora_A.weight"].double()
+                both.get_submodule(name).weight.add_((factor * adapter.alpha / adapter.rank * change).float())
+    expected = inputs.through(both)
+    assert (expected - inputs.through(base)).abs().max() > 0.01
+
+    merged = lora.merge_adapters(*parts, scale)
+    assert merged.rank == merged.alpha == 5
+    lora.write_adapter(tmp_path / "merged", merged, base_model="toy")
+    assert_close(inputs.through(lora.load_adapter(copy_of(base), tmp_path / "merged")), expected)
+    assert_close(inputs.through(PeftModel.from_pretrained(copy_of(base), str(tmp_path / "merged"))), expected)
+    theirs = as_diffusers(base)
+    theirs.load_lora_adapter(load_file(tmp_path / "merged" / lora.DIFFUSERS_WEIGHTS), prefix="transformer")
+    assert_close(inputs.through(theirs), expected)
+
+
+def test_adapters_of_different_models_do_not_merge(tmp_path: Path) -> None:
+    lora.save_adapter(tmp_path / "one", adapted(tiny_wan(), targets=("to_q",)))
+    one = lora.read_adapter(tmp_path / "one")
+    name = one.modules[0]
+    wider = lora.Adapter({**one.state, f"{name}.lora_A.weight": torch.randn(RANK, 99)}, one.rank, one.alpha)
+    with pytest.raises(UserError, match=rf"{name} go from 24 to 24 and 99 to 24.*one base model"):
+        lora.merge_adapters(one, wider, 0.5)
