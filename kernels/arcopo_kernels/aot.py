@@ -71,7 +71,8 @@ def compile_case(case: AotCase, target: str) -> Resources:
     if missing:
         raise ValueError(f"{case.name}: neither signature nor constants name {', '.join(missing)}")
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": case.num_warps, "num_stages": case.num_stages})
+    stages = case.num_stages if nvidia else 1  # what the launchers use on ROCm
+    compiled = triton.compile(source, target=gpu, options={"num_warps": case.num_warps, "num_stages": stages})
     if nvidia:
         registers, spilled = _nvidia_resources(compiled.asm["cubin"])
         return Resources(registers, spilled, compiled.metadata.shared)

@@ -198,6 +198,53 @@ def test_strided_views_are_read_in_place(backend: str, request: pytest.FixtureRe
     assert_close("output", out, dense(query.double(), [Segment(s.key.double(), s.value.double()) for s in (prefix, own)]), 1e-6)
 
 
+@pytest.mark.parametrize("backend", ["math", "cpu", pytest.param("triton", marks=needs_triton)])
+def test_expanded_keys_and_gradients(backend: str, request: pytest.FixtureRequest) -> None:
+    """Strides of 0: keys expanded over the branches, values over the heads, too, and the gradient of a sum."""
+    if backend == "triton":
+        request.getfixturevalue("interpreted")
+    inputs = query, key, value = [torch.randn(*shape, 16, requires_grad=True) for shape in ((3, 5, 2), (1, 7, 2), (1, 7, 1))]
+    segments = [Segment(key.expand(3, -1, -1, -1), value.expand(3, -1, 2, -1))]
+    out, expected = segment_attention(query, segments, backend=backend), dense(query, segments)
+    assert_close("output", out, expected, 1e-6)
+    for name, ours, exact in zip(("query", "key", "value"), *(torch.autograd.grad(x.sum(), inputs) for x in (out, expected))):
+        assert_close(f"gradient of {name}", ours, exact, 1e-5)
+
+
+def test_what_is_computed_again_is_what_autocast_left_alone() -> None:
+    query, segments = draw(2, 5, [PREFIX, OWN], torch.float32)
+    results = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, lse = op._forward(query, [s.key for s in segments], [s.value for s in segments], [True, False], 0.2, "math")
+        results.append([out, lse, *torch.autograd.grad(out.square().sum(), [query, segments[1].key, segments[1].value])])
+    for ours, expected in zip(*results):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("backend", ["math", "cpu", pytest.param("triton", marks=needs_triton)])
+def test_a_second_derivative_is_refused(backend: str, request: pytest.FixtureRequest) -> None:
+    if backend == "triton":
+        request.getfixturevalue("interpreted")
+    query, segments = draw(1, 3, [Run(4, False, False)], torch.float32, heads=1, head_dim=16)
+    out, _ = op._forward(query, [segments[0].key], [segments[0].value], [False], 0.25, backend)
+    (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash"])
+def test_pytorch_takes_the_arguments_of_its_gpu_operators(backend: str) -> None:
+    """On the meta device nothing is computed, but names, order, types and shapes are PyTorch's."""
+    with torch.device("meta"):
+        query, grad_out = torch.randn(2, 2, 5, 3, 16, dtype=torch.bfloat16).unbind()
+        key, value = torch.randn(2, 2, 7, 3, 16, dtype=torch.bfloat16).unbind()
+    out, lse = backends.BACKENDS[backend].forward(query, key, value, 0.25)
+    assert (out.shape, lse.shape, lse.dtype) == (query.shape, (2, 3, 5), torch.float32)
+    grads = backends.BACKENDS[backend].backward(grad_out, query, key, value, out, lse, 0.25, True)
+    assert [gradient.shape for gradient in grads if gradient is not None] == [query.shape, key.shape, value.shape]
+
+
 @needs_triton
 def test_triton_is_bitwise_repeatable(device: torch.device) -> None:
     query, segments = draw(2, 70, [PREFIX, OWN], torch.float16, heads=1, device=device)
@@ -241,8 +288,10 @@ def test_triton_merge(device: torch.device, dtype: torch.dtype, parts: int) -> N
     from arcopo_kernels.attention import triton
 
     outs = [torch.randn(3, 5, 2, 40, dtype=dtype, device=device) for _ in range(parts)]
+    outs[1] = outs[1].transpose(1, 2).contiguous().transpose(1, 2)  # as einsum leaves it
     lses = [10 * torch.randn(3, 2, 5, device=device) for _ in range(parts)]
     lses[0] = lses[0].transpose(0, 1).contiguous().transpose(0, 1)  # as of a folded segment
+    lses[1] = lses[1].transpose(1, 2).contiguous().transpose(1, 2)
     out, lse = triton.merge(outs, lses)
     expected, expected_lse = merge_attention([out.double() for out in outs], [lse.double() for lse in lses])
     assert out.dtype == dtype
@@ -384,6 +433,49 @@ def test_gpu_pool_views(backend: str) -> None:
     exact = torch.autograd.grad(exact_out, [exact_query, exact_segments[1].key, exact_segments[1].value], grad_out.double())
     for name, a, b, c in zip(("query", "key", "value"), ours, same_precision, exact):
         assert_no_worse(f"gradient of {name}", a, b, c)
+
+
+@gpu
+@pytest.mark.parametrize("backend", FUSED)
+def test_gpu_expanded_keys(backend: str) -> None:
+    query, (shared, _) = gpu_backend(backend, [Run(390, True, False), OWN])
+    trained = Segment(*(tensor.expand(3, -1, -1, -1) for tensor in shared[:2]))
+    grad_out, inputs = torch.randn_like(query), [query, shared.key, shared.value]
+    exact_query, (exact_shared,) = in_double(query, [shared])
+    outs = [segment_attention(query, [trained], backend=backend), plain(query, [shared]), dense(exact_query, [exact_shared])]
+    of = [inputs, inputs, [exact_query, exact_shared.key, exact_shared.value]]
+    gradients = [torch.autograd.grad(out, leaves, grad_out.to(out.dtype)) for out, leaves in zip(outs, of)]
+    assert_no_worse("output", *outs, slack=1e-3)
+    for name, *each in zip(("query", "key", "value"), *gradients):
+        assert_no_worse(f"gradient of {name}", *each, slack=1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("backend", FUSED)
+def test_gpu_offsets_beyond_32_bits(backend: str) -> None:
+    """Branches that lie 2^31 elements apart, as in a large pool."""
+    query, (own,) = gpu_backend(backend, [Run(130, False, False)])
+    row = own.key.stride(1)
+    pool = torch.empty(2 * (2**31 + 2 * row) + own.key[0].numel(), dtype=torch.bfloat16, device="cuda")
+    far = pool.as_strided(own.key.shape, (2**31 + 2 * row, *own.key.stride()[1:]))
+    with torch.no_grad():
+        far.copy_(own.key)
+    results = []
+    for key in (far.requires_grad_(), own.key):
+        out = segment_attention(query, [Segment(key, own.value)], backend=backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [query, key, own.value])])
+    for name, ours, near in zip(("output", "gradient of query", "gradient of key", "gradient of value"), *results):
+        assert_close(name, ours, near, 2e-3)
+
+
+@gpu
+def test_gpu_falls_back_to_plain_pytorch_and_merges_what_it_gives() -> None:
+    """No fused kernel takes a head_dim of 20, and einsum's outputs are not contiguous."""
+    query, segments = draw(3, 37, [PREFIX, WINDOW, OWN], torch.bfloat16, head_dim=20, device="cuda")
+    out = segment_attention(query, segments)
+    used = dispatch.used("segment_attention")
+    assert used is not None and used.name == "math"
+    assert_no_worse("output", out, plain(query, segments), dense(*in_double(query, segments)), slack=1e-3)
 
 
 @gpu

@@ -212,6 +212,59 @@ def test_one_output_alone_can_carry_gradient(device: torch.device) -> None:
 
 
 @needs_triton
+def test_expanded_arguments_and_gradients(device: torch.device) -> None:
+    """Strides of 0: one frame for all, one modulation for all, and the gradient of a sum."""
+    a = {name: t.detach().requires_grad_() for name, t in draw((2, 1, 3, 20), (1, 1), torch.float32, device).items()}
+    modulations = {name: a[name].expand(2, 3, 1, 20) for name in ("gate", "scale", "shift")}
+    results = []
+    for implementation in ("triton", "reference"):
+        with dispatch.use(implementation):
+            outputs = gated_residual_layer_norm_modulate(a["x"].expand(2, 3, 3, 20), a["y"].expand(2, 3, 3, 20), **modulations)
+        inputs = [a[name] for name in ("x", "y", *modulations)]
+        results.append((*outputs, *torch.autograd.grad(outputs[0].sum() + 3 * outputs[1].sum(), inputs)))
+    for name, ours, theirs in zip(("hidden", "out", "x", "y", *modulations), *results):
+        assert_close(name, ours, theirs, 1e-5)
+
+
+@needs_triton
+def test_a_second_derivative_is_refused(device: torch.device) -> None:
+    a = draw((1, 2, 2, 12), (1, 2), torch.float32, device)
+    x = a["x"].detach().requires_grad_()
+    with dispatch.use("triton"):
+        (gradient,) = torch.autograd.grad(norm({**a, "x": x})[0].square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            gradient.sum().backward()
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_more_frames_than_a_grid_has_rows() -> None:
+    """A modulation for each of 70,000 tokens: the frame of every token is its own."""
+    a = {name: t.detach().requires_grad_() for name, t in draw((2, 35000, 1, 24), (2, 35000), torch.float32, torch.device("cuda")).items()}
+    results = []
+    for implementation in ("triton", "reference"):
+        with dispatch.use(implementation):
+            outputs = everything(a)
+        results.append((*outputs, *torch.autograd.grad(sum(out.square().sum() for out in outputs), list(a.values()))))
+    for name, ours, theirs in zip(("hidden", "out", *NAMES), *results):
+        assert_close(name, ours, theirs, 1e-4)
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_offsets_beyond_32_bits() -> None:
+    """2^31 elements and a few tokens more, the last of them bit for bit what they are alone."""
+    a = draw((1, 1, 2**20 + 3, 1), (1, 1), torch.bfloat16, torch.device("cuda"))
+    x = torch.randn(1, 1, 1, 2048, dtype=torch.bfloat16, device="cuda") * a["x"]
+    gate, scale, shift = torch.randn(3, 1, 1, 1, 2048, dtype=torch.bfloat16, device="cuda")
+    last = x[:, :, -5:]
+    with dispatch.use("triton"):
+        far = gated_residual_layer_norm_modulate(x, x, gate, scale=scale, shift=shift)
+        near = gated_residual_layer_norm_modulate(last, last, gate, scale=scale, shift=shift)
+    assert all(torch.equal(mine[:, :, -5:], other) for mine, other in zip(far, near))
+
+
+@needs_triton
 def test_registration(device: torch.device) -> None:
     a = {name: t.detach().requires_grad_() for name, t in draw((1, 2, 1, 12), (1, 2), torch.float32, device).items()}
     x, y, gate, scale, shift, weight, bias = a.values()

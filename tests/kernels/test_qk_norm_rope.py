@@ -245,6 +245,51 @@ def test_runs_are_bitwise_equal_and_empty_batches_pass(device: torch.device) -> 
 
 
 @needs_triton
+def test_any_strides_and_one_output_alone(device: torch.device) -> None:
+    """[B, H, T, D] behind the query, a key expanded over the batch, the gradient of a sum, and no gradient at all for the query."""
+    grid = (2, 1, 3)
+    query, key, _, query_weight, key_weight = (t.detach() for t in draw(3, 10, grid, torch.float32, device))
+    query, key, weights = query.transpose(1, 2).contiguous().transpose(1, 2), key[:1], (query_weight, key_weight)
+    inputs = tuple(t.requires_grad_() for t in (query, key, *weights))
+    results = {}
+    for implementation in ("triton", "reference"):
+        with dispatch.use(implementation):
+            outputs = qk_norm_rope(query, key.expand(2, -1, -1, -1), *weights, grid=grid, position=3)
+        both = torch.autograd.grad(outputs[0].sum() + 3 * outputs[1].sum(), inputs, retain_graph=True)
+        results[implementation] = (*outputs, *both, *torch.autograd.grad(outputs[1].square().sum(), inputs[1::2]))
+    names = ("query", "key", *(f"gradient {name}" for name in ("query", "key", "query_weight", "key_weight", "key alone", "its weight")))
+    for name, ours, theirs in zip(names, results["triton"], results["reference"]):
+        assert_close(name, ours, theirs, 1e-5)
+
+
+@needs_triton
+def test_a_second_derivative_is_refused(device: torch.device) -> None:
+    query, key, _, *weights = draw(2, 8, (1, 2, 1), torch.float32, device)
+    query.requires_grad_()
+    with dispatch.use("triton"):
+        out = qk_norm_rope(query, key, *weights, grid=(1, 2, 1))[0]
+        (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            gradient.sum().backward()
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_offsets_beyond_32_bits() -> None:
+    """Branches 2^31 elements apart, in what is read and in what is written."""
+    device, grid, heads, head_dim = torch.device("cuda"), (1, 2, 2), 2, 128
+    fused, *weights = draw(heads, head_dim, grid, torch.bfloat16, device)[2:]
+    apart = (2**31 + 1024, heads * head_dim, head_dim, 1)
+    buffers = [torch.empty(apart[0] + 4096, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    far, cache = (buffer.as_strided((2, 4, heads, head_dim), apart) for buffer in buffers)
+    near = far.copy_(fused).contiguous()
+    with dispatch.use("triton"):
+        expected = qk_norm_rope(near, near, *weights, grid=grid)
+        actual = qk_norm_rope_to_cache(far, far, near, *weights, cache, torch.empty_like(near), grid=grid)
+    assert all(torch.equal(a, b) for a, b in zip((*actual, cache), (*expected, expected[1])))
+
+
+@needs_triton
 def test_frozen_weights_get_no_gradient(device: torch.device) -> None:
     query, key, _, query_weight, key_weight = draw(2, 8, (1, 2, 1), torch.float32, device)
     key.requires_grad_()

@@ -38,7 +38,8 @@ class Backend(NamedTuple):
     backward: Backward
 
 
-# Plain PyTorch, any device and dtype: the oracle of the identity above. It keeps all scores.
+# Plain PyTorch, any device and dtype: the oracle of the identity above. It keeps all scores. Autocast would round what the backward pass,
+# which runs outside of it, computes again without rounding.
 
 
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -50,24 +51,26 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
 
 
 def _math_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    query, key, value = _wide(query, key, value)
-    scores = _scores(query, key, scale)
-    lse = scores.logsumexp(-1)
-    return torch.einsum("bhqk,bkhd->bqhd", (scores - lse.unsqueeze(-1)).exp(), value), lse
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, value = _wide(query, key, value)
+        scores = _scores(query, key, scale)
+        lse = scores.logsumexp(-1)
+        return torch.einsum("bhqk,bkhd->bqhd", (scores - lse.unsqueeze(-1)).exp(), value), lse
 
 
 def _math_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, trained: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    grad_out, query, key, value, out = _wide(grad_out, query, key, value, out)
-    weights = (_scores(query, key, scale) - lse.unsqueeze(-1)).exp()
-    delta = (grad_out * out).sum(-1).transpose(1, 2).unsqueeze(-1)
-    grad_scores = scale * weights * (torch.einsum("bqhd,bkhd->bhqk", grad_out, value) - delta)
-    grad_query = torch.einsum("bhqk,bkhd->bqhd", grad_scores, key)
-    if not trained:
-        return grad_query, None, None
-    grad_key = torch.einsum("bhqk,bqhd->bkhd", grad_scores, query)
-    return grad_query, grad_key, torch.einsum("bhqk,bqhd->bkhd", weights, grad_out)
+    with torch.autocast(query.device.type, enabled=False):
+        grad_out, query, key, value, out = _wide(grad_out, query, key, value, out)
+        weights = (_scores(query, key, scale) - lse.unsqueeze(-1)).exp()
+        delta = (grad_out * out).sum(-1).transpose(1, 2).unsqueeze(-1)
+        grad_scores = scale * weights * (torch.einsum("bqhd,bkhd->bhqk", grad_out, value) - delta)
+        grad_query = torch.einsum("bhqk,bkhd->bqhd", grad_scores, key)
+        if not trained:
+            return grad_query, None, None
+        grad_key = torch.einsum("bhqk,bqhd->bkhd", grad_scores, query)
+        return grad_query, grad_key, torch.einsum("bhqk,bqhd->bkhd", weights, grad_out)
 
 
 # PyTorch's own fused operators. They always compute dK and dV.
@@ -109,8 +112,9 @@ def _sdpa_refuses(can_use: Callable[..., bool], query: Tensor, key: Tensor, valu
     # PyTorch knows which versions of its kernels fail on which shapes and devices, and what the user switched off.
     query, key, value = _heads_first(query, key, value)
     params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
-    if can_use(params):
-        return None
+    with torch.cuda.device_of(query):  # it asks the current device
+        if can_use(params):
+            return None
     shapes = f"queries [B, H, Tq, D] = {list(query.shape)} over {key.shape[2]} keys"
     return f"torch.backends.cuda.{can_use.__name__} refuses {shapes} (debug=True says why)"
 

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
+from arcopo_kernels.device import on_device_of_tensors
 from arcopo_kernels.dispatch import INTERPRETED
 from torch import Tensor
 
@@ -242,14 +243,14 @@ class Blocks(NamedTuple):
 def block_sizes(kernel: str, head_dim: int, itemsize: int) -> Blocks:
     """Tiles for "forward", "grad_query" or "grad_key_value".
 
-    Chosen ahead of time, not measured: they spill no register on sm_80, sm_90 and sm_100 (`python -m arcopo_kernels.aot`) and fit the
-    99 KiB of shared memory of sm_86 and sm_89. One stage fits the 64 KiB of AMD's GPUs.
+    Chosen ahead of time, not measured: they spill no register on sm_80, sm_90 and sm_100 (`python -m arcopo_kernels.aot`), whether Triton
+    3.6 or 3.7 compiles them, and fit the 99 KiB of shared memory of sm_86 and sm_89. One stage fits the 64 KiB of AMD's GPUs.
     """
-    if itemsize > 2:
-        return Blocks(32, 32, 4, 1)
+    if itemsize > 2:  # exact products, without tensor cores: a thread keeps a row and a column of its one score. For small models
+        return Blocks(16, 16, 8, 1)
     stages = 1 if torch.version.hip else 2
     if kernel == "grad_key_value":
-        return Blocks(64, 64, 8, stages)
+        return Blocks(32, 64, 8, stages)
     return Blocks(64, 64, 4, stages) if kernel == "grad_query" and head_dim == 128 else Blocks(128, 64, 8, stages)
 
 
@@ -270,6 +271,7 @@ def _strides(key: Tensor, value: Tensor) -> tuple[int, ...]:
     return *key.stride()[:3], *value.stride()[:3]
 
 
+@on_device_of_tensors
 def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """query, contiguous [B, Tq, H, D], over key and value [B, Tk, H, D] -> out [B, Tq, H, D], lse [B, H, Tq] float32."""
     batch, tokens, heads, head_dim = query.shape
@@ -283,6 +285,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
     return out, lse
 
 
+@on_device_of_tensors
 def backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, trained: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -306,11 +309,14 @@ def backward(
     return grad_query, grad_key, grad_value
 
 
+@on_device_of_tensors
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """`reference.merge_attention` for parts that all see a key, two at a time; only the last step rounds to the parts' dtype.
 
-    outs: contiguous [B, Tq, H, D]; lses: [B, H, Tq], stride 1 along Tq.
+    outs: [B, Tq, H, D]; lses: [B, H, Tq]. Read in place where outs are contiguous and lses have stride 1 along Tq, else copied first.
     """
+    outs = [out.contiguous() for out in outs]
+    lses = [lse if lse.stride(2) == 1 else lse.contiguous() for lse in lses]
     batch, tokens, heads, head_dim = outs[0].shape
     rows, block = batch * tokens * heads, 32
     merged, merged_lse = outs[0], lses[0]
@@ -325,8 +331,8 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     return merged, merged_lse
 
 
-def _aot_case(kernel: str, function: triton.JITFunction, head_dim: int) -> AotCase:
-    blocks = block_sizes(kernel, head_dim, 2)
+def _aot_case(kernel: str, function: triton.JITFunction, head_dim: int, dtype: str) -> AotCase:
+    blocks = block_sizes(kernel, head_dim, 4 if dtype == "fp32" else 2)
     signature = {}
     for name in function.arg_names:
         if name in ("lse", "delta"):
@@ -336,19 +342,19 @@ def _aot_case(kernel: str, function: triton.JITFunction, head_dim: int) -> AotCa
         elif name.startswith(("tokens", "heads")) or name.endswith(("_batch", "_token", "_head")):
             signature[name] = "i32"
         elif name.islower():
-            signature[name] = "*bf16"
+            signature[name] = f"*{dtype}"
     divisible = [name for name in signature if name not in ("scale", "tokens_q", "tokens_k", "heads")]
     constants = {"HEAD_DIM": head_dim, "BLOCK_Q": blocks.query, "BLOCK_K": blocks.key}
-    return AotCase(f"{kernel}[{head_dim}]", function, signature, constants, divisible, blocks.num_warps, blocks.num_stages)
+    return AotCase(f"{kernel}[{head_dim}, {dtype}]", function, signature, constants, divisible, blocks.num_warps, blocks.num_stages)
 
 
 AOT_CASES = [
-    _aot_case(kernel, function, head_dim)
+    _aot_case(kernel, function, head_dim, dtype)
     for kernel, function in (("forward", _forward), ("grad_query", _grad_query), ("grad_key_value", _grad_key_value))
-    for head_dim in (64, 128)
+    for head_dim, dtype in ((64, "bf16"), (128, "bf16"), (64, "fp32"))
 ] + [
     AotCase(
-        "merge[128]",
+        "merge[128, bf16]",
         _merge,
         {
             **dict.fromkeys(("first", "second", "out"), "*bf16"),

@@ -161,8 +161,7 @@ def _modulation(
     from arcopo_kernels.modulation import triton
 
     hidden, out = _outputs(x, y, gate, scale, shift, norm)
-    with torch.cuda.device_of(x):
-        triton.forward(x, y, gate, scale, shift, weight, bias, eps, hidden, out)
+    triton.forward(x, y, gate, scale, shift, weight, bias, eps, hidden, out)
     return [t for t in (hidden, out) if t is not None]
 
 
@@ -209,8 +208,7 @@ def _modulation_backward(
 
     names = {"gate": gate, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
     grad_x, grad_y, parameters = _gradients(grad_hidden, hidden, gate, names, parameter_gradients)
-    with torch.cuda.device_of(grad_x):
-        triton.backward(grad_hidden, grad_out, hidden, y, gate, scale, weight, bias, eps, grad_x, grad_y, parameters)
+    triton.backward(grad_hidden, grad_out, hidden, y, gate, scale, weight, bias, eps, grad_x, grad_y, parameters)
     return [grad_x, *([] if grad_y is None else [grad_y]), *parameters.values()]
 
 

@@ -15,16 +15,18 @@ import torch
 import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
+from arcopo_kernels.device import on_device_of_tensors
 from torch import Tensor
 
 TOKENS_PER_PARTIAL = 16
 """Tokens that a program sums for the gradients of gate, scale, shift, weight and bias: a constant, so that the order of sums is one too."""
 
 
-def block_sizes(size: int, parameter_gradients: bool = False) -> tuple[int, int]:
-    """BLOCK and num_warps: 16 elements a thread, two 16-byte loads in half precision; fewer threads where sums need registers besides."""
+def block_sizes(size: int) -> tuple[int, int]:
+    """BLOCK and num_warps: 16 elements a thread, two 16-byte loads in half precision, in at most 256 threads where registers allow it: the
+    larger the block of threads, the fewer rows are under way while one waits for its sums."""
     block = triton.next_power_of_2(size)
-    return block, min(max(block // 512, 1), 8 if parameter_gradients else 16)
+    return block, min(max(block // 512, 1), 8 if block <= 8192 else 16)
 
 
 @triton.jit
@@ -58,10 +60,11 @@ def _forward(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    batch, frame = (tl.program_id(1) // frames).to(tl.int64), (tl.program_id(1) % frames).to(tl.int64)
+    row = tl.program_id(0)  # of [B, F, T]
+    batch, frame = (row // tokens // frames).to(tl.int64), (row // tokens % frames).to(tl.int64)
     element = tl.arange(0, BLOCK)
     inside = element < SIZE
-    at = (tl.program_id(1).to(tl.int64) * tokens + tl.program_id(0)) * SIZE + element
+    at = row.to(tl.int64) * SIZE + element
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if y is not None:
         update = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
@@ -112,15 +115,17 @@ def _backward(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    batch, frame = (tl.program_id(1) // frames).to(tl.int64), (tl.program_id(1) % frames).to(tl.int64)
+    programs = tl.cdiv(tokens, tokens_per_program)
+    run = tl.program_id(0) // programs  # of [B, F]
+    batch, frame = (run // frames).to(tl.int64), (run % frames).to(tl.int64)
     element = tl.arange(0, BLOCK)
     inside = element < SIZE
     gate_sum = tl.zeros([BLOCK], tl.float32)
     grad_sum = tl.zeros([BLOCK], tl.float32)
     normed_sum = tl.zeros([BLOCK], tl.float32)
-    first = tl.program_id(0) * tokens_per_program
+    first = tl.program_id(0) % programs * tokens_per_program
     for token in range(first, tl.minimum(first + tokens_per_program, tokens)):
-        at = (tl.program_id(1).to(tl.int64) * tokens + token) * SIZE + element
+        at = (run.to(tl.int64) * tokens + token) * SIZE + element
         if grad_out is not None:
             grad = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
             normed, rstd = _normalise(tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32), inside, eps, SIZE)
@@ -145,7 +150,7 @@ def _backward(
             source = gate + batch * gate_stride_batch + frame * gate_stride_frame
             grad *= tl.load(source + element, mask=inside, other=0.0).to(tl.float32)
             tl.store(grad_y + at, grad.to(grad_y.dtype.element_ty), mask=inside)
-    at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * SIZE + element
+    at = tl.program_id(0).to(tl.int64) * SIZE + element
     if gate_partials is not None:
         tl.store(gate_partials + at, gate_sum, mask=inside)
     if grad_partials is not None:
@@ -166,6 +171,7 @@ def _strides(modulation: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, 
     return modulation, over_batch, over_frames
 
 
+@on_device_of_tensors
 def forward(
     x: Tensor,
     y: Tensor | None,
@@ -185,7 +191,7 @@ def forward(
     block, num_warps = block_sizes(size)
     (gate, *gate_strides), (scale, *scale_strides), (shift, *shift_strides) = (_strides(m, x) for m in (gate, scale, shift))
     row, update, weight, bias = _contiguous(x, y, weight, bias)
-    _forward[(tokens, batch * frames)](
+    _forward[(batch * frames * tokens,)](
         row,
         update,
         gate,
@@ -207,6 +213,7 @@ def forward(
     )
 
 
+@on_device_of_tensors
 def backward(
     grad_hidden: Tensor | None,
     grad_out: Tensor | None,
@@ -233,10 +240,10 @@ def backward(
     names += ["grad", "normed"] if parameters.keys() - {"gate"} else []
     shape = (batch * frames, programs, size)
     partials = {name: torch.empty(shape, dtype=torch.float32, device=grad_x.device) for name in names}
-    block, num_warps = block_sizes(size, bool(parameters))
+    block, num_warps = block_sizes(size)
     (gate, *gate_strides), (scale, *scale_strides) = _strides(gate, grad_x), _strides(scale, grad_x)
     grad_hidden, grad_out, hidden, y, weight = _contiguous(grad_hidden, grad_out, hidden, y, weight)
-    _backward[(programs, batch * frames)](
+    _backward[(batch * frames * programs,)](
         grad_hidden,
         grad_out,
         hidden,
@@ -275,8 +282,7 @@ def backward(
 
 def _case(name: str, kernel: Any, size: int, *, absent: str = "") -> AotCase:
     """A kernel at bf16 without the arguments `absent`."""
-    partials = any(name.endswith("_partials") and name not in absent.split() for name in kernel.arg_names)
-    block, num_warps = block_sizes(size, partials)
+    block, num_warps = block_sizes(size)
     sizes: dict[str, Any] = {"SIZE": size, "BLOCK": block}
     signature, divisible = {}, []
     for argument in kernel.arg_names:

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
+from arcopo_kernels.device import on_device_of_tensors
 from torch import Tensor
 
 
@@ -67,6 +68,7 @@ def _tiles(
         tl.store(gradient_ptr + elements, 2 * beta * scale * (step + (2 * reward - 1) * error), mask=mask)
 
 
+@on_device_of_tensors
 def nft_loss(
     pred: Tensor, old_pred: Tensor, target: Tensor, reward: Tensor, beta: float, mean: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
+from arcopo_kernels.device import on_device_of_tensors
 from torch import Tensor
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -56,6 +57,7 @@ def _copy_pages(
     tl.store(values_ptr + target, value, mask=inside)
 
 
+@on_device_of_tensors
 def copy_pages(keys: Tensor, values: Tensor, sources: Tensor, targets: Tensor, sizes: BlockSizes | None = None) -> None:
     """keys, values: [layers, pages, ...], contiguous; sources, targets: [n] int64."""
     layers, pages = keys.shape[:2]
@@ -64,17 +66,16 @@ def copy_pages(keys: Tensor, values: Tensor, sources: Tensor, targets: Tensor, s
         return
     sizes = sizes or block_sizes(page_elements, keys.itemsize)
     integer = INTEGERS[keys.itemsize]
-    with torch.cuda.device_of(keys):
-        _copy_pages[sources.numel() * triton.cdiv(page_elements, sizes.block), layers](
-            keys.view(integer),
-            values.view(integer),
-            sources.contiguous(),
-            targets.contiguous(),
-            pages * page_elements,
-            page_elements,
-            BLOCK=sizes.block,
-            num_warps=sizes.num_warps,
-        )
+    _copy_pages[sources.numel() * triton.cdiv(page_elements, sizes.block), layers](
+        keys.view(integer),
+        values.view(integer),
+        sources.contiguous(),
+        targets.contiguous(),
+        pages * page_elements,
+        page_elements,
+        BLOCK=sizes.block,
+        num_warps=sizes.num_warps,
+    )
 
 
 def _aot_case(name: str, itemsize: int, page_elements: int) -> AotCase:

@@ -223,8 +223,7 @@ def _qk_norm_rope(
 
     outputs = _outputs(query, key, query_weight, key_weight)
     starts = query_start, key_start, query_position, key_position
-    with torch.cuda.device_of(query):
-        triton.forward(query, key, query_weight, key_weight, *starts, rows, columns, eps, outputs)
+    triton.forward(query, key, query_weight, key_weight, *starts, rows, columns, eps, outputs)
     return outputs
 
 
@@ -258,8 +257,7 @@ def _qk_norm_rope_to_cache(
     outputs = _outputs(query, key, query_weight, key_weight)
     starts = query_start, key_start, query_position, key_position
     cache = value, key_cache, value_cache
-    with torch.cuda.device_of(query):
-        triton.forward(query, key, query_weight, key_weight, *starts, rows, columns, eps, outputs, cache=cache, cache_roped=cache_roped)
+    triton.forward(query, key, query_weight, key_weight, *starts, rows, columns, eps, outputs, cache=cache, cache_roped=cache_roped)
     return outputs[0], outputs[1]
 
 
@@ -305,10 +303,9 @@ def _qk_norm_rope_backward(
 
     outputs = _gradients(grad_query_out, grad_key_out, query, key, query_weight, key_weight, weight_gradients)
     starts = query_start, key_start, query_position, key_position
-    with torch.cuda.device_of(grad_query_out):
-        triton.backward(
-            grad_query_out, grad_key_out, query, key, query_weight, key_weight, *starts, rows, columns, eps, weight_gradients, outputs
-        )
+    triton.backward(
+        grad_query_out, grad_key_out, query, key, query_weight, key_weight, *starts, rows, columns, eps, weight_gradients, outputs
+    )
     return outputs
 
 

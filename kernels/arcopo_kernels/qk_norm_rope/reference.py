@@ -33,11 +33,15 @@ def apply_rope(x: Tensor, position: int | Tensor, grid: tuple[int, int, int]) ->
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.device.type == "cpu" and x.dtype.itemsize < 4:
         dtype = torch.float64
-    # A compiler traces through caches, and what inference mode computes could not be used in training later.
-    cached = not (isinstance(position, Tensor) or torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
+    # A compiler traces through caches, what inference mode computes could not be used in training, and a graph needs tensors that stay.
+    cached = not (isinstance(position, Tensor) or torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or _capturing(x))
     cos, sin = (_cached_cos_sin if cached else _cos_sin)(position, grid, x.shape[-1], dtype, x.device)
     even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def norm_rope(x: Tensor, weight: Tensor, position: int | Tensor, grid: tuple[int, int, int], eps: float) -> Tensor:

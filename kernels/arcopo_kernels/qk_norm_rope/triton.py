@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
+from arcopo_kernels.device import on_device_of_tensors
 from arcopo_kernels.qk_norm_rope.reference import rope_table, table_length
 from torch import Tensor
 
@@ -24,9 +25,11 @@ WEIGHT_GRADIENT_PROGRAMS = 512
 
 
 def block_sizes(heads: int, head_dim: int) -> tuple[int, int, int]:
-    """BLOCK_H, BLOCK_D and num_warps: 16 elements a thread, two 16-byte loads in half precision."""
+    """BLOCK_H, BLOCK_D and num_warps: 16 elements a thread, two 16-byte loads in half precision, in at most 256 threads where registers
+    allow it: the larger the block of threads, the fewer rows are under way while one waits for its sum."""
     block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
-    return block_h, block_d, min(max(block_h * block_d // 512, 1), 16)
+    block = block_h * block_d
+    return block_h, block_d, min(max(block // 512, 1), 8 if block <= 8192 else 16)
 
 
 @triton.jit
@@ -308,6 +311,7 @@ def _table(x: Tensor, query_position: int, key_position: int, rows: int, columns
     return rope_table(x.shape[3], length, torch.float32, x.device), length
 
 
+@on_device_of_tensors
 def forward(
     query: Tensor,
     key: Tensor | None,
@@ -374,6 +378,7 @@ def forward(
     )
 
 
+@on_device_of_tensors
 def backward(
     grad_query_out: Tensor,
     grad_key_out: Tensor | None,

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
+from arcopo_kernels.device import on_device_of_tensors
 from torch import Tensor
 
 
@@ -260,12 +261,14 @@ def _of_steps(candidates: Tensor, step_index: Tensor | None) -> tuple[Tensor, Te
     return candidates.contiguous(), step_index.contiguous()
 
 
+@on_device_of_tensors
 def copo_projections(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_index: Tensor | None) -> Tensor:
     """[N, 2 G + 1] float64: distances to x_old, projections of the update on x_i - x_old, and the update's square."""
     candidates, step_index = _of_steps(candidates, step_index)
     return _launch_partials(pred.contiguous(), old_pred.contiguous(), candidates, step_index).sum(-1)
 
 
+@on_device_of_tensors
 def copo_surrogate(
     pred: Tensor,
     old_pred: Tensor,
