@@ -6,7 +6,7 @@ Whatever is wrong with the input is said here, as a UserError, before anything i
 from __future__ import annotations
 
 import importlib.resources
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from arcopo_fast.config import Config
-from arcopo_fast.data.prompts import Prompts, read_prompts, split_prompts
+from arcopo_fast.data.prompts import Prompts, prompts_file, read_prompts, split_prompts
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
-from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_state_dict
+from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_json, read_state_dict
+from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes, published
+from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
 from arcopo_fast.objectives.copo import CopoSettings
+from arcopo_fast.rewards import simple as simple_rewards
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
@@ -31,15 +34,27 @@ from arcopo_fast.toy.text import ToyTextEncoder
 
 TextEncoder = Callable[[Sequence[str]], Tensor]
 
+UNTRAINED = "random:"
+"""Begins a `generator.checkpoint` that names a size instead of a place."""
+
+REWARDS: dict[str, Callable[[], Reward]] = {
+    "toy_vq": toy_rewards.VisualQuality,
+    "toy_mq": toy_rewards.MotionQuality,
+    "toy_ta": toy_rewards.TextAlignment,
+    "sharpness": simple_rewards.Sharpness,
+    "steadiness": simple_rewards.Steadiness,
+}
+"""By the name that recipes use. One that takes GPU memory of its own, weights and working set, says how much in an attribute `bytes`."""
+
 
 @dataclass
 class Generator:
-    """A text-to-video generator: prompts -> text embeddings -> latents -> frames."""
+    """A text-to-video generator: prompts -> text embeddings -> latents -> frames. directory: None for an untrained one."""
 
     model: CausalWan
     encode_text: TextEncoder
     decoder: StreamingDecoder
-    directory: Path
+    directory: Path | None
 
 
 def checkpoint_directory(checkpoint: str) -> Path:
@@ -48,8 +63,26 @@ def checkpoint_directory(checkpoint: str) -> Path:
         return Path(str(importlib.resources.files("arcopo_fast.toy") / "checkpoint"))
     path = Path(checkpoint)
     if not path.exists():
-        raise UserError(f"there is no checkpoint at {path}; give 'toy' or the path of one")
+        untrained = ", ".join(UNTRAINED + size for size in PUBLISHED)
+        raise UserError(f"there is no checkpoint at {path}; give 'toy', the path of one, or for untrained weights {untrained}")
     return path
+
+
+def generator_sizes(checkpoint: str) -> GeneratorSizes:
+    """The sizes behind a recipe's `generator.checkpoint`; no weights are loaded where a config.json says them.
+
+    Without a config.json of its own, the VAE is taken to be Wan2.1's.
+    """
+    if checkpoint.startswith(UNTRAINED):
+        return published(checkpoint.removeprefix(UNTRAINED))
+    path = checkpoint_directory(checkpoint)
+    config = read_config(path)
+    if config is None or any(name not in config for name in ("num_layers", "num_attention_heads", "ffn_dim")):
+        config = infer_config(read_state_dict(path), config, source=path)
+    names = {entry.name for entry in fields(CausalWanConfig)}
+    transformer = CausalWanConfig(**{name: value for name, value in config.items() if name in names and value is not None})
+    vae = path / "vae" / "config.json"
+    return GeneratorSizes(transformer, VAESizes.from_config(read_json(vae)) if vae.is_file() else VAESizes())
 
 
 def device_of(name: str) -> torch.device:
@@ -74,39 +107,67 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.
 
 
 def load_generator(config: Config) -> Generator:
-    """Everything of a checkpoint directory: transformer/, vae/ and text/."""
-    directory, device = checkpoint_directory(config.generator.checkpoint), device_of(config.generator.device)
-    model = load_model(directory, dtype=getattr(torch, config.generator.dtype), device=device)
+    """Everything of a checkpoint directory, transformer/, vae/ and text/; or untrained, of a published size."""
+    device = device_of(config.generator.device)
+    dtype, vae_dtype = getattr(torch, config.generator.dtype), getattr(torch, config.generator.vae_dtype)
+    if config.generator.checkpoint.startswith(UNTRAINED):
+        sizes = generator_sizes(config.generator.checkpoint)
+        model = untrained_wan(sizes.transformer, dtype=dtype, device=device, seed=config.seed)
+        vae = channels_last(untrained_vae(sizes.vae, dtype=vae_dtype, device=device, seed=config.seed))
+        stand_in = HashedText(sizes.transformer.text_len, sizes.transformer.text_dim)
+        return Generator(model, stand_in, StreamingDecoder(vae, config.video.decode_frames), None)
+    directory = checkpoint_directory(config.generator.checkpoint)
+    model = load_model(directory, dtype=dtype, device=device)
     if not (directory / "vae").is_dir() or not (directory / "text").is_dir():
         absent = "text/" if (directory / "vae").is_dir() else "vae/"
         raise UserError(f"{directory} lacks {absent}; expected a directory with transformer/, vae/ and text/")
-    vae = channels_last(load_vae(directory / "vae")).to(device)
+    vae = channels_last(load_vae(directory / "vae", vae_dtype)).to(device)
     text = ToyTextEncoder.from_pretrained(directory / "text")
     return Generator(model, text, StreamingDecoder(vae, config.video.decode_frames), directory)
 
 
 def video_shape(config: Config, generator: Generator) -> VideoShape:
+    return shape_of(config, generator.model.config.in_channels)
+
+
+def shape_of(config: Config, channels: int) -> VideoShape:
+    """The shape of the recipe's videos in latents of `channels` channels."""
     video = config.video
     return VideoShape.of(
         video.chunks,
         video.chunk_frames,
-        generator.model.config.in_channels,
+        channels,
         video.latent_height,
         video.latent_width,
         independent_first_frame=video.independent_first_frame,
     )
 
 
+def cache_policy(config: Config) -> CachePolicy:
+    cache = config.cache
+    return CachePolicy(cache.variant, cache.window, cache.sink, cache.global_sink)
+
+
+def wave_size(config: Config) -> int:
+    """Branches that are finished at once."""
+    return min(config.rollout.branches_per_wave or config.rollout.group_size, config.rollout.group_size)
+
+
+def pool_pages(config: Config, shape: VideoShape, *, videos: int | None = None) -> int:
+    """Pages that the groups of an iteration need at the worst pivot, or `videos` independent videos."""
+    policy = cache_policy(config)
+    cached = sum(shape.chunk_frames[:-1])
+    visible = cached if policy.window is None else min(cached, policy.window)
+    if videos:
+        return max(1, videos * visible)
+    # Every group of an iteration holds its prefix until the update; a context that is recomputed stands beside the rollout's own.
+    held = config.rollout.prompts_per_iteration - 1 + (config.objective.context == "recompute")
+    return Engine.pages_for(shape, wave_size(config), policy=policy) + held * visible
+
+
 def build_engine(config: Config, model: CausalWan, shape: VideoShape, *, videos: int | None = None) -> Engine:
     """An engine whose pool holds a group of the recipe, or `videos` independent videos."""
     sampler = config.sampler
-    wave = min(config.rollout.branches_per_wave or config.rollout.group_size, config.rollout.group_size)
-    policy = CachePolicy(config.cache.variant, config.cache.window, config.cache.sink, config.cache.global_sink)
-    cached = sum(shape.chunk_frames[:-1])
-    visible = cached if policy.window is None else min(cached, policy.window)
-    # Every group of an iteration holds its prefix until the update; a context that is recomputed stands beside the rollout's own.
-    held = config.rollout.prompts_per_iteration - 1 + (config.objective.context == "recompute")
-    pages = max(1, videos * visible) if videos else Engine.pages_for(shape, wave, policy=policy) + held * visible
     return Engine(
         model,
         shape,
@@ -118,8 +179,8 @@ def build_engine(config: Config, model: CausalWan, shape: VideoShape, *, videos:
             sampler.context_noise,
             sampler.kind,
         ),
-        policy,
-        pages=pages,
+        cache_policy(config),
+        pages=pool_pages(config, shape, videos=videos),
         cuda_graphs=config.rollout.cuda_graphs,
     )
 
@@ -143,23 +204,20 @@ def copo_settings(config: Config) -> CopoSettings:
 
 def load_rewards(config: Config) -> dict[str, Reward]:
     """The rewards that the recipe names, in its order."""
-    known: dict[str, Callable[[], Reward]] = {
-        "toy_vq": toy_rewards.VisualQuality,
-        "toy_mq": toy_rewards.MotionQuality,
-        "toy_ta": toy_rewards.TextAlignment,
-    }
     for name in config.rewards:
-        if name not in known:
-            raise UserError(f"rewards names {name!r}, which is not known; the rewards are {', '.join(known)}")
-    return {name: known[name]() for name in config.rewards}
+        if name not in REWARDS:
+            raise UserError(f"rewards names {name!r}, which is not known; the rewards are {', '.join(REWARDS)}")
+    return {name: REWARDS[name]() for name in config.rewards}
 
 
 def load_held_out(generator: Generator) -> dict[str, Reward]:
-    """Metrics that are never trained on; those of the toy world read its classifier from the checkpoint."""
+    """Metrics that are never trained on; those of the toy world read its classifier from the checkpoint. Untrained generators have none."""
+    if generator.directory is None:
+        return {}
     return toy_metrics.held_out(generator.directory / "classifier")
 
 
 def load_prompts(config: Config) -> Prompts:
     """Training and evaluation prompts; which are kept for evaluation depends on `evaluation.seed` alone."""
-    prompts = toy_data.all_captions() if config.prompts == "toy" else read_prompts(config.prompts)
+    prompts = toy_data.all_captions() if config.prompts == "toy" else read_prompts(prompts_file(config.prompts))
     return split_prompts(prompts, config.evaluation.prompts, random_for(config.evaluation.seed, "evaluation prompts"))

@@ -7,10 +7,13 @@ not the user's doing keeps its traceback.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from arcopo_fast.config import Config, keys_help, load_config, recipes, resolved_yaml
 from arcopo_fast.errors import UserError
@@ -76,26 +79,89 @@ def _end(line: str, status: int) -> int:
     return status
 
 
-def parse_config(arguments: Sequence[str], prog: str, description: str) -> Config | None:
+@dataclass(frozen=True)
+class TrainOptions:
+    """What `train` is told beside its configuration.
+
+    dry_run: say what the run needs instead of starting it. device_memory: for devices of so many GB; none: the one that is here.
+    profile: iterations to trace.
+    """
+
+    dry_run: bool = False
+    device_memory: tuple[float, ...] = ()
+    profile: int = 0
+
+
+TRAIN_OPTIONS = """
+  --dry-run       print the memory that the run needs by component, and the settings that fit each device; start nothing, need no GPU
+  --device-memory 24,40,80,141
+                  with --dry-run: for devices of so many GB; without it, for the GPU that is here, else for these four
+  --profile N     write a PyTorch trace of N iterations into the run's directory"""
+
+
+def parse_train(arguments: Sequence[str], prog: str, description: str) -> tuple[Config, TrainOptions] | None:
+    """`parse_config` for `train`, which has options of its own."""
+    rest: list[str] = []
+    given: dict[str, Any] = {}
+    pending = iter(arguments)
+    for argument in pending:
+        name, equals, value = argument.partition("=")
+        if name == "--dry-run" and not equals:
+            given["dry_run"] = True
+        elif name in ("--device-memory", "--profile"):
+            value = value if equals else next(pending, "")
+            given[name[2:].replace("-", "_")] = _sizes(value) if name == "--device-memory" else _count(value)
+        else:
+            rest.append(argument)
+    config = parse_config(rest, prog, description, options=TRAIN_OPTIONS)
+    if config is None:
+        return None
+    options = TrainOptions(**given)
+    if options.device_memory and not options.dry_run:
+        raise UserError("--device-memory only says what --dry-run is about; add --dry-run, or leave it out")
+    if options.profile and options.dry_run:
+        raise UserError("--profile traces a run, and --dry-run starts none; leave one out")
+    return config, options
+
+
+def _sizes(text: str) -> tuple[float, ...]:
+    try:
+        sizes = tuple(float(size) for size in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or not all(0 < size < math.inf for size in sizes):
+        raise UserError(f"--device-memory takes GB separated by commas, as in 24,80; given {text!r}")
+    return sizes
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9][0-9]*", text):
+        raise UserError(f"--profile takes a number of iterations, at least 1; given {text!r}")
+    return int(text)
+
+
+def parse_config(arguments: Sequence[str], prog: str, description: str, *, options: str = "") -> Config | None:
     """The configuration that `[recipe] [key.sub=value ...]` asks for; None after `--help` or `--print-config`, which print what they say.
 
     Args:
         arguments: the command line without the program's name.
         prog: the command as it is called, such as "python -m arcopo_fast.train".
         description: what it does, for `--help`.
+        options: further lines of the help, for options that the caller has taken out of `arguments`.
 
     Raises:
         UserError: anything that cannot be used.
     """
     if {"-h", "--help"} & set(arguments):
-        print(help_text(prog, description))
+        print(help_text(prog, description, options))
         return None
     words, overrides, show = [], [], False
     for argument in arguments:
         if argument == "--print-config":
             show = True
         elif argument.startswith("-"):
-            raise UserError(f"unknown option {argument}: the options are --help and --print-config; settings are written key.sub=value")
+            known = ["--help", "--print-config", *re.findall(r"^  (--[a-z-]+)", options, re.MULTILINE)]
+            raise UserError(f"unknown option {argument}: the options are {', '.join(known)}; settings are written key.sub=value")
         elif re.match(r"[^/=]*=", argument):
             overrides.append(argument)
         else:
@@ -109,15 +175,15 @@ def parse_config(arguments: Sequence[str], prog: str, description: str) -> Confi
     return config
 
 
-def help_text(prog: str, description: str) -> str:
+def help_text(prog: str, description: str, options: str = "") -> str:
     """Usage, recipes, and every key with its default and meaning."""
-    return f"""usage: {prog} [recipe] [key.sub=value ...] [--print-config] [--help]
+    return f"""usage: {prog} [recipe] [key.sub=value ...] [options]
 
 {description.strip()}
 
   recipe          a YAML file, or a recipe of the package: {", ".join(recipes())} (default: toy)
   key.sub=value   overrides the recipe; the value is YAML; later ones win. Example: optimizer.lr=5e-4 sampler.steps=[1000,300]
-  --print-config  print the resolved configuration and end
+  --print-config  print the resolved configuration and end{options}
   --help          print this and end
 
 Keys, with the default they have where a recipe says nothing:

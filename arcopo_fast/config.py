@@ -128,7 +128,7 @@ class RolloutConfig(_Section):
     )
     prompts_per_iteration: Positive = Field(1, description="groups of an iteration")
     branches_per_wave: Positive | None = Field(None, description="finish so many branches at once: less memory, same result; null: all")
-
+    decode_branches: Positive | None = Field(None, description="decode so many branches at once: less memory, same result; null: all")
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         "auto", description="replay the denoising steps of a chunk as one CUDA graph; auto: where launches, not arithmetic, take the time"
     )
@@ -228,7 +228,9 @@ class Config(_Section):
 
     name: str = Field(description="of the run and its directory")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of every random draw")
-    prompts: str = Field("toy", min_length=1, description='"toy": the captions of the toy world; else a text file, one prompt a line')
+    prompts: str = Field(
+        "toy", min_length=1, description='"toy": captions of the toy world; "bench": plain sentences; else a text file, one prompt a line'
+    )
     generator: GeneratorConfig = Field(default_factory=GeneratorConfig)
     video: VideoConfig
     sampler: SamplerConfig

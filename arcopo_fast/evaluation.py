@@ -12,6 +12,7 @@ from arcopo_fast.assemble import Generator, build_engine, video_shape
 from arcopo_fast.config import Config
 from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
+from arcopo_fast.runtime.memory import resident
 
 BATCH = 8
 
@@ -48,9 +49,12 @@ def evaluate(
         part = every[start : start + BATCH]
         rows = [KeyedNoise(shape.chunk, config.evaluation.seed, group=start + row) for row in range(len(part))]
         latents = engine.generate(generator.encode_text(part), StackedNoise(rows))
-        frames, _ = generator.decoder.decode(latents, generator.decoder.start())
-        for name, values in (score(rewards, frames, part) | score(held_out, frames, part)).items():
-            scores.setdefault(name, []).append(values.cpu())
+        device, offload = generator.model.device, config.generator.offload
+        with resident(device, generator.decoder.vae, offload=offload):
+            frames, _ = generator.decoder.decode(latents, generator.decoder.start())
+        with resident(device, *rewards.values(), *held_out.values(), offload=offload):
+            for name, values in (score(rewards, frames, part) | score(held_out, frames, part)).items():
+                scores.setdefault(name, []).append(values.cpu())
         shown.append(frames[: max(0, config.evaluation.sample_videos - start)].cpu())
     joined = {name: torch.cat(values) for name, values in scores.items()}
     total = torch.stack([config.rewards[name] * joined[name] for name in rewards]).sum(dim=0)

@@ -1,6 +1,6 @@
 """Align a generator with AR-CoPO.
 
-    python -m arcopo_fast.train [RECIPE] [key=value ...]
+    python -m arcopo_fast.train [RECIPE] [key=value ...] [--dry-run] [--profile N]
 
 One iteration, top to bottom: roll out a group of videos that differ in one chunk's initial noise, decode, reward, advantages, update the
 LoRA adapter. Everything a run makes lies in its run directory.
@@ -28,19 +28,20 @@ from arcopo_fast.assemble import (
     load_rewards,
     video_shape,
 )
-from arcopo_fast.commands import parse_config, run_command
+from arcopo_fast.commands import parse_train, run_command
 from arcopo_fast.config import Config
 from arcopo_fast.evaluation import Evaluation, evaluate
 from arcopo_fast.model.lora import adapter_parameters, add_lora, save_adapter
 from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
 from arcopo_fast.objectives.copo import CopoObjective
+from arcopo_fast.planner import dry_run
 from arcopo_fast.rewards.base import Reward, score
-from arcopo_fast.rollout.decode import decode_group
+from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.rollout.noise import generator as random_for
 from arcopo_fast.runtime import profiling
-from arcopo_fast.runtime.memory import tune_for_cpu
+from arcopo_fast.runtime.memory import resident, tune_for_cpu
 from arcopo_fast.runtime.metrics import MetricsWriter
 from arcopo_fast.runtime.profiling import Trace
 from arcopo_fast.runtime.progress import Progress
@@ -92,6 +93,19 @@ class Trainer:
         )
         return group, prompt
 
+    def judge(self, group: Group, prompt: str) -> dict[str, Tensor]:
+        """Every reward's scores [G] of a group's videos, decoded and judged as many at a time as the recipe says."""
+        device, offload = self.generator.model.device, self.config.generator.offload
+        decoder, parts = self.generator.decoder, []
+        slices = decode_branches(decoder, group.latents, group.pivot, self.config.rollout.decode_branches)
+        while True:
+            with profiling.stage("decode"), resident(device, decoder.vae, offload=offload):
+                frames = next(slices, None)
+            if frames is None:
+                return {name: torch.cat([part[name] for part in parts]) for name in self.rewards}
+            with profiling.stage("reward"), resident(device, *self.rewards.values(), offload=offload):
+                parts.append(score(self.rewards, frames, [prompt] * len(frames)))
+
     def set_learning_rate(self, iteration: int) -> float:
         """The learning rate of an iteration, a function of its number alone."""
         done = (iteration - 1) / self.config.train.iterations
@@ -109,11 +123,8 @@ class Trainer:
             for index in range(config.rollout.prompts_per_iteration):
                 group, prompt = self.rollout(iteration, index)
                 stack.enter_context(group)
-                with profiling.stage("decode"):
-                    frames = decode_group(self.generator.decoder, group.latents, group.pivot)
-                with profiling.stage("reward"):
-                    components = score(self.rewards, frames, [prompt] * group.size)
-                    total = sum_rewards(components, config.rewards)
+                components = self.judge(group, prompt)
+                total = sum_rewards(components, config.rewards)
                 for name, values in ({"reward": total} | {f"reward/{name}": values for name, values in components.items()}).items():
                     logged.setdefault(name, []).append(values.mean().item())
                     logged.setdefault(f"{name}_std", []).append(values.double().std(correction=0).item())
@@ -194,10 +205,15 @@ def train(config: Config, *, profile: int = 0) -> Path:
 
 
 def main(argv: list[str]) -> None:
-    config = parse_config(argv, prog="python -m arcopo_fast.train", description="Align a generator with AR-CoPO.")
-    if config is not None:
-        tune_for_cpu()
-        train(config)
+    command = parse_train(argv, prog="python -m arcopo_fast.train", description="Align a generator with AR-CoPO.")
+    if command is None:
+        return
+    config, options = command
+    if options.dry_run:
+        print(dry_run(config, options.device_memory))
+        return
+    tune_for_cpu()
+    train(config, profile=options.profile)
 
 
 if __name__ == "__main__":

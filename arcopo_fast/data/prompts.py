@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -15,6 +16,11 @@ class Prompts(NamedTuple):
 
     training: list[str]
     evaluation: list[str]
+
+
+def prompts_file(name: str) -> Path:
+    """Where a recipe's `prompts` lie: "bench" comes with the package, anything else is a path."""
+    return Path(str(importlib.resources.files("arcopo_fast.data") / "bench_prompts.txt")) if name == "bench" else Path(name)
 
 
 def read_prompts(path: str | Path) -> list[str]:

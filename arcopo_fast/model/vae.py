@@ -1,7 +1,9 @@
-"""The Wan VAE as a streaming decoder whose causal cache is an explicit value.
+"""The Wan VAE: a streaming decoder whose causal cache is an explicit value, the encoder, and loading.
 
-diffusers' AutoencoderKLWan does the arithmetic. Its decoder looks back at the last frames that each causal convolution has seen; here
-those features are a `VAECache` that goes in and comes out. A cache is never changed, so the one taken at the pivot serves every branch.
+The parameters are those of diffusers' AutoencoderKLWan, and so is the encoder. The decoder's arithmetic is written out here, over the same
+modules, for inference: channels stay innermost from latents to pixels ([B, F, H, W, C] in memory), no padding is materialised, norm and
+activation write where the next convolution reads, and an upsampled feature map never exists. What a causal convolution looks back at is a
+`VAECache` that goes in and comes out. A cache is never changed, so the one taken at the pivot serves every branch.
 Knows nothing of generators or rewards: normalised latents in, frames out, and back.
 """
 
@@ -12,13 +14,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, unpatchify
+from arcopo_kernels import rms_norm
+from arcopo_kernels.norm_silu import norm_silu
 from torch import Tensor, nn
+from torch.nn import functional
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.checkpoints import load_into, model_directory, read_container, read_json, strip_wrappers
+
+if TYPE_CHECKING:  # diffusers is imported when a VAE is loaded: a machine without it can still train on given latents
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,34 +34,34 @@ class VAECache:
     """What the decoder remembers of the latent frames decoded so far.
 
     Attributes:
-        features: one entry for each causal convolution: its last input frames [B, C, 1 or 2, h, w], "Rep" for a temporal upsampler
-            that has seen the first frame only, None where nothing is kept.
+        features: of each causal convolution that has run, the last two frames of its input, [B, 2, h, w, C]; zeros stand for frames
+            before the first.
         frames: latent frames decoded so far.
     """
 
-    features: tuple[Tensor | str | None, ...]
+    features: Mapping[nn.Module, Tensor]
     frames: int
 
     @property
     def batch(self) -> int | None:
         """Batch size, or None before the first frame."""
-        return next((feature.shape[0] for feature in self.features if isinstance(feature, Tensor)), None)
+        return next((feature.shape[0] for feature in self.features.values()), None)
 
 
 def fork(cache: VAECache, branches: int) -> VAECache:
     """The cache of one video as the cache of a batch of `branches` videos that continue it. Views, no copies."""
     if cache.batch not in (None, 1):
         raise ValueError(f"a cache of batch 1 can be forked, this one has batch {cache.batch}")
-    features = (feature.expand(branches, *feature.shape[1:]) if isinstance(feature, Tensor) else feature for feature in cache.features)
-    return VAECache(tuple(features), cache.frames)
+    return VAECache({conv: feature.expand(branches, -1, -1, -1, -1) for conv, feature in cache.features.items()}, cache.frames)
 
 
 class StreamingDecoder:
-    """Decodes latents chunk by chunk. The first latent frame of a video gives one pixel frame, each later one four (2 to the number of
-    temporal upsamplers). Nothing here turns gradients off.
+    """Decodes latents chunk by chunk, without gradients. The first latent frame of a video gives one pixel frame, each later one four
+    (2 to the number of temporal upsamplers).
 
     Args:
-        vae: whose decoder is used.
+        vae: whose parameters are used, as they are at each call, in their dtype and on their device; a bfloat16 VAE decodes in bfloat16.
+            `channels_last` makes it faster.
         frames_per_call: latent frames in one call of the network. 1, as in the official decoder, takes the least memory, and however a
             clip is cut into chunks, the frames are the same, bit for bit. More is faster where frames are small; equal up to rounding.
             A video's first frame always has a call of its own.
@@ -62,12 +70,12 @@ class StreamingDecoder:
     def __init__(self, vae: AutoencoderKLWan, frames_per_call: int = 1) -> None:
         self.vae = vae
         self.frames_per_call = frames_per_call
-        self._convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
-        self._mean, self._std = _statistics(vae)
+        self._dtype = torch.promote_types(vae.dtype, torch.float32)
+        self._mean, self._std = _statistics(vae, self._dtype)
 
     def start(self) -> VAECache:
         """The cache of a video of which nothing is decoded yet; it fits every batch size."""
-        return VAECache((None,) * self._convolutions, 0)
+        return VAECache({}, 0)
 
     def decode(self, latents: Tensor, cache: VAECache) -> tuple[Tensor, VAECache]:
         """Decode the next chunk.
@@ -77,36 +85,154 @@ class StreamingDecoder:
             cache: what `start`, a former call or `fork` returned, for the same batch size. It is left as it is.
 
         Returns:
-            frames [B, pixel frames, 3, H, W] in [0, 1], float32, and the cache to continue with.
+            frames [B, pixel frames, 3, H, W] in [0, 1], float32 (float64 of a float64 VAE), and the cache to continue with.
         """
         pixels, cache = self.decode_unclamped(latents, cache)
-        return pixels.clamp(-1, 1) * 0.5 + 0.5, cache
+        return pixels.clamp_(-1, 1).mul_(0.5).add_(0.5), cache
 
+    @torch.no_grad()
     def decode_unclamped(self, latents: Tensor, cache: VAECache) -> tuple[Tensor, VAECache]:
-        """`decode` before the clamp: the network's own output, nominally in [-1, 1], float32."""
+        """`decode` before the clamp: the network's own output, nominally in [-1, 1]."""
         channels = self._mean.shape[0]
         if latents.dim() != 5 or latents.shape[1] == 0 or latents.shape[2] != channels:
             raise ValueError(f"latents have shape {list(latents.shape)}; expected [B, F >= 1, {channels}, h, w]")
         if cache.batch not in (None, latents.shape[0]):
             raise ValueError(f"latents have batch {latents.shape[0]}, the cache has batch {cache.batch}; fork the cache first")
-        z = latents.movedim(2, -1).float() * self._std.to(latents.device) + self._mean.to(latents.device)
-        z = z.movedim(-1, 1).to(self.vae.dtype)  # [B, C, F, h, w]
-        features = list(cache.features)  # the decoder replaces entries of this list and writes into no tensor
-        frames = []
-        alone = z[:, :, : int(cache.frames == 0)]
-        rest = z[:, :, alone.shape[2] :]
-        parts = [part for part in (alone, *rest.split(self.frames_per_call, dim=2)) if part.shape[2]]
-        for index, part in enumerate(parts):
-            first = cache.frames + index == 0
-            frames.append(self.vae.decoder(self.vae.post_quant_conv(part), feat_cache=features, feat_idx=[0], first_chunk=first))
-        pixels = torch.cat(frames, dim=2)  # [B, 3, F, H, W]; with a patch size 3 p^2 channels, and H / p, W / p
-        if self.vae.config["patch_size"] is not None:
-            pixels = unpatchify(pixels, patch_size=self.vae.config["patch_size"])
-        return pixels.transpose(1, 2).float(), VAECache(tuple(features), cache.frames + latents.shape[1])
+        patch = self.vae.config["patch_size"] or 1
+        z = latents.movedim(2, -1).to(self._dtype) * self._std.to(latents.device) + self._mean.to(latents.device)
+        z = _pointwise(self.vae.post_quant_conv, z.to(self.vae.dtype))  # [B, F, h, w, C]
+        alone = int(cache.frames == 0)
+        features = dict(cache.features)  # entries are replaced, no tensor is written into
+        pixels: list[Tensor] = []
+        for part in (z[:, :alone], *z[:, alone:].split(self.frames_per_call, dim=1)):
+            if part.shape[1]:
+                y = _decoder(self.vae.decoder, part, features, first=bool(alone) and not pixels)
+                # Output channels are (colour, column, row) of a patch; in the frame a row of patches is `patch` rows of pixels.
+                y = y.unflatten(-1, (3, patch, patch)).permute(0, 1, 4, 2, 6, 3, 5).to(self._dtype, memory_format=torch.contiguous_format)
+                pixels.append(y.flatten(3, 4).flatten(4, 5))  # [B, F, 3, H, W]
+        return torch.cat(pixels, dim=1), VAECache(features, cache.frames + latents.shape[1])
+
+
+# The decoder's network. Feature maps are [B, F, H, W, C], contiguous; `features` are the histories of a VAECache, replaced in passing. ----
+
+
+def _decoder(decoder: Any, z: Tensor, features: dict[nn.Module, Tensor], *, first: bool) -> Tensor:
+    """Latent frames z [B, F, h, w, C] -> [B, pixel frames, H, W, 3 p^2]; `first`: z is the first frame of the video, alone."""
+    window = _window(decoder.conv_in, z, features)
+    window[:, -z.shape[1] :] = z
+    x = _causal_conv(decoder.conv_in, window, features)
+    x = _residual_block(decoder.mid_block.resnets[0], x, features)
+    for attention, resnet in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
+        x = _residual_block(resnet, _attention(attention, x), features)
+    for block in decoder.up_blocks:
+        x = _up_block(block, x, features, first=first)
+    return _norm_silu_conv(decoder.norm_out, decoder.conv_out, x, features)
+
+
+def _up_block(block: Any, x: Tensor, features: dict[nn.Module, Tensor], *, first: bool) -> Tensor:
+    """Residual blocks, upsampling, and in a Wan 2.2 VAE the shortcut around them, which repeats values."""
+    y = x
+    for resnet in block.resnets:
+        y = _residual_block(resnet, y, features)
+    upsampler = block.upsamplers[0] if getattr(block, "upsamplers", None) else getattr(block, "upsampler", None)
+    if upsampler is not None:
+        y = _upsample(upsampler, y, features, first=first)
+    if (shortcut := getattr(block, "avg_shortcut", None)) is not None:
+        time, space, channels = shortcut.factor_t, shortcut.factor_s, shortcut.out_channels
+        # [.., C_in, repeats], read as [.., C_out, time, space, space]: views of x
+        repeated = x.unsqueeze(-1).expand(*x.shape, shortcut.repeats).reshape(*x.shape[:-1], channels, time, space, space)
+        if first:
+            repeated = repeated[..., -1:, :, :]
+        batch, frames, height, width = x.shape[:4]
+        blocks = y.view(batch, frames, repeated.shape[-3], height, space, width, space, channels)
+        blocks.permute(0, 1, 3, 5, 7, 2, 4, 6).add_(repeated)
+    return y
+
+
+def _residual_block(block: Any, x: Tensor, features: dict[nn.Module, Tensor]) -> Tensor:
+    y = _norm_silu_conv(block.norm1, block.conv1, x, features)
+    y = _norm_silu_conv(block.norm2, block.conv2, y, features)
+    return y.add_(x if isinstance(block.conv_shortcut, nn.Identity) else _pointwise(block.conv_shortcut, x))
+
+
+def _attention(block: Any, x: Tensor) -> Tensor:
+    """Single-head self-attention within each frame."""
+    tokens = x.flatten(2, 3).flatten(0, 1)  # [B F, H W, C]
+    normed = rms_norm(tokens, block.norm.gamma.flatten(), eps=1e-24)  # diffusers' floor of 1e-12 under the norm, not its mean square
+    query, key, value = _pointwise(block.to_qkv, normed).unsqueeze(1).chunk(3, dim=-1)
+    y = functional.scaled_dot_product_attention(query, key, value).squeeze(1)
+    return _pointwise(block.proj, y).view_as(x).add_(x)
+
+
+def _upsample(upsampler: Any, x: Tensor, features: dict[nn.Module, Tensor], *, first: bool) -> Tensor:
+    """Twice the rows and columns, and where the upsampler has a `time_conv` twice the frames, except of the first frame."""
+    if upsampler.mode == "upsample3d" and not first:
+        window = _window(upsampler.time_conv, x, features)
+        window[:, -x.shape[1] :] = x
+        y = _causal_conv(upsampler.time_conv, window, features)  # [B, F, H, W, 2 C]: of each frame two
+        x = y.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2)
+    # Nearest-neighbour doubling followed by a 3 x 3 convolution reads each input pixel as a 2 x 2 block. Summing the taps that fall on the
+    # same input pixel turns the two into one transposed convolution of kernel 4 and stride 2: 4/9 of the operations, nothing to store.
+    conv = upsampler.resample[1]
+    kernel = functional.avg_pool2d(conv.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1).transpose(0, 1)
+    y = functional.conv_transpose2d(_channels_first(x.flatten(0, 1)), kernel, conv.bias, stride=2, padding=1)
+    return _channels_innermost(y).unflatten(0, x.shape[:2])
+
+
+def _norm_silu_conv(norm: Any, conv: Any, x: Tensor, features: dict[nn.Module, Tensor]) -> Tensor:
+    window = _window(conv, x, features)
+    norm_silu(x, norm.gamma.flatten(), out=window[:, -x.shape[1] :])
+    return _causal_conv(conv, window, features)
+
+
+def _window(conv: Any, x: Tensor, features: dict[nn.Module, Tensor]) -> Tensor:
+    """What a causal convolution reads: its history [B, 2, H, W, C], then room for the new frames x; without history, zeros.
+
+    A single frame without history, which is what each convolution sees of a video's first latent frame, has room for itself only.
+    """
+    history = features.get(conv)
+    if history is None and x.shape[1] == 1:
+        return torch.empty_like(x)
+    window = x.new_empty(x.shape[0], 2 + x.shape[1], *x.shape[2:])
+    window[:, :2] = 0 if history is None else history
+    return window
+
+
+def _causal_conv(conv: Any, window: Tensor, features: dict[nn.Module, Tensor]) -> Tensor:
+    """Convolve a filled window, [B, 2 + F, H, W, C] or a single frame -> [B, F, H, W, C_out], and keep its end as the history."""
+    if window.shape[1] == 1:
+        features[conv] = torch.cat([torch.zeros_like(window), window], dim=1)
+    else:
+        features[conv] = window[:, -2:].clone()  # a view would keep the whole window
+    weight = conv.weight[:, :, -window.shape[1] :]  # of a single frame the earlier taps would see zeros only
+    _, rows, columns = conv.kernel_size
+    if rows == columns == 1:  # a 2-d convolution over (time, pixel): the library has no fast 3-d one for such kernels on a CPU
+        y = functional.conv2d(_channels_first(window.flatten(2, 3)), weight.squeeze(-1), conv.bias)
+        return _channels_innermost(y).unflatten(2, window.shape[2:4])
+    x, padding = _channels_first(window), (0, rows // 2, columns // 2)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # PyTorch's own choice passes oneDNN by for one small video on one thread, where it is six times as fast.
+        return _channels_innermost(torch.mkldnn_convolution(x, weight, conv.bias, padding, (1, 1, 1), (1, 1, 1), 1))
+    return _channels_innermost(functional.conv3d(x, weight, conv.bias, padding=padding))
+
+
+def _pointwise(conv: Any, x: Tensor) -> Tensor:
+    """A convolution of kernel 1 over x [.., C]."""
+    return functional.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """[B, .., C] as PyTorch's convolutions take it: a view [B, C, ..] whose memory format is channels_last."""
+    return x.movedim(-1, 1)
+
+
+def _channels_innermost(x: Tensor) -> Tensor:
+    """The way back. A view, except where a backend answered in another memory format."""
+    return x.movedim(1, -1).contiguous()
 
 
 def decode_video(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Decode whole clips: normalised latents [B, F, C, h, w] -> frames [B, 1 + 4 (F - 1), 3, H, W] in [0, 1], float32."""
+    """Decode whole clips: normalised latents [B, F, C, h, w] -> frames [B, 1 + 4 (F - 1), 3, H, W] in [0, 1], float32, no gradients."""
     decoder = StreamingDecoder(vae)
     return decoder.decode(latents, decoder.start())[0]
 
@@ -119,15 +245,15 @@ def encode(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
     factor = 2 ** sum(vae.config["temperal_downsample"])
     if frames.dim() != 5 or frames.shape[1] % factor != 1 % factor:
         raise ValueError(f"frames have shape {list(frames.shape)}; expected [B, {factor} n + 1, 3, H, W]")
-    mean, std = (statistic.to(frames.device) for statistic in _statistics(vae))
+    mean, std = (statistic.to(frames.device) for statistic in _statistics(vae, torch.float32))
     posterior = vae.encode((frames.transpose(1, 2) * 2 - 1).to(vae.dtype)).latent_dist
     return ((posterior.mode().float().movedim(1, -1) - mean) / std).movedim(-1, 2)
 
 
-def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C] of the raw latents, float32: raw = normalised * std + mean."""
+def _statistics(vae: AutoencoderKLWan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C] of the raw latents: raw = normalised * std + mean."""
     config = vae.config
-    mean, std = (torch.tensor(config[name], dtype=torch.float32, device=vae.device) for name in ("latents_mean", "latents_std"))
+    mean, std = (torch.tensor(config[name], dtype=dtype, device=vae.device) for name in ("latents_mean", "latents_std"))
     if not len(mean) == len(std) == config["z_dim"]:
         raise ValueError(f"the VAE has {config['z_dim']} latent channels, but {len(mean)} latents_mean and {len(std)} latents_std values")
     return mean, std
@@ -145,8 +271,13 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencode
         dtype: of the parameters.
 
     Raises:
-        UserError: missing, damaged, not a Wan VAE, or a file from which the sizes or the latent statistics cannot be known.
+        UserError: missing, damaged, not a Wan VAE, or a file from which the sizes or the latent statistics cannot be known; or diffusers
+            is not installed.
     """
+    try:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    except ImportError as error:
+        raise UserError(f"a VAE needs the package diffusers, which cannot be imported ({error}); pip install diffusers") from error
     path = Path(path)
     directory = model_directory(path, "vae")
     config_file = directory / "config.json"

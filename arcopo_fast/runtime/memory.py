@@ -1,10 +1,13 @@
-"""Process-wide settings that make tensor work on a CPU several times faster, at the cost of memory that stays with the process."""
+"""Memory of the host and of the device: settings that make tensor work on a CPU several times faster, and what waits in host memory."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 # From glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -23,3 +26,16 @@ def tune_for_cpu() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+@contextmanager
+def resident(device: torch.device, *things: object, offload: bool) -> Iterator[None]:
+    """With `offload`, modules among `things` are on `device` inside the block, in host memory after it; else they stay where they are."""
+    modules = [thing for thing in things if isinstance(thing, nn.Module)] if offload else []
+    for module in modules:
+        nn.Module.to(module, device)  # not a library's own `to`, which may warn or convert
+    try:
+        yield
+    finally:
+        for module in modules:
+            nn.Module.to(module, "cpu")

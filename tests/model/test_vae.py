@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanResample, unpatchify
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.model import vae as vae_module
-from arcopo_fast.model.vae import StreamingDecoder, VAECache, decode_video, encode, fork, load_vae
+from arcopo_fast.model.vae import StreamingDecoder, VAECache, channels_last, decode_video, encode, fork, load_vae
+from arcopo_fast.rollout.decode import decode_group
 
 FIXTURES = sorted(Path(os.environ.get("ARCOPO_FIXTURES", Path(__file__).parents[1] / "fixtures")).glob("*_vae.safetensors"))
 TOLERANCE = 2e-5
@@ -30,13 +33,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"dim_mult": [1, 1, 2, 2], "temperal_downsample": [True, False, False], "is_residual": True, "decoder_base_dim": 8}
     | {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_temporal": 2, "scale_factor_spatial": 16},
 }
+VARIANTS = CONFIGS | {
+    "still": TINY
+    | {"dim_mult": [1, 2], "temperal_downsample": [False], "num_res_blocks": 2, "scale_factor_temporal": 1}
+    # five channels: no multiple of anything
+    | {"base_dim": 5, "scale_factor_spatial": 2},
+    "wan2.1 in patches": CONFIGS["wan2.1"] | {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 8},
+    # the toy's: an upsampler where the width stays, and one where it grows
+    "wan2.2, growing": CONFIGS["wan2.2"]
+    | {"dim_mult": [1, 2, 1, 1], "temperal_downsample": [False, True, True], "num_res_blocks": 2, "scale_factor_temporal": 4},
+}
 
 
 def build(name: str) -> AutoencoderKLWan:
-    vae = AutoencoderKLWan(**CONFIGS[name]).eval().requires_grad_(False)
-    for parameter in vae.parameters():
+    vae = AutoencoderKLWan(**VARIANTS[name]).eval().requires_grad_(False)
+    for parameter_name, parameter in vae.named_parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, std=0.3)
+        if parameter_name.endswith("gamma"):
+            nn.init.normal_(parameter, mean=1, std=0.3)
     vae.decoder.conv_out.weight *= 4  # so that some pixels lie outside [-1, 1]
     return vae
 
@@ -46,8 +61,17 @@ def vae(request: pytest.FixtureRequest) -> AutoencoderKLWan:
     return build(request.param)
 
 
-def latents_of(frames: int, batch: int = 1) -> Tensor:
-    return torch.randn(batch, frames, 4, 3, 2)
+def latents_of(frames: int, batch: int = 1, size: tuple[int, int] = (3, 2)) -> Tensor:
+    return torch.randn(batch, frames, 4, *size)
+
+
+def diffusers_decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """What diffusers' own decoder makes of normalised latents, frame by frame and before the clamp."""
+    mean, std = (torch.tensor(vae.config[name], dtype=vae.dtype).view(1, 4, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    z = vae.post_quant_conv(latents.transpose(1, 2).to(vae.dtype) * std + mean)
+    features: list[Any] = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+    frames = [vae.decoder(part, features, feat_idx=[0], first_chunk=not index) for index, part in enumerate(z.split(1, dim=2))]
+    return unpatchify(torch.cat(frames, dim=2), patch_size=vae.config["patch_size"] or 1).transpose(1, 2)
 
 
 def stream(decoder: StreamingDecoder, latents: Tensor, chunks: list[int], cache: VAECache | None = None) -> tuple[Tensor, VAECache]:
@@ -59,17 +83,16 @@ def stream(decoder: StreamingDecoder, latents: Tensor, chunks: list[int], cache:
     return torch.cat(frames, dim=1), cache
 
 
-def snapshot(cache: VAECache) -> list[tuple[object, ...]]:
-    return [
-        (feature.data_ptr(), feature._version, feature.stride(), feature.clone()) if isinstance(feature, Tensor) else (feature,)
-        for feature in cache.features
-    ]
+def snapshot(cache: VAECache) -> dict[nn.Module, tuple[object, ...]]:
+    return {conv: (x.data_ptr(), x._version, x.stride(), x.clone()) for conv, x in cache.features.items()}
 
 
-def assert_unchanged(cache: VAECache, before: list[tuple[object, ...]]) -> None:
-    for (*identity, value), (*former_identity, former) in zip(snapshot(cache), before, strict=True):
+def assert_unchanged(cache: VAECache, before: dict[nn.Module, tuple[object, ...]]) -> None:
+    assert cache.features.keys() == before.keys()
+    for conv, (*identity, value) in snapshot(cache).items():
+        *former_identity, former = before[conv]
         assert identity == former_identity
-        assert torch.equal(value, former) if isinstance(value, Tensor) and isinstance(former, Tensor) else value == former
+        assert isinstance(value, Tensor) and isinstance(former, Tensor) and torch.equal(value, former)
 
 
 # Against the official code
@@ -120,6 +143,46 @@ def test_whole_clip_is_diffusers_decode(vae: AutoencoderKLWan) -> None:
     assert torch.equal(decode_video(vae, latents), unclamped.clamp(-1, 1) * 0.5 + 0.5)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_network_is_diffusers_network(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    vae = nn.Module.to(build(name), dtype)
+    for module in vae.decoder.modules():
+        if isinstance(module, WanResample):
+            module.resample[0] = nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact")  # diffusers' own rounds to float32
+    for frames, batch, size in ((1, 12, (3, 2)), (4, 12, (1, 2)), (3, 1, (3, 5)), (2, 2, (1, 1))):
+        latents = latents_of(frames, batch, size).to(dtype)
+        expected = diffusers_decode(vae, latents)
+        for memory_format in (lambda x: x, channels_last):
+            decoder = StreamingDecoder(memory_format(vae))
+            decoded, _ = decoder.decode_unclamped(latents, decoder.start())
+            assert decoded.dtype == dtype and decoded.shape == expected.shape
+            error = ((decoded - expected).abs().max() / expected.abs().max()).item()
+            assert error <= tolerance, f"{frames} frames, batch {batch}, {size}: {error:.1e} of the largest pixel"
+
+
+def test_a_dead_pixel_stays_finite(vae: AutoencoderKLWan) -> None:
+    """All channels 0: the norm divides by its floor."""
+    for parameter_name, parameter in vae.named_parameters():
+        if parameter_name.startswith("decoder.conv_in") or parameter_name.endswith("bias"):
+            parameter.zero_()
+    decoder, latents = StreamingDecoder(vae), latents_of(2)
+    decoded, _ = decoder.decode_unclamped(latents, decoder.start())
+    assert torch.equal(decoded, diffusers_decode(vae, latents))
+
+
+def test_decoding_changes_no_parameter_and_no_input(vae: AutoencoderKLWan) -> None:
+    before = {name: (parameter.data_ptr(), parameter._version, parameter.stride()) for name, parameter in vae.named_parameters()}
+    values = {name: parameter.clone() for name, parameter in vae.state_dict().items()}
+    latents = latents_of(3)
+    kept = latents.clone()
+    decode_video(vae, latents)
+    assert before == {name: (parameter.data_ptr(), parameter._version, parameter.stride()) for name, parameter in vae.named_parameters()}
+    assert vae.state_dict().keys() == values.keys()
+    assert all(torch.equal(parameter, values[name]) for name, parameter in vae.state_dict().items())
+    assert torch.equal(latents, kept)
+
+
 def test_encode_is_diffusers_encode() -> None:
     vae = build("wan2.1")
     frames = torch.rand(2, 9, 3, 12, 8)
@@ -142,11 +205,12 @@ def test_chunks_do_not_matter(vae: AutoencoderKLWan, chunks: list[int]) -> None:
     cut, cut_cache = stream(decoder, latents, chunks)
     assert torch.equal(whole, cut)
     assert cut_cache.frames == whole_cache.frames == 7
-    kept = 0
-    for ours, theirs in zip(cut_cache.features, whole_cache.features, strict=True):
-        assert torch.equal(ours, theirs) if isinstance(ours, Tensor) and isinstance(theirs, Tensor) else ours == theirs
-        kept += isinstance(ours, Tensor)
-    assert kept > 10
+    convolutions = {module for module in vae.decoder.modules() if isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3}
+    assert cut_cache.features.keys() == whole_cache.features.keys() == convolutions
+    for conv, feature in cut_cache.features.items():
+        assert torch.equal(feature, whole_cache.features[conv])
+        assert feature.shape[:2] == (1, 2)
+        assert feature.untyped_storage().nbytes() == feature.nbytes, "the history keeps more than itself in memory"
 
 
 @pytest.mark.parametrize("chunks", [[7], [1, 6], [3, 3, 1]], ids=str)
@@ -159,17 +223,19 @@ def test_several_frames_in_one_call_are_the_same_video(vae: AutoencoderKLWan, ch
         assert cache.frames == 7
 
 
-@pytest.mark.parametrize("prefix_chunks", [[1], [3], [1, 3]], ids=str)
+@pytest.mark.parametrize("prefix_chunks", [[1], [2], [3], [1, 3]], ids=str)
 def test_forked_branches_are_independent_videos(vae: AutoencoderKLWan, prefix_chunks: list[int]) -> None:
     decoder = StreamingDecoder(vae)
     prefix, branches = latents_of(sum(prefix_chunks)), latents_of(6, batch=3)
     _, parent = stream(decoder, prefix, prefix_chunks)
     before = snapshot(parent)
     forked = fork(parent, 3)
-    for feature, original in zip(forked.features, parent.features, strict=True):
-        if isinstance(original, Tensor):
-            assert isinstance(feature, Tensor) and feature.shape[0] == 3 and feature.data_ptr() == original.data_ptr()
+    assert forked.batch == 3 and forked.features.keys() == parent.features.keys()
+    for conv, feature in forked.features.items():
+        assert feature.shape[0] == 3 and feature.data_ptr() == parent.features[conv].data_ptr()
+    forked_before = snapshot(forked)
     together, _ = stream(decoder, branches, [3, 3], forked)
+    assert_unchanged(forked, forked_before)
     assert_unchanged(parent, before)
     for branch, frames in zip(branches.split(1), together.split(1), strict=True):
         alone, _ = decoder.decode_unclamped(torch.cat([prefix, branch], dim=1), decoder.start())
@@ -187,11 +253,40 @@ def test_fork_before_the_first_frame() -> None:
     assert torch.equal(decoder.decode(latents, fork(decoder.start(), 3))[0], decoder.decode(latents, decoder.start())[0])
 
 
-def test_gradients_reach_the_latents(vae: AutoencoderKLWan) -> None:
-    decoder, latents = StreamingDecoder(vae), latents_of(3).requires_grad_()
-    frames, _ = stream(decoder, latents, [1, 2])
-    frames.square().sum().backward()
-    assert latents.grad is not None and (latents.grad.flatten(2).abs().sum(-1) > 0).all()
+@pytest.mark.parametrize("pivot", [0, 1, 2])
+def test_a_group_in_slices_is_the_same_group(vae: AutoencoderKLWan, pivot: int) -> None:
+    decoder = StreamingDecoder(vae)
+    latents = [latents_of(frames, batch=1 if chunk < pivot else 3) for chunk, frames in enumerate((2, 1, 2))]
+    whole = [torch.cat([chunk[min(branch, len(chunk) - 1)] for chunk in latents]).unsqueeze(0) for branch in range(3)]
+    expected = torch.cat([decode_video(vae, video) for video in whole])
+    assert (expected[0] - expected[1]).abs().max() > 1e-4  # ten times what is allowed below
+    for branches_at_once in (None, 1, 2, 5):
+        frames = decode_group(decoder, latents, pivot, branches_at_once=branches_at_once)
+        torch.testing.assert_close(frames, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="branches_at_once is 0"):
+        decode_group(decoder, latents, pivot, branches_at_once=0)
+
+
+def test_decoding_carries_no_gradient() -> None:
+    vae = build("wan2.1").requires_grad_()
+    decoder = StreamingDecoder(vae)
+    frames, cache = decoder.decode(latents_of(2).requires_grad_(), decoder.start())
+    assert not frames.requires_grad and not any(feature.requires_grad for feature in cache.features.values())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_bfloat16_is_no_worse_than_diffusers_in_bfloat16(name: str) -> None:
+    exact, latents = build(name), latents_of(3, batch=2, size=(5, 4))
+    vae = AutoencoderKLWan(**VARIANTS[name]).eval().requires_grad_(False)
+    vae.load_state_dict(exact.state_dict())
+    vae = nn.Module.to(vae, torch.bfloat16)
+    expected = diffusers_decode(exact, latents)
+    decoder = StreamingDecoder(channels_last(vae))
+    decoded, _ = decoder.decode_unclamped(latents, decoder.start())
+    assert decoded.dtype == torch.float32
+    ours, theirs = ((frames.float() - expected).square().mean().sqrt() for frames in (decoded, diffusers_decode(vae, latents)))
+    assert ours <= 1.5 * theirs, f"RMS error {ours:.1e}, diffusers' {theirs:.1e}"
+    assert ours <= 0.03 * expected.square().mean().sqrt()
 
 
 def test_half_precision_vae_gives_float32_frames() -> None:
@@ -214,6 +309,24 @@ def test_wrong_shapes_are_named() -> None:
 
 
 # Loading
+
+
+def test_diffusers_is_needed_only_where_a_vae_is_loaded(tmp_path: Path) -> None:
+    script = """if True:
+        import sys
+        sys.modules["diffusers"] = None  # every import of it fails
+        from arcopo_fast.errors import UserError
+        from arcopo_fast.model import vae
+        import arcopo_fast.rollout.decode
+        try:
+            vae.load_vae(sys.argv[1])
+        except UserError as error:
+            assert "pip install diffusers" in str(error), error
+            print("said so")
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.stdout == "said so\n", done.stderr
 
 
 def test_load_from_a_diffusers_directory(vae: AutoencoderKLWan, tmp_path: Path) -> None:

@@ -240,11 +240,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
-    hidden, _, *parameters = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: a checkpointed block is computed again by the first access only
+    hidden, _, *parameters = saved
     x_dtype, y_dtype = ctx.dtypes
     grad_hidden = grads[0] if y_dtype is not None else None
     grad_out = grads[-1] if hidden is not None else None
-    outputs = iter(_modulation_backward(grad_hidden, grad_out, *ctx.saved_tensors, ctx.eps, ctx.parameter_gradients))
+    outputs = iter(_modulation_backward(grad_hidden, grad_out, *saved, ctx.eps, ctx.parameter_gradients))
     grad_x = next(outputs)
     grad_y = grad_x if parameters[0] is None else next(outputs)
     present = (p is not None and ctx.parameter_gradients for p in parameters)
