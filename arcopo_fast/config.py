@@ -60,7 +60,7 @@ class GeneratorConfig(_Section):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen base; the adapter is always float32")
     vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the decoder; bfloat16 is fast on a GPU")
-    offload: bool = Field(False, description="decoder and rewards wait in host memory while the network works, and the reverse")
+    offload: bool = Field(False, description="decoder and rewards wait in host memory, each until its turn: less memory, more time")
     device: str = Field("auto", description='"auto": the GPU if there is one; else cpu, cuda or cuda:N')
 
     @field_validator("device")

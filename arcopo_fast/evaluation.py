@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arcopo_fast.assemble import Generator, build_engine, video_shape
+from arcopo_fast.assemble import Generator, pool_pages
 from arcopo_fast.config import Config
 from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
 from arcopo_fast.runtime.memory import resident
 
@@ -35,27 +36,40 @@ class Evaluation:
         }
 
 
+def videos_at_once(config: Config, shape: VideoShape) -> int:
+    """Independent videos that the pages of a run's groups hold, at most `BATCH`; at least one."""
+    videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
+    return max(1, min(BATCH, videos, pool_pages(config, shape) // pool_pages(config, shape, videos=1)))
+
+
 @torch.no_grad()
 def evaluate(
-    config: Config, generator: Generator, prompts: list[str], rewards: dict[str, Reward], held_out: dict[str, Reward]
+    config: Config, generator: Generator, engine: Engine, prompts: list[str], rewards: dict[str, Reward], held_out: dict[str, Reward]
 ) -> Evaluation:
-    """Score `evaluation.videos_per_prompt` videos of every prompt. Equal configurations give equal noises, whatever the weights."""
-    shape = video_shape(config, generator)
+    """Score `evaluation.videos_per_prompt` videos of every prompt. Equal configurations give equal noises, whatever the weights.
+
+    engine: of the generator, between two iterations; as many videos are made at once as its pages hold, at most `BATCH`.
+    """
+    shape = engine.shape
     every = [prompt for prompt in prompts for _ in range(config.evaluation.videos_per_prompt)]
-    engine = build_engine(config, generator.model, shape, videos=min(BATCH, len(every)))
+    batch = videos_at_once(config, shape)
     scores: dict[str, list[Tensor]] = {}
     shown: list[Tensor] = []
-    for start in range(0, len(every), BATCH):
-        part = every[start : start + BATCH]
+    for start in range(0, len(every), batch):
+        part = every[start : start + batch]
         rows = [KeyedNoise(shape.chunk, config.evaluation.seed, group=start + row) for row in range(len(part))]
         latents = engine.generate(generator.encode_text(part), StackedNoise(rows))
-        device, offload = generator.model.device, config.generator.offload
-        with resident(device, generator.decoder.vae, offload=offload):
-            frames, _ = generator.decoder.decode(latents, generator.decoder.start())
-        with resident(device, *rewards.values(), *held_out.values(), offload=offload):
-            for name, values in (score(rewards, frames, part) | score(held_out, frames, part)).items():
-                scores.setdefault(name, []).append(values.cpu())
-        shown.append(frames[: max(0, config.evaluation.sample_videos - start)].cpu())
+        device, offload, decoder = generator.model.device, config.generator.offload, generator.decoder
+        done = 0
+        for some in latents.split(config.rollout.decode_branches or batch):
+            with resident(device, decoder.vae, offload=offload):
+                frames, _ = decoder.decode(some, decoder.start())
+            prompts_of = part[done : done + len(some)]
+            with resident(device, *rewards.values(), *held_out.values(), offload=offload):
+                for name, values in (score(rewards, frames, prompts_of) | score(held_out, frames, prompts_of)).items():
+                    scores.setdefault(name, []).append(values.cpu())
+            shown.append(frames[: max(0, config.evaluation.sample_videos - start - done)].cpu())
+            done += len(some)
     joined = {name: torch.cat(values) for name, values in scores.items()}
     total = torch.stack([config.rewards[name] * joined[name] for name in rewards]).sum(dim=0)
     return Evaluation({"reward": total} | joined, every, torch.cat(shown)[: config.evaluation.sample_videos])

@@ -19,7 +19,7 @@ import torch
 from arcopo_fast.assemble import REWARDS, cache_policy, generator_sizes, pool_pages, shape_of, wave_size
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
-from arcopo_fast.evaluation import BATCH
+from arcopo_fast.evaluation import videos_at_once
 from arcopo_fast.model.sizes import GeneratorSizes, Linear, block_linears, decoder_convolutions, transformer_parameters, vae_parameters
 from arcopo_fast.rollout.engine import Engine, VideoShape
 
@@ -35,7 +35,7 @@ SLACK = 0.06
 """Of what is allocated, what the allocator holds beside it: rounding and fragments. An assumption."""
 
 ADAPTER = 4
-"""Bytes of an adapter's element: adapters are float32, and so is all that they compute."""
+"""Bytes of an adapter's element as it is stored and trained, float32; adapters compute in the network's dtype."""
 DECODING = 3.6
 """What lives at once inside a decoder call, in units of the largest window that a causal convolution reads. Measured: 3.4 to 3.6."""
 EQUALLY_FAST = 1.003
@@ -187,31 +187,32 @@ def estimate(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) ->
         "decoder weights": _itemsize(config.generator.vae_dtype) * vae_parameters(sizes.vae),
         "decoder caches": (1 + settings.decode_branches) * cache,  # the prefix's stays
         "decoding": settings.decode_branches * (decoding + video),
-        "frames of the group": (group + 1) * video,  # the shared frames stand alone as well
+        "frames of a slice": (settings.decode_branches + 1) * video,  # the shared frames stand alone as well
         "rewards": reward_bytes + sum(getattr(REWARDS.get(name), "bytes", 0) for name in config.rewards),
         "copies while judging": 2 * video,  # of the one video that is looked at
         "replay and its gradient": _replay(config, sizes, shape, settings),
     }
-    # Before and after the run some videos are made at once, in a pool of their own beside the run's.
-    videos = min(BATCH, config.evaluation.prompts * config.evaluation.videos_per_prompt)
-    pool = pool_pages(config, shape, videos=videos)
+    # Before and after the run some videos are made at once, in the run's pool.
+    videos = videos_at_once(config, shape)
+    at_once = min(videos, settings.decode_branches)
     components |= {
-        "evaluation: keys and values": pool * page,
-        "evaluation: denoising": _denoising(config, sizes, shape, videos, pool),
-        "evaluation: decoding and frames": videos * (cache + decoding + 2 * video),
+        "evaluation: denoising": _denoising(config, sizes, shape, videos, pool_pages(config, shape, videos=videos)),
+        "evaluation: decoding and frames": at_once * (cache + decoding + 2 * video),
     }
 
-    network: tuple[str, ...] = ("generator weights",)
-    judges: tuple[str, ...] = ("decoder weights", "rewards")
+    decoder: tuple[str, ...] = ("decoder weights",)
+    judges: tuple[str, ...] = ("rewards",)
+    network: tuple[str, ...] = ()
     if not settings.offload:
-        network = judges = (*network, *judges)
+        decoder = judges = network = (*decoder, *judges)
+    # The prefix's frames and its place in the decoder stay until the last slice is judged.
     stages = {
         "rollout": (*network, "denoising a wave"),
-        "decode": (*judges, "decoder caches", "decoding", "frames of the group"),
-        "reward": (*judges, "frames of the group", "copies while judging"),
-        "update": (*network, "replay and its gradient", "frames of the group"),
-        "evaluation: rollout": (*network, "evaluation: keys and values", "evaluation: denoising"),
-        "evaluation: decode": (*judges, "evaluation: keys and values", "evaluation: decoding and frames"),
+        "decode": (*decoder, "decoder caches", "decoding", "frames of a slice"),
+        "reward": (*judges, "decoder caches", "frames of a slice", "copies while judging"),
+        "update": (*network, "replay and its gradient"),
+        "evaluation: rollout": (*network, "evaluation: denoising"),
+        "evaluation: decode": (*decoder, "evaluation: decoding and frames"),
     }
     return Estimate(components, stages)
 
@@ -253,12 +254,10 @@ def _denoising(config: Config, sizes: GeneratorSizes, shape: VideoShape, branche
     """The most that lives at once in a forward pass without gradient: inside the second layer of a block's feed-forward.
 
     Then there are seven tensors of the hidden size (two residual streams and what the block's names still hold) and of the inner size the
-    layer's output and the adapter's, before and after scaling. An adapter in another dtype has a copy of its input. Pages that are cached
-    un-roped are roped for one layer at a time.
+    layer's output and the adapter's, before and after scaling. Pages that are cached un-roped are roped for one layer at a time.
     """
     model, width, tokens = sizes.transformer, _itemsize(config.generator.dtype), _frame_tokens(config, sizes)
-    copy = ADAPTER if width != ADAPTER else 0
-    token = model.dim * (7 * width + copy) + model.ffn_dim * (width + 2 * ADAPTER)
+    token = model.dim * 7 * width + model.ffn_dim * 3 * width
     roped = 0 if cache_policy(config).absolute else pages * tokens * model.dim * width
     return branches * max(shape.chunk_frames) * tokens * token + roped
 
@@ -268,17 +267,17 @@ def kept_by_block(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
 
     The operators keep: the input of each of the three norms; q and k before and after their norms, and v; the cross-attention's q before
     and after its norm; both attentions' outputs and log-sum-exps; the feed-forward before GELU. The text's keys are kept before and after
-    their norm, beside its values. Frozen linear layers keep nothing. An adapter keeps its input and the product with A, in the adapter's
-    dtype: where the network has another, each adapter holds a copy of its own; where it has the same, layers that read one tensor share it.
+    their norm, beside its values. Frozen linear layers keep nothing. An adapter keeps its input, which layers that read one tensor share,
+    and the product with A.
     """
     model, width = sizes.transformer, _itemsize(config.generator.dtype)
     token = width * (12 * model.dim + model.ffn_dim) + 2 * 4 * model.num_attention_heads
     row = width * 3 * model.dim
     shared = {"attn1", "attn2", "text"}  # kept anyway, or one tensor for all layers
     for linear in _adapted(config, sizes):
-        kept = ADAPTER * config.lora.rank
-        if width != ADAPTER or linear.source not in shared:
-            kept += ADAPTER * linear.inputs
+        kept = width * config.lora.rank
+        if linear.source not in shared:
+            kept += width * linear.inputs
             shared.add(linear.source)
         if linear.of_text:
             row += kept
@@ -298,7 +297,7 @@ def _replay(config: Config, sizes: GeneratorSizes, shape: VideoShape, settings: 
     visible = pool_pages(config, shape, videos=1)
     # In the feed-forward the gradient of its inner tensor; in attention those of q, k and v, float32 sums of the first, and the dropped
     # gradients of the prefix.
-    feed_forward = tokens * (model.ffn_dim * max(ADAPTER, 2 * width) + model.dim * width)
+    feed_forward = tokens * (model.ffn_dim * 2 * width + model.dim * width)
     attention = tokens * model.dim * (6 * width + 4) + 2 * visible * frame * model.dim * width
     roped = 0 if cache_policy(config).absolute else model.num_layers * visible * frame * model.dim * width
     return blocks + text + max(feed_forward, attention) + roped
@@ -375,7 +374,7 @@ def seconds(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) -> 
     """The predicted time of an iteration on an H200, judging not counted; the mean over the pivots that the recipe allows.
 
     Args:
-        reward_bytes: see `estimate`; they move when decoder and rewards take turns with the network.
+        reward_bytes: see `estimate`; they move when decoder and rewards take turns.
     """
     shape, settings, window = shape_of(config, sizes.transformer.in_channels), Settings.of(config), config.cache.window
     width, vae_width = _itemsize(config.generator.dtype), _itemsize(config.generator.vae_dtype)
@@ -390,7 +389,7 @@ def seconds(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) -> 
         """Batches of one chunk through the network, each kind of operation `passes` times a forward pass's."""
         total = 0.0
         for batch, count in parts.items():
-            rates = MATMUL[width] * _fill(batch), MATMUL[ADAPTER], ATTENTION[width]
+            rates = MATMUL[width] * _fill(batch), MATMUL[width], ATTENTION[width]
             arithmetic = batch * sum(times * part / rate for times, part, rate in zip(passes, work[chunk], rates))
             total += count * max(passes[0] * launches, arithmetic)
         return total
@@ -415,8 +414,8 @@ def seconds(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) -> 
     pivots = [config.rollout.pivot - 1] if isinstance(config.rollout.pivot, int) else range(shape.chunks)
     total = sum(map(iteration, pivots)) / len(pivots)
     if settings.offload:
-        moved = width * transformer_parameters(sizes.transformer) + vae_width * vae_parameters(sizes.vae) + reward_bytes
-        total += 2 * moved / HOST_LINK  # there and back
+        moved = vae_width * vae_parameters(sizes.vae) + reward_bytes
+        total += 2 * sum(decoded.values()) * moved / HOST_LINK  # there and back, for every slice
     return config.rollout.prompts_per_iteration * total
 
 
@@ -454,6 +453,18 @@ def dry_run(config: Config, devices: Sequence[float] = (), *, reward_bytes: int 
         except UserError as error:
             columns[name] = str(error)
     return "\n".join([*_heading(config, sizes), "", *_table(columns), "", *_advice(columns)])
+
+
+def over_plan(config: Config, allocated: int) -> str | None:
+    """What to say of a run that has allocated so many bytes at its peak: None, or by how much that is more than was predicted."""
+    needs = estimate(config, generator_sizes(config.generator.checkpoint))
+    predicted = needs.peak - CONTEXT
+    if allocated <= predicted:
+        return None
+    return (
+        f"the run has allocated {allocated / GB:.1f} GB at its peak, {(allocated - predicted) / GB:.1f} GB ({allocated / predicted - 1:.0%}) "
+        f"more than planned (the stage {needs.peak_stage!r}); if memory runs out, take the settings that --dry-run gives for a smaller device"
+    )
 
 
 def _heading(config: Config, sizes: GeneratorSizes) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from arcopo_fast.evaluation import Evaluation, evaluate
 from arcopo_fast.model.lora import adapter_parameters, add_lora, save_adapter
 from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
 from arcopo_fast.objectives.copo import CopoObjective
-from arcopo_fast.planner import dry_run
+from arcopo_fast.planner import dry_run, over_plan
 from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, Group
@@ -72,7 +73,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay)
 
     def evaluate(self) -> Evaluation:
-        return evaluate(self.config, self.generator, self.prompts.evaluation, self.rewards, self.held_out)
+        return evaluate(self.config, self.generator, self.engine, self.prompts.evaluation, self.rewards, self.held_out)
 
     def rollout(self, iteration: int, index: int) -> tuple[Group, str]:
         """One group of videos for one prompt; prompt, pivot and every noise are functions of (seed, iteration, index)."""
@@ -96,7 +97,8 @@ class Trainer:
     def judge(self, group: Group, prompt: str) -> dict[str, Tensor]:
         """Every reward's scores [G] of a group's videos, decoded and judged as many at a time as the recipe says."""
         device, offload = self.generator.model.device, self.config.generator.offload
-        decoder, parts = self.generator.decoder, []
+        decoder = self.generator.decoder
+        parts: list[dict[str, Tensor]] = []
         slices = decode_branches(decoder, group.latents, group.pivot, self.config.rollout.decode_branches)
         while True:
             with profiling.stage("decode"), resident(device, decoder.vae, offload=offload):
@@ -191,6 +193,9 @@ def train(config: Config, *, profile: int = 0) -> Path:
                 metrics.write(iteration, record)
                 progress.update(record["reward"])
                 last = iteration == config.train.iterations
+                if (last or iteration == 1) and trainer.generator.model.device.type == "cuda":
+                    if said := over_plan(config, torch.cuda.max_memory_allocated()):
+                        warnings.warn(said, stacklevel=1)
                 if last or (config.train.save_every and iteration % config.train.save_every == 0):
                     trainer.save_checkpoint(run, iteration)
     after = trainer.evaluate()

@@ -97,12 +97,8 @@ def test_the_worst_pivot_decides() -> None:
         assert pages == planner._page_bytes(config, FULL) * pool_pages(config, shape_of(config, 16))
 
 
-def test_replay_of_the_cost_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PERFORMANCE.md 1.3 has 10.8 GiB an item, 0.76 with checkpoints: adapters that compute in bfloat16.
-
-    They compute in float32 (peft casts the input of each to the dtype of its weights), and every one of the 240 in the chunk's path keeps a
-    float32 copy of its own: 17.8 GiB and 1.0.
-    """
+def test_replay_of_the_cost_model() -> None:
+    """10.8 GiB an item, 0.76 with checkpoints: an independent count, of adapters that compute in bfloat16."""
 
     def gib(checkpoint: bool) -> float:
         config = bench("objective.micro_batch=1", f"objective.checkpoint={str(checkpoint).lower()}")
@@ -110,9 +106,7 @@ def test_replay_of_the_cost_model(monkeypatch: pytest.MonkeyPatch) -> None:
         hidden = 4680 * FULL.transformer.dim * 2
         return (30 * hidden + 4680 * token if checkpoint else 30 * 4680 * token) / GB
 
-    assert close(gib(False), 17.75, 0.01) and close(gib(True), 0.99, 0.02)
-    monkeypatch.setattr(planner, "ADAPTER", 2)
-    assert close(gib(False), 10.8, 0.15) and close(gib(True), 0.76, 0.15)
+    assert close(gib(False), 10.8, 0.02) and close(gib(True), 0.76, 0.05)
 
 
 class Cached(ChunkContext):
@@ -207,8 +201,9 @@ def test_the_most_that_a_replay_needs(checkpoint: bool) -> None:
     with arcopo_kernels.use("triton"), live:
         replay(checkpoint).sum().backward()
     predicted = planner._replay(config, sizes, shape_of(config, 16), Settings.of(config))
-    # What a kernel allocates inside itself shows in no count: the planner's attention is more than is seen here.
-    assert 0.95 * predicted <= live.peak - gradients <= 1.01 * predicted, (live.peak - gradients, predicted)
+    # What a kernel allocates inside itself shows in no count, and of a block that is computed again some is free before the rest is there:
+    # the planner counts more than is seen here.
+    assert (0.85 if checkpoint else 0.95) * predicted <= live.peak - gradients <= 1.01 * predicted, (live.peak - gradients, predicted)
 
 
 def build_vae(sizes: VAESizes, device: str) -> AutoencoderKLWan:
@@ -297,9 +292,10 @@ def test_every_device_has_a_plan_that_its_overrides_reproduce(gigabytes: float, 
 def test_the_plans_one_expects() -> None:
     by_device = {size: planner._fastest(all_plans(0), int(size * GB)) for size in DEVICES}
     small, large = by_device[24].settings, by_device[141].settings
-    assert small.branches_per_wave <= 2 and small.checkpoint and not small.offload
+    assert small.branches_per_wave <= 2 and not small.offload
     assert large.branches_per_wave == 12 and not large.checkpoint and not large.offload
-    assert planner._fastest(all_plans(REWARD_OF_2B), 24 * GB).settings.offload
+    rewarded = planner._fastest(all_plans(REWARD_OF_2B), 24 * GB).settings
+    assert rewarded.checkpoint or rewarded.offload
     times = [by_device[size].seconds for size in DEVICES]
     assert times == sorted(times, reverse=True)
     assert estimate(bench(), FULL, reward_bytes=REWARD_OF_2B).peak < 80 * GB * (1 - planner.MISSING), "the recipe as it stands fits 80 GB"
@@ -314,13 +310,20 @@ def test_what_fits_nowhere_is_said() -> None:
 
 def test_offloading_takes_what_waits_out_of_every_stage() -> None:
     apart, together = (estimate(bench(f"generator.offload={flag}"), FULL, reward_bytes=REWARD_OF_2B) for flag in ("true", "false"))
-    weights = together.components["generator weights"], together.components["decoder weights"] + REWARD_OF_2B
+    decoder = together.components["decoder weights"]
     for stage in together.stages:
-        absent = weights[1] if "rollout" in stage or stage == "update" else weights[0]
+        absent = {"decode": REWARD_OF_2B, "evaluation: decode": REWARD_OF_2B, "reward": decoder}.get(stage, decoder + REWARD_OF_2B)
         assert abs(together.total(stage) - apart.total(stage) - absent * (1 + planner.SLACK)) <= 1, stage
 
 
 # What is printed -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_needs_more_than_planned_is_told_by_how_much() -> None:
+    planned = estimate(bench(), FULL).peak - planner.CONTEXT
+    assert planner.over_plan(bench(), planned) is None
+    said = planner.over_plan(bench(), planned + GB)
+    assert said is not None and "1.0 GB (" in said and "more than planned" in said and "--dry-run" in said
 
 
 def test_the_table() -> None:

@@ -72,7 +72,7 @@ def test_a_dry_run_prints_and_starts_nothing(tmp_path: Path, monkeypatch: pytest
     assert header.split() == ["as", "it", "stands", "24", "GB", "80", "GB"]
     assert any(line.startswith("  keys and values of the branches ") for line in lines)
     overrides = next(line for line in lines if line.startswith("24 GB: ")).removeprefix("24 GB: ").split()
-    assert load_config("bench_1_3b", overrides).objective.checkpoint
+    assert load_config("bench_1_3b", overrides).rollout.branches_per_wave == 1
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     main(["toy", "--dry-run"])
     text = capsys.readouterr().out

@@ -112,6 +112,29 @@ def test_only_float32_adapters_train(dtype: torch.dtype) -> None:
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
+def test_adapters_over_a_half_precision_base_compute_in_it() -> None:
+    """Within bfloat16's rounding of the exact result, with exact gradients in float32, and no float32 copy of an input is kept."""
+    linear = nn.Sequential(nn.Linear(48, 40, dtype=torch.bfloat16))
+    lora.add_lora(linear, rank=RANK, alpha=ALPHA, targets=["0"], seed=1)
+    down, up = lora.adapter_parameters(linear)
+    nn.init.normal_(up, std=0.3)
+    x, grad_out = torch.randn(100, 48).bfloat16(), torch.randn(100, 40).bfloat16()
+    kept: list[torch.dtype] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.dtype) if t.numel() >= x.numel() else None, t)[1], lambda t: t):
+        output = linear(x)
+    output.backward(grad_out)
+    assert output.dtype == torch.bfloat16 and set(kept) == {torch.bfloat16}
+
+    exact = [t.detach().double().requires_grad_() for t in (down, up)]
+    base = linear[0].base_layer
+    expected = x.double() @ base.weight.double().T + base.bias.double() + ALPHA / RANK * x.double() @ exact[0].T @ exact[1].T
+    expected.backward(grad_out.double())
+    for ours, theirs in ((output, expected), (down.grad, exact[0].grad), (up.grad, exact[1].grad)):
+        assert ours is not None and theirs is not None
+        assert (ours.double() - theirs).norm() <= 2e-2 * theirs.norm()
+    assert down.grad is not None and down.grad.dtype == torch.float32
+
+
 def test_initial_values_depend_on_the_seed_and_the_layer_alone() -> None:
     base = tiny_wan()
 
