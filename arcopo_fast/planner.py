@@ -461,10 +461,9 @@ def over_plan(config: Config, allocated: int) -> str | None:
     predicted = needs.peak - CONTEXT
     if allocated <= predicted:
         return None
-    return (
-        f"the run has allocated {allocated / GB:.1f} GB at its peak, {(allocated - predicted) / GB:.1f} GB ({allocated / predicted - 1:.0%}) "
-        f"more than planned (the stage {needs.peak_stage!r}); if memory runs out, take the settings that --dry-run gives for a smaller device"
-    )
+    more = f"{(allocated - predicted) / GB:.1f} GB ({allocated / predicted - 1:.0%}) more than planned (the stage {needs.peak_stage!r})"
+    advice = "if memory runs out, take the settings that --dry-run gives for a smaller device"
+    return f"the run has allocated {allocated / GB:.1f} GB at its peak, {more}; {advice}"
 
 
 def _heading(config: Config, sizes: GeneratorSizes) -> list[str]:

@@ -145,6 +145,11 @@ class Trainer:
             statistics = self.objective.update(groups, self.optimizer, self.parameters, gradient_clip=config.optimizer.gradient_clip)
         return {name: sum(values) / len(values) for name, values in logged.items()} | statistics | {"lr": lr, "time": seconds}
 
+    def over_plan(self) -> str | None:
+        """What to say if the run has taken more of the device's memory than was planned."""
+        device = self.generator.model.device
+        return over_plan(self.config, torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+
     def save_checkpoint(self, run: RunDirectory, iteration: int) -> None:
         """checkpoints/step-N: the adapter, and what a continuation would need; complete or absent."""
         with run.checkpoint(iteration) as directory:
@@ -193,9 +198,8 @@ def train(config: Config, *, profile: int = 0) -> Path:
                 metrics.write(iteration, record)
                 progress.update(record["reward"])
                 last = iteration == config.train.iterations
-                if (last or iteration == 1) and trainer.generator.model.device.type == "cuda":
-                    if said := over_plan(config, torch.cuda.max_memory_allocated()):
-                        warnings.warn(said, stacklevel=1)
+                if (last or iteration == 1) and (said := trainer.over_plan()):
+                    warnings.warn(said, stacklevel=1)
                 if last or (config.train.save_every and iteration % config.train.save_every == 0):
                     trainer.save_checkpoint(run, iteration)
     after = trainer.evaluate()

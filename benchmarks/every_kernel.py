@@ -106,7 +106,16 @@ def modulation() -> None:
             torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs])
 
 
-CALLS: dict[str, Callable[[], None]] = {call.__name__: call for call in (surrogate, attention, paging, qk_norm_rope, modulation, nft)}
+def norm_silu() -> None:
+    from arcopo_kernels.norm_silu import norm_silu
+
+    for dtype in DTYPES:
+        buffer = new(2, 69, 35, dtype=dtype)
+        norm_silu(new(2, 67, 35, dtype=dtype), new(35, dtype=dtype), out=buffer[:, 2:])
+
+
+OF_OPERATORS = (surrogate, attention, paging, qk_norm_rope, modulation, norm_silu, nft)
+CALLS: dict[str, Callable[[], None]] = {call.__name__: call for call in OF_OPERATORS}
 
 
 @contextmanager

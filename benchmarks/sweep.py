@@ -18,6 +18,7 @@ KNOBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "paging": (("block", "num_warps"), ()),
     "qk_norm_rope": (("num_warps",), ()),
     "modulation": (("num_warps",), ()),
+    "norm_silu": (("pixels", "num_warps"), ()),
     "nft": (("block", "num_warps"), ()),
 }
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
-OPERATORS = ("surrogate", "attention", "paging", "qk_norm_rope", "modulation", "nft")
+OPERATORS = ("surrogate", "attention", "paging", "qk_norm_rope", "modulation", "norm_silu", "nft")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

@@ -11,6 +11,7 @@ from arcopo_kernels import PagePool, Segment, copo_policy, copo_surrogate, dispa
 from arcopo_kernels.aot import OPERATORS
 from arcopo_kernels.device import on_device_of_tensors
 from arcopo_kernels.modulation import gated_residual_layer_norm_modulate
+from arcopo_kernels.norm_silu import norm_silu
 from arcopo_kernels.qk_norm_rope import qk_norm_rope
 from torch import Tensor
 
@@ -53,6 +54,7 @@ def calls(device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     x, gate = new(2, 1, 3, 24), new(2, 1, 1, 24)
     outs = gated_residual_layer_norm_modulate(x, x, gate, scale=gate)
     yield *outs, *torch.autograd.grad(outs[1].square().sum(), (x, gate))
+    yield (norm_silu(x.detach(), gate.detach()[0, 0, 0]),)
     pred, old_pred, candidates = new(2, 40), new(2, 40), new(1, 3, 40)
     surrogate = copo_surrogate(pred, old_pred, candidates, torch.tensor([1.0, -1.0, 0.5], device=device))
     yield surrogate.loss, *torch.autograd.grad(surrogate.loss.sum(), pred)

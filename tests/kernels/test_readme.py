@@ -22,7 +22,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def test_there_is_one_for_each_operator() -> None:
-    assert len(EXAMPLES) >= 9 and len(EXAMPLES) == README.count("```python")
+    assert len(EXAMPLES) >= 10 and len(EXAMPLES) == README.count("```python")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

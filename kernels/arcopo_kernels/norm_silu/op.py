@@ -18,6 +18,8 @@ def norm_silu(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         x: [B, .., C], any floating dtype, contiguous: a feature map with its channels innermost.
         weight: [C], of x's dtype.
         out: where to, of x's shape and dtype; each out[b] is contiguous, so that it can be the end of a buffer which holds more frames.
+            In a compiled function do not slice a buffer that is itself a view with a storage offset: PyTorch (2.13) rebuilds such a view at
+            the wrong place.
 
     Returns:
         `out`, a new tensor if None.
@@ -50,8 +52,10 @@ def _check(x: Tensor, weight: Tensor, out: Tensor) -> None:
         if (tensor.shape, tensor.dtype, tensor.device) != (shape, x.dtype, x.device):
             found = f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             raise ValueError(f"{found}; expected {tuple(shape)} {x.dtype} on {x.device} for x {tuple(x.shape)}")
-    if len(out) and not out[0].is_contiguous():
-        raise ValueError(f"out has strides {out.stride()}; expected each out[b] of {tuple(out.shape)} to be contiguous")
+    if len(out) and (not out[0].is_contiguous() or len(out) > 1 and out.stride(0) < out[0].numel()):
+        raise ValueError(
+            f"out has strides {out.stride()}; expected each out[b] of {tuple(out.shape)} to be contiguous, and none to overlap"
+        )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, out)):
         raise ValueError("norm_silu has no gradient, but x, weight or out carries one; detach them or run under no_grad")
 
@@ -60,6 +64,8 @@ def _check(x: Tensor, weight: Tensor, out: Tensor) -> None:
 def _norm_silu(x: Tensor, weight: Tensor, out: Tensor) -> None:
     from arcopo_kernels.norm_silu import triton
 
+    if out.shape != x.shape:  # checked before; but see the note on compiled functions
+        raise RuntimeError(f"torch.compile made a view {tuple(out.shape)} of the buffer for {tuple(x.shape)}; slice it outside")
     triton.forward(x, weight, out)
 
 

@@ -18,5 +18,6 @@ FLOOR = 1e-12
 def norm_silu(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """x [.., C], weight [C] -> out [.., C]."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    torch.mul(x, norm.clamp_min_(FLOOR).reciprocal_().mul_(x.shape[-1] ** 0.5), out=out)
-    F.silu(out.mul_(weight), inplace=True)
+    # Not torch.mul(.., out=out): torch.compile refuses an `out` that is not contiguous, such as the end of a buffer.
+    out.copy_(x).mul_(norm.clamp_min_(FLOOR).reciprocal_().mul_(x.shape[-1] ** 0.5)).mul_(weight)
+    F.silu(out, inplace=True)

@@ -8,6 +8,8 @@ Computed in float32 and rounded once.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
@@ -15,13 +17,19 @@ from arcopo_kernels.device import on_device_of_tensors
 from arcopo_kernels.norm_silu.reference import FLOOR
 from torch import Tensor
 
-NUM_WARPS = 4
+
+class BlockSizes(NamedTuple):
+    """pixels: that a program takes; block: the channels of one, rounded up to a power of two."""
+
+    pixels: int
+    block: int
+    num_warps: int
 
 
-def block_sizes(size: int) -> tuple[int, int]:
-    """PIXELS and BLOCK: 32 elements a thread, four 16-byte loads in half precision; more where one pixel has more."""
+def block_sizes(size: int) -> BlockSizes:
+    """32 elements to a thread: four 16-byte loads in half precision. More where one pixel has more."""
     block = triton.next_power_of_2(size)
-    return max(NUM_WARPS * 32 * 32 // block, 1), block
+    return BlockSizes(pixels=max(4096 // block, 1), block=block, num_warps=4)
 
 
 @triton.jit
@@ -45,7 +53,8 @@ def _forward(
     at = pixel[:, None] * SIZE + channel[None, :]
     values = tl.load(x + batch * pixels * SIZE + at, mask=inside, other=0.0).to(tl.float32)
     norm = tl.sqrt(tl.sum(values * values, axis=1))
-    values *= (scale / tl.maximum(norm, FLOOR))[:, None]
+    # A pixel with a NaN in it becomes NaN, as in PyTorch, and not one divided by the floor.
+    values *= (scale / tl.maximum(norm, FLOOR, propagate_nan=tl.PropagateNan.ALL))[:, None]
     values *= tl.load(weight + channel, mask=channel < SIZE, other=0.0).to(tl.float32)[None, :]
     values *= tl.sigmoid(values)
     tl.store(out + batch * out_stride_batch + at, values.to(out.dtype.element_ty), mask=inside)
@@ -58,8 +67,8 @@ def forward(x: Tensor, weight: Tensor, out: Tensor) -> None:
         return
     batch, size = x.shape[0], x.shape[-1]
     pixels = x.numel() // (batch * size)
-    together, block = block_sizes(size)
-    _forward[(batch * triton.cdiv(pixels, together),)](
+    sizes = block_sizes(size)
+    _forward[(batch * triton.cdiv(pixels, sizes.pixels),)](
         x,
         weight.contiguous(),
         out,
@@ -68,18 +77,18 @@ def forward(x: Tensor, weight: Tensor, out: Tensor) -> None:
         size**0.5,
         FLOOR=FLOOR,
         SIZE=size,
-        PIXELS=together,
-        BLOCK=block,
-        num_warps=NUM_WARPS,
+        PIXELS=sizes.pixels,
+        BLOCK=sizes.block,
+        num_warps=sizes.num_warps,
     )
 
 
 def _case(size: int) -> AotCase:
     """bf16, with the channels of one resolution of Wan2.1's decoder."""
-    together, block = block_sizes(size)
+    sizes = block_sizes(size)
     signature = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "pixels": "i32", "out_stride_batch": "i64", "scale": "fp32"}
-    constants = {"FLOOR": FLOOR, "SIZE": size, "PIXELS": together, "BLOCK": block}
-    return AotCase(f"forward {size}", _forward, signature, constants, ["x", "weight", "out", "pixels", "out_stride_batch"], NUM_WARPS)
+    constants = {"FLOOR": FLOOR, "SIZE": size, "PIXELS": sizes.pixels, "BLOCK": sizes.block}
+    return AotCase(f"forward {size}", _forward, signature, constants, ["x", "weight", "out", "pixels", "out_stride_batch"], sizes.num_warps)
 
 
 AOT_CASES = [_case(size) for size in (96, 192, 384)]
