@@ -1,15 +1,19 @@
 """Everything that needs a GPU, in steps that each end within ten minutes.
 
-    python -m benchmarks.gpu [STEP ...] [--operator NAME ...]      all steps, or some of them; for all operators, or some of them
+    python -m benchmarks.gpu [STEP ...] [--operator NAME ...] [--part NAME ...]      all steps, or some; of all operators and parts, or some
 
     tests        the GPU tests of the kernels, pytest -m gpu tests/kernels, one process for each file
     memcheck     compute-sanitizer's search for bad memory accesses, over `every_kernel`, one process for each operator
     racecheck    the same for hazards in shared memory
     bench        the benchmarks, one process for each operator
     sweep        the benchmarks of other block sizes than the heuristics'
+    iteration    a whole iteration at full size: the engine's GPU tests, then the parts of `iteration.PARTS`, one process for each
 
 Each step writes STEP.json to $OUT when that is set, else to benchmarks/results/<device>/, anew after each of its parts. Exit status 1 if
 something failed or did not end in time, 3 if nothing did, but a step could not run here (no GPU, no compute-sanitizer) and so says nothing.
+
+`iteration` takes longer than ten minutes: run it again until it has passed. What it measured is kept, and not measured again while sources
+and settings are the same; a part by its name is `--part engine-p1`. Beside its JSON it writes the same as tables, iteration.md.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from xml.etree import ElementTree
 import torch
 from arcopo_kernels.aot import OPERATORS
 
+from benchmarks import iteration as full_size
 from benchmarks import results, shapes
 
 REPOSITORY = results.ROOT.parent
@@ -178,18 +183,67 @@ def _benchmarks(deadline: float, operators: Sequence[str], *options: str) -> Par
         yield outcome.part(operator), measured
 
 
-STEPS = {step.__name__: step for step in (tests, memcheck, racecheck, bench, sweep)}
+ENGINE_TESTS = "tests/rollout/test_gpu_engine.py"
 
 
-def run_step(name: str, seconds: float, operators: Sequence[str] = OPERATORS) -> str:
-    """Run one step, write its file, and give its status: the worst of its parts."""
+def iteration(deadline: float, parts: Sequence[str]) -> Parts:
+    """What it yields as measured is everything so far: of this run, and of earlier ones with the same sources and settings."""
+    fingerprint = full_size.fingerprint()
+    measured = _earlier(fingerprint)
+    command = [sys.executable, "-m", "pytest", ENGINE_TESTS, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    yield run(command, deadline).part(ENGINE_TESTS), _full_size_report(measured, fingerprint)
+    for name in full_size.PARTS:
+        if name in measured:
+            part = {"name": name, "status": PASSED, "seconds": 0.0, "measured": measured[name]["environment"]["date"]}
+        elif name in parts:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder, "part.json")
+                part = run([sys.executable, "-m", "benchmarks.iteration", name, "--write", str(file)], deadline).part(name)
+                if part["status"] == PASSED:
+                    measured[name] = json.loads(file.read_text())
+        else:
+            continue
+        yield part, _full_size_report(measured, fingerprint)
+
+
+def _earlier(fingerprint: str) -> dict[str, Any]:
+    """What earlier runs on such a device measured of the same sources and settings, by part; what lies in $OUT goes first."""
+    measured: dict[str, Any] = {}
+    for path in (*results.ROOT.glob("results/*/iteration.json"), results.folder(shapes.DEVICE) / "iteration.json"):
+        with suppress(OSError, ValueError, KeyError):
+            report = json.loads(path.read_text())
+            if report["fingerprint"] == fingerprint and report["environment"]["device"] == results.device_name(shapes.DEVICE):
+                measured |= report["measured"]
+    return measured
+
+
+def _full_size_report(measured: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
+    """The fields of the step's file, and its tables in iteration.md."""
+    if not measured:
+        return {}
+    ordered = [measured[name] for name in full_size.PARTS if name in measured]
+    fields = {"fingerprint": fingerprint, "measured": dict(measured), "ceilings": ordered[0]["ceilings"]}
+    fields["cases"] = full_size.merged([case for part in ordered for case in part["cases"]])
+    if fields["cases"]:
+        text = full_size.markdown({"environment": ordered[0]["environment"], **fields})
+        (results.folder(shapes.DEVICE) / "iteration.md").write_text(text)
+    return fields
+
+
+STEPS = {step.__name__: step for step in (tests, memcheck, racecheck, bench, sweep, iteration)}
+
+
+def run_step(name: str, seconds: float, what: Sequence[str] = OPERATORS) -> str:
+    """Run one step, of these operators (or parts), write its file, and give its status: the worst of its parts."""
     start = monotonic()
     environment = results.environment(shapes.DEVICE)
     path = results.folder(shapes.DEVICE) / f"{name}.json"
     report: dict[str, Any] = {"step": name, "status": FAILED, "environment": environment, "parts": []}
-    for part, measured in STEPS[name](start + seconds, operators):
+    for part, measured in STEPS[name](start + seconds, what):
         report["parts"].append(part)
-        if measured:
+        if name == "iteration":
+            report |= measured
+        elif measured:
             report["ceilings"] = measured["ceilings"]  # those of the last part stand for all: the device is one
             report.setdefault("cases", []).extend(measured["cases"])
         report["seconds"] = round(monotonic() - start, 1)
@@ -203,7 +257,7 @@ def run_step(name: str, seconds: float, operators: Sequence[str] = OPERATORS) ->
         counts = ", ".join(f"{part[key]} {key}" for key in ("passed", "failed", "skipped", "found") if key in part)
         print(f"  {part['name']:44s} {part['status']:14s} {counts}".rstrip())
     if report.get("cases"):
-        print("\n".join(results.table(report)), flush=True)
+        print(full_size.markdown(report) if name == "iteration" else "\n".join(results.table(report)), flush=True)
     return str(report["status"])
 
 
@@ -216,13 +270,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)} (default: all)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that each step may take (default: %(default)s)")
     parser.add_argument("--operator", nargs="+", default=OPERATORS, choices=OPERATORS)
+    parser.add_argument("--part", nargs="+", default=full_size.PARTS, choices=full_size.PARTS, help="of the full-size iteration")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.steps) - STEPS.keys():
         parser.error(f"unknown step {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
     if not torch.cuda.is_available():
         print("error: no GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 3
-    statuses = {name: run_step(name, arguments.seconds, arguments.operator) for name in arguments.steps or STEPS}
+    what = dict.fromkeys(STEPS, arguments.operator) | {"iteration": arguments.part}
+    statuses = {name: run_step(name, arguments.seconds, what[name]) for name in arguments.steps or STEPS}
     print("\n" + ", ".join(f"{name} {status}" for name, status in statuses.items()))
     return {PASSED: 0, ABSENT: 3}.get(_worst(list(statuses.values())), 1)
 

@@ -1,0 +1,187 @@
+"""The engine on a GPU, between the toy's size and the real one's: it never waits while denoising, keeps to its plan of pages, and computes
+what the plain PyTorch path of `benchmarks/reference/` computes. What of the first can be seen without a GPU is seen on the meta device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from arcopo_kernels.testing import assert_no_worse
+from support.models import small_config, small_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from arcopo_fast.model.causal_wan import CausalWan
+from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora
+from arcopo_fast.objectives.copo import CopoSettings
+from arcopo_fast.rollout import graphs
+from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.noise import KeyedNoise
+from benchmarks.iteration import FULL, OurPath, Scene, memory
+from benchmarks.reference.iteration import Reference
+
+CUDA = torch.device("cuda")
+SHAPE = VideoShape.of(3, 3, 16, 12, 20)
+SIZES = small_config(
+    num_layers=3, num_attention_heads=4, attention_head_dim=64, ffn_dim=512, text_dim=64, text_len=20, in_channels=16, out_channels=16
+)
+MIDDLE = replace(
+    FULL,
+    name="middle",
+    model=SIZES,
+    shape=SHAPE,
+    group_size=5,
+    copo=CopoSettings(anchors_per_update=2, updates=2),
+    lora_rank=8,
+    lora_alpha=16,
+    vae=None,
+)
+
+
+def scene_of(dtype: torch.dtype, device: torch.device = CUDA) -> Scene:
+    wide = torch.promote_types(dtype, torch.float32)
+    model = add_lora(small_model(dtype, **vars(SIZES)), rank=8, alpha=16, targets=BLOCK_TARGETS, seed=0, dtype=wide)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model):
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return Scene(replace(MIDDLE, dtype=dtype), model.to(device), torch.randn(1, 20, 64, device=device), "")
+
+
+def as_dtype(scene: Scene, dtype: torch.dtype) -> Scene:
+    """The same weights, base and adapter, in another dtype."""
+    other = scene.copy()
+    other.model.to(dtype)
+    return other.resized(replace(scene.workload, dtype=dtype))
+
+
+class SameDevice(TorchDispatchMode):
+    """Fails on an operator whose tensors lie on several devices: that is a copy between host and device, and reading a number waits too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        devices = {tensor.device.type for tensor in tree_leaves((args, kwargs, out)) if isinstance(tensor, Tensor)}
+        if len(devices) > 1:
+            raise AssertionError(f"{func} copies between {' and '.join(sorted(devices))} while denoising")
+        return out
+
+
+def watched_rollout(engine: Engine, text: Tensor, monkeypatch: pytest.MonkeyPatch, watch: Any) -> int:
+    """A rollout, `watch()` around each chunk's denoising; how many there were. What is made only once, as RoPE's tables are, is there."""
+    noise, denoise, calls = KeyedNoise(SHAPE.chunk, seed=1), graphs.denoise, []
+    engine.rollout(text, noise, pivot=1, branches=3, sigma=0.5).release()
+
+    def watched(*args: Any, **more: Any) -> Any:
+        calls.append(1)
+        with watch():
+            return denoise(*args, **more)
+
+    monkeypatch.setattr(graphs, "denoise", watched)
+    engine.rollout(text, noise, pivot=1, branches=3, sigma=0.5).release()
+    return len(calls)
+
+
+def engine_of(model: CausalWan) -> Engine:
+    return Engine(model, SHAPE, MIDDLE.sampler, MIDDLE.policy, pages=Engine.pages_for(SHAPE, 5))
+
+
+def test_denoising_copies_nothing_between_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(torch.bfloat16, **vars(SIZES)).to("meta")
+    assert watched_rollout(engine_of(model), torch.randn(1, 20, 64), monkeypatch, SameDevice) == 3
+
+
+def test_a_copy_between_devices_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = CausalWan.forward
+    monkeypatch.setattr(CausalWan, "forward", lambda self, x, *rest, **more: forward(self, x + torch.zeros(1).to(x.device), *rest, **more))
+    model = small_model(torch.bfloat16, **vars(SIZES)).to("meta")
+    with pytest.raises(AssertionError, match="copies between cpu and meta while denoising"):
+        watched_rollout(engine_of(model), torch.randn(1, 20, 64), monkeypatch, SameDevice)
+
+
+class NoWaiting:
+    """PyTorch raises on every call that makes the host wait for the device."""
+
+    def __enter__(self) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_host_never_waits_while_denoising(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    scene = scene_of(dtype)
+    assert watched_rollout(engine_of(scene.model), scene.text, monkeypatch, NoWaiting) == 3
+
+
+@pytest.mark.gpu
+def test_a_wait_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = CausalWan.forward
+    monkeypatch.setattr(CausalWan, "forward", lambda self, x, *rest, **more: forward(self, x + 0 * x.sum().item(), *rest, **more))
+    scene = scene_of(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        watched_rollout(engine_of(scene.model), scene.text, monkeypatch, NoWaiting)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pivot", [0, 1, 2])
+def test_latents_are_those_of_plain_pytorch(pivot: int) -> None:
+    """At most twice the error of plain PyTorch in bfloat16, both against plain PyTorch in float64."""
+    half = scene_of(torch.bfloat16)
+    exact = as_dtype(half, torch.float64)
+    ours = OurPath(half, pivot)
+    with torch.no_grad(), ours.engine.rollout(half.text, half.noise, pivot=pivot, branches=5, sigma=0.5) as group:
+        latents = torch.cat([chunk.expand(5, *chunk.shape[1:]) for chunk in group.latents], dim=1)
+    same, reference = (Reference(scene.workload, scene.model).rollout(scene.text, scene.noise, pivot) for scene in (half, exact))
+    assert_no_worse("latents", latents, same.latents, reference.latents, factor=2.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pivot", [0, 2])
+def test_gradients_are_those_of_plain_pytorch(pivot: int) -> None:
+    """One (step, anchor) pair from the same input: the gradient of every adapter against plain PyTorch in float64."""
+    half = scene_of(torch.bfloat16)
+    exact = as_dtype(half, torch.float64)
+    ours = OurPath(half, pivot)
+    paths = {name: Reference(scene.workload, scene.copy().model) for name, scene in (("same", half), ("exact", exact))}
+    with ours.engine.rollout(half.text, half.noise, pivot=pivot, branches=5, sigma=0.5) as group:
+        weight = torch.randn_like(group.predictions[1, 3])
+        (ours.engine.replay(group, torch.tensor([1]), torch.tensor([3]))[0] * weight).sum().backward()
+        for path in paths.values():
+            candidates = path.rollout(half.text, half.noise, pivot, branches=1)
+            candidates.inputs[1, 3] = group.inputs[1, 3].to(candidates.inputs.dtype)
+            (path.replay(candidates, half.text, pivot, 1, 3)[0] * weight).sum().backward()
+    everyone = (ours.parameters, paths["same"].parameters, paths["exact"].parameters)
+    assert_no_worse("gradients", *(torch.cat([p.grad.flatten() for p in parameters]) for parameters in everyone), factor=2.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pivot", [0, 1, 2])
+def test_an_iteration_keeps_to_its_plan(pivot: int) -> None:
+    path = OurPath(scene_of(torch.bfloat16), pivot)
+    before = torch.cuda.memory_allocated()
+    statistics = path.iteration().statistics
+    figures = memory(path)  # which compares the peak of pages in use with the plan
+    assert figures["kv_bytes"] == figures["planned_kv_bytes"] <= before
+    assert statistics["update1/ratio_max"] == 0, "before the first update the ratio is exactly 1"
+    assert path.engine.pool.pages_in_use == 0
+    if pivot == SHAPE.chunks - 1:
+        assert path.plan.tail == 0, "a group that forks at the last chunk needs no branch pages"
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_change_no_bit() -> None:
+    scene = scene_of(torch.bfloat16)
+    latents = []
+    for mode in ("off", "on"):
+        engine = Engine(scene.model, SHAPE, MIDDLE.sampler, MIDDLE.policy, pages=Engine.pages_for(SHAPE, 5), cuda_graphs=mode)
+        for _ in range(3):  # the second time a place is captured, the third it is replayed
+            with engine.rollout(scene.text, scene.noise, pivot=1, branches=5, sigma=0.5) as group:
+                latents.append(torch.cat([chunk.expand(5, *chunk.shape[1:]) for chunk in group.latents], dim=1))
+        if mode == "on":
+            assert engine.graphs.reason is None
+    assert all(torch.equal(latents[0], other) for other in latents[1:])
