@@ -7,7 +7,16 @@ import json
 import pytest
 import torch
 
-from arcopo_fast.assemble import Generator, checkpoint_directory, load_generator, load_held_out, load_prompts, load_rewards, video_shape
+from arcopo_fast.assemble import (
+    Generator,
+    build_engine,
+    checkpoint_directory,
+    load_generator,
+    load_held_out,
+    load_prompts,
+    load_rewards,
+    video_shape,
+)
 from arcopo_fast.config import Config, load_config
 from arcopo_fast.evaluation import evaluate
 from arcopo_fast.rollout.engine import SamplerSettings
@@ -41,7 +50,8 @@ def test_the_initial_noise_decides_and_renoises_do_not(config: Config, generator
 
 def test_it_shows_what_the_caption_says_often_enough(config: Config, generator: Generator) -> None:
     """An aligned generator has to start from one that works: the independent classifier recognises most captions."""
-    evaluation = evaluate(config, generator, load_prompts(config).training[::6], load_rewards(config), load_held_out(generator))
+    engine = build_engine(config, generator.model, video_shape(config, generator))
+    evaluation = evaluate(config, generator, engine, load_prompts(config).training[::6], load_rewards(config), load_held_out(generator))
     for name, values in evaluation.scores.items():
         assert values.isfinite().all(), name
         if name != "reward":
