@@ -95,7 +95,7 @@ def test_iteration(bench: Bench, best: Ceilings, report: list[dict[str, Any]], s
         pivot = scene.workload.middle
     bench.figures |= {"operator": "iteration", "mode": "rollout+update", "case": f"{scene.workload.name} p={pivot + 1}"}
     samples = {OURS: Samples(ours := OurPath(scene.copy(), pivot))}
-    more = {}
+    more: dict[str, Any] = {"varied": shape.varied[0]} if shape.varied else {}
     if not shape.varied:
         reference = ReferencePath(scene.copy(), pivot)
         more["agreement"] = iteration.agreement(ours, reference)

@@ -291,6 +291,7 @@ def case(
     """The figures of one workload and pivot, as `measure.Bench` gives those of an operator, and its stages.
 
     timings: by path ("arcopo", "reference"), whole iterations; stages: by path, seconds by stage. "other" is what is in no stage.
+    more: other fields; `varied` says what was varied, in a sweep.
     """
     work = iteration_cost.iteration(workload, pivot)
     total = sum(work.values(), Work())
@@ -401,7 +402,8 @@ def measure_part(name: str, scene: Scene, timer: Timer, ceilings: Ceilings, roun
     """The cases of one part: one warm-up, then `rounds` iterations (one in a sweep)."""
     kind, _, what = name.partition("-")
     if kind == "sweep":
-        return [_measure_ours(scene.resized(workload), workload.middle, timer, ceilings, 1) for workload in sweep(scene.workload)[what]]
+        varied = sweep(scene.workload)[what]
+        return [_measure_ours(scene.resized(workload), workload.middle, timer, ceilings, 1, varied=what) for workload in varied]
     pivot = int(what.removeprefix("p")) - 1
     if kind == "engine":
         return [_measure_ours(scene, pivot, timer, ceilings, rounds)]
@@ -417,13 +419,13 @@ def measure_part(name: str, scene: Scene, timer: Timer, ceilings: Ceilings, roun
     return [case(scene.workload, pivot, ceilings, {"reference": timing}, {"reference": stages}, extrapolated=extrapolated)]
 
 
-def _measure_ours(scene: Scene, pivot: int, timer: Timer, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
+def _measure_ours(scene: Scene, pivot: int, timer: Timer, ceilings: Ceilings, rounds: int, **more: Any) -> dict[str, Any]:
     if scene.model.device.type == "cuda":
         torch.cuda.empty_cache()  # the pool of the case before is of another size
         torch.cuda.reset_peak_memory_stats()
     samples = Samples(path := OurPath(scene, pivot))
     timing = _timing(sample(samples, timer, rounds), 0.0)
-    return case(scene.workload, pivot, ceilings, {OURS: timing}, {OURS: samples.medians(rounds)}, memory=memory(path))
+    return case(scene.workload, pivot, ceilings, {OURS: timing}, {OURS: samples.medians(rounds)}, memory=memory(path), **more)
 
 
 def sample(call: Callable[[], object], timer: Timer, rounds: int) -> list[float]:
@@ -460,27 +462,25 @@ def merged(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             ours["stages"] = [rows[0].get(stage, {}) | rows[1].get(stage, {}) for stage in STAGES if stage in rows[0] | rows[1]]
             ours["extrapolated"] = theirs["extrapolated"]
         together.append(ours)
-    main = cases[0]["workload"]
-    return sorted(together, key=lambda case: (0, case["pivot"]) if case["workload"] == main else (1, 0))
+    return sorted(together, key=lambda case: (1, 0) if "varied" in case else (0, case["pivot"]))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The tables of a report, {"environment", "ceilings", "cases"}."""
     environment, ceilings, cases = report["environment"], report["ceilings"], report["cases"]
     matmul, bandwidth = ceilings["matmul"] / 1e12, ceilings["bandwidth"] / 1e12
-    pivoted = [case for case in cases if case["workload"] == cases[0]["workload"]]
-    swept = [case for case in cases if case["workload"] != cases[0]["workload"]]
+    pivoted, swept = ([case for case in cases if ("varied" in case) == varied] for varied in (False, True))
     lines = [
-        f"# One AR-CoPO iteration, {cases[0]['workload']}",
+        f"# One AR-CoPO iteration{', ' + pivoted[0]['workload'] if pivoted else ''}",
         "",
         f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}, {environment['date']}. Ceilings, measured",
         f"in the same run: matrix product {matmul:.4g} TFLOP/s, copy {bandwidth:.4g} TB/s. Floor: FLOP over the one plus bytes between the",
         "products over the other (`benchmarks/iteration_cost.py`). MFU: FLOP a second over the matrix product's. Seconds are medians.",
-        "",
-        "| pivot | engine | reference | ratio | tokens/s | MFU | of floor | pages | planned | K/V | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-        *(_total_row(f"{case['pivot']} of {case['chunks']}", case) for case in pivoted),
     ]
+    if pivoted:
+        lines += ["", "| pivot | engine | reference | ratio | tokens/s | MFU | of floor | pages | planned | K/V | peak memory |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+        lines += [_total_row(f"{case['pivot']} of {case['chunks']}", case) for case in pivoted]
     if len(pivoted) > 1:
         lines.append(_average_row(pivoted))
     for one in pivoted:
@@ -495,8 +495,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines += [f"extrapolated, times {note['of'] / note['measured_branches']:g}; the others were measured."]
     if "decode" not in {row["stage"] for row in cases[0]["stages"]}:
         lines += ["", "Without the VAE and the rewards: diffusers is not installed here. Advantages were random numbers."]
-    if errors := pivoted[0].get("agreement"):
-        worst = {name: max(case["agreement"][name] for case in pivoted if "agreement" in case) for name in errors}
+    if agreements := [case["agreement"] for case in pivoted if "agreement" in case]:
+        worst = {name: max(agreement[name] for agreement in agreements) for name in agreements[0]}
         lines += [
             "",
             "Error ratio of the engine to the reference path: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()),

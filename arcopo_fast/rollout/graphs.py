@@ -30,11 +30,11 @@ Capture = Callable[[Function], tuple[Sequence[Tensor], Callable[[], object]]]
 """Runs a function while recording it: its outputs, and what runs it again into the same outputs."""
 
 
-def launch_bound(config: CausalWanConfig, batch: int, tokens: int, keys: int) -> bool:
-    """Whether a forward pass of `tokens` queries over `keys` keys, for each of `batch` videos, waits for its launches. An estimate."""
+def launch_bound(config: CausalWanConfig, batch: int, tokens: int) -> bool:
+    """Whether a block, over a chunk of `tokens` tokens of each of `batch` videos, waits for its launches. An estimate: no cached frames."""
     dim = config.dim
     linear = 2 * tokens * dim * (6 * dim + 2 * config.ffn_dim)
-    attention = 4 * tokens * dim * (keys + config.text_len)
+    attention = 4 * tokens * dim * (tokens + config.text_len)
     arithmetic = batch * (linear + attention) / FLOPS_OF_A_SECOND
     return arithmetic < LAUNCHES_OF_A_BLOCK * SECONDS_OF_A_LAUNCH
 
@@ -104,7 +104,7 @@ class ChunkGraphs:
             return "the context cannot say which addresses it reads"
         batch, frames, _, height, width = noise.shape
         tokens = frames * model.config.tokens_per_frame(height, width)
-        if self.mode == "auto" and not launch_bound(model.config, batch, tokens, tokens):
+        if self.mode == "auto" and not launch_bound(model.config, batch, tokens):
             return "the arithmetic takes longer than the launches"
         return None
 

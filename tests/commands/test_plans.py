@@ -32,7 +32,7 @@ def iteration(directory: Path, *overrides: str) -> tuple[list[Tensor], dict[str,
     for parameter in trainer.parameters:  # B is 0 at first, and hides A's gradients
         torch.nn.init.normal_(parameter, std=0.05)
     gradients: list[Tensor] = []
-    trainer.optimizer.step = lambda: gradients.extend(parameter.grad.clone() for parameter in trainer.parameters)  # type: ignore
+    trainer.optimizer.step = lambda: gradients.extend(parameter.grad.clone() for parameter in trainer.parameters)  # type: ignore[method-assign]
     group, prompt = trainer.rollout(1, 0)
     with group:
         scores = trainer.judge(group, prompt)

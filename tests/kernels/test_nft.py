@@ -140,10 +140,9 @@ def test_compile_without_graph_breaks(device: torch.device, implementation: str)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_cuda_graph(device: torch.device) -> None:
     """Captured once, forward and backward, and replayed with other inputs."""
-    if device.type != "cuda":
-        pytest.skip("needs a GPU")
     static = draw((4, 9001), 0.1, (BF16, BF16, BF16), device)
 
     def step() -> tuple[Tensor, Tensor]:

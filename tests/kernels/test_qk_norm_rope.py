@@ -213,7 +213,7 @@ def test_cache(cache_roped: bool, device: torch.device) -> None:
     else:
         assert_close("normed keys", cached_key, normed, 1e-3)  # another tile, another order of the mean's sum
     others = [page for page in range(9) if page not in run.pages]
-    for now, then in zip((pool.keys, pool.values), before):
+    for now, then in zip((pool.keys, pool.values), before, strict=True):
         assert torch.equal(now[0], then[0]) and torch.equal(now[1, others], then[1, others])
 
 

@@ -348,10 +348,9 @@ def test_compile_without_graph_breaks(device: torch.device, implementation: str)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_cuda_graph(kernels: torch.device) -> None:
     """Captured once, forward and backward, and replayed with other inputs, step indices included."""
-    if kernels.type != "cuda":
-        pytest.skip("needs a GPU")
     static = draw(8, 4, 12, (5003,), 0.05, (F32, F32, F32)).to(kernels)
     static = static._replace(pred=static.pred.requires_grad_())
 
