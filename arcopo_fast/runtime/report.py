@@ -10,7 +10,6 @@ with "reward" among the names for the weighted sum that is trained on, and the v
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
@@ -24,7 +23,9 @@ from typing import Any
 import yaml
 
 from arcopo_fast.config import Config, load_config, resolved_yaml
+from arcopo_fast.runtime.charts import line_chart
 from arcopo_fast.runtime.metrics import FILE, read_metrics
+from arcopo_fast.runtime.page import page, section, table, video
 from arcopo_fast.runtime.run_dir import atomic_write
 
 TOTAL = "reward"  # the weighted sum of the rewards, in metrics.jsonl and evaluation.json
@@ -45,16 +46,16 @@ def write_report(directory: str | Path) -> Path:
     comparisons = compare(config, evaluation)
     parts = [
         _headline(config, records, comparisons),
-        _section("Before and after", _comparison_table(comparisons), _COMPARISON_NOTE) if comparisons else "",
-        _section("Videos", _videos(directory, evaluation.get("videos", [])), _VIDEO_NOTE) if evaluation.get("videos") else "",
-        _section("Training", _charts(config, records), "") if records else "",
-        _section("Where the time went", _timing_table(records), "") if any(record.get("time") for record in records) else "",
-        _section(
+        section("Before and after", _comparison_table(comparisons), _COMPARISON_NOTE) if comparisons else "",
+        section("Videos", _videos(directory, evaluation.get("videos", [])), _VIDEO_NOTE) if evaluation.get("videos") else "",
+        section("Training", _charts(config, records)) if records else "",
+        section("Where the time went", _timing_table(records)) if any(record.get("time") for record in records) else "",
+        section(
             "Settings", f"<details><summary>config.yaml</summary><pre>{escape(resolved_yaml(config))}</pre></details>", _SETTINGS_NOTE
         ),
     ]
     path = directory / "report.html"
-    atomic_write(path, _PAGE.format(title=escape(f"{config.name} - arcopo_fast"), style=_STYLE, body="\n".join(filter(None, parts))))
+    atomic_write(path, page(f"{config.name} - arcopo_fast", parts))
     return path
 
 
@@ -142,8 +143,7 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> str:
             f'<tr><th scope="row">{escape(one.name)}</th><td>{_number(one.before)}</td><td>{_number(one.after)}</td>'
             f'<td class="{_direction(one)}">{_signed(one.change)}{interval}</td><td>{_in_spreads(one)}</td></tr>'
         )
-    head = "<tr><th></th><th>before</th><th>after</th><th>change</th><th>in std</th></tr>"
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return table(["", "before", "after", "change", "in std"], rows)
 
 
 def _direction(one: Comparison) -> str:
@@ -184,30 +184,21 @@ def _headline(config: Config, records: Sequence[Record], comparisons: Sequence[C
     )
 
 
-def _section(title: str, content: str, note: str) -> str:
-    return f"<section><h2>{title}</h2>{f'<p class=note>{note}</p>' if note else ''}{content}</section>"
-
-
 _VIDEO_NOTE = "Left before, right after, from the same prompt and the same noise."
 _SETTINGS_NOTE = "Everything the run was told. Saved as a file, it repeats the run: <code>python -m arcopo_fast.train config.yaml</code>"
 
 
 def _videos(directory: Path, videos: Iterable[Mapping[str, Any]]) -> str:
     cards = []
-    for video in videos:
-        sides = [_video(directory / video[side], side) for side in ("before", "after") if (directory / video[side]).is_file()]
+    for entry in videos:
+        sides = [video(directory / entry[side], side) for side in ("before", "after") if (directory / entry[side]).is_file()]
         rewards = ""
-        if video.get("reward_before") is not None and video.get("reward_after") is not None:
-            rewards = f"reward {_number(video['reward_before'])} → {_number(video['reward_after'])}"
-        caption = f"{escape(str(video['prompt']))}<br><small>{rewards}</small>"
+        if entry.get("reward_before") is not None and entry.get("reward_after") is not None:
+            rewards = f"reward {_number(entry['reward_before'])} → {_number(entry['reward_after'])}"
+        caption = f"{escape(str(entry['prompt']))}<br><small>{rewards}</small>"
         if sides:
             cards.append(f'<figure><div class="pair">{"".join(sides)}</div><figcaption>{caption}</figcaption></figure>')
     return f'<div class="videos">{"".join(cards)}</div>'
-
-
-def _video(path: Path, label: str) -> str:
-    source = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    return f'<div><video autoplay loop muted playsinline aria-label="{label}" src="{source}"></video><span>{label}</span></div>'
 
 
 def _timing_table(records: Sequence[Record]) -> str:
@@ -225,8 +216,7 @@ def _timing_table(records: Sequence[Record]) -> str:
         for name, total in sorted(sums.items(), key=lambda item: -item[1])
     ]
     rows.append(f'<tr class="sum"><th scope="row">an iteration</th><td>{whole / len(records):.3f}</td><td></td><td class="bar"></td></tr>')
-    head = '<tr><th></th><th>s / iteration</th><th>share</th><th class="bar"></th></tr>'
-    return f'<div class="wide"><table class="timing"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return table(["", "s / iteration", "share", ""], rows)
 
 
 def _charts(config: Config, records: Sequence[Record]) -> str:
@@ -285,155 +275,6 @@ def _points(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
     return [(record["step"], record[name]) for record in records if isinstance(record.get(name), (int, float))]
 
 
-# Charts ----------------------------------------------------------------------------------------------------------------------------
-
-Points = Sequence[tuple[float, float]]
-
-
-def line_chart(series: Mapping[str, Points], *, title: str, smooth: bool = False, width: int = 360, height: int = 190) -> str:
-    """An SVG of lines over iterations; its colours are the page's.
-
-    Args:
-        series: label -> (x, y) points with finite numbers. A single series needs no label.
-        smooth: draw a moving mean over a tenth of the points; with a single series the points themselves stay visible behind it.
-    """
-    left, right, top, bottom = 46, 10, 8 + 16 * (len(series) > 1), 24
-    curves = {label: _moving_mean(points) if smooth else list(points) for label, points in series.items()}
-    shown = [point for points in [*curves.values(), *(series.values() if len(series) == 1 else [])] for point in points]
-    xs, ys = [x for x, _ in shown], [y for _, y in shown]
-    first, last = min(xs), max(xs)
-    ticks = _ticks(min(ys), max(ys))
-    low, high = min(ticks[0], *ys), max(ticks[-1], *ys)
-
-    def place(point: tuple[float, float]) -> str:
-        x = left + (point[0] - first) / ((last - first) or 1) * (width - left - right)
-        y = height - bottom - (point[1] - low) / ((high - low) or 1) * (height - top - bottom)
-        return f"{x:.1f},{y:.1f}"
-
-    def path(points: Points, style: str) -> str:
-        return f'<polyline class="{style}" points="{" ".join(map(place, points))}"/>'
-
-    drawn = []
-    for tick in ticks:
-        x, y = place((first, tick)).split(",")
-        drawn.append(f'<line class="grid" x1="{x}" x2="{width - right}" y1="{y}" y2="{y}"/>')
-        drawn.append(f'<text x="{left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
-    for step, anchor in ((first, "start"), (last, "end")):
-        x = place((step, low)).split(",")[0]
-        drawn.append(f'<text x="{x}" y="{height - 6}" text-anchor="{anchor}">{"iteration " if anchor == "start" else ""}{step:g}</text>')
-    if smooth and len(series) == 1:
-        drawn += [path(points, "raw") for points in series.values()]
-    drawn += [path(points, f"line s{index % 5}") for index, points in enumerate(curves.values())]
-    if len(series) > 1:
-        start = float(left)
-        for index, label in enumerate(series):
-            drawn.append(f'<line class="line s{index % 5}" x1="{start:.0f}" x2="{start + 14:.0f}" y1="9" y2="9"/>')
-            drawn.append(f'<text x="{start + 19:.0f}" y="13">{escape(label)}</text>')
-            start += 36 + 6.6 * len(label)
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg>'
-
-
-def _moving_mean(points: Points) -> list[tuple[float, float]]:
-    """The mean over a window of a tenth of the points around each one."""
-    reach = max(1, len(points) // 20)
-    means = []
-    for index, (x, _) in enumerate(points):
-        window = points[max(0, index - reach) : index + reach + 1]
-        means.append((x, sum(y for _, y in window) / len(window)))
-    return means
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers that span [low, high]."""
-    if high <= low:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    raw = (high - low) / 3
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw)
-    return [round(index * step, 12) for index in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-def _short(value: float) -> str:
-    """At most six characters, where that is possible."""
-    if value and not 1e-3 <= abs(value) < 1e4:
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
-    return f"{value:.4g}".replace("-", "−")
-
-
-# The page --------------------------------------------------------------------------------------------------------------------------
-
-_STYLE = """
-:root { color-scheme: light dark;
-  --page: #fcfcfb; --card: #ffffff; --ink: #1c1c1a; --quiet: #63625d; --rule: #e3e2dd; --up: #0f7a4d; --down: #b3261e;
-  --s0: #2a78d6; --s1: #c2571a; --s2: #14855f; --s3: #8a52c7; --s4: #a67c00; --raw: #a9c9ee; }
-@media (prefers-color-scheme: dark) { :root {
-  --page: #161615; --card: #1f1f1d; --ink: #ecebe6; --quiet: #a3a29b; --rule: #363632; --up: #5fd19c; --down: #ff8a80;
-  --s0: #6aa8f0; --s1: #ee9159; --s2: #4cc094; --s3: #bd93ee; --s4: #d9b23a; --raw: #2f4a6b; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 64px; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { margin: 0; font-size: 28px; line-height: 1.2; }
-h2 { margin: 44px 0 8px; font-size: 20px; }
-p { margin: 8px 0; }
-.note, .facts, small, figcaption, summary { color: var(--quiet); font-size: 14px; }
-.note { max-width: 72ch; }
-.result { margin: 14px 0; }
-.number { margin-right: 6px; font-size: 26px; font-weight: 650; white-space: nowrap; }
-.wide { overflow-x: auto; }
-table { margin-top: 12px; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 0 6px 22px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
-th:first-child { padding-left: 0; text-align: left; font-weight: 500; }
-thead th { color: var(--quiet); font-size: 14px; font-weight: 500; }
-tr.group th { padding-top: 18px; color: var(--quiet); font-size: 14px; }
-tr.sum * { font-weight: 650; }
-.up { color: var(--up); }
-.down { color: var(--down); }
-.bar { width: 180px; }
-.bar i { display: block; height: 10px; min-width: 1px; border-radius: 2px; background: var(--s0); }
-figure { margin: 0; }
-.videos, .charts { display: grid; gap: 28px; margin-top: 16px; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
-.videos { grid-template-columns: repeat(auto-fill, minmax(min(420px, 100%), 1fr)); }
-.videos figcaption { margin-top: 6px; color: var(--ink); }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
-.pair span { display: block; font-size: 13px; color: var(--quiet); }
-video { display: block; width: 100%; border-radius: 4px; background: var(--rule); }
-.charts figcaption { min-height: 66px; margin-bottom: 4px; }
-.charts b { display: block; color: var(--ink); font-size: 15px; }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--quiet); font-size: 12px; }
-.grid { stroke: var(--rule); stroke-width: 1; }
-polyline, .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-polyline.raw { stroke: var(--raw); stroke-width: 1.2; }
-.s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); } .s2 { stroke: var(--s2); } .s3 { stroke: var(--s3); } .s4 { stroke: var(--s4); }
-pre { padding: 14px; overflow-x: auto; font-size: 13px; line-height: 1.45;
-  background: var(--card); border: 1px solid var(--rule); border-radius: 6px; }
-summary { cursor: pointer; }
-code { font-size: 13px; overflow-wrap: anywhere; }
-@media (max-width: 520px) {
-  body { padding: 16px 14px 48px; }
-  th, td { padding-left: 10px; font-size: 14px; }
-  th:first-child { white-space: normal; overflow-wrap: anywhere; }
-  td small { display: block; }
-  .bar { width: 90px; }
-  .charts figcaption { min-height: 0; }
-}
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
 # The model card --------------------------------------------------------------------------------------------------------------------
 
 
@@ -453,7 +294,7 @@ def model_card(config: Config, evaluation: Mapping[str, Any]) -> str:
         f"{f' ± {one.error:.3f}' if math.isfinite(one.error) else ''} |"
         for one in comparisons
     ]
-    table = "\n".join(["| | | before | after | change |", "|---|---|---|---|---|", *rows]) if rows else "Not evaluated."
+    results = "\n".join(["| | | before | after | change |", "|---|---|---|---|---|", *rows]) if rows else "Not evaluated."
     weights = ", ".join(f"{name} x {weight:g}" for name, weight in config.rewards.items())
     videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
     return f"""---
@@ -479,7 +320,7 @@ arcopo_fast.
 {videos} videos of {config.evaluation.prompts} prompts that were not trained on, with the same noise before and after; intervals are one
 standard error over videos. What is held out was never trained on.
 
-{table}
+{results}
 
 ## How to load it
 

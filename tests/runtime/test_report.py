@@ -19,8 +19,9 @@ import yaml
 
 from arcopo_fast.config import Config, load_config, resolved_yaml
 from arcopo_fast.errors import UserError
+from arcopo_fast.runtime.charts import _ticks, line_chart
 from arcopo_fast.runtime.metrics import MetricsWriter
-from arcopo_fast.runtime.report import _ticks, compare, config_hash, line_chart, model_card, write_report
+from arcopo_fast.runtime.report import compare, config_hash, model_card, write_report
 from arcopo_fast.runtime.run_dir import RunDirectory
 from arcopo_fast.runtime.video import write_mp4
 
