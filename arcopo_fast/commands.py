@@ -6,16 +6,16 @@ not the user's doing keeps its traceback.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from arcopo_fast.config import Config, keys_help, load_config, recipes, resolved_yaml
+from arcopo_fast.config import DEFAULT_RECIPE, Config, keys_help, load_config, recipes, resolved_yaml
 from arcopo_fast.errors import UserError
 
 BAD_INPUT = 2
@@ -79,113 +79,110 @@ def _end(line: str, status: int) -> int:
     return status
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """What `train` is told beside its configuration.
+class Parser(argparse.ArgumentParser):
+    """argparse as every command uses it: an error is a `UserError`, options are never abbreviated, `--help` shows defaults.
 
-    dry_run: say what the run needs instead of starting it. device_memory: for devices of so many GB; none: the one that is here.
-    profile: iterations to trace.
+    Args:
+        prog: the command as it is called, such as "python -m arcopo_fast.merge".
+        description: what it does, for `--help`.
     """
 
-    dry_run: bool = False
-    device_memory: tuple[float, ...] = ()
-    profile: int = 0
+    def __init__(self, prog: str, description: str, **more: Any) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Formatter, **more)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace | None:
+        """The parsed command line; None after `--help`, which prints.
+
+        Raises:
+            UserError: anything that cannot be used.
+        """
+        try:
+            parsed, unknown = self.parse_known_intermixed_args(list(arguments))
+        except SystemExit:  # --help
+            return None
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            raise UserError(f"unknown option {unknown[0]}: the options are {', '.join(known)}{self.hint}")
+        return parsed
+
+    hint = ""
 
 
-TRAIN_OPTIONS = """
-  --dry-run       print the memory that the run needs by component, and the settings that fit each device; start nothing, need no GPU
-  --device-memory 24,40,80,141
-                  with --dry-run: for devices of so many GB; without it, for the GPU that is here, else for these four
-  --profile N     write a PyTorch trace of N iterations into the run's directory"""
+class RecipeParser(Parser):
+    """A command that reads `[recipe] [key.sub=value ...]` beside options of its own, which are added as to any argparse parser."""
+
+    hint = "; settings are written key.sub=value"
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description, usage=f"{prog} [recipe] [key.sub=value ...] [options]")
+        self.add_argument(
+            "settings",
+            nargs="*",
+            metavar="recipe, key.sub=value",
+            help=f"a YAML file, or a recipe of the package: {', '.join(recipes())} (default: {DEFAULT_RECIPE}); and what overrides it: the "
+            "value is YAML, later ones win. Example: optimizer.lr=5e-4 sampler.steps=[1000,300]",
+        )
+        self.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
+
+    def format_help(self) -> str:
+        keys = "Keys, with the default they have where a recipe says nothing:"
+        return f"{super().format_help()}\n{keys}\n\n{keys_help()}\n"
+
+    def read_config(self, arguments: Sequence[str], overrides: Callable[[Any], Sequence[str]] | None = None) -> tuple[Config, Any] | None:
+        """The configuration and the options; None after `--help` or `--print-config`, which print what they say.
+
+        overrides: settings that options stand for, by the parsed options; they win over those on the command line.
+
+        Raises:
+            UserError: anything that cannot be used.
+        """
+        options = self.read(arguments)
+        if options is None:
+            return None
+        words = [word for word in options.settings if not re.match(r"[^/=]*=", word)]
+        if len(words) > 1:
+            raise UserError(f"one recipe at a time, given {' and '.join(words)}{self.hint}, as in optimizer.lr=1e-4")
+        given = [word for word in options.settings if word not in words]
+        config = load_config(words[0] if words else None, [*given, *(overrides(options) if overrides else ())])
+        if options.print_config:
+            print(resolved_yaml(config), end="")
+            return None
+        return config, options
 
 
-def parse_train(arguments: Sequence[str], prog: str, description: str) -> tuple[Config, TrainOptions] | None:
-    """`parse_config` for `train`, which has options of its own."""
-    rest: list[str] = []
-    given: dict[str, Any] = {}
-    pending = iter(arguments)
-    for argument in pending:
-        name, equals, value = argument.partition("=")
-        if name == "--dry-run" and not equals:
-            given["dry_run"] = True
-        elif name in ("--device-memory", "--profile"):
-            value = value if equals else next(pending, "")
-            given[name[2:].replace("-", "_")] = _sizes(value) if name == "--device-memory" else _count(value)
-        else:
-            rest.append(argument)
-    config = parse_config(rest, prog, description, options=TRAIN_OPTIONS)
-    if config is None:
-        return None
-    options = TrainOptions(**given)
-    if options.device_memory and not options.dry_run:
-        raise UserError("--device-memory only says what --dry-run is about; add --dry-run, or leave it out")
-    if options.profile and options.dry_run:
-        raise UserError("--profile traces a run, and --dry-run starts none; leave one out")
-    return config, options
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults where there are any that say something."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=18, width=130)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is argparse.SUPPRESS or not action.default
+        return action.help if silent else super()._get_help_string(action)
 
 
-def _sizes(text: str) -> tuple[float, ...]:
-    try:
-        sizes = tuple(float(size) for size in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or not all(0 < size < math.inf for size in sizes):
-        raise UserError(f"--device-memory takes GB separated by commas, as in 24,80; given {text!r}")
-    return sizes
+def parse_config(arguments: Sequence[str], prog: str, description: str) -> Config | None:
+    """The configuration of a command that has no options of its own; None after `--help` or `--print-config`."""
+    read = RecipeParser(prog, description).read_config(arguments)
+    return read[0] if read else None
 
 
-def _count(text: str) -> int:
+def positive_int(text: str) -> int:
+    """For `type=` of an option: a whole number, at least 1."""
     if not re.fullmatch(r"0*[1-9][0-9]*", text):
-        raise UserError(f"--profile takes a number of iterations, at least 1; given {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1; given {text!r}")
     return int(text)
 
 
-def parse_config(arguments: Sequence[str], prog: str, description: str, *, options: str = "") -> Config | None:
-    """The configuration that `[recipe] [key.sub=value ...]` asks for; None after `--help` or `--print-config`, which print what they say.
-
-    Args:
-        arguments: the command line without the program's name.
-        prog: the command as it is called, such as "python -m arcopo_fast.train".
-        description: what it does, for `--help`.
-        options: further lines of the help, for options that the caller has taken out of `arguments`.
-
-    Raises:
-        UserError: anything that cannot be used.
-    """
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(prog, description, options))
-        return None
-    words, overrides, show = [], [], False
-    for argument in arguments:
-        if argument == "--print-config":
-            show = True
-        elif argument.startswith("-"):
-            known = ["--help", "--print-config", *re.findall(r"^  (--[a-z-]+)", options, re.MULTILINE)]
-            raise UserError(f"unknown option {argument}: the options are {', '.join(known)}; settings are written key.sub=value")
-        elif re.match(r"[^/=]*=", argument):
-            overrides.append(argument)
-        else:
-            words.append(argument)
-    if len(words) > 1:
-        raise UserError(f"one recipe at a time, given {' and '.join(words)}: settings are written key.sub=value, as in optimizer.lr=1e-4")
-    config = load_config(words[0] if words else None, overrides)
-    if show:
-        print(resolved_yaml(config), end="")
-        return None
-    return config
-
-
-def help_text(prog: str, description: str, options: str = "") -> str:
-    """Usage, recipes, and every key with its default and meaning."""
-    return f"""usage: {prog} [recipe] [key.sub=value ...] [options]
-
-{description.strip()}
-
-  recipe          a YAML file, or a recipe of the package: {", ".join(recipes())} (default: toy)
-  key.sub=value   overrides the recipe; the value is YAML; later ones win. Example: optimizer.lr=5e-4 sampler.steps=[1000,300]
-  --print-config  print the resolved configuration and end{options}
-  --help          print this and end
-
-Keys, with the default they have where a recipe says nothing:
-
-{keys_help()}"""
+def numbers(text: str) -> tuple[float, ...]:
+    """For `type=` of an option: finite numbers separated by commas, none of them negative."""
+    try:
+        values = tuple(float(value) for value in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 <= value < math.inf for value in values):
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, as in 24,80; given {text!r}")
+    return values

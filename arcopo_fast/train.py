@@ -29,8 +29,9 @@ from arcopo_fast.assemble import (
     load_rewards,
     video_shape,
 )
-from arcopo_fast.commands import parse_train, run_command
+from arcopo_fast.commands import RecipeParser, numbers, positive_int, run_command
 from arcopo_fast.config import Config
+from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import Evaluation, evaluate
 from arcopo_fast.model.lora import adapter_parameters, add_lora, save_adapter
 from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
@@ -213,11 +214,37 @@ def train(config: Config, *, profile: int = 0) -> Path:
     return run.path
 
 
+def command_line() -> RecipeParser:
+    parser = RecipeParser("python -m arcopo_fast.train", "Align a generator with AR-CoPO.")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the memory that the run needs by component, and the settings that fit each device; start nothing, need no GPU",
+    )
+    parser.add_argument(
+        "--device-memory",
+        type=numbers,
+        metavar="24,40,80,141",
+        default=(),
+        help="with --dry-run: for devices of so many GB; without it, for the GPU that is here, else for these four",
+    )
+    parser.add_argument(
+        "--profile", type=positive_int, metavar="N", default=0, help="write a PyTorch trace of N iterations into the run's directory"
+    )
+    return parser
+
+
 def main(argv: list[str]) -> None:
-    command = parse_train(argv, prog="python -m arcopo_fast.train", description="Align a generator with AR-CoPO.")
+    command = command_line().read_config(argv)
     if command is None:
         return
     config, options = command
+    if options.device_memory and not options.dry_run:
+        raise UserError("--device-memory only says what --dry-run is about; add --dry-run, or leave it out")
+    if 0 in options.device_memory:
+        raise UserError("--device-memory takes sizes above 0 GB")
+    if options.profile and options.dry_run:
+        raise UserError("--profile traces a run, and --dry-run starts none; leave one out")
     if options.dry_run:
         print(dry_run(config, options.device_memory))
         return

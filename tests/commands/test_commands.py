@@ -84,7 +84,8 @@ def test_what_is_not_the_users_doing_keeps_its_traceback() -> None:
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    program = "import sys\nfrom arcopo_fast.commands import *\nsys.exit(run_command(lambda a: print(help_text('x', 'y') * 50), []))"
+    program = "import sys\nfrom arcopo_fast.commands import *\n"
+    program += "sys.exit(run_command(lambda a: print(RecipeParser('x', 'y').format_help() * 50), []))"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     assert process.stdout and process.stderr
     process.stdout.read(10)

@@ -7,27 +7,27 @@ from pathlib import Path
 import pytest
 
 from arcopo_fast import train as train_module
-from arcopo_fast.commands import TrainOptions, parse_config, parse_train
+from arcopo_fast.commands import parse_config
 from arcopo_fast.config import Config, load_config
 from arcopo_fast.errors import UserError
-from arcopo_fast.train import main
+from arcopo_fast.train import command_line, main
 
 PROG = "python -m arcopo_fast.train"
 
 
-def options(*arguments: str) -> TrainOptions:
-    parsed = parse_train(arguments, PROG, "Align a generator.")
+def options(*arguments: str) -> tuple[bool, tuple[float, ...], int]:
+    parsed = command_line().read_config(arguments)
     assert parsed is not None
     assert parsed[0] == load_config("toy", ["seed=3"])
-    return parsed[1]
+    return parsed[1].dry_run, parsed[1].device_memory, parsed[1].profile
 
 
 def test_options_anywhere_on_the_line() -> None:
-    assert options("toy", "seed=3") == TrainOptions()
-    assert options("--dry-run", "toy", "seed=3").dry_run
-    assert options("toy", "--device-memory", "24,80.5", "--dry-run", "seed=3") == TrainOptions(True, (24.0, 80.5))
-    assert options("toy", "--device-memory=141", "seed=3", "--dry-run").device_memory == (141.0,)
-    assert options("--profile", "3", "seed=3") == options("seed=3", "--profile=3") == TrainOptions(profile=3)
+    assert options("toy", "seed=3") == (False, (), 0)
+    assert options("--dry-run", "toy", "seed=3") == (True, (), 0)
+    assert options("toy", "--device-memory", "24,80.5", "--dry-run", "seed=3") == (True, (24.0, 80.5), 0)
+    assert options("toy", "--device-memory=141", "seed=3", "--dry-run") == (True, (141.0,), 0)
+    assert options("--profile", "3", "seed=3") == options("seed=3", "--profile=3") == (False, (), 3)
 
 
 @pytest.mark.parametrize(
@@ -35,18 +35,19 @@ def test_options_anywhere_on_the_line() -> None:
     [
         (["--profile", "0"], "at least 1; given '0'"),
         (["--profile", "many"], "given 'many'"),
-        (["--profile"], "given ''"),
-        (["--device-memory", "24,large", "--dry-run"], "GB separated by commas, as in 24,80; given '24,large'"),
-        (["--device-memory", "-1", "--dry-run"], "given '-1'"),
+        (["--profile"], "--profile: expected one argument"),
+        (["--device-memory", "24,large", "--dry-run"], "numbers separated by commas, as in 24,80; given '24,large'"),
+        (["--device-memory=-1", "--dry-run"], "given '-1'"),
+        (["--device-memory", "0", "--dry-run"], "above 0"),
         (["--device-memory", "24"], "add --dry-run"),
         (["--profile", "2", "--dry-run"], "leave one out"),
         (["--dryrun"], "the options are --help, --print-config, --dry-run, --device-memory, --profile"),
-        (["--dry-run=yes"], "unknown option --dry-run=yes"),
+        (["--dry-run=yes"], "--dry-run: ignored explicit argument 'yes'"),
     ],
 )
 def test_what_cannot_be_used(arguments: list[str], said: str) -> None:
     with pytest.raises(UserError) as error:
-        parse_train(["toy", *arguments], PROG, "")
+        main(["toy", *arguments])
     assert said in str(error.value)
 
 
@@ -58,7 +59,7 @@ def test_other_commands_do_not_have_these_options(capsys: pytest.CaptureFixture[
 
 
 def test_help_documents_them(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse_train(["--help"], PROG, "") is None
+    assert command_line().read_config(["--help"]) is None
     text = capsys.readouterr().out
     assert all(option in text for option in ("--dry-run ", "--device-memory 24,40,80,141", "--profile N", "--print-config"))
 
