@@ -1,0 +1,418 @@
+"""The replay buffer on disk: groups of reference rollouts, made by any number of processes and read by any number of ranks.
+
+    buffer/  buffer.json  entries/000000.safetensors ...  claims/000000 ...
+
+An entry is one group, a safetensors file named by its index: complete or absent, read through a memory map, checked against its SHA-256
+when it is first read. buffer.json says which policy and recipe made it. What the tensors mean is the caller's business.
+
+A process that makes an entry holds the lock (flock) on its file in claims/; the kernel drops the lock when the process ends, however it
+ends. So nothing is made twice at once and nothing stays claimed by the dead, wherever the processes see each other's locks: local file
+systems, NFS (but not mounted with nolock or local_lock), Lustre mounted with flock, CephFS, GPFS. Lock files stay where they are: to remove
+one that another process is about to lock would let two hold the same claim. Over NFS a process may learn late of an entry that another
+machine made, and make it again; either file is whole, and the later one takes the name.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from arcopo_fast.errors import UserError
+from arcopo_fast.runtime.run_dir import atomic_path, atomic_write
+
+FORMAT = 1
+FILE = "buffer.json"
+COLLECT = "python -m arcopo_fast.collect"
+
+# An entry's file begins with 8 bytes of length and the header, and that with our one metadata item, so its checksum has a fixed place.
+_HEAD = b'{"__metadata__":{"entry":"{\\"sha256\\":\\"'
+_NO_CHECKSUM = b"0" * 64
+_CHECKSUM = slice(8 + len(_HEAD), 8 + len(_HEAD) + len(_NO_CHECKSUM))
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+class BrokenEntry(UserError):
+    """An entry that cannot be used. The message names its file and says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One group. A tensor is read from the disk when it is used; change a copy, for all who ask `tensors` for it get the same memory."""
+
+    index: int
+    tensors: Mapping[str, Tensor]
+    metadata: dict[str, Any]
+
+
+class Buffer:
+    """See `create` for collecting and `open` for training.
+
+    Attributes:
+        path: the directory.
+        policy, recipe: what the entries were made from, as it was given (JSON makes lists of tuples).
+        groups: how many entries were asked for, if anyone said so; there may be fewer or more.
+    """
+
+    def __init__(self, path: Path, document: Mapping[str, Any]) -> None:
+        self.path = path
+        self.policy: dict[str, Any] = document["policy"]["values"]
+        self.recipe: dict[str, Any] = document["recipe"]["values"]
+        self.groups: int | None = document["groups"]
+        self._fingerprint = document["policy"]["fingerprint"]
+        self._checked: set[int] = set()
+        self._broken: set[int] = set()
+        self._claimed: set[int] = set()
+
+    @classmethod
+    def create(cls, path: str | Path, policy: Mapping[str, Any], recipe: Mapping[str, Any], *, groups: int | None = None) -> Buffer:
+        """The buffer to collect into: a new one, or the one that is there if the same policy and recipe made it.
+
+        Of processes that create it at once, one does and the others check against what it wrote.
+
+        Args:
+            policy: everything that decides what the generator draws from a noise: plain values that JSON can say, possibly nested.
+            recipe: everything else that an entry depends on.
+            groups: how many entries are wanted in all; kept for readers, the largest that was ever asked for.
+
+        Raises:
+            UserError: the directory holds something else, or a buffer of another policy or recipe.
+        """
+        path = Path(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"cannot make the replay buffer {path}: a file is in the way; give another directory") from None
+        there = {name for name in os.listdir(path) if not name.startswith(".")}
+        if strange := sorted(there - {"entries", "claims"}) if FILE not in there else []:
+            raise UserError(f"{path} is no replay buffer: it holds {strange[0]} and no {FILE}; give a new or an empty directory")
+        for name in ("entries", "claims"):
+            (path / name).mkdir(exist_ok=True)
+        with _lock(path / "claims" / "buffer", wait=True):
+            if not (path / FILE).exists():
+                _write_document(path, {"format": FORMAT, "groups": groups, "policy": _signed(policy), "recipe": _signed(recipe)})
+            document = _read_document(path)
+            _check(path, document, policy=policy, recipe=recipe)
+            if groups is not None and groups > (document["groups"] or 0):
+                document["groups"] = groups
+                _write_document(path, document)
+        return cls(path, document)
+
+    @classmethod
+    def open(cls, path: str | Path, policy: Mapping[str, Any]) -> Buffer:
+        """The buffer to train on; writes nothing. An entry whose header or length is wrong is left out, with a warning.
+
+        Raises:
+            UserError: no buffer, one of another policy, an empty one, or one without a usable entry.
+        """
+        path = Path(path)
+        document = _read_document(path)
+        _check(path, document, policy=policy)
+        buffer = cls(path, document)
+        found = buffer.indices
+        for index in found:
+            try:
+                buffer._open(index)
+            except BrokenEntry as error:
+                buffer._leave_out(index, error)
+        if not found:
+            raise UserError(f"the replay buffer {path} is empty; fill it with {COLLECT}")
+        buffer._check_any(found)
+        return buffer
+
+    # Reading
+
+    @property
+    def indices(self) -> list[int]:
+        """The entries on the disk at this moment, in their order, without those found broken. Draw from a list taken once, at the start:
+        processes may add entries and find others broken at any time."""
+        found = (re.fullmatch(r"(\d{6,})\.safetensors", name) for name in os.listdir(self.path / "entries"))
+        return sorted(index for match in found if match and (index := int(match[1])) not in self._broken)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Entry:
+        """One entry. The first time in this process its whole file is read and compared with its checksum.
+
+        Raises:
+            BrokenEntry: missing, cut short, changed, or not an entry of this buffer.
+        """
+        file, header = self._open(index)
+        if index not in self._checked:
+            self._compare(index)
+            self._checked.add(index)
+        return Entry(index, _Tensors(file), header["metadata"])
+
+    def entries(self, order: Iterable[int] | None = None) -> Iterator[Entry]:
+        """The entries of `order` (all, if None), leaving out broken ones with one warning for each.
+
+        `next(buffer.entries(permutation))` draws one entry and reads no other, unless it has to be replaced.
+
+        Raises:
+            UserError: none of them can be used.
+        """
+        order = self.indices if order is None else list(order)
+        for index in order:
+            if index not in self._broken:
+                try:
+                    entry = self.read(index)
+                except BrokenEntry as error:
+                    self._leave_out(index, error)
+                else:
+                    yield entry
+        self._check_any(order)
+
+    # Writing
+
+    def missing(self, groups: int, waiting: Callable[[list[int]], object] | None = None) -> Iterator[int]:
+        """Claims, one after the other, the entries below `groups` that are missing or broken; `write` each before asking for the next.
+
+            for index in buffer.missing(100):
+                buffer.write(index, *make(index))
+
+        What other processes have claimed is skipped, and at the end waited for: it is there then, or, if its process died, is claimed
+        here. When the iteration ends, every entry is there and whole. A broken one is moved aside, to NNNNNN.broken: it may be a file that
+        somebody put there, and on a failing disk it keeps the bad block from being used again.
+
+        waiting: called once with the entries of others, if there are any to wait for.
+        """
+        others: list[int] = []
+        for wait, indices in ((False, range(groups)), (True, others)):
+            if wait and others and waiting:
+                waiting(list(others))
+            for index in indices:
+                with self._claim(index, wait=wait) as claimed:
+                    if not claimed:
+                        others.append(index)
+                    elif not self._have(index):
+                        yield index
+                        if not self._path(index).exists():
+                            raise RuntimeError(f"entry {index} was claimed and not written")
+
+    def write(self, index: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Store the entry that `missing` has just claimed: complete or, if this fails, absent.
+
+        Args:
+            tensors: of any dtype that safetensors has, on any device; views are fine.
+            metadata: what JSON can say.
+        """
+        path = self._path(index)
+        if index not in self._claimed or path.exists():
+            raise ValueError(f"entry {index} is not claimed or is there already; write each index that missing() gives, once")
+        header = {"sha256": _NO_CHECKSUM.decode(), "index": index, "policy": self._fingerprint, "metadata": dict(metadata)}
+        # safetensors takes neither views of each other nor strides.
+        whole = {name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        content = bytearray(save(whole, {"entry": json.dumps(header, separators=(",", ":"), allow_nan=False)}))
+        if not content.startswith(_HEAD, 8):
+            raise RuntimeError("this version of safetensors does not begin its header with the metadata")
+        content[_CHECKSUM] = _checksum(content)
+        with atomic_path(path) as partial:
+            partial.write_bytes(content)
+        self._broken.discard(index)
+
+    # One entry
+
+    def _path(self, index: int) -> Path:
+        return self.path / "entries" / f"{index:06d}.safetensors"
+
+    def _open(self, index: int) -> tuple[Any, dict[str, Any]]:
+        """An entry's file, memory-mapped, and its header; the file is as long as its header says."""
+        path = self._path(index)
+        try:
+            path.open("rb").close()  # if it may not be opened, this says so; safe_open takes everything for a missing file
+            file = safe_open(path, "pt")
+            header = json.loads(file.metadata()["entry"])
+            held, policy = header["index"], header["policy"]
+        except FileNotFoundError:
+            raise BrokenEntry(f"{path} is missing") from None
+        except SafetensorError as error:
+            raise BrokenEntry(f"{path} is broken: {error}") from None
+        except (ValueError, KeyError, TypeError):  # whatever stands in the place of our header
+            raise BrokenEntry(f"{path} is broken: it is not an entry of a replay buffer") from None
+        if (held, policy) != (index, self._fingerprint):
+            raise BrokenEntry(f"{path} is not of this buffer: it says entry {held} of policy {policy}, not {index} of {self._fingerprint}")
+        return file, header
+
+    def _compare(self, index: int) -> None:
+        """Read an entry's whole file; `BrokenEntry` if it is not what was written."""
+        path = self._path(index)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise BrokenEntry(f"{path} is broken: the disk cannot read it ({error.strerror})") from None
+        said, found = content[_CHECKSUM], _checksum(content)
+        if said != found:
+            raise BrokenEntry(f"{path} is broken: its SHA-256 is {found.decode()}, it was written with {said.decode(errors='replace')}")
+
+    def _leave_out(self, index: int, error: BrokenEntry) -> None:
+        self._broken.add(index)
+        warnings.warn(f"{error}; going on without it", stacklevel=3)
+
+    def _check_any(self, indices: Sequence[int]) -> None:
+        if self._broken.issuperset(indices):
+            raise UserError(f"none of {len(indices)} entries of the replay buffer {self.path} can be used; make them again with {COLLECT}")
+
+    # Claims
+
+    @contextmanager
+    def _claim(self, index: int, *, wait: bool) -> Iterator[bool]:
+        """Hold an entry's claim; False if another process does and `wait` is off."""
+        with _lock(self.path / "claims" / f"{index:06d}", wait=wait) as locked:
+            if locked:
+                for left in (self.path / "entries").glob(f".{index:06d}.*"):  # by one that was killed while writing
+                    left.unlink()
+                self._claimed.add(index)
+            try:
+                yield locked
+            finally:
+                self._claimed.discard(index)
+
+    def _have(self, index: int) -> bool:
+        """Whether an entry is there and whole. A broken one is moved aside, so its claim must be held."""
+        path = self._path(index)
+        if not path.exists():
+            return False
+        try:
+            self.read(index)
+        except BrokenEntry as error:
+            aside = path.with_suffix(".broken")
+            path.replace(aside)
+            warnings.warn(f"{error}; it is now {aside.name}, and is made again", stacklevel=3)
+            return False
+        return True
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each a view of the file's private memory map."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._names = sorted(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _checksum(content: bytes | bytearray) -> bytes:
+    """SHA-256 of an entry's file with zeros in the place of the checksum itself, as 64 hexadecimal digits."""
+    view = memoryview(content)
+    digest = hashlib.sha256(view[: _CHECKSUM.start])
+    digest.update(_NO_CHECKSUM)
+    digest.update(view[_CHECKSUM.stop :])
+    return digest.hexdigest().encode()
+
+
+@contextmanager
+def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock on a file, which is made if need be; False if another holds it and `wait` is off."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
+    locked = False
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise UserError(f"the file system of {path.parent} has no locks ({error.strerror}); put the buffer on another") from None
+        yield locked
+    finally:
+        if locked:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough while a forked child still has the descriptor
+        os.close(descriptor)
+
+
+# Fingerprints ----------------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that stand for plain, possibly nested values: of the SHA-256 of their JSON, with sorted keys and no spaces."""
+    return hashlib.sha256(_json(values).encode()).hexdigest()[:16]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _signed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"fingerprint": fingerprint(values), "values": values}
+
+
+def _write_document(path: Path, document: Mapping[str, Any]) -> None:
+    atomic_write(path / FILE, json.dumps(document, indent=2) + "\n")
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    """buffer.json, checked; its own fingerprints hold."""
+    file = path / FILE
+    version = FORMAT
+    try:
+        document = json.loads(file.read_bytes())
+        version = document["format"]
+        signed = all(document[kind]["fingerprint"] == fingerprint(document[kind]["values"]) for kind in ("policy", "recipe"))
+        intact = signed and isinstance(document["groups"], int | None)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} is no replay buffer: it has no {FILE}; make one with {COLLECT}") from None
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if version != FORMAT:
+        raise UserError(f"{file} has format {version!r}, and this version reads {FORMAT}; collect again with {COLLECT}")
+    if not intact:
+        raise UserError(f"{file} is damaged, so what made the buffer is unknown; restore the file, or collect into another directory")
+    return document
+
+
+def _check(path: Path, document: Mapping[str, Any], **given: Mapping[str, Any]) -> None:
+    """Refuse a buffer that was made from other values than those given for "policy" and "recipe"."""
+    for kind, values in given.items():
+        here, there = fingerprint(values), document[kind]["fingerprint"]
+        if here != there:
+            differences = _differences(values, document[kind]["values"])
+            raise UserError(
+                f"the replay buffer {path} was collected with another {kind} ({here} here, {there} in the buffer): {differences}; "
+                "use the settings that it was collected with, or another directory"
+            )
+
+
+def _differences(here: Mapping[str, Any], there: Mapping[str, Any], most: int = 8) -> str:
+    """In words, by dotted key, what differs between nested values."""
+    mine, theirs = dict(_leaves(here)), dict(_leaves(there))
+    keys = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
+    said = [f"{key}: {mine.get(key, 'nothing')} here, {theirs.get(key, 'nothing')} in the buffer" for key in keys[:most]]
+    return "; ".join(said + [f"and {len(keys) - most} more"] * (len(keys) > most))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys with their values as JSON; an empty section is a value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, sort_keys=True)
