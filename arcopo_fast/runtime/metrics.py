@@ -20,6 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.runtime.run_dir import atomic_write
 
 FILE = "metrics.jsonl"
 
@@ -27,14 +28,17 @@ FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends to metrics.jsonl in a run directory; a context manager.
 
-    tensorboard: also write events to tensorboard/.
+    after: of what an earlier part of the run wrote, keep the steps up to this one only; None: all. A line that was torn when a process was
+    killed is dropped. tensorboard: also write events to tensorboard/.
     """
 
-    def __init__(self, directory: str | Path, *, tensorboard: bool = True) -> None:
+    def __init__(self, directory: str | Path, *, after: int | None = None, tensorboard: bool = True) -> None:
         path = Path(directory) / FILE
+        if path.exists():
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            atomic_write(path, b"".join(line for line in lines if after is None or json.loads(line)["step"] <= after))
         # Unbuffered: what could not be written is not tried again when the file is closed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-        self._drop_torn_line(path)
         self._events = _Events(Path(directory) / "tensorboard") if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -67,12 +71,6 @@ class MetricsWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
-
-    def _drop_torn_line(self, path: Path) -> None:
-        """A process that was killed may have left a line without its end: a later line must not be glued to it."""
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            self._cut(content.rfind(b"\n") + 1)
 
     def _cut(self, size: int) -> None:
         os.truncate(self._file.fileno(), size)

@@ -15,30 +15,31 @@ class Progress:
 
     Args:
         iterations: how many there will be.
+        done: how many of them an earlier part of the run did.
         rank: only rank 0 says anything.
         seconds: between lines of a log file.
         stream: where to write.
     """
 
-    def __init__(self, iterations: int, *, rank: int = 0, seconds: float = 15.0, stream: TextIO | None = None) -> None:
+    def __init__(self, iterations: int, done: int = 0, *, rank: int = 0, seconds: float = 15.0, stream: TextIO | None = None) -> None:
         self.iterations = iterations
         self.silent = rank != 0
         self.seconds = seconds
         self.stream = stream or sys.stderr
-        self.done = 0
+        self.done = self._before = done
         self._start = self._last = time.monotonic()
         self._bar: Any = None
         if not self.silent and self.stream.isatty():
-            self._bar = tqdm(total=iterations, file=self.stream, unit="it", dynamic_ncols=True, bar_format=_BAR)
+            self._bar = tqdm(total=iterations, initial=done, file=self.stream, unit="it", dynamic_ncols=True, bar_format=_BAR)
 
-    def update(self, reward: float, **more: float) -> None:
-        """One iteration is done; `reward` is its mean reward, `more` other numbers to show."""
+    def update(self, reward: float | None = None, **more: float) -> None:
+        """One iteration is done; `reward` is its mean reward, where it has one, `more` other numbers to show."""
         self.done += 1
         if self.silent:
             return
-        shown = {"reward": reward} | more
+        shown = ({} if reward is None else {"reward": reward}) | more
         now = time.monotonic()
-        pace = (now - self._start) / self.done
+        pace = (now - self._start) / (self.done - self._before)
         if self._bar is not None:
             self._bar.set_postfix_str(f"{_join(shown)}, {pace:.2f} s/it", refresh=False)
             self._bar.update()

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from arcopo_fast.config import Config, resolved_yaml
+from arcopo_fast.config import Config, load_config, resolved_yaml
 from arcopo_fast.errors import UserError
 
 _HARDLY_ANYTHING = 1 << 16  # bytes; a failed write leaves less than a block free
@@ -181,6 +181,25 @@ class RunDirectory:
         if path != wanted:
             print(f"{wanted} exists already: this run goes to {path}", file=sys.stderr)
         return cls(path, config.train.keep_checkpoints)
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """An earlier run, to go on with.
+
+        Raises:
+            UserError: it is no run, or it is complete.
+        """
+        path = Path(path)
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"{path} is not a run: it has no config.yaml; give the directory that a run made")
+        if (path / "evaluation.json").is_file():
+            raise UserError(f"{path} is complete; for a longer run start one with a larger train.iterations")
+        return cls(path, load_config(str(path / "config.yaml")).train.keep_checkpoints)
+
+    @property
+    def config(self) -> Config:
+        """What the run was told."""
+        return load_config(str(self.path / "config.yaml"))
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a file of the run, atomically; returns its path."""

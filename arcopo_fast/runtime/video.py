@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,9 @@ from arcopo_fast.runtime.run_dir import atomic_path, atomic_write
 
 # What plays in a browser first; mpeg4 is in every build of FFmpeg.
 CODECS = ("libx264", "libopenh264", "mpeg4")
+
+GAP, BAR = 2, 6
+"""Pixels of a sheet: between frames, and of the bar above a marked column."""
 
 
 def write_mp4(path: str | Path, frames: Tensor | NDArray[Any], fps: float, *, smallest_side: int = 256) -> None:
@@ -40,20 +44,51 @@ def write_mp4(path: str | Path, frames: Tensor | NDArray[Any], fps: float, *, sm
         container.mux(stream.encode())
 
 
-def write_png_sheet(path: str | Path, frames: Tensor | NDArray[Any], *, columns: int | None = None, smallest_side: int = 128) -> None:
-    """Write frames [F, 3, H, W] in [0, 1] as one picture, row by row, `columns` in a row (None: all)."""
+def write_png_sheet(
+    path: str | Path,
+    frames: Tensor | NDArray[Any],
+    *,
+    columns: int | None = None,
+    smallest_side: int = 128,
+    marked: Collection[int] | None = None,
+) -> None:
+    """Write frames [F, 3, H, W] in [0, 1] as one picture, row by row, `columns` in a row (None: all), `GAP` pixels apart.
+
+    marked: columns, counted from 0, with a dark bar of `BAR` pixels above them, `GAP` above the first row. None: no place for bars.
+    """
     pixels = _enlarged(_pixels(frames), smallest_side)
     columns = min(columns or len(pixels), len(pixels))
     rows = math.ceil(len(pixels) / columns)
     height, width = pixels.shape[1:3]
-    gap = 2
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    head = 0 if marked is None else BAR + GAP
+    sheet = np.full((head + rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, dtype=np.uint8)
+    for column in marked or ():
+        sheet[:BAR, column * (width + GAP) : column * (width + GAP) + width] = 40
     for index, image in enumerate(pixels):
-        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        top, left = head + index // columns * (height + GAP), index % columns * (width + GAP)
         sheet[top : top + height, left : left + width] = image
+    _write_png(path, sheet)
+
+
+def stack_png(path: str | Path, pictures: Sequence[str | Path], *, gap: int = 24) -> None:
+    """Write pictures below each other as one, aligned on the left, white between and beside them."""
+    images = []
+    for picture in pictures:
+        with av.open(str(picture)) as container:
+            images.append(next(container.decode(video=0)).to_ndarray(format="rgb24"))
+    stacked = np.full((sum(len(image) + gap for image in images) - gap, max(image.shape[1] for image in images), 3), 255, dtype=np.uint8)
+    top = 0
+    for image in images:
+        stacked[top : top + len(image), : image.shape[1]] = image
+        top += len(image) + gap
+    _write_png(path, stacked)
+
+
+def _write_png(path: str | Path, image: NDArray[np.uint8]) -> None:
+    """Write [H, W, 3]."""
     encoder = av.CodecContext.create("png", "w")
-    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = sheet.shape[1], sheet.shape[0], "rgb24", Fraction(1)
-    packets = [*encoder.encode(av.VideoFrame.from_ndarray(sheet, format="rgb24")), *encoder.encode(None)]
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = image.shape[1], image.shape[0], "rgb24", Fraction(1)
+    packets = [*encoder.encode(av.VideoFrame.from_ndarray(image, format="rgb24")), *encoder.encode(None)]
     atomic_write(path, b"".join(bytes(packet) for packet in packets))
 
 

@@ -1,156 +1,92 @@
-"""The report and the model card, built from a run directory of random numbers."""
+"""The report of one run and the model card, built from a run directory of random numbers."""
 
 from __future__ import annotations
 
 import base64
 import json
-import math
 import random
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import torch
 import yaml
+from support.runs import NAMES, PROMPT, STEPS, Page, evaluation, settings, summary, write_run
 
-from arcopo_fast.config import Config, load_config, resolved_yaml
+from arcopo_fast.config import load_config, resolved_yaml
 from arcopo_fast.errors import UserError
-from arcopo_fast.runtime.charts import _ticks, line_chart
+from arcopo_fast.runtime.charts import Mark, Spread, _ticks, line_chart, scatter_chart
 from arcopo_fast.runtime.metrics import MetricsWriter
-from arcopo_fast.runtime.report import compare, config_hash, model_card, write_report
+from arcopo_fast.runtime.model_card import config_hash, model_card
+from arcopo_fast.runtime.report import write_report
+from arcopo_fast.runtime.results import changes, points, stage_seconds
 from arcopo_fast.runtime.run_dir import RunDirectory
-from arcopo_fast.runtime.video import write_mp4
-
-STEPS = 12
-VIDEOS = 16
-PROMPT = 'a <b>red</b> circle & "a square"'
-
-
-def settings(folder: Path) -> Config:
-    return load_config("toy", [f"run.directory={folder}", "name=mine", "rewards={toy_vq: 1, toy_mq: 0.5}", f"train.iterations={STEPS}"])
-
-
-def measured(shift: float) -> dict[str, Any]:
-    values = [random.gauss(shift, 0.2) for _ in range(VIDEOS)]
-    return {"mean": float(np.mean(values)), "std": float(np.std(values)), "values": values}
-
-
-def evaluation() -> dict[str, Any]:
-    names = {"shape_fidelity": -0.5, "toy_mq": 1.0, "reward": 2.0, "toy_vq": 1.0}
-    return {
-        "before": {name: measured(0.0) for name in names},
-        "after": {name: measured(shift) for name, shift in names.items()},
-        "videos": [],
-    }
-
-
-def fake_run(folder: Path) -> tuple[RunDirectory, Config, dict[str, Any]]:
-    config = settings(folder)
-    run = RunDirectory.create(config)
-    with MetricsWriter(run.path, tensorboard=False) as writer:
-        for step in range(1, STEPS + 1):
-            record: dict[str, Any] = {
-                name: random.random() for name in ("reward", "reward_std", "reward/toy_vq", "reward/toy_mq", "gradient_norm")
-            }
-            record |= {
-                "update1/live": 1.0,
-                "update2/live": random.random(),
-                "update1/outside_clip": 0.0,
-                "update2/outside_clip": random.random(),
-            }
-            record |= {"update1/ratio_max": 0.0, "update2/ratio_max": math.nan if step == 3 else random.random() * 1e-3}
-            writer.write(step, record | {"time": {"rollout": 3.0, "update": 1.0}})
-    document = evaluation()
-    for index in range(2):
-        video = {"prompt": PROMPT, "seed": index, "reward_before": 0.125, "reward_after": 0.875}
-        for side in ("before", "after"):
-            video[side] = f"samples/{side}-{index:02d}.mp4"
-            write_mp4(run.path / str(video[side]), torch.rand(3, 3, 32, 32), 8)
-        document["videos"].append(video)
-    run.write("evaluation.json", json.dumps(document))
-    return run, config, document
-
-
-class Page(HTMLParser):
-    """Checks that tags close in order, and collects the text, the attributes that could load something, and the tables."""
-
-    VOID = {"meta", "br", "link", "img"}
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.sources: list[str] = []
-        self.words: list[str] = []
-        self.feed(page)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "poster", "srcset", "data")]
-        assert tag not in ("script", "iframe", "link")
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass  # inside SVG
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data.strip())
-
-    @property
-    def text(self) -> str:
-        return " ".join(filter(None, self.words))
 
 
 def test_the_report_needs_nothing_else_and_holds_everything(tmp_path: Path) -> None:
-    run, config, document = fake_run(tmp_path)
-    path = write_report(run.path)
-    assert path == run.path / "report.html"
-    source = path.read_text(encoding="utf-8")
-    page = Page(source)
-    # one file: every source is embedded, the videos byte for byte
-    assert not re.search(r"https?://|url\(|@import", source)
+    document = evaluation()
+    run = write_run(tmp_path, document=document)
+    path = write_report(run)
+    assert path == run / "report.html"
+    page = Page(path)
+    # the videos are embedded byte for byte
     videos = [base64.b64decode(value.removeprefix("data:video/mp4;base64,")) for value in page.sources]
-    assert videos == [(run.path / video[side]).read_bytes() for video in document["videos"] for side in ("before", "after")]
+    assert videos == [(run / video[side]).read_bytes() for video in document["videos"] for side in ("before", "after")]
     # readable on a phone and in the dark
-    assert 'name="viewport" content="width=device-width' in source and "prefers-color-scheme: dark" in source
-    for name in ("reward", "toy_vq", "toy_mq", "shape_fidelity"):
+    assert 'name="viewport" content="width=device-width' in page.source and "prefers-color-scheme: dark" in page.source
+    for name in NAMES:
         before, after = document["before"][name]["mean"], document["after"][name]["mean"]
         assert f"{name} {before:.3f} {after:.3f} {after - before:+.3f} ±".replace("-", "−") in page.text
     assert PROMPT in page.text  # escaped in the source
     assert "reward 0.125 → 0.875" in page.text
-    assert resolved_yaml(config).strip() in page.text
-    for title in ("Reward", "Each reward", "Spread in a group", "Live fraction", "Ratios outside the clip", "Gradient norm"):
-        assert f"<b>{title}</b>" in source
+    assert " ".join(resolved_yaml(settings(tmp_path)).split()) in page.text
+    titles = (
+        "Reward",
+        "Each reward",
+        "Spread in a group",
+        "Live fraction",
+        "Ratios outside the clip",
+        "Gradient norm",
+        "Spread of the ratios",
+    )
+    assert set(titles) <= set(page.charts())
     assert "update 2" in page.text and f"{STEPS} of {STEPS} iterations" in page.text
-    assert "Groups without variance" not in page.text  # there were none
+    assert "Groups without variance: none." in page.text and "Groups without variance" not in page.charts()
+    assert "not come to its end" not in page.text
     # where the time went: 3 s and 1 s of 4 s
     assert "rollout 3.000 75 % update 1.000 25 % an iteration 4.000" in page.text
-    for chart in re.findall(r"<svg.*?</svg>", source):
+    for chart in page.charts().values():
         ElementTree.fromstring(chart)
-    assert not re.search(r"\b(nan|inf|None)\b", page.text)
 
 
 def test_a_run_that_was_cut_short_still_gets_a_report(tmp_path: Path) -> None:
     run = RunDirectory.create(settings(tmp_path))
-    page = Page(write_report(run.path).read_text())
+    page = Page(write_report(run.path))
     assert "mine" in page.text and f"0 of {STEPS} iterations" in page.text and "Before and after" not in page.text
+    assert "Not here yet: iterations, before and after, videos." in page.text
     with MetricsWriter(run.path, tensorboard=False) as writer:
         writer.write(1, {"reward": 1.0, "time": {"rollout": 1.0}})
-    Page(write_report(run.path).read_text())
-    with pytest.raises(UserError):
-        write_report(tmp_path / "absent")
+    page = Page(write_report(run.path, tmp_path / "elsewhere.html"))
+    assert "Not here yet: before and after, videos." in page.text and "held-out" not in page.text
+
+
+def test_what_is_not_known_is_a_dash(tmp_path: Path) -> None:
+    document = evaluation()
+    document["after"]["toy_vq"] = summary([float("nan"), *document["after"]["toy_vq"]["values"][1:]])
+    document["after"]["shape_fidelity"]["values"][2] = None
+    run = write_run(tmp_path, document=document)
+    found = {one.name: one for one in changes(settings(tmp_path), json.loads((run / "evaluation.json").read_text()))}
+    assert not found["toy_vq"].known and not found["shape_fidelity"].known and found["reward"].known
+    page = Page(write_report(run))
+    assert f"toy_vq {document['before']['toy_vq']['mean']:.3f} – – –" in page.text
+    assert "Not judged, for want of two videos or of finite values: shape_fidelity." in page.text
+    assert "No held-out metric fell" not in page.text
 
 
 def test_changes_are_paired(tmp_path: Path) -> None:
     config, document = settings(tmp_path), evaluation()
-    found = compare(config, document)
+    found = changes(config, document)
     assert [(one.name, one.kind) for one in found] == [
         ("reward", "total"),
         ("toy_mq", "trained"),
@@ -160,8 +96,58 @@ def test_changes_are_paired(tmp_path: Path) -> None:
     for one in found:
         before, after = (np.array(document[side][one.name]["values"]) for side in ("before", "after"))
         assert one.change == pytest.approx((after - before).mean(), abs=1e-12)
+        assert one.in_spreads == pytest.approx((after - before).mean() / before.std())
         assert one.error == pytest.approx((after - before).std(ddof=1) / len(before) ** 0.5)
         assert one.better == pytest.approx((after > before).mean())
+
+
+FELL, HARMED, NONE = "The reward is being exploited", "Held-out metrics fell, and the reward did not rise", "No held-out metric fell"
+
+
+@pytest.mark.parametrize(
+    ("reward", "held_out", "trained", "said"),
+    [
+        (2.1, -2.1, 5.0, FELL),
+        (2.1, -1.9, 5.0, NONE),  # the fall is within two standard errors
+        (1.9, -2.1, 5.0, HARMED),  # and here the rise
+        (-2.1, -2.1, 5.0, HARMED),
+        (2.1, 2.1, -9.0, NONE),  # a reward that is trained on and falls is not held out
+    ],
+)
+def test_the_warning_comes_when_held_out_and_trained_part(
+    tmp_path: Path, reward: float, held_out: float, trained: float, said: str
+) -> None:
+    document = evaluation({"reward": reward, "shape_fidelity": held_out, "toy_mq": trained})
+    page = Page(write_report(write_run(tmp_path, document=document)))
+    assert [text for text in (FELL, HARMED, NONE) if text in page.text] == [said]
+    if said != NONE:
+        assert 'class="warning"' in page.source
+        before, after = (np.array(document[side]["shape_fidelity"]["values"]) for side in ("before", "after"))
+        assert f"shape_fidelity fell by {(before - after).mean() / before.std():.2f} standard deviations of a video" in page.text
+    assert ("arcopo_fast.merge" in page.text) is (said == FELL)
+
+
+def test_without_held_out_metrics_nothing_is_claimed(tmp_path: Path) -> None:
+    document = evaluation()
+    for side in ("before", "after"):
+        del document[side]["shape_fidelity"]
+    page = Page(write_report(write_run(tmp_path, document=document)))
+    assert "No held-out metric was measured" in page.text and NONE not in page.text
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", '{"before": [1]}', '{"before": {"reward": 3}}', "\x00"])
+def test_a_broken_evaluation_is_named(tmp_path: Path, content: str) -> None:
+    run = write_run(tmp_path)
+    (run / "evaluation.json").write_text(content)
+    with pytest.raises(UserError, match=r"evaluation\.json: not the evaluation of a run"):
+        write_report(run)
+
+
+def test_metrics_are_read_in_order_and_once() -> None:
+    records = [{"step": 2, "x": 1.0}, {"step": 1, "x": 3}, {"step": 2, "x": 5.0}, {"step": 4, "x": None}, {"x": 7.0}, {"step": 5, "x": "y"}]
+    assert points(records, "x") == [(1, 3.0), (2, 5.0)]
+    # a stage that some iterations do not have counts by what it took, so the stages add up
+    assert stage_seconds([{"time": {"a": 1.0, "b": 3.0}}, {"time": {"a": 2.0}}, {"step": 3}]) == {"a": 1.5, "b": 1.5}
 
 
 def test_charts_place_points_in_proportion() -> None:
@@ -177,6 +163,42 @@ def test_charts_place_points_in_proportion() -> None:
     assert drawn[:, 0].min() >= 0 and drawn[:, 0].max() <= 400 and drawn[:, 1].min() >= 0 and drawn[:, 1].max() <= 200
     labels = {name: [(1.0, 2.0), (2.0, 2.0)] for name in ("a", "<b>")}
     assert [text.text for text in ElementTree.fromstring(line_chart(labels, title="flat")).iter("text")][-2:] == ["a", "<b>"]
+
+
+def test_a_spread_lies_behind_its_line() -> None:
+    lines = [[(float(x), random.random()) for x in range(6)] for _ in range(3)]
+    ys = np.array([[y for _, y in line] for line in lines])
+    band = [(float(x), ys[:, x].min(), ys[:, x].max()) for x in range(6)]
+    mean = [(float(x), ys[:, x].mean()) for x in range(6)]
+    source = line_chart({"none": [], "b": mean}, title="x", spreads={"b": Spread(band, lines)}, legend=False)
+    chart = ElementTree.fromstring(source)
+
+    def drawn(element: ElementTree.Element) -> np.ndarray:
+        return np.array([pair.split(",") for pair in element.attrib["points"].split()], dtype=float)
+
+    (polygon,) = chart.iter("polygon")
+    *thin, line = chart.iter("polyline")
+    assert [element.attrib["class"] for element in thin] == ["thin s1"] * 3 and line.attrib["class"] == "line s1"
+    heights = np.stack([drawn(element)[:, 1] for element in thin])
+    outline = drawn(polygon)
+    np.testing.assert_allclose(outline[:6, 1], heights.max(0), atol=0.06)  # the low side; upwards is less in SVG
+    np.testing.assert_allclose(outline[:5:-1, 1], heights.min(0), atol=0.06)
+    np.testing.assert_allclose(drawn(line)[:, 1], heights.mean(0), atol=0.11)
+    assert list(chart.iter("text"))[-1].text != "b"  # no legend
+
+
+def test_scatter_charts_shade_where_x_rises_and_y_falls() -> None:
+    marks = [Mark(random.gauss(0, 1), random.gauss(0, 1), 0.2, 0.1, index, f"<{index}>") for index in range(9)]
+    chart = ElementTree.fromstring(scatter_chart(marks, title="t", x_label="a & b"))
+    circles = [(float(one.attrib["cx"]), float(one.attrib["cy"])) for one in chart.iter("circle")]
+    (shade,) = chart.iter("rect")
+    left, top, width, height = (float(shade.attrib[name]) for name in ("x", "y", "width", "height"))
+    for mark, (x, y) in zip(marks, circles):
+        inside = left <= x <= left + width and top <= y <= top + height
+        assert inside is (mark.x > 0 > mark.y)
+    assert [one.find("title").text for one in chart.iter("circle")] == [mark.label for mark in marks]  # type: ignore[union-attr]
+    errors = [one for one in chart.iter("polyline") if "error" in one.attrib["class"]]
+    assert len(errors) == 2 * len(marks)
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1e-3, 1.0, 250.0, 1e6])
@@ -198,6 +220,8 @@ def test_the_model_card_says_what_was_done(tmp_path: Path) -> None:
         "toy_vq x 1, toy_mq x 0.5",
         f"rank {config.lora.rank}",
         f"| seed | {config.seed} |",
+        "aligned with\nAR-CoPO (arXiv 2603.17461)",
+        "| groups | on-policy |",
         config_hash(config),
         "load_lora_adapter",
     ):
@@ -205,4 +229,5 @@ def test_the_model_card_says_what_was_done(tmp_path: Path) -> None:
     after = document["after"]["toy_vq"]["mean"]
     assert re.search(rf"\| toy_vq \| trained \| .* \| {after:.3f} \|", card)
     assert "Not evaluated" in model_card(config, {})
+    assert "SDE-GRPO" in model_card(settings(tmp_path, "objective={kind: sde_grpo}"), {})
     assert config_hash(config) != config_hash(load_config("toy"))

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from arcopo_fast.runtime import video
-from arcopo_fast.runtime.video import write_mp4, write_png_sheet
+from arcopo_fast.runtime.video import BAR, GAP, stack_png, write_mp4, write_png_sheet
 
 
 def read(path: Path) -> tuple[NDArray[np.uint8], float]:
@@ -79,3 +79,22 @@ def test_png_sheet_holds_every_frame_exactly(tmp_path: Path) -> None:
         top, left = index // 3 * 66, index % 3 * 98
         tile = sheet[top : top + 64 : 2, left : left + 96 : 2]
         np.testing.assert_array_equal(tile, frame.permute(1, 2, 0).numpy())
+
+
+def test_png_sheets_mark_columns_and_stack(tmp_path: Path) -> None:
+    frames = torch.randint(0, 256, (6, 3, 20, 30), dtype=torch.uint8) / 255
+    write_png_sheet(tmp_path / "plain.png", frames, columns=3, smallest_side=20)
+    write_png_sheet(tmp_path / "marked.png", frames, columns=3, smallest_side=20, marked=[1])
+    (plain,), _ = read(tmp_path / "plain.png")
+    (marked,), _ = read(tmp_path / "marked.png")
+    np.testing.assert_array_equal(marked[BAR + GAP :], plain)
+    dark = marked[:BAR].max(axis=-1) < 128
+    assert dark[:, 30 + GAP : 60 + GAP].all() and dark.sum() == BAR * 30, "a bar above the second column only"
+
+    write_png_sheet(tmp_path / "narrow.png", frames[:2], smallest_side=20)
+    stack_png(tmp_path / "both.png", [tmp_path / "marked.png", tmp_path / "narrow.png"], gap=5)
+    (both,), _ = read(tmp_path / "both.png")
+    (narrow,), _ = read(tmp_path / "narrow.png")
+    np.testing.assert_array_equal(both[: len(marked)], marked)
+    np.testing.assert_array_equal(both[len(marked) + 5 :, : narrow.shape[1]], narrow)
+    assert (both[len(marked) : len(marked) + 5] == 255).all() and (both[len(marked) :, narrow.shape[1] :] == 255).all()

@@ -1,0 +1,163 @@
+"""What a run left behind, read back: its settings, its metrics, and how each reward and held-out metric changed.
+
+evaluation.json of a run directory is
+
+    {"before": {name: {"mean": m, "std": s, "values": [...]}}, "after": {...},
+     "videos": [{"prompt": text, "seed": n, "before": "samples/before-00.mp4", "after": ..., "reward_before": r, "reward_after": r}]}
+
+with "reward" among the names for the weighted sum that is trained on, and the values of one video at the same place before and after.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from arcopo_fast.config import Config, load_config
+from arcopo_fast.errors import UserError
+from arcopo_fast.runtime.metrics import FILE, read_metrics
+
+TOTAL = "reward"  # the weighted sum of the rewards, in metrics.jsonl and evaluation.json
+KINDS = ("total", "trained", "held out")
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One reward or metric over the same videos before and after. A number that was not measured, or is not finite, is NaN.
+
+    kind: of `KINDS`. error: the standard error of the change, over videos. spread: the standard deviation of one video's value before.
+    better: what share of the videos has a higher value after; None where single values are not known.
+    """
+
+    name: str
+    kind: str
+    before: float
+    after: float
+    error: float
+    spread: float
+    better: float | None
+
+    @property
+    def change(self) -> float:
+        return self.after - self.before
+
+    @property
+    def in_spreads(self) -> float:
+        """The change in standard deviations of a video before training."""
+        return self.change / self.spread if self.spread > 0 else math.nan
+
+    @property
+    def direction(self) -> int:
+        """1 or -1 if the change is more than two standard errors, else 0."""
+        return (self.change > 2 * self.error) - (self.change < -2 * self.error)
+
+    @property
+    def known(self) -> bool:
+        """There are a change and its error, so `direction` says something."""
+        return math.isfinite(self.change) and math.isfinite(self.error)
+
+
+def changes(config: Config, evaluation: Mapping[str, Any]) -> list[Change]:
+    """Every reward and metric that was measured before and after: the total, the rewards, then what is held out."""
+    found = []
+    for name, before in evaluation.get("before", {}).items():
+        after = evaluation.get("after", {}).get(name)
+        if after is None:
+            continue
+        kind = "total" if name == TOTAL else "trained" if config.rewards.get(name) else "held out"
+        # The same prompt and noise: only the differences vary.
+        differences = [number(second) - number(first) for first, second in zip(before.get("values") or [], after.get("values") or [])]
+        error, better = math.nan, None
+        if len(differences) > 1 and all(map(math.isfinite, differences)):
+            error = deviation(differences) / math.sqrt(len(differences))
+            better = sum(difference > 0 for difference in differences) / len(differences)
+        found.append(Change(name, kind, number(before.get("mean")), number(after.get("mean")), error, number(before.get("std")), better))
+    return sorted(found, key=lambda one: KINDS.index(one.kind))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory; what the run did not come to is empty."""
+
+    directory: Path
+    config: Config
+    records: Sequence[Record]
+    evaluation: Mapping[str, Any]
+
+    @cached_property
+    def changes(self) -> list[Change]:
+        return changes(self.config, self.evaluation)
+
+    @property
+    def iterations(self) -> int:
+        """So many are done."""
+        return max((record["step"] for record in self.records if isinstance(record.get("step"), int)), default=0)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.changes) and self.iterations >= self.config.train.iterations
+
+
+def read_run(directory: str | Path) -> Run:
+    """Read what a run directory holds.
+
+    Raises:
+        UserError: there is no such run, or a file of it is broken.
+    """
+    directory = Path(directory)
+    if not (directory / "config.yaml").is_file():
+        problem = "holds no config.yaml" if directory.is_dir() else "is not a directory"
+        raise UserError(f"{directory} is not a run: it {problem}; give the directory that a run has made, as in runs/toy")
+    config = load_config(str(directory / "config.yaml"))
+    records = read_metrics(directory) if (directory / FILE).is_file() else []
+    return Run(directory, config, records, _read_evaluation(directory / "evaluation.json"))
+
+
+def _read_evaluation(path: Path) -> Mapping[str, Any]:
+    """Empty if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        document = None
+    sides = [document.get(side, {}) for side in ("before", "after")] if isinstance(document, dict) else [None]
+    if not all(isinstance(side, dict) and all(isinstance(scores, dict) for scores in side.values()) for side in sides):
+        raise UserError(f"{path}: not the evaluation of a run; the file was changed by something else than a run")
+    return document
+
+
+def points(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
+    """(iteration, value) of a metric, by iteration; of one that was logged twice, as after a crash, the later. Finite numbers only."""
+    found = {record.get("step"): number(record.get(name)) for record in records}
+    return sorted((step, value) for step, value in found.items() if isinstance(step, int) and math.isfinite(value))
+
+
+def stage_seconds(records: Sequence[Record]) -> dict[str, float]:
+    """Mean seconds of an iteration by stage, in the order in which they come."""
+    timed = [record["time"] for record in records if isinstance(record.get("time"), Mapping) and record["time"]]
+    sums: dict[str, float] = {}
+    for times in timed:
+        for name, seconds in times.items():
+            if math.isfinite(number(seconds)):
+                sums[name] = sums.get(name, 0.0) + seconds
+    return {name: seconds / len(timed) for name, seconds in sums.items()}
+
+
+def number(value: Any) -> float:
+    """A float; NaN for anything that is not a finite number."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample's standard deviation; NaN of a single value."""
+    if len(values) < 2:
+        return math.nan
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
