@@ -20,7 +20,7 @@ from torch import Tensor
 from arcopo_fast.model.causal_wan import CachedRun, CausalWan, ChunkContext
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
-from arcopo_fast.rollout.sampler import next_input, predict
+from arcopo_fast.rollout.sampler import Kernel, next_input, predict
 
 CONTEXT_NOISE = 0.1
 """Standard deviation of the noise on the clean chunks that the teacher sees as context: a generator's own chunks are never quite clean."""
@@ -149,7 +149,7 @@ class GuidedTeacher:
             times = torch.full((len(x),), timestep), torch.full((len(x),), sigma)
             told, untold = (predict(self.model, x, *times, state.text, context) for state, context in zip(self.states, contexts))
             clean = untold + self.guidance * (told - untold)
-            x = next_input("ode", x, clean, sigma, steps.next_sigma(step), None)
+            x = next_input(Kernel("ode"), x, clean, sigma, steps.next_sigma(step), None)
         return clean
 
     def append(self, chunk: Tensor, *, last: bool) -> None:
@@ -204,7 +204,7 @@ def distil(
                 losses.append((prediction - target).square().mean())
                 if step + 1 < len(students.steps):
                     fresh = torch.randn(noise.shape, generator=random)
-                    x = next_input("consistency", x, prediction.detach(), sigma, students.steps.next_sigma(step), fresh)
+                    x = next_input(Kernel(), x, prediction.detach(), sigma, students.steps.next_sigma(step), fresh)
             optimizer.zero_grad()
             torch.stack(losses).sum().backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

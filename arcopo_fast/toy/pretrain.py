@@ -21,10 +21,10 @@ from torch import Tensor
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
 from arcopo_fast.model.checkpoints import load_into, read_state_dict, save_transformer
 from arcopo_fast.rollout.engine import SamplerSettings, VideoShape
+from arcopo_fast.rollout.influence import noise_influence
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.toy import data
 from arcopo_fast.toy.generator_training import distil, train_teacher
-from arcopo_fast.toy.influence import noise_influence
 from arcopo_fast.toy.metrics import CLASSIFIER_FILE_NAME, train_classifier
 from arcopo_fast.toy.text import ToyTextEncoder
 from arcopo_fast.toy.vae_training import encode, load_vae, train_vae

@@ -20,7 +20,7 @@ from arcopo_fast.assemble import (
 from arcopo_fast.config import Config, load_config
 from arcopo_fast.evaluation import evaluate
 from arcopo_fast.rollout.engine import SamplerSettings
-from arcopo_fast.toy.influence import noise_influence
+from arcopo_fast.rollout.influence import noise_influence
 
 
 @pytest.fixture(scope="module")
