@@ -13,7 +13,7 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from arcopo_fast.config import Config
+from arcopo_fast.config import Config, objective_class
 from arcopo_fast.data.prompts import Prompts, prompts_file, read_prompts, split_prompts
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
@@ -21,12 +21,13 @@ from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, 
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes, published
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
-from arcopo_fast.objectives.copo import CopoSettings
+from arcopo_fast.objectives.base import Objective
 from arcopo_fast.rewards import simple as simple_rewards
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
 from arcopo_fast.rollout.noise import generator as random_for
+from arcopo_fast.settings import ObjectiveSettings
 from arcopo_fast.toy import data as toy_data
 from arcopo_fast.toy import metrics as toy_metrics
 from arcopo_fast.toy import rewards as toy_rewards
@@ -185,21 +186,12 @@ def build_engine(config: Config, model: CausalWan, shape: VideoShape, *, videos:
     )
 
 
-def copo_settings(config: Config) -> CopoSettings:
-    objective = config.objective
-    return CopoSettings(
-        distance=objective.distance,
-        distance_reduction=objective.distance_reduction,
-        tau=objective.tau,
-        clip=objective.clip,
-        steps=objective.steps,
-        skip_last_step=objective.skip_last_step,
-        anchors_per_update=objective.anchors_per_update,
-        updates=objective.updates,
-        context=objective.context,
-        micro_batch=objective.micro_batch,
-        checkpoint=objective.checkpoint,
-    )
+def build_objective(config: Config, engine: Engine) -> Objective[ObjectiveSettings]:
+    """The recipe's objective. Off-policy training is semi-on-policy training without the clip."""
+    settings, mode = config.objective, config.train.mode
+    if mode == "off_policy":
+        settings = settings.model_copy(update={"clip": None})
+    return objective_class(settings.kind)(engine, settings, reference=mode != "on_policy")
 
 
 def load_rewards(config: Config) -> dict[str, Reward]:

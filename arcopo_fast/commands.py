@@ -41,8 +41,8 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
         sys.stdout.flush()
     except UserError as error:
         status = _end(f"error: {error}", BAD_INPUT)
-    except KeyboardInterrupt:
-        status = _end("interrupted; what was complete by then is kept", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        status = _end(f"interrupted; {str(error) or 'what was complete by then is kept'}", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left, as in `--help | head`: not an error, but nothing may be printed any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
@@ -112,17 +112,20 @@ class Parser(argparse.ArgumentParser):
 
 
 class RecipeParser(Parser):
-    """A command that reads `[recipe] [key.sub=value ...]` beside options of its own, which are added as to any argparse parser."""
+    """A command that reads `[recipe] [key.sub=value ...]` beside options of its own, which are added as to any argparse parser.
+
+    default: for `--help`, what is taken where no recipe is named.
+    """
 
     hint = "; settings are written key.sub=value"
 
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(self, prog: str, description: str, *, default: str = DEFAULT_RECIPE) -> None:
         super().__init__(prog, description, usage=f"{prog} [recipe] [key.sub=value ...] [options]")
         self.add_argument(
             "settings",
             nargs="*",
             metavar="recipe, key.sub=value",
-            help=f"a YAML file, or a recipe of the package: {', '.join(recipes())} (default: {DEFAULT_RECIPE}); and what overrides it: the "
+            help=f"a YAML file, or a recipe of the package: {', '.join(recipes())} (default: {default}); and what overrides it: the "
             "value is YAML, later ones win. Example: optimizer.lr=5e-4 sampler.steps=[1000,300]",
         )
         self.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")

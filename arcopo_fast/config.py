@@ -10,10 +10,12 @@ YAML is read by the 1.2 core rules: `1e-5` is a number, and only `true` and `fal
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 import re
 import types
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -21,22 +23,16 @@ from typing import Annotated, Any, Iterator, Literal, Mapping, Sequence, Union, 
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.settings import ObjectiveSettings, Positive, PositiveFloat, Section
 
 DEFAULT_RECIPE = "toy"
+DEFAULT_OBJECTIVE = "copo"
 
-Positive = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class _Section(BaseModel):
-    """Unknown keys are errors, values are not converted (an integer may stand for a float), and nothing changes after it was read."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def _timesteps(steps: list[float]) -> list[float]:
@@ -52,7 +48,7 @@ def _timesteps(steps: list[float]) -> list[float]:
 Timesteps = Annotated[list[float], AfterValidator(_timesteps)]
 
 
-class GeneratorConfig(_Section):
+class GeneratorConfig(Section):
     """The generator that is aligned."""
 
     checkpoint: str = Field(
@@ -71,7 +67,7 @@ class GeneratorConfig(_Section):
         return device
 
 
-class VideoConfig(_Section):
+class VideoConfig(Section):
     """The shape of a video."""
 
     chunks: Positive = Field(description="L: chunks of a video, an independent first frame not counted")
@@ -88,7 +84,7 @@ class VideoConfig(_Section):
         return self.chunks + self.independent_first_frame
 
 
-class SamplerConfig(_Section):
+class SamplerConfig(Section):
     """The few-step sampler of one chunk."""
 
     kind: Literal["consistency", "ode"] = Field("consistency", description="consistency: predict, re-noise freshly; ode: Euler steps")
@@ -107,7 +103,7 @@ class SamplerConfig(_Section):
         return self
 
 
-class CacheConfig(_Section):
+class CacheConfig(Section):
     """Which finished frames a chunk attends to."""
 
     variant: Literal["self_forcing", "longlive", "longlive_infinity", "infinity_rope"] = Field(
@@ -118,7 +114,7 @@ class CacheConfig(_Section):
     global_sink: bool = Field(True, description="the sink survives a prompt switch (longlive)")
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     """How a group of candidates is made."""
 
     group_size: int = Field(12, description="G: candidates of a group, at least 2")
@@ -141,32 +137,7 @@ class RolloutConfig(_Section):
         return size
 
 
-class ObjectiveConfig(_Section):
-    """AR-CoPO: the surrogate and its open choices."""
-
-    distance: Literal["consistency", "flow_matching"] = Field(
-        "consistency", description="d_i between predictions, or between states one step on"
-    )
-    distance_reduction: Literal["mean", "sum"] = Field("mean", description="over the elements; the scale of tau and clip follows")
-    tau: PositiveFloat | Literal["auto"] = Field(1.0, description="of softmax(-d / tau); auto: the group's median pairwise distance")
-    clip: PositiveFloat | None = Field(1e-4, description="eps of clip(rho, 1 - eps, 1 + eps); null: no clipping")
-    steps: Annotated[float, Field(gt=0, le=1)] | Literal["all"] = Field(
-        "all", description="denoising steps to train: all, or a random fraction"
-    )
-    skip_last_step: bool = Field(False, description="never train the last denoising step")
-    anchors_per_update: Positive = Field(4, description="A: candidates that serve as anchors in one update, drawn without replacement")
-    updates: Positive = Field(2, description="optimiser steps of an iteration, each with fresh anchors")
-    old_prediction: Literal["replay"] = Field("replay", description="the old prediction is made by the replay path under the old weights")
-    context: Literal["rollout", "recompute"] = Field("rollout", description="h_{p-1}: the rollout's, or recomputed under new weights")
-    advantage: Literal["zscore", "quasi_norm"] = Field("zscore", description="A_i from the rewards of a group")
-    quasi_norm_p: PositiveFloat = Field(0.8, description="p of the quasi-norm")
-    advantage_std_floor: float = Field(0.0, ge=0, description="smallest spread of a group's rewards that advantages are divided by")
-    reward_combine: Literal["sum", "per_reward_zscore"] = Field("sum", description="sum, then advantage; or the reverse")
-    micro_batch: Positive | None = Field(None, description="(anchor, step) pairs of one backward pass: less memory; null: all")
-    checkpoint: bool = Field(False, description="activation checkpointing of the pivot chunk, block by block: less memory, more time")
-
-
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """The adapter, the only thing that is trained."""
 
     rank: Positive = Field(64, description="r of B A x")
@@ -178,7 +149,7 @@ class LoraConfig(_Section):
     )
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW on float32 master weights, no warm-up."""
 
     lr: PositiveFloat = Field(1e-5, description="learning rate")
@@ -188,16 +159,21 @@ class OptimizerConfig(_Section):
     gradient_clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
 
 
-class TrainConfig(_Section):
-    """How long, and what is kept."""
+class TrainConfig(Section):
+    """Where groups come from, how long, and what is kept."""
 
+    mode: Literal["on_policy", "semi_on_policy", "off_policy"] = Field(
+        "on_policy",
+        description="groups from the policy itself, or from a buffer of the generator without adapter; off_policy: the latter without clip",
+    )
+    buffer: str | None = Field(None, min_length=1, description="directory that `python -m arcopo_fast.collect` filled; null: on_policy")
     iterations: Positive = Field(100, description="rollout, reward and update, so many times")
     save_every: int = Field(50, ge=0, description="iterations between checkpoints; 0: only at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
     threads: Positive | None = Field(None, description="CPU threads of PyTorch; null: its own choice")
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """Before and after: the same prompts, the same noise."""
 
     prompts: Positive = Field(8, description="prompts, the first of the evaluation set")
@@ -215,7 +191,7 @@ class EvaluationConfig(_Section):
         return self
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Where a run leaves what it made."""
 
     directory: str = Field("runs", min_length=1, description="the run goes to <directory>/<name>, or <name>-2 and so on if that exists")
@@ -223,7 +199,7 @@ class RunConfig(_Section):
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
 
 
-class Config(_Section):
+class Config(Section):
     """Everything that a run can be told."""
 
     name: str = Field(description="of the run and its directory")
@@ -236,7 +212,7 @@ class Config(_Section):
     sampler: SamplerConfig
     cache: CacheConfig = Field(default_factory=CacheConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)  # of the objective that `kind` names: see `config_class`
     lora: LoraConfig = Field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     rewards: dict[str, float] = Field(description="weight of each reward, by name; at least one")
@@ -276,12 +252,59 @@ class Config(_Section):
             raise ValueError("cache.sink must be at least 1 for infinity_rope with a window")
         if isinstance(rollout.pivot, int) and not 1 <= rollout.pivot <= video.count:
             raise ValueError(f"rollout.pivot {rollout.pivot} is beyond the video of L = {video.count} chunks; give 1 to {video.count}")
+        if (self.train.mode == "on_policy") != (self.train.buffer is None):
+            raise ValueError(
+                f"train.mode {self.train.mode} and train.buffer {self.train.buffer or 'null'} do not go together: on_policy makes its "
+                "groups itself, the other modes read them from a buffer (python -m arcopo_fast.collect)"
+            )
         if objective.anchors_per_update > rollout.group_size:
             raise ValueError(
                 f"objective.anchors_per_update {objective.anchors_per_update} is more than rollout.group_size {rollout.group_size}: "
                 "anchors are drawn without replacement"
             )
         return self
+
+
+# Objectives ------------------------------------------------------------------------------------------------------------------------
+
+
+def objective_class(kind: str) -> Any:
+    """The objective that a recipe's `objective.kind` names: its module's `OBJECTIVE`, which has a class `Settings`.
+
+    The module is one of `arcopo_fast.objectives`, or any that can be imported, by its dotted name. It is imported here and not at the top:
+    settings are read without the engine where nothing is trained.
+
+    Raises:
+        UserError: there is no such module, or it holds no objective.
+    """
+    path = kind if "." in kind else f"arcopo_fast.objectives.{kind}"
+    problem = "not the name of a module"
+    if all(part.isidentifier() for part in path.split(".")):
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if not f"{path}.".startswith(f"{error.name}."):
+                raise  # the module is there; it is one of its own imports that is not
+            problem = str(error)
+        else:
+            if hasattr(module, "OBJECTIVE"):
+                return module.OBJECTIVE
+            problem = f"{path} has no OBJECTIVE"
+    known = f"{', '.join(objectives())} or the dotted name of a module with OBJECTIVE"
+    raise UserError(f"objective.kind: no objective {kind!r} ({problem}); give {known}")
+
+
+def objectives() -> list[str]:
+    """Names of the objectives in the package."""
+    found = [entry.name.removesuffix(".py") for entry in (files("arcopo_fast") / "objectives").iterdir() if entry.name.endswith(".py")]
+    return sorted(name for name in found if name not in ("__init__", "base", "advantage"))
+
+
+@cache
+def config_class(kind: str) -> type[Config]:
+    """`Config` with the settings of one objective."""
+    settings = objective_class(kind).Settings
+    return create_model("Config", __base__=Config, __doc__=Config.__doc__, objective=(settings, Field(default_factory=settings)))
 
 
 # YAML ------------------------------------------------------------------------------------------------------------------------------
@@ -390,10 +413,16 @@ def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Con
     origins = {path: f"{source}:{line}" for path, line in document.lines.items()}
     for override in overrides:
         _apply(document.values, override, origins)
+    objective = document.values.get("objective")
+    kind = objective.get("kind", DEFAULT_OBJECTIVE) if isinstance(objective, dict) else DEFAULT_OBJECTIVE
     try:
-        return Config.model_validate(document.values)
+        model = config_class(kind if isinstance(kind, str) else DEFAULT_OBJECTIVE)
+    except UserError as error:
+        raise UserError(f"{origins.get('objective.kind') or origins['objective']}: {error}") from None
+    try:
+        return model.model_validate(document.values)
     except ValidationError as error:
-        raise UserError(_explain(error, origins, source)) from None
+        raise UserError(_explain(error, model, origins, source)) from None
 
 
 def resolved_yaml(config: Config) -> str:
@@ -451,20 +480,20 @@ def shorten(text: str, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def _explain(error: ValidationError, origins: Mapping[str, str], source: str) -> str:
+def _explain(error: ValidationError, model: type[Config], origins: Mapping[str, str], source: str) -> str:
     """The first problem, in one line. Unknown keys come first: a misspelt key often causes the other problems."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    place = _locate(first["loc"])
+    place = _locate(model, first["loc"])
     if first["type"] == "extra_forbidden":
-        problem = f"unknown key {place.path}{_suggest(place.path)}"
+        problem = f"unknown key {place.path}{_suggest(model, place.path)}"
     elif first["type"] == "missing":
         problem = f"the key {place.path} is missing: {place.meaning}"
     elif first["type"] == "value_error":
         problem = f"{place.path}: {first['ctx']['error']}" if place.key else str(first["ctx"]["error"])
     else:
         problem = f"{place.path}: expected {place.expected}; given {shorten(_shown(first['input']))}"
-    others = len({_locate(problem["loc"]).path for problem in problems} - {place.path})
+    others = len({_locate(model, problem["loc"]).path for problem in problems} - {place.path})
     more = f" (and {others} more problem{'s' * (others > 1)})" if others else ""
     return f"{_origin(place, problem, origins, source)}: {problem}{more}"
 
@@ -479,9 +508,8 @@ class _Place:
     meaning: str
 
 
-def _locate(location: tuple[int | str, ...]) -> _Place:
+def _locate(model: type[BaseModel], location: tuple[int | str, ...]) -> _Place:
     """Follow pydantic's location down the tree, leaving out the branches of a union that it tried."""
-    model: type[BaseModel] = Config
     path = ""
     for index, step in enumerate(location):
         path += f".{step}" if path else str(step)
@@ -513,12 +541,12 @@ def _origin(place: _Place, problem: str, origins: Mapping[str, str], source: str
     return next((origins[known] for known in [*above, *below] if known in origins), source)
 
 
-def _section(info: FieldInfo) -> type[_Section] | None:
+def _section(info: FieldInfo) -> type[Section] | None:
     annotation = info.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, _Section) else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
-def _fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every dotted key with its field, sections included, in the order of the tree."""
     for name, info in model.model_fields.items():
         yield prefix + name, info
@@ -527,9 +555,9 @@ def _fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple
             yield from _fields(section, f"{prefix}{name}.")
 
 
-def _suggest(path: str) -> str:
+def _suggest(model: type[Config], path: str) -> str:
     """The key that was probably meant: a sibling, else the same name elsewhere, else anything similar."""
-    known = [name for name, _ in _fields()]
+    known = [name for name, _ in _fields(model)]
     parent, _, leaf = path.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
     same = [name for name in known if name.rpartition(".")[2] == leaf]
@@ -583,12 +611,29 @@ def _shown(value: Any) -> str:
 def keys_help() -> str:
     """Every key that a recipe or an override can set: its default, what it takes and what it means."""
     lines = []
-    for path, info in sorted(_fields(), key=lambda item: "." in item[0] or _section(item[1]) is not None):  # single keys first
+    fields = list(_fields(config_class(DEFAULT_OBJECTIVE)))
+    for path, info in sorted(fields, key=lambda item: "." in item[0] or _section(item[1]) is not None):  # single keys first
         section = _section(info)
-        if section:
-            lines.append(f"\n{path}: {section.__doc__}")
-            continue
-        default = info.get_default(call_default_factory=True)
-        shown = "(required)" if info.is_required() else f"= {yaml.dump([default], Dumper=_Dumper, width=1000).strip()[1:-1]}"
-        lines += [f"  {path} {shown}", f"      {info.description} [{_expected(info)}]"]
+        lines += [f"\n{path}: {section.__doc__}"] if section else _key_help(path, info)
+    shown = dict(fields)
+    for kind in objectives():
+        settings = objective_class(kind).Settings
+        own = {f"objective.{name}": info for name, info in settings.model_fields.items()}
+        different = [
+            line
+            for path, info in own.items()
+            if path != "objective.kind" and (path not in shown or _default(info) != _default(shown[path]))
+            for line in _key_help(path, info)
+        ]
+        if kind != DEFAULT_OBJECTIVE:
+            lines += [f"\nobjective, with objective.kind={kind}: {settings.__doc__}", *different]
     return "\n".join(lines)
+
+
+def _key_help(path: str, info: FieldInfo) -> list[str]:
+    default = "(required)" if info.is_required() else f"= {yaml.dump([_default(info)], Dumper=_Dumper, width=1000).strip()[1:-1]}"
+    return [f"  {path} {default}", f"      {info.description} [{_expected(info)}]"]
+
+
+def _default(info: FieldInfo) -> Any:
+    return info.get_default(call_default_factory=True)

@@ -1,9 +1,10 @@
 """Align a generator with AR-CoPO.
 
-    python -m arcopo_fast.train [RECIPE] [key=value ...] [--dry-run] [--profile N]
+    python -m arcopo_fast.train [RECIPE] [key=value ...] [--mode M --buffer DIR] [--dry-run] [--profile N]
+    python -m arcopo_fast.train --resume RUN
 
-One iteration, top to bottom: roll out a group of videos that differ in one chunk's initial noise, decode, reward, advantages, update the
-LoRA adapter. Everything a run makes lies in its run directory.
+One iteration, top to bottom: groups of videos that differ in one chunk's noise, with their rewards (rolled out and judged, or from a
+buffer), advantages, update of the LoRA adapter. Everything a run makes lies in its run directory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from arcopo_fast.assemble import (
     Generator,
     build_engine,
-    copo_settings,
+    build_objective,
     load_generator,
     load_held_out,
     load_prompts,
@@ -31,83 +32,68 @@ from arcopo_fast.assemble import (
 )
 from arcopo_fast.commands import RecipeParser, numbers, positive_int, run_command
 from arcopo_fast.config import Config
+from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import Evaluation, evaluate
-from arcopo_fast.model.lora import adapter_parameters, add_lora, save_adapter
+from arcopo_fast.groups import BufferedGroups, GroupSource, JudgedGroup, Rollouts, policy_of
+from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter, save_adapter
 from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
-from arcopo_fast.objectives.copo import CopoObjective
 from arcopo_fast.planner import dry_run, over_plan
-from arcopo_fast.rewards.base import Reward, score
-from arcopo_fast.rollout.decode import decode_branches
+from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.engine import Engine, Group
-from arcopo_fast.rollout.noise import KeyedNoise
-from arcopo_fast.rollout.noise import generator as random_for
 from arcopo_fast.runtime import profiling
-from arcopo_fast.runtime.memory import resident, tune_for_cpu
+from arcopo_fast.runtime.interrupt import Interrupted, Interruption
+from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.metrics import MetricsWriter
+from arcopo_fast.runtime.model_card import model_card
 from arcopo_fast.runtime.profiling import Trace
 from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.runtime.report import model_card, write_report
+from arcopo_fast.runtime.report import write_report
 from arcopo_fast.runtime.run_dir import RunDirectory
 from arcopo_fast.runtime.video import write_mp4
 
 
 class Trainer:
-    """A run: the generator with its adapter, the objective, and where its results go."""
+    """What a run trains and with what: the generator with its adapter, the source of groups, the objective, the optimiser."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        RunDirectory.check(config)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.rewards: dict[str, Reward] = load_rewards(config)
         self.prompts = load_prompts(config)
         self.generator: Generator = load_generator(config)
         self.held_out = load_held_out(self.generator)
+        self.shape = video_shape(config, self.generator)
+        self.engine: Engine = build_engine(config, self.generator.model, self.shape)
+        self.objective = build_objective(config, self.engine)
+        self.source: GroupSource
+        if config.train.buffer is None:
+            self.source = Rollouts(config, self.generator, self.engine, self.objective, self.prompts, self.rewards)
+        else:
+            buffer = Buffer.open(config.train.buffer, policy_of(config, self.generator.model, self.objective))
+            self.source = BufferedGroups(config, self.generator, self.engine, self.objective, buffer)
         lora = config.lora
         add_lora(self.generator.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
         self.parameters = adapter_parameters(self.generator.model)
-        self.shape = video_shape(config, self.generator)
-        self.engine: Engine = build_engine(config, self.generator.model, self.shape)
-        self.objective = CopoObjective(self.engine, copo_settings(config))
         optimizer = config.optimizer
         self.optimizer = torch.optim.AdamW(self.parameters, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay)
 
     def evaluate(self) -> Evaluation:
         return evaluate(self.config, self.generator, self.engine, self.prompts.evaluation, self.rewards, self.held_out)
 
-    def rollout(self, iteration: int, index: int) -> tuple[Group, str]:
-        """One group of videos for one prompt; prompt, pivot and every noise are functions of (seed, iteration, index)."""
-        config = self.config
-        random = random_for(config.seed, iteration, index, "prompt")
-        prompt = self.prompts.training[random.integers(len(self.prompts.training))]
-        pivot = config.rollout.pivot
-        if isinstance(pivot, str):
-            key = ("pivot",) if pivot == "shared" else ("pivot", index)
-            pivot = 1 + int(random_for(config.seed, iteration, *key).integers(self.shape.chunks))
-        group = self.engine.rollout(
-            self.generator.encode_text([prompt]),
-            KeyedNoise(self.shape.chunk, config.seed, iteration, index),
-            pivot=pivot - 1,
-            branches=config.rollout.group_size,
-            sigma=config.rollout.noise_strength,
-            branches_per_wave=config.rollout.branches_per_wave,
+    def advantages(self, judged: JudgedGroup) -> Tensor:
+        """A_i of a group's members [G] float64."""
+        objective = self.config.objective
+        return group_advantages(
+            judged.rewards,
+            self.config.rewards,
+            combine=objective.reward_combine,
+            kind=objective.advantage,
+            p=objective.quasi_norm_p,
+            std_floor=objective.advantage_std_floor,
+            largest=objective.advantage_max,
         )
-        return group, prompt
-
-    def judge(self, group: Group, prompt: str) -> dict[str, Tensor]:
-        """Every reward's scores [G] of a group's videos, decoded and judged as many at a time as the recipe says."""
-        device, offload = self.generator.model.device, self.config.generator.offload
-        decoder = self.generator.decoder
-        parts: list[dict[str, Tensor]] = []
-        slices = decode_branches(decoder, group.latents, group.pivot, self.config.rollout.decode_branches)
-        while True:
-            with profiling.stage("decode"), resident(device, decoder.vae, offload=offload):
-                frames = next(slices, None)
-            if frames is None:
-                return {name: torch.cat([part[name] for part in parts]) for name in self.rewards}
-            with profiling.stage("reward"), resident(device, *self.rewards.values(), offload=offload):
-                parts.append(score(self.rewards, frames, [prompt] * len(frames)))
 
     def set_learning_rate(self, iteration: int) -> float:
         """The learning rate of an iteration, a function of its number alone."""
@@ -118,32 +104,26 @@ class Trainer:
         return group["lr"]
 
     def iteration(self, iteration: int) -> dict[str, Any]:
-        """Roll out, decode, reward, update; returns what metrics.jsonl keeps."""
+        """Groups with their rewards, advantages, update; returns what metrics.jsonl keeps."""
         config = self.config
         groups: list[tuple[Group, Tensor]] = []
         logged: dict[str, list[float]] = {}
+        prefix = "" if config.train.buffer is None else "buffer/"  # what a buffer was rewarded says nothing of the policy
         with profiling.record(self.generator.model.device) as seconds, ExitStack() as stack:
             for index in range(config.rollout.prompts_per_iteration):
-                group, prompt = self.rollout(iteration, index)
-                stack.enter_context(group)
-                components = self.judge(group, prompt)
-                total = sum_rewards(components, config.rewards)
-                for name, values in ({"reward": total} | {f"reward/{name}": values for name, values in components.items()}).items():
-                    logged.setdefault(name, []).append(values.mean().item())
-                    logged.setdefault(f"{name}_std", []).append(values.double().std(correction=0).item())
+                judged = self.source.draw(iteration, index)
+                group = stack.enter_context(judged.group)
+                total = sum_rewards(judged.rewards, config.rewards)
+                for name, values in ({"reward": total} | {f"reward/{name}": values for name, values in judged.rewards.items()}).items():
+                    logged.setdefault(prefix + name, []).append(values.mean().item())
+                    logged.setdefault(f"{prefix}{name}_std", []).append(values.double().std(correction=0).item())
                 logged.setdefault("pivot", []).append(group.pivot + 1)
-                objective = config.objective
-                advantages = group_advantages(
-                    components,
-                    config.rewards,
-                    combine=objective.reward_combine,
-                    kind=objective.advantage,
-                    p=objective.quasi_norm_p,
-                    std_floor=objective.advantage_std_floor,
-                )
-                groups.append((group, advantages))
+                groups.append((group, self.advantages(judged)))
             lr = self.set_learning_rate(iteration)
-            statistics = self.objective.update(groups, self.optimizer, self.parameters, gradient_clip=config.optimizer.gradient_clip)
+            draw = () if config.train.buffer is None else (config.seed, iteration)
+            statistics = self.objective.update(
+                groups, self.optimizer, self.parameters, gradient_clip=config.optimizer.gradient_clip, draw=draw
+            )
         return {name: sum(values) / len(values) for name, values in logged.items()} | statistics | {"lr": lr, "time": seconds}
 
     def over_plan(self) -> str | None:
@@ -151,11 +131,19 @@ class Trainer:
         device = self.generator.model.device
         return over_plan(self.config, torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
 
-    def save_checkpoint(self, run: RunDirectory, iteration: int) -> None:
-        """checkpoints/step-N: the adapter, and what a continuation would need; complete or absent."""
+    def save(self, run: RunDirectory, iteration: int) -> None:
+        """checkpoints/step-N: the adapter and the optimiser's state; complete or absent. Everything else follows from N."""
         with run.checkpoint(iteration) as directory:
             save_adapter(directory / "adapter", self.generator.model, base_model=self.config.generator.checkpoint)
             torch.save({"iteration": iteration, "optimizer": self.optimizer.state_dict()}, directory / "trainer.pt")
+
+    def restore(self, directory: Path) -> int:
+        """Go back to what `save` wrote; returns its iteration."""
+        load_adapter(self.generator.model, directory / "adapter")
+        state = torch.load(directory / "trainer.pt", map_location=self.generator.model.device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.moved = True
+        return state["iteration"]
 
 
 def write_samples(run: RunDirectory, config: Config, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
@@ -185,24 +173,42 @@ def comparison(before: Evaluation, after: Evaluation, rewards: dict[str, Reward]
     return "\n".join([*lines, f"{len(before.prompts)} videos on fixed prompts and noises; metrics in (brackets) are never trained on"])
 
 
-def train(config: Config, *, profile: int = 0) -> Path:
-    """The whole run; returns its directory. profile: iterations of which a PyTorch trace is written, `profile/trace.json.gz`."""
+def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 0) -> Path:
+    """The whole run; returns its directory.
+
+    Args:
+        resume: go on with this run, whose configuration `config` is, from its last checkpoint.
+        profile: iterations of which a PyTorch trace is written, `profile/trace.json.gz`.
+
+    Raises:
+        Interrupted: the user asked to stop; a checkpoint was saved after the iteration at hand.
+    """
+    if resume is None:
+        RunDirectory.check(config)
     trainer = Trainer(config)
     trace = Trace(profile, of=config.train.iterations)
-    run = RunDirectory.create(config)
-    with MetricsWriter(run.path, tensorboard=config.run.tensorboard) as metrics:
+    run = resume or RunDirectory.create(config)
+    with adapter_disabled(trainer.generator.model):  # bit for bit what the fresh adapter, which adds zeros, gives
         before = trainer.evaluate()
-        with Progress(config.train.iterations) as progress, trace.to(run.path / "profile" / "trace.json.gz"):
-            for iteration in range(1, config.train.iterations + 1):
-                record = trainer.iteration(iteration)
-                trace.step()
-                metrics.write(iteration, record)
-                progress.update(record["reward"])
-                last = iteration == config.train.iterations
-                if (last or iteration == 1) and (said := trainer.over_plan()):
-                    warnings.warn(said, stacklevel=1)
-                if last or (config.train.save_every and iteration % config.train.save_every == 0):
-                    trainer.save_checkpoint(run, iteration)
+    done = trainer.restore(run.checkpoints()[-1]) if run.checkpoints() else 0
+    with (
+        MetricsWriter(run.path, after=done, tensorboard=config.run.tensorboard) as metrics,
+        Progress(config.train.iterations, done) as progress,
+        trace.to(run.path / "profile" / "trace.json.gz"),
+        Interruption("the iteration") as interruption,
+    ):
+        for iteration in range(done + 1, config.train.iterations + 1):
+            record = trainer.iteration(iteration)
+            trace.step()
+            metrics.write(iteration, record)
+            progress.update(record.get("reward"), live=record.get(f"update{config.objective.updates}/live", 0.0))
+            last = iteration == config.train.iterations
+            if (last or iteration == 1) and (said := trainer.over_plan()):
+                warnings.warn(said, stacklevel=1)
+            if last or interruption.asked or (config.train.save_every and iteration % config.train.save_every == 0):
+                trainer.save(run, iteration)
+            if interruption.asked and not last:
+                raise Interrupted(f"stopped after iteration {iteration}; go on with python -m arcopo_fast.train --resume {run.path}")
     after = trainer.evaluate()
     document = {"before": before.summary(), "after": after.summary(), "videos": write_samples(run, config, before, after)}
     run.write("evaluation.json", json.dumps(document, indent=2) + "\n")
@@ -231,14 +237,28 @@ def command_line() -> RecipeParser:
     parser.add_argument(
         "--profile", type=positive_int, metavar="N", default=0, help="write a PyTorch trace of N iterations into the run's directory"
     )
+    parser.add_argument("--mode", choices=["on_policy", "semi_on_policy", "off_policy"], help="the same as train.mode=...")
+    parser.add_argument("--buffer", metavar="DIR", help="the same as train.buffer=DIR: groups that python -m arcopo_fast.collect made")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped, from its last checkpoint and its config.yaml")
     return parser
 
 
+def settings_of(options: Any) -> list[str]:
+    """The settings that --mode and --buffer stand for."""
+    return [f"train.{name}={value}" for name in ("mode", "buffer") if (value := getattr(options, name)) is not None]
+
+
 def main(argv: list[str]) -> None:
-    command = command_line().read_config(argv)
+    command = command_line().read_config(argv, settings_of)
     if command is None:
         return
     config, options = command
+    run = None
+    if options.resume:
+        if options.settings or options.dry_run or settings_of(options):
+            raise UserError("--resume goes on with the run's own config.yaml; leave recipe, settings and --dry-run out")
+        run = RunDirectory.open(options.resume)
+        config = run.config
     if options.device_memory and not options.dry_run:
         raise UserError("--device-memory only says what --dry-run is about; add --dry-run, or leave it out")
     if 0 in options.device_memory:
@@ -249,7 +269,7 @@ def main(argv: list[str]) -> None:
         print(dry_run(config, options.device_memory))
         return
     tune_for_cpu()
-    train(config, profile=options.profile)
+    train(config, resume=run, profile=options.profile)
 
 
 if __name__ == "__main__":

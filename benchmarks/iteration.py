@@ -3,7 +3,7 @@
     python -m benchmarks.iteration PART [PART ...] --write FILE       parts of the full-size measurement; `PARTS` are their names
 
 The workloads are `toy`, the shipped recipe, for a CPU, and `full`, Wan2.1-1.3B at 480x832 with untrained weights, for a GPU. The latter
-needs neither pydantic nor diffusers; without diffusers nothing is decoded or judged, and the advantages are random numbers.
+needs no diffusers; without diffusers nothing is decoded or judged, and the advantages are random numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from arcopo_kernels.testing import error_ratio
@@ -86,8 +86,6 @@ class Scene:
 
 def of_recipe(config: Config, name: str, model: CausalWanConfig, vae: VAESizes | None) -> Workload:
     """A recipe as a workload."""
-    from arcopo_fast.assemble import copo_settings
-
     video, sampler, cache, optimizer = config.video, config.sampler, config.cache, config.optimizer
     first = tuple(sampler.first_chunk_steps) if sampler.first_chunk_steps else None
     return Workload(
@@ -105,7 +103,7 @@ def of_recipe(config: Config, name: str, model: CausalWanConfig, vae: VAESizes |
         CachePolicy(cache.variant, cache.window, cache.sink, cache.global_sink),
         config.rollout.group_size,
         config.rollout.noise_strength,
-        copo_settings(config),
+        cast(CopoSettings, config.objective),
         config.lora.rank,
         config.lora.alpha,
         optimizer.lr,

@@ -173,6 +173,11 @@ def adapter_disabled(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def adapter_enabled(module: nn.Module) -> bool:
+    """Whether the module computes with an adapter: it has one, and is not within `adapter_disabled`."""
+    return any(not layer.disable_adapters for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+
+
 def _layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
 

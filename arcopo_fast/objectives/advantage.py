@@ -36,6 +36,7 @@ def group_advantages(
     kind: Literal["zscore", "quasi_norm"] = "zscore",
     p: float = 0.8,
     std_floor: float = 0.0,
+    largest: float | None = None,
 ) -> Tensor:
     """Advantages [G] float64 of one group.
 
@@ -45,12 +46,14 @@ def group_advantages(
         combine: "sum" z-scores the weighted sum; "per_reward_zscore" sums the z-scores, so that a reward's spread does not weigh.
         kind: "quasi_norm" normalises the result as Neighbor GRPO does, with exponent p.
         std_floor: see `zscore`.
+        largest: |A_i| is cut off there.
     """
     if combine == "sum":
         advantages = zscore(sum_rewards(components, weights), std_floor)
     else:
         advantages = sum_rewards({name: zscore(reward, std_floor) for name, reward in components.items()}, weights)
-    return quasi_norm(advantages, p) if kind == "quasi_norm" else advantages
+    advantages = quasi_norm(advantages, p) if kind == "quasi_norm" else advantages
+    return advantages if largest is None else advantages.clamp(-largest, largest)
 
 
 def sum_rewards(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor
 from arcopo_fast.model.causal_wan import CausalWan, TextContext
 from arcopo_fast.rollout.cache import CachePolicy, VideoCache
 from arcopo_fast.rollout.graphs import ChunkGraphs
-from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource
-from arcopo_fast.rollout.sampler import Steps, Trajectory, predict
+from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource, OwnRenoise
+from arcopo_fast.rollout.sampler import Kernel, Steps, Trajectory, predict
 from arcopo_fast.rollout.scheduler import Schedule
 from arcopo_fast.runtime.profiling import stage
 
@@ -83,11 +83,12 @@ class Stream:
 
 @dataclass
 class Group:
-    """G videos that differ only in the initial noise of the pivot chunk.
+    """G videos that differ only in the noise of the pivot chunk: the initial noise, or that of its steps.
 
     Holds the prefix's pages: release it, or use it as a context manager.
     inputs, predictions: x_t and x0hat_t of the pivot chunk, [T, G, F, C, h, w] float32. latents: all chunks of the finished videos,
-    [1, F, C, h, w] before the pivot and [G, F, C, h, w] from it on. pivot counts from 0.
+    [1, F, C, h, w] before the pivot and [G, F, C, h, w] from it on; a group out of a buffer has the prefix's only. pivot counts from 0.
+    kernel: what took the pivot chunk from step to step.
     """
 
     text: Tensor
@@ -98,6 +99,7 @@ class Group:
     latents: list[Tensor]
     steps: Steps
     noise: KeyedNoise
+    kernel: Kernel = Kernel()
 
     @property
     def size(self) -> int:
@@ -130,7 +132,7 @@ class Engine:
         self.model = model
         self.shape = shape
         self.policy = policy
-        self.kind = sampler.kind
+        self.kernel = Kernel(sampler.kind)
         self.context_noise = sampler.context_noise
         schedule = Schedule(sampler.shift)
         self.steps = Steps.from_schedule(schedule, sampler.steps, warp=sampler.warp)
@@ -171,15 +173,20 @@ class Engine:
     def steps_of(self, chunk: int) -> Steps:
         return self.first_steps if chunk == 0 else self.steps
 
-    def extend(self, stream: Stream, chunk: int, initial: Tensor, noise: NoiseSource, *, last: bool) -> Trajectory:
-        """Generate the next chunk of every video from `initial` [B, F, C, h, w]; `chunk` names its draws and its step list."""
-        frames, steps = initial.shape[1], self.steps_of(chunk)
+    def extend(
+        self, stream: Stream, chunk: int, initial: Tensor, noise: NoiseSource, *, last: bool, kernel: Kernel | None = None
+    ) -> Trajectory:
+        """Generate the next chunk of every video from `initial` [B, F, C, h, w]; `chunk` names its draws and its step list.
+
+        kernel: instead of the sampler's own.
+        """
+        frames, steps, kernel = initial.shape[1], self.steps_of(chunk), kernel or self.kernel
         stream.cache.make_room(frames)
         context = stream.cache.context(stream.frame, frames, keep=False)
-        draws = [noise.renoise(chunk, step) for step in range(len(steps) - 1)] if self.kind == "consistency" else []
+        draws = [noise.renoise(chunk, step) for step in range(len(steps) - 1)] if kernel.random else []
         with stage("denoise"):
             initial, fresh = self._on_device(initial), [self._on_device(draw) for draw in draws]
-            trajectory = self.graphs.denoise(self.model, initial, steps, fresh, stream.text, context, kind=self.kind)
+            trajectory = self.graphs.denoise(self.model, initial, steps, fresh, stream.text, context, kernel=kernel)
         self.append(stream, trajectory.predictions[-1], timestep=self.context_noise, last=last)
         return trajectory
 
@@ -256,16 +263,26 @@ class Engine:
 
     @torch.no_grad()
     def rollout(
-        self, text: Tensor, noise: KeyedNoise, *, pivot: int, branches: int, sigma: float, branches_per_wave: int | None = None
+        self,
+        text: Tensor,
+        noise: KeyedNoise,
+        *,
+        pivot: int,
+        branches: int,
+        sigma: float,
+        kernel: Kernel | None = None,
+        branches_per_wave: int | None = None,
     ) -> Group:
         """A group of G = `branches` videos for one prompt (AR-CoPO, one iteration, steps 2 to 4).
 
         Args:
             text: [1, length, text_dim].
-            noise: names every draw; branches share all of them but the pivot chunk's initial noise.
+            noise: names every draw; branches share all of them but the pivot chunk's initial noise and, with a `kernel`, its steps' noise.
             pivot: the chunk to fork at, counted from 0.
             branches: G.
-            sigma: strength of the pivot's noise perturbation.
+            sigma: strength of the perturbation of the pivot's initial noise; 0: the same for all, 1: a fresh one for each.
+            kernel: each branch draws noise of its own at every step of the pivot chunk, through this kernel. None: the sampler's kernel,
+                with the same draws for all.
             branches_per_wave: finish at most so many branches at once; less K/V memory, the same result within rounding.
         """
         if not 0 <= pivot < self.shape.chunks:
@@ -281,10 +298,15 @@ class Engine:
                     self.extend(prefix, chunk, noise.initial(chunk), noise, last=False)
             with stage("fork"):
                 initial = noise.neighbours(pivot, branches, sigma)
+                source: NoiseSource = noise
+                if kernel is not None:
+                    source = OwnRenoise(noise, pivot, [noise.own(pivot, step, branches) for step in range(len(self.steps_of(pivot)) - 1)])
             waves: list[tuple[Tensor, Tensor, Tensor]] = []
             done = 0
             while done < branches:
-                wave = self._try_finish(prefix, pivot, initial[done : done + wave_size], noise, reserved.tails, plan.tail)
+                branch = slice(done, done + wave_size)
+                own = source.rows(branch) if isinstance(source, OwnRenoise) else source
+                wave = self._try_finish(prefix, pivot, initial[branch], own, kernel, reserved.tails, plan.tail)
                 if wave is None:
                     wave_size = self.largest_wave = (wave_size + 1) // 2
                     continue
@@ -297,14 +319,21 @@ class Engine:
         inputs, predictions = (torch.cat([wave[part] for wave in waves], dim=1) for part in (0, 1))
         tail = torch.cat([wave[2] for wave in waves])
         latents = [*prefix.latents, *tail.split(self.shape.chunk_frames[pivot:], dim=1)]
-        return Group(text, pivot, prefix, inputs, predictions, latents, self.steps_of(pivot), noise)
+        return Group(text, pivot, prefix, inputs, predictions, latents, self.steps_of(pivot), noise, kernel or self.kernel)
 
     def _try_finish(
-        self, prefix: Stream, pivot: int, initial: Tensor, noise: NoiseSource, tails: list[list[int]], tail_pages: int
+        self,
+        prefix: Stream,
+        pivot: int,
+        initial: Tensor,
+        noise: NoiseSource,
+        kernel: Kernel | None,
+        tails: list[list[int]],
+        tail_pages: int,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """`_finish`; None if a wave of several branches ran out of memory, which is then free again."""
         try:
-            return self._finish(prefix, pivot, initial, noise, tails, tail_pages)
+            return self._finish(prefix, pivot, initial, noise, kernel, tails, tail_pages)
         except torch.OutOfMemoryError as error:
             if len(initial) == 1:
                 raise
@@ -320,7 +349,14 @@ class Engine:
         return None
 
     def _finish(
-        self, prefix: Stream, pivot: int, initial: Tensor, noise: NoiseSource, tails: list[list[int]], tail_pages: int
+        self,
+        prefix: Stream,
+        pivot: int,
+        initial: Tensor,
+        noise: NoiseSource,
+        kernel: Kernel | None,
+        tails: list[list[int]],
+        tail_pages: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Complete the branches of one wave: pivot inputs and predictions [T, g, F, ...], tail latents [g, frames, ...].
 
@@ -330,7 +366,7 @@ class Engine:
         stream.cache.reserved = tails[: len(initial)]
         try:
             stream.cache.reserve(tail_pages)
-            trajectory = self.extend(stream, pivot, initial, noise, last=pivot == self.shape.chunks - 1)
+            trajectory = self.extend(stream, pivot, initial, noise, last=pivot == self.shape.chunks - 1, kernel=kernel)
             for chunk in range(pivot + 1, self.shape.chunks):
                 start = noise.initial(chunk)
                 self.extend(stream, chunk, start.expand(len(initial), *start.shape[1:]), noise, last=chunk == self.shape.chunks - 1)

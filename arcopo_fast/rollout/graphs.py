@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig, ChunkContext, TextContext
-from arcopo_fast.rollout.sampler import Steps, Trajectory, denoise
+from arcopo_fast.model.lora import adapter_enabled
+from arcopo_fast.rollout.sampler import CONSISTENCY, Kernel, Steps, Trajectory, denoise
 
 LAUNCHES_OF_A_BLOCK = 45
 SECONDS_OF_A_LAUNCH = 5e-6
@@ -76,18 +77,18 @@ class ChunkGraphs:
         text: TextContext,
         context: ChunkContext,
         *,
-        kind: Literal["consistency", "ode"] = "consistency",
+        kernel: Kernel = CONSISTENCY,
     ) -> Trajectory:
         """`sampler.denoise`, as a graph where there is one."""
 
         def run(noise: Tensor, fresh: Sequence[Tensor], text: TextContext) -> list[Tensor]:
-            trajectory = denoise(model, noise, steps, fresh, text, context, kind=kind)
+            trajectory = denoise(model, noise, steps, fresh, text, context, kernel=kernel)
             return [*trajectory.inputs, *trajectory.predictions]
 
         place = context.place()
         self.reason = self._unsuitable(model, noise, place)
         if self.reason is None:
-            key = (place, tuple(noise.shape), noise.dtype, steps, kind, tuple(text.keys[0].shape))
+            key = (place, tuple(noise.shape), noise.dtype, steps, kernel, tuple(text.keys[0].shape), adapter_enabled(model))
             outputs = self._outputs(key, run, noise, fresh, text)
         else:
             outputs = run(noise, fresh, text)

@@ -60,9 +60,35 @@ class KeyedNoise:
 
         The norm is preserved in expectation; eps* is not a member (AR-CoPO, arXiv 2603.17461).
         """
-        names = (self.seed, self.iteration, self.group, "neighbour", chunk)
-        delta = torch.cat([normal((1, *self.shape(chunk)), *names, branch) for branch in range(branches)])
-        return (1 - sigma**2) ** 0.5 * self.initial(chunk) + sigma * delta
+        if sigma == 0:
+            return self.initial(chunk).expand(branches, *self.shape(chunk))
+        return (1 - sigma**2) ** 0.5 * self.initial(chunk) + sigma * self._of_each("neighbour", chunk, branches)
+
+    def own(self, chunk: int, step: int, branches: int) -> Tensor:
+        """A re-noise of its own for every branch: [branches, ...]."""
+        return self._of_each("own renoise", chunk, branches, step)
+
+    def _of_each(self, role: str, chunk: int, branches: int, *more: int) -> Tensor:
+        names: tuple[int | str, ...] = (self.seed, self.iteration, self.group, role, chunk, *more)
+        return torch.cat([normal((1, *self.shape(chunk)), *names, branch) for branch in range(branches)])
+
+
+@dataclass(frozen=True)
+class OwnRenoise:
+    """A shared source, but for the re-noise of one chunk, which differs by branch: draws [B, ...] of each step."""
+
+    base: NoiseSource
+    chunk: int
+    draws: Sequence[Tensor]
+
+    def initial(self, chunk: int) -> Tensor:
+        return self.base.initial(chunk)
+
+    def renoise(self, chunk: int, step: int) -> Tensor:
+        return self.draws[step] if chunk == self.chunk else self.base.renoise(chunk, step)
+
+    def rows(self, branches: slice) -> OwnRenoise:
+        return OwnRenoise(self.base, self.chunk, [draw[branches] for draw in self.draws])
 
 
 class StackedNoise:

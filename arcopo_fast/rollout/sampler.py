@@ -2,20 +2,31 @@
 
     x = noise;  for each step t:  x0hat = x - sigma_t F(x, t);  x = next state;  the last x0hat is the chunk
 
-``consistency``: the next state re-noises the prediction with fresh noise, x = (1 - sigma') x0hat + sigma' eps (Self-Forcing).
-``ode``: one Euler step along the flow, x' = x + (sigma' - sigma) F (no fresh noise).
+The next state is a draw from N(mean, std^2 I); a `Kernel` says which (ALGORITHM.md 4). With s, s' the sigmas before and after a step,
+v = (x - x0hat) / s the flow and eps = x + (1 - s) v the noise that the prediction implies:
+
+    consistency   std s',                                 mean (1 - s') x0hat          re-noises the prediction (Self-Forcing)
+    ode           std 0,                                  mean x + (s' - s) v          one Euler step along the flow
+    dance_sde     std g sqrt(s - s'), g = eta,            mean x + [v + g^2 eps / (2 s)] (s' - s)
+    flow_sde      the same with g = a sqrt(s / (1 - s)); at s = 1 the denominator is 1 - s'
+    flow_cps      std s' sin(a pi / 2),                   mean (1 - s') x0hat + sqrt(s'^2 - std^2) eps
+
+Sources: DanceGRPO (2505.07818), Flow-GRPO (2505.05470), Flow-CPS, CM-GRPO of RAVEN (2605.15190), whose kernel is "consistency".
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal, Sequence
+from typing import Literal, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
 
 from arcopo_fast.model.causal_wan import CausalWan, ChunkContext, TextContext
-from arcopo_fast.rollout.scheduler import Schedule, add_noise, predict_clean
+from arcopo_fast.rollout.scheduler import Schedule, predict_clean
+
+KernelKind = Literal["consistency", "ode", "dance_sde", "flow_sde", "flow_cps"]
 
 
 @dataclass(frozen=True)
@@ -52,17 +63,69 @@ def predict(
     return predict_clean(x.to(flow.dtype), flow, sigmas.view(-1, 1, 1, 1, 1))
 
 
-def next_input(
-    kind: Literal["consistency", "ode"], x: Tensor, clean: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, noise: Tensor | None
-) -> Tensor:
-    """The input of the next step, float32, from this step's input and prediction."""
-    if kind == "ode":
-        return x + (sigma_next - sigma) * (x - clean) / sigma
+class Transition(NamedTuple):
+    """The next state given x and x0hat: N(on_x x + on_clean x0hat, std^2 I). Numbers, or tensors that broadcast to the state."""
+
+    on_x: float | Tensor
+    on_clean: float | Tensor
+    std: float | Tensor
+
+    def mean(self, x: Tensor, clean: Tensor) -> Tensor:
+        mean = self.on_clean * clean
+        return mean if isinstance(self.on_x, float) and self.on_x == 0 else mean + self.on_x * x
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How the sampler goes from one state to the next. noise: eta of dance_sde, a of flow_sde and flow_cps; the others have none."""
+
+    kind: KernelKind = "consistency"
+    noise: float = 0.0
+
+    @property
+    def random(self) -> bool:
+        return self.kind != "ode"
+
+    def transition(self, sigma: float, sigma_next: float) -> Transition:
+        """The coefficients of one step, computed in float64. After the last step sigma_next is 0, and nothing is random."""
+        s, following = sigma, sigma_next
+        dt = following - s
+        if self.kind == "consistency":
+            return Transition(0.0, 1 - following, following)
+        if self.kind == "ode":
+            return Transition(following / s, -dt / s, 0.0)
+        if self.kind == "flow_cps":
+            std = following * math.sin(self.noise * math.pi / 2)
+            implied = math.sqrt(max(0.0, following**2 - std**2))
+            return Transition(implied / s, 1 - following - implied * (1 - s) / s, std)
+        if following == 0:  # the last step is the prediction itself
+            return Transition(0.0, 1.0, 0.0)
+        g = self.noise
+        if self.kind == "flow_sde":
+            g *= math.sqrt(s / (1 - s if s < 1 else 1 - following))
+        drift = g**2 * dt / (2 * s**2)  # g^2 / (2 s) dt on the implied noise eps = x / s - (1 - s) / s x0hat
+        return Transition(1 + dt / s + drift, -dt / s - drift * (1 - s), g * math.sqrt(-dt))
+
+    def transitions(self, steps: Steps, index: Tensor, *, dim: int) -> Transition:
+        """Of the steps `index` [N], float32 tensors [N, 1, ...] of `dim` dimensions on the index's device."""
+        table = torch.tensor([self.transition(sigma, steps.next_sigma(step)) for step, sigma in enumerate(steps.sigmas)])
+        columns = table.to(index.device)[index].view(len(index), 3, *[1] * (dim - 1)).unbind(1)
+        return Transition(*columns)
+
+
+CONSISTENCY = Kernel()
+"""Of the published few-step generators."""
+
+
+def next_input(kernel: Kernel, x: Tensor, clean: Tensor, sigma: float, sigma_next: float, noise: Tensor | None) -> Tensor:
+    """The input of the next step, float32, from this step's input x, its prediction and fresh noise (None for "ode")."""
+    transition = kernel.transition(sigma, sigma_next)
+    mean = transition.mean(x, clean)
+    if not kernel.random:
+        return mean
     if noise is None:
-        raise ValueError("the consistency sampler needs noise for every step but the last")
-    if not isinstance(sigma_next, Tensor):
-        sigma_next = torch.full((), sigma_next, device=clean.device)  # float32, and made on the device: a copy would wait for it
-    return add_noise(clean, noise, sigma_next)
+        raise ValueError(f"the {kernel.kind} sampler needs noise for every step but the last")
+    return mean + transition.std * noise
 
 
 @dataclass
@@ -81,11 +144,11 @@ def denoise(
     text: TextContext,
     context: ChunkContext,
     *,
-    kind: Literal["consistency", "ode"] = "consistency",
+    kernel: Kernel = CONSISTENCY,
 ) -> Trajectory:
     """Denoise one chunk from `noise` [B, F, C, h, w]. The host never waits for the device in here.
 
-    fresh: the noise [1 or B, F, C, h, w] after each step but the last; none for "ode". All on the model's device.
+    fresh: the noise [1 or B, F, C, h, w] after each step but the last; none if the kernel is not random. All on the model's device.
     """
     x, batch, device = noise, noise.shape[0], model.device
     trajectory = Trajectory([], [])
@@ -95,5 +158,5 @@ def denoise(
         trajectory.inputs.append(x)
         trajectory.predictions.append(clean)
         if step + 1 < len(steps):
-            x = next_input(kind, x, clean, sigma, steps.next_sigma(step), fresh[step] if kind == "consistency" else None)
+            x = next_input(kernel, x, clean, sigma, steps.next_sigma(step), fresh[step] if kernel.random else None)
     return trajectory

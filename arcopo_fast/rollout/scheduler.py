@@ -40,8 +40,3 @@ def predict_clean(x: Tensor, flow: Tensor, sigma: Tensor) -> Tensor:
     """
     clean = x.double() - sigma.double() * flow.double()
     return clean.to(torch.promote_types(flow.dtype, torch.float32))
-
-
-def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-    """(1 - sigma) x_0 + sigma eps in float32."""
-    return (1 - sigma) * clean + sigma * noise

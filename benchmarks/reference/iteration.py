@@ -255,7 +255,7 @@ def ratio_statistics(ratio: Tensor, advantages: Tensor, clip: float | None) -> d
     lost = ((advantages > 0) & (change > radius)) | ((advantages < 0) & (change < -radius))
     return {
         "ratio_max": change.abs().max().item(),
-        "ratio_std": change.std().item(),
+        "ratio_std": change.std(correction=0).item(),
         "outside_clip": (change.abs() > radius).double().mean().item(),
         "live": (~lost)[:, advantages != 0].double().mean().item(),
     }

@@ -187,8 +187,9 @@ def test_the_full_size_is_that_of_the_recipe() -> None:
     recipe, full = iteration.of_recipe(config, iteration.FULL.name, iteration.FULL.model, iteration.FULL.vae), iteration.FULL
     cut = {"branches_per_wave": None, "decode_branches": None}
     assert config.generator.checkpoint == "random:1.3b" and config.generator.vae_dtype == "bfloat16"
-    assert replace(recipe, copo=replace(recipe.copo, micro_batch=None), **cut) == replace(
-        full, copo=replace(full.copo, micro_batch=None), **cut
+    whole = {"micro_batch": None}
+    assert replace(recipe, copo=recipe.copo.model_copy(update=whole), **cut) == replace(
+        full, copo=full.copo.model_copy(update=whole), **cut
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arcopo_fast.commands import parse_config
+from arcopo_fast.groups import Rollouts
 from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.train import Trainer
@@ -33,9 +34,10 @@ def iteration(directory: Path, *overrides: str) -> tuple[list[Tensor], dict[str,
         torch.nn.init.normal_(parameter, std=0.05)
     gradients: list[Tensor] = []
     trainer.optimizer.step = lambda: gradients.extend(parameter.grad.clone() for parameter in trainer.parameters)  # type: ignore[method-assign]
-    group, prompt = trainer.rollout(1, 0)
+    assert isinstance(trainer.source, Rollouts)
+    group, prompt = trainer.source.rollout(1, 0)
     with group:
-        scores = trainer.judge(group, prompt)
+        scores = trainer.source.judge(group, prompt)
         advantages = group_advantages(scores, config.rewards)
         statistics = trainer.objective.update([(group, advantages)], trainer.optimizer, trainer.parameters, gradient_clip=1e9)
         assert statistics["update1/ratio_max"] == 0

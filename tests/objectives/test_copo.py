@@ -9,7 +9,8 @@ from torch import Tensor
 
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
-from arcopo_fast.objectives.copo import CopoObjective, CopoSettings, RatioNotOne, draw_items
+from arcopo_fast.objectives.base import Items, RatioNotOne
+from arcopo_fast.objectives.copo import CopoObjective, CopoSettings
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.noise import KeyedNoise
 
@@ -67,8 +68,9 @@ def test_gradient_identity(tau: float | str) -> None:
             return seen[-1]
 
         engine.replay = watched  # type: ignore[method-assign]
-        items = draw_items(settings, group, 0)
-        objective.loss(group, target, items).loss.sum().backward()
+        items = objective.draw_items(group, 0)
+        new = objective.predict(group, items, None)
+        objective.loss(group, target, items, new, new.detach()).loss.sum().backward()
         (prediction,) = seen
         size = prediction[0].numel()
         ascent = 2 / (target.tau * GROUP * size) * torch.einsum("g,tg...->t...", advantages, group.predictions.double())
@@ -92,7 +94,9 @@ def test_every_adapter_matrix_gets_gradient() -> None:
     objective = CopoObjective(engine, CopoSettings())
     with make_group(engine) as group:
         target = objective.target(group, zscore(torch.randn(GROUP)))
-        objective.loss(group, target, draw_items(objective.settings, group, 0)).loss.sum().backward()
+        items = objective.draw_items(group, 0)
+        new = objective.predict(group, items, None)
+        objective.loss(group, target, items, new, new.detach()).loss.sum().backward()
     silent = [name for name, p in engine.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert parameters and not silent
 
@@ -147,11 +151,11 @@ def test_recomputed_context_keeps_the_first_ratio_exact_and_no_page() -> None:
 
 def test_anchors_are_distinct_and_keyed() -> None:
     engine = adapted_engine()
-    settings = CopoSettings(steps=0.6, skip_last_step=True)
+    objective = CopoObjective(engine, CopoSettings(steps=0.6, skip_last_step=True))
     with make_group(engine) as group:
-        items = draw_items(settings, group, 0)
-        assert torch.equal(items.anchors, draw_items(settings, group, 0).anchors)
-        others = [draw_items(settings, group, update).anchors.tolist() for update in range(1, 6)]
+        items = objective.draw_items(group, 0)
+        assert torch.equal(items.anchors, objective.draw_items(group, 0).anchors)
+        others = [objective.draw_items(group, update).anchors.tolist() for update in range(1, 6)]
         assert any(other != items.anchors.tolist() for other in others), "later updates draw fresh anchors"
         assert len(set(items.anchors.tolist())) == 4 and items.steps.max() < 2 and len(items.steps) == 4
 
@@ -161,10 +165,8 @@ def test_a_replay_that_is_not_reproducible_is_refused() -> None:
     objective = CopoObjective(engine, CopoSettings())
     original = objective.loss
 
-    def noisy(group: Group, target: object, items: object, old: Tensor | None = None, prefix: object = None) -> object:
-        with torch.no_grad():
-            old = objective.predict(group, items, None) + 1e-3  # type: ignore[arg-type]
-        return original(group, target, items, old)  # type: ignore[arg-type]
+    def noisy(group: Group, target: object, items: Items, new: Tensor, old: Tensor) -> object:
+        return original(group, target, items, new, old + 1e-3)  # type: ignore[arg-type]
 
     objective.loss = noisy  # type: ignore[method-assign, assignment]
     parameters = adapter_parameters(engine.model)

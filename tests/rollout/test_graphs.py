@@ -15,7 +15,7 @@ from support.models import SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 
 from arcopo_fast.model.causal_wan import CausalWanConfig
-from arcopo_fast.model.lora import adapter_parameters, add_lora
+from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.graphs import ChunkGraphs, Function, launch_bound
@@ -91,6 +91,26 @@ def test_a_graph_sees_new_weights() -> None:
     assert captures.replayed > replays
     assert not torch.equal(after.predictions, before.predictions)
     assert torch.equal(after.predictions, rollout(plain, text, 0, 1).predictions)
+
+
+def test_with_and_without_adapter_are_two_graphs() -> None:
+    """Which operations run is decided by the host, and a graph has only those that it was captured with."""
+    graphed, plain, captures = engines()
+    add_lora(graphed.model, rank=2, alpha=4, targets=["to_q", "to_v"], seed=0)
+    with torch.no_grad():
+        for parameter in adapter_parameters(graphed.model):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    text = random_text()
+    for _ in range(2):
+        adapted = rollout(graphed, text, 0, 1)
+    captured = captures.captured
+    with adapter_disabled(graphed.model):
+        for _ in range(2):
+            base = rollout(graphed, text, 0, 1)
+        assert captures.captured == 2 * captured > 0
+        assert torch.equal(base.predictions, rollout(plain, text, 0, 1).predictions)
+    assert torch.equal(rollout(graphed, text, 0, 1).predictions, adapted.predictions)
+    assert captures.captured == 2 * captured and not torch.equal(base.predictions, adapted.predictions)
 
 
 def test_results_of_one_call_survive_the_next() -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from arcopo_fast.model.checkpoints import to_official_names
 from arcopo_fast.rollout.engine import Stream
-from arcopo_fast.rollout.sampler import predict
-from arcopo_fast.rollout.scheduler import Schedule, add_noise
+from arcopo_fast.rollout.sampler import Kernel, next_input, predict
+from arcopo_fast.rollout.scheduler import Schedule
 
 FLOAT32, BFLOAT16 = 2e-5, 6e-2
 
@@ -136,7 +136,8 @@ def test_each_step(case: fixtures.Case) -> None:
                 recorded = tensors[f"chunk{chunk}/step{step}/x0"]
                 assert_close(f"chunk{chunk}/step{step}/x0", clean.to(recorded.dtype), recorded, tolerance)
                 if step + 1 < len(steps):
-                    x = add_noise(recorded.float(), case.noise.renoise(chunk, step), torch.tensor(steps.sigmas[step + 1]))
+                    sigma, following = steps.sigmas[step], steps.sigmas[step + 1]
+                    x = next_input(Kernel(), x, recorded.float(), sigma, following, case.noise.renoise(chunk, step))
                     x = x.to(recorded.dtype)
             case.engine.append(stream, recorded.float(), timestep=case.config["context_noise"])
     stream.cache.release()

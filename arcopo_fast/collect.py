@@ -1,0 +1,72 @@
+"""Fill a replay buffer with groups of the generator as it is, for semi-on-policy training.
+
+    python -m arcopo_fast.collect [RECIPE] [key=value ...] --buffer DIR [--groups N]
+
+Any number of processes may fill one buffer at once, on any number of machines; a collection that was stopped goes on where it was, by the
+same command. Group i is a function of (recipe, seed, i), whoever makes it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from arcopo_fast.assemble import build_engine, build_objective, load_generator, load_prompts, load_rewards, video_shape
+from arcopo_fast.commands import RecipeParser, positive_int, run_command
+from arcopo_fast.config import Config
+from arcopo_fast.data.buffer import Buffer
+from arcopo_fast.groups import Rollouts, policy_of, recipe_of, store
+from arcopo_fast.objectives.advantage import sum_rewards
+from arcopo_fast.runtime.memory import tune_for_cpu
+from arcopo_fast.runtime.progress import Progress
+
+
+def collect(config: Config, path: str, groups: int) -> Buffer:
+    """Make what is missing of a buffer of `groups` groups, and wait for what other processes are making of it.
+
+    Raises:
+        UserError: the recipe cannot be used, or the directory holds a buffer of another policy or recipe.
+    """
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    rewards, prompts, generator = load_rewards(config), load_prompts(config), load_generator(config)
+    engine = build_engine(config, generator.model, video_shape(config, generator))
+    objective = build_objective(config, engine)
+    buffer = Buffer.create(path, policy_of(config, generator.model, objective), recipe_of(config, prompts), groups=groups)
+    source = Rollouts(config, generator, engine, objective, prompts, rewards)
+
+    def waiting(others: list[int]) -> None:
+        print(f"waiting for {len(others)} groups that other processes are making", file=sys.stderr)
+
+    with Progress(groups, sum(index < groups for index in buffer.indices)) as progress:
+        for index in buffer.missing(groups, waiting):
+            judged = source.draw(index, 0)
+            with judged.group:
+                buffer.write(index, *store(judged))
+            progress.update(sum_rewards(judged.rewards, config.rewards).mean().item())
+    return buffer
+
+
+def command_line() -> RecipeParser:
+    parser = RecipeParser("python -m arcopo_fast.collect", "Fill a replay buffer with groups of the generator as it is.")
+    parser.add_argument("--buffer", metavar="DIR", help="where the buffer lies, or shall lie (required)")
+    parser.add_argument("--groups", type=positive_int, default=100, metavar="N", help="groups of the whole buffer, those there included")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    parser = command_line()
+    command = parser.read_config(argv)
+    if command is None:
+        return
+    config, options = command
+    if options.buffer is None:
+        parser.error("--buffer is missing: name the directory to collect into, as in --buffer buffers/toy")
+    tune_for_cpu()
+    buffer = collect(config, options.buffer, options.groups)
+    print(f"{len(buffer)} groups in {buffer.path}; train on them: --mode semi_on_policy --buffer {buffer.path}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

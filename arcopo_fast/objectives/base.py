@@ -1,0 +1,236 @@
+"""What an objective is, and the policy updates that all of them share.
+
+An objective says how the members of a group differ (`noise_strength`, `kernel`), what is compared (`target`, `predict`) and the loss. The
+update is the same for all: draw members, replay their pivot chunk under the present weights, compare with the old policy's replay of
+the same members, step. Before the first update new and old are the same, so the ratio is exactly 1; this is asserted at run time.
+
+Where the old policy is the one that made the group (on-policy), its prediction is the replay itself, detached, in the first update, and one
+forward without gradient before the first step in later ones. Where it is a fixed reference policy (semi-on-policy and off-policy: groups
+from a buffer), it is the generator without its adapter; its predictions are made once for each member and kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Generic, NamedTuple, Sequence, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from arcopo_fast.model.lora import adapter_disabled
+from arcopo_fast.rollout.engine import Engine, Group, Stream
+from arcopo_fast.rollout.noise import generator
+from arcopo_fast.rollout.sampler import Kernel
+from arcopo_fast.runtime.profiling import stage
+from arcopo_fast.settings import ObjectiveSettings
+
+S = TypeVar("S", bound=ObjectiveSettings)
+
+
+class Items(NamedTuple):
+    """The (step, anchor) pairs of one update of one group, [N] each."""
+
+    steps: Tensor
+    anchors: Tensor
+
+
+class Outcome(NamedTuple):
+    """Of each item: loss [N] with gradient; ratio_minus_one [N, K] float64 and live [N, K] of the K ratios it depends on.
+
+    live: the clip lets a gradient through, and the advantage is not 0.
+    """
+
+    loss: Tensor
+    ratio_minus_one: Tensor
+    live: Tensor
+
+
+class RatioNotOne(RuntimeError):
+    """Before the first update the ratio was not exactly 1: replay is not reproducible, and training on it would be training on noise."""
+
+
+class Objective(ABC, Generic[S]):
+    """Runs the policy updates of one iteration.
+
+    Args:
+        engine: of the generator that learns.
+        settings: of the class `Settings`.
+        reference: the old policy is the generator without its adapter, not the one before the iteration's first update.
+    """
+
+    Settings: ClassVar[type[ObjectiveSettings]]
+
+    def __init__(self, engine: Engine, settings: S, *, reference: bool = False) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.reference = reference
+        self.moved = False  # has the policy left the reference? A continued run sets this.
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
+
+    # What an objective says
+
+    def noise_strength(self, strength: float) -> float:
+        """sigma of the members' initial noises, given the recipe's `rollout.noise_strength`: 0 shared, 1 a fresh one for each."""
+        return strength
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """Through which each member draws noise of its own at the steps of the pivot chunk; None: the steps' noise is shared."""
+        return None
+
+    def trainable_steps(self, group: Group) -> int:
+        """The first so many denoising steps can be trained."""
+        return len(group.steps)
+
+    @abstractmethod
+    def target(self, group: Group, advantages: Tensor) -> Any:
+        """What `loss` needs of a group with advantages [G], computed once for all its updates."""
+
+    @abstractmethod
+    def predict(self, group: Group, items: Items, prefix: Stream | None) -> Tensor:
+        """What is compared between new and old policy, [N, F, C, h, w]; from `engine.replay`."""
+
+    @abstractmethod
+    def loss(self, group: Group, target: Any, items: Items, new: Tensor, old: Tensor) -> Outcome:
+        """The loss of each item, given `predict` under the new policy (with gradient) and under the old one."""
+
+    # What all of them do
+
+    def update(
+        self,
+        groups: Sequence[tuple[Group, Tensor]],
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        *,
+        gradient_clip: float,
+        draw: tuple[int | str, ...] = (),
+    ) -> dict[str, float]:
+        """All policy updates of an iteration over (group, advantages [G]) pairs; returns statistics.
+
+        Groups without variance contribute nothing. If no group has any, no step is taken.
+
+        Args:
+            draw: goes into the name of the draw of anchors: a group out of a buffer is met again, with other anchors.
+
+        Raises:
+            RatioNotOne: the ratio before the first update was not exactly 1.
+        """
+        live_groups = [(group, advantages) for group, advantages in groups if advantages.abs().any()]
+        statistics: dict[str, list[float]] = {}
+        if live_groups:
+            targets = [self.target(group, advantages) for group, advantages in live_groups]
+            drawn = [[self.draw_items(group, update, draw) for group, _ in live_groups] for update in range(self.settings.updates)]
+            with stage("replay"):  # under the old weights, hence before the first step
+                old = [
+                    [self._old(group, items, update) for (group, _), items in zip(live_groups, every)] for update, every in enumerate(drawn)
+                ]
+            for update in range(self.settings.updates):
+                optimizer.zero_grad(set_to_none=True)
+                with stage("replay"):
+                    for index, (group, _) in enumerate(live_groups):
+                        known = old[update][index]
+                        self._backward(group, targets[index], drawn[update][index], known, len(live_groups), update, statistics)
+                with stage("optimiser"):
+                    norm = nn.utils.clip_grad_norm_(parameters, gradient_clip)
+                    statistics.setdefault("gradient_norm", []).append(norm.item())
+                    optimizer.step()
+                self.moved = True
+            optimizer.zero_grad(set_to_none=True)
+        means = {name: sum(values) / len(values) for name, values in statistics.items()}
+        return means | {"zero_variance_groups": float(len(groups) - len(live_groups))}
+
+    def draw_items(self, group: Group, update: int, draw: tuple[int | str, ...] = ()) -> Items:
+        """Anchors without replacement, each with all its steps (or a random fraction of them), drawn by key."""
+        settings, noise = self.settings, group.noise
+        random = generator(noise.seed, noise.iteration, noise.group, *draw, "anchors", update)
+        anchors = random.choice(group.size, size=min(settings.anchors_per_update, group.size), replace=False)
+        available = min(self.trainable_steps(group), max(1, len(group.steps) - settings.skip_last_step))
+        pairs: list[tuple[int, int]] = []
+        for anchor in anchors.tolist():
+            chosen = list(range(available))
+            if settings.steps != "all":
+                count = max(1, round(settings.steps * available))
+                chosen = sorted(random.choice(available, size=count, replace=False).tolist())
+            pairs += [(step, anchor) for step in chosen]
+        return Items(*torch.tensor(pairs).unbind(1))
+
+    def _micro_batches(self, items: Items) -> list[Items]:
+        size = self.settings.micro_batch or len(items.steps)
+        return [Items(steps, anchors) for steps, anchors in zip(items.steps.split(size), items.anchors.split(size))]
+
+    def _prefix(self, group: Group) -> Stream | None:
+        """The context of a replay: the rollout's (None), or recomputed from its latents under the present weights."""
+        if self.settings.context == "rollout":
+            return None
+        with torch.no_grad():
+            return self.engine.rebuild_prefix(group.text, group.latents[: group.pivot])
+
+    def _old_policy(self) -> AbstractContextManager[None]:
+        return adapter_disabled(self.engine.model) if self.reference else nullcontext()
+
+    @torch.no_grad()
+    def _old(self, group: Group, items: Items, update: int) -> list[Tensor] | None:
+        """The old policy's predictions of the items, in the update's micro-batches; None where they are the replay itself, detached."""
+        if not self.reference and update == 0:
+            return None
+        with self._old_policy():
+            prefix = self._prefix(group)
+            try:
+                return [self._known(group, part, prefix) for part in self._micro_batches(items)]
+            finally:
+                if prefix is not None:
+                    prefix.cache.release()
+
+    def _known(self, group: Group, items: Items, prefix: Stream | None) -> Tensor:
+        """`predict`; of a reference policy, which never changes, once for each item: kept on the host."""
+        if not self.reference:
+            return self.predict(group, items, prefix)
+        noise = group.noise
+        names = [(noise.seed, noise.iteration, noise.group, *pair) for pair in zip(items.steps.tolist(), items.anchors.tolist())]
+        if any(name not in self._kept for name in names):
+            for name, prediction in zip(names, self.predict(group, items, prefix)):
+                self._kept.setdefault(name, prediction.cpu())
+        return torch.stack([self._kept[name] for name in names]).to(self.engine.model.device)
+
+    def _backward(
+        self,
+        group: Group,
+        target: Any,
+        items: Items,
+        old: list[Tensor] | None,
+        groups: int,
+        update: int,
+        statistics: dict[str, list[float]],
+    ) -> None:
+        """Accumulate the gradient of one group's share of the loss, micro-batch by micro-batch."""
+        prefix = self._prefix(group)
+        ratios, live = [], []
+        try:
+            for index, part in enumerate(self._micro_batches(items)):
+                new = self.predict(group, part, prefix)
+                outcome = self.loss(group, target, part, new, new.detach() if old is None else old[index])
+                old_is_new = update == 0 and not (self.reference and self.moved)
+                if old_is_new and outcome.ratio_minus_one.any():
+                    worst = outcome.ratio_minus_one.abs().max().item()
+                    raise RatioNotOne(f"before the first update |ratio - 1| reached {worst:.3g}; it must be exactly 0")
+                (outcome.loss.sum() / (len(items.steps) * groups)).backward()
+                ratios.append(outcome.ratio_minus_one)
+                live.append(outcome.live)
+        finally:
+            if prefix is not None:
+                prefix.cache.release()
+        self._record(statistics, update, torch.cat(ratios), torch.cat(live))
+
+    def _record(self, statistics: dict[str, list[float]], update: int, ratio_minus_one: Tensor, live: Tensor) -> None:
+        """Ratio and clip statistics by update: of the first, the ratio is 1; how the later ones differ shows how far a step went."""
+        radius = self.settings.clip or float("inf")
+        recorded = {
+            "ratio_max": ratio_minus_one.abs().max(),
+            "ratio_std": ratio_minus_one.std(correction=0),
+            "outside_clip": (ratio_minus_one.abs() > radius).double().mean(),
+        }
+        if live.numel():  # none where the drawn members all have an advantage of exactly 0
+            recorded["live"] = live.double().mean()
+        for name, value in recorded.items():
+            statistics.setdefault(f"update{update + 1}/{name}", []).append(value.item())

@@ -1,0 +1,111 @@
+"""SDE-GRPO: explore through the noise of the denoising steps, and maximise the clipped ratio of their transition probabilities.
+
+The baseline that AR-CoPO is compared with (DanceGRPO 2505.07818, Flow-GRPO 2505.05470, CM-GRPO of RAVEN 2605.15190), on the same groups:
+members share the prefix and everything after the pivot chunk, and differ in the noise that each draws at the pivot's steps. With
+x' the state that a member went to, drawn from N(mu_old, std^2 I),
+
+    log rho = log N(x'; mu, std^2 I) - log N(x'; mu_old, std^2 I), a mean over the D elements
+            = <mu - mu_old, 2 x' - mu - mu_old> / (2 std^2 D)
+    J       = mean over (member, step) of min(rho A, clip(rho, 1 - eps, 1 + eps) A)
+
+The difference is taken before the squares, in float64: the clip is 1e-4. Steps without noise have no probability and are left out: the last
+one, and all of an ODE. Source: ALGORITHM.md 4.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from arcopo_fast.errors import UserError
+from arcopo_fast.objectives.base import Items, Objective, Outcome
+from arcopo_fast.rollout.engine import Engine, Group, Stream
+from arcopo_fast.rollout.sampler import Kernel
+from arcopo_fast.settings import ObjectiveSettings, PositiveFloat
+
+DEFAULT_NOISE = {"consistency": 0.0, "dance_sde": 0.3, "flow_sde": 0.7, "flow_cps": 0.7}
+
+
+class SdeGrpoSettings(ObjectiveSettings):
+    """SDE-GRPO: the kernel of the pivot's steps, and whether members also start from noise of their own."""
+
+    kind: str = "sde_grpo"
+    kernel: Literal["dance_sde", "flow_sde", "flow_cps", "consistency"] = Field(
+        "consistency", description="from step to step in the pivot chunk; consistency: the re-noise of few-step generators (CM-GRPO)"
+    )
+    kernel_noise: PositiveFloat | None = Field(
+        None, description="eta of dance_sde (null: 0.3), a of flow_sde and flow_cps (null: 0.7); consistency has none"
+    )
+    init_noise: Literal["shared", "fresh"] = Field("shared", description="the pivot's initial noise: one for all members, or one for each")
+    steps: Annotated[float, Field(gt=0, le=1)] | Literal["all"] = Field(
+        0.6, description="steps with noise to train: all, or a random fraction"
+    )
+    advantage_max: PositiveFloat | None = Field(5.0, description="largest |A_i|; null: no limit")
+
+    @model_validator(mode="after")
+    def _noise_fits_the_kernel(self) -> SdeGrpoSettings:
+        if self.kernel_noise is not None:
+            if self.kernel == "consistency":
+                raise ValueError(f"objective.kernel_noise {self.kernel_noise} given, but the consistency kernel has none; leave it out")
+            if self.kernel == "flow_cps" and self.kernel_noise > 1:
+                raise ValueError(f"objective.kernel_noise {self.kernel_noise} is more than 1, where flow_cps draws all its noise afresh")
+        return self
+
+
+class SdeGrpoObjective(Objective[SdeGrpoSettings]):
+    Settings = SdeGrpoSettings
+
+    def __init__(self, engine: Engine, settings: SdeGrpoSettings, *, reference: bool = False) -> None:
+        super().__init__(engine, settings, reference=reference)
+        if min(len(engine.steps), len(engine.first_steps)) < 2:
+            raise UserError("SDE-GRPO explores through the noise between steps; a sampler of one step has none: use objective.kind=copo")
+
+    def noise_strength(self, strength: float) -> float:
+        return 0.0 if self.settings.init_noise == "shared" else 1.0
+
+    @property
+    def kernel(self) -> Kernel:
+        noise = self.settings.kernel_noise
+        return Kernel(self.settings.kernel, DEFAULT_NOISE[self.settings.kernel] if noise is None else noise)
+
+    def trainable_steps(self, group: Group) -> int:
+        return len(group.steps) - 1
+
+    def target(self, group: Group, advantages: Tensor) -> Tensor:
+        """Advantages [G]."""
+        return advantages.to(group.inputs.device)
+
+    def predict(self, group: Group, items: Items, prefix: Stream | None) -> Tensor:
+        """mu, the mean of the next state of each item, [N, F, C, h, w] float32."""
+        clean = self.engine.replay(group, items.steps, items.anchors, prefix=prefix, checkpoint=self.settings.checkpoint)
+        transition = group.kernel.transitions(group.steps, items.steps.to(clean.device), dim=clean.dim())
+        return transition.mean(group.inputs[items.steps, items.anchors], clean)
+
+    def loss(self, group: Group, target: Any, items: Items, new: Tensor, old: Tensor) -> Outcome:
+        std = group.kernel.transitions(group.steps, items.steps.to(new.device), dim=1).std
+        reached = group.inputs[items.steps + 1, items.anchors]
+        log_ratio = log_probability_ratio(reached, new, old, torch.as_tensor(std))
+        ratio_minus_one = torch.expm1(log_ratio)
+        advantages = target[items.anchors.to(target.device)]
+        clip = self.settings.clip
+        clipped = ratio_minus_one if clip is None else ratio_minus_one.clamp(-clip, clip)
+        objective = torch.minimum((1 + ratio_minus_one) * advantages, (1 + clipped) * advantages)
+        outside = torch.zeros_like(advantages, dtype=torch.bool) if clip is None else ratio_minus_one * advantages.sign() > clip
+        live = ~outside[advantages != 0]
+        return Outcome(-objective, ratio_minus_one.detach()[:, None], live[:, None])
+
+
+def log_probability_ratio(reached: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
+    """log N(x'; mu, std^2 I) - log N(x'; mu_old, std^2 I), a mean over the elements: [N] float64, differentiable in `mean`.
+
+    reached, mean, old_mean: [N, ...]; std: [N], positive.
+    """
+    mean, old_mean, reached = (tensor.double().flatten(1) for tensor in (mean, old_mean.detach(), reached.detach()))
+    product = (mean - old_mean) * (2 * reached - mean - old_mean)
+    return product.mean(1) / (2 * std.double().square())
+
+
+OBJECTIVE = SdeGrpoObjective

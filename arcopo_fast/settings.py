@@ -1,0 +1,41 @@
+"""The pieces that typed settings are made of, and what every objective can be told.
+
+An objective extends `ObjectiveSettings` in its own file; a recipe chooses it by `objective.kind`, and `config` does the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, values are not converted (an integer may stand for a float), and nothing changes after it was read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ObjectiveSettings(Section):
+    """What the policy learns from its groups, and how: the part that all objectives share."""
+
+    kind: str = Field("copo", description="copo: AR-CoPO; sde_grpo: the baseline; or the dotted name of a module that holds one")
+    clip: PositiveFloat | None = Field(1e-4, description="eps of clip(rho, 1 - eps, 1 + eps); null: no clipping")
+    steps: Annotated[float, Field(gt=0, le=1)] | Literal["all"] = Field(
+        "all", description="denoising steps to train: all, or a random fraction"
+    )
+    skip_last_step: bool = Field(False, description="never train the last denoising step")
+    anchors_per_update: Positive = Field(4, description="A: candidates that are replayed in one update, drawn without replacement")
+    updates: Positive = Field(2, description="optimiser steps of an iteration, each with fresh anchors")
+    old_prediction: Literal["replay"] = Field("replay", description="the old prediction is made by the replay path under the old weights")
+    context: Literal["rollout", "recompute"] = Field("rollout", description="h_{p-1}: the rollout's, or recomputed under new weights")
+    advantage: Literal["zscore", "quasi_norm"] = Field("zscore", description="A_i from the rewards of a group")
+    quasi_norm_p: PositiveFloat = Field(0.8, description="p of the quasi-norm")
+    advantage_std_floor: float = Field(0.0, ge=0, description="smallest spread of a group's rewards that advantages are divided by")
+    advantage_max: PositiveFloat | None = Field(None, description="largest |A_i|; null: no limit")
+    reward_combine: Literal["sum", "per_reward_zscore"] = Field("sum", description="sum, then advantage; or the reverse")
+    micro_batch: Positive | None = Field(None, description="(anchor, step) pairs of one backward pass: less memory; null: all")
+    checkpoint: bool = Field(False, description="activation checkpointing of the pivot chunk, block by block: less memory, more time")

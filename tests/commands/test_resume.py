@@ -1,0 +1,102 @@
+"""A run that is stopped goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from arcopo_fast.commands import run_command
+from arcopo_fast.errors import UserError
+from arcopo_fast.runtime.interrupt import Interruption
+from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.train import Trainer, main
+
+SMALL = [
+    "toy",
+    "train.iterations=4",
+    "rollout.group_size=3",
+    "objective.anchors_per_update=2",
+    "evaluation.prompts=2",
+    "evaluation.videos_per_prompt=1",
+    "evaluation.sample_videos=1",
+    "train.save_every=2",
+    "lora.rank=4",
+    "lora.alpha=8",
+]
+
+
+def untimed(run: Path) -> list[dict[str, object]]:
+    return [{key: value for key, value in line.items() if key != "time"} for line in read_metrics(run)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole")
+    main([*SMALL, f"run.directory={directory}"])
+    return directory / "toy"
+
+
+def stopped(directory: Path, monkeypatch: pytest.MonkeyPatch, *, at: int, how: str) -> Path:
+    """A run that is interrupted in iteration `at`, "softly" or by an error."""
+    original = Trainer.iteration
+
+    def iteration(self: Trainer, number: int) -> dict[str, object]:
+        if number == at:
+            if how == "error":
+                raise RuntimeError("the machine went away")
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "iteration", iteration)
+        if how == "error":
+            with pytest.raises(RuntimeError, match="went away"):
+                main([*SMALL, f"run.directory={directory}"])
+        else:
+            assert run_command(main, [*SMALL, f"run.directory={directory}"]) == 130
+    return directory / "toy"
+
+
+@pytest.mark.parametrize(("at", "how"), [(1, "softly"), (3, "softly"), (4, "error")])
+def test_it_goes_on_where_it_was(
+    whole: Path, at: int, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = stopped(tmp_path, monkeypatch, at=at, how=how)
+    if how == "softly":
+        said = capsys.readouterr().err
+        assert "finishing the iteration first; once more to stop at once" in said
+        assert f"interrupted; stopped after iteration {at}; go on with python -m arcopo_fast.train --resume {run}" in said
+        assert len(untimed(run)) == at
+    else:  # iteration 3 is made again: the last checkpoint is of iteration 2
+        assert len(untimed(run)) == 3
+    assert not (run / "evaluation.json").exists()
+    main(["--resume", str(run)])
+    assert untimed(run) == untimed(whole)
+    assert (run / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
+    ours, theirs = (load_file(directory / "adapter" / "adapter_model.safetensors") for directory in (run, whole))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_what_cannot_be_resumed(whole: Path, tmp_path: Path) -> None:
+    for arguments, said in (
+        (["--resume", str(whole)], "is complete"),
+        (["--resume", str(tmp_path)], "has no config.yaml"),
+        (["toy", "--resume", str(whole)], "leave recipe"),
+        (["--resume", str(whole), "--dry-run"], "leave recipe"),
+        (["--resume"], "--resume: expected one argument"),
+    ):
+        with pytest.raises(UserError, match=said):
+            main(arguments)
+
+
+def test_a_second_interrupt_stops_at_once() -> None:
+    former = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Interruption("this") as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.asked
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is former

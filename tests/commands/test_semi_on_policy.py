@@ -1,0 +1,157 @@
+"""`collect`, and training on what it collected: exact prefixes, exact first ratio, no lost group."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from arcopo_fast import collect
+from arcopo_fast.config import load_config
+from arcopo_fast.data.buffer import Buffer, Entry
+from arcopo_fast.errors import UserError
+from arcopo_fast.groups import BufferedGroups, Rollouts, restore
+from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.train import Trainer, main
+
+SMALL = [
+    "rollout.group_size=3",
+    "objective.anchors_per_update=2",
+    "evaluation.prompts=2",
+    "evaluation.videos_per_prompt=1",
+    "evaluation.sample_videos=1",
+    "lora.rank=4",
+    "lora.alpha=8",
+]
+GROUPS = 5
+
+
+@pytest.fixture(scope="module")
+def buffer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("buffers") / "toy"
+    collect.main(["toy", *SMALL, "--buffer", str(path), "--groups", str(GROUPS)])
+    return path
+
+
+def trainer(buffer: Path | None, *overrides: str) -> Trainer:
+    """With an adapter that does something."""
+    mode = [] if buffer is None else ["train.mode=semi_on_policy", f"train.buffer={buffer}"]
+    made = Trainer(load_config("toy", [*SMALL, *mode, *overrides]))
+    for parameter in made.parameters:
+        torch.nn.init.normal_(parameter, std=0.05)
+    return made
+
+
+def entries(path: Path) -> list[Entry]:
+    document = json.loads((path / "buffer.json").read_text())
+    return list(Buffer.open(path, document["policy"]["values"]).entries())
+
+
+def cached(source: Rollouts | BufferedGroups, pages: list[int]) -> tuple[Tensor, Tensor]:
+    pool = source.engine.pool
+    return pool.keys[:, pages].clone(), pool.values[:, pages].clone()
+
+
+def test_the_rebuilt_prefix_equals_the_rollouts_bit_for_bit(buffer: Path) -> None:
+    """With a trained adapter in the generator, which must not leak into the prefix."""
+    fresh, trained = Trainer(load_config("toy", SMALL)), trainer(buffer)
+    assert isinstance(fresh.source, Rollouts) and isinstance(trained.source, BufferedGroups)
+    pivots = set()
+    for entry in entries(buffer):
+        group, prompt = fresh.source.rollout(entry.index, 0)
+        with group, restore(entry, trained.generator, trained.engine, trained.objective, ["toy_vq"]).group as again:
+            pivots.add(group.pivot)
+            assert (again.pivot, prompt) == (group.pivot, entry.metadata["prompt"])
+            assert torch.equal(again.inputs, group.inputs) and torch.equal(again.predictions, group.predictions)
+            assert torch.equal(again.noise.initial(group.pivot)[0], entry.tensors["initial"])
+            ours = cached(trained.source, again.prefix.cache.tables[0].pages)
+            theirs = cached(fresh.source, group.prefix.cache.tables[0].pages)
+            assert len(ours[0][0]) == 2 * group.pivot
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert len(pivots) > 1, "the test needs groups with and without a long prefix"
+    assert fresh.engine.pool.pages_in_use == trained.engine.pool.pages_in_use == 0
+
+
+@pytest.mark.parametrize("mode", ["semi_on_policy", "off_policy"])
+def test_training_on_a_buffer(buffer: Path, mode: str, tmp_path: Path) -> None:
+    settings = ["train.iterations=6", "objective.clip=1.0e-5", "train.save_every=0", f"run.directory={tmp_path}"]
+    main(["toy", *SMALL, *settings, "--mode", mode, "--buffer", str(buffer)])
+    metrics = read_metrics(tmp_path / "toy")
+    assert metrics[0]["update1/ratio_max"] == 0, "at the first step of training the ratio is exactly 1"
+    assert all(line["update1/ratio_max"] > 0 for line in metrics[1:]), "later the policy has left the reference"
+    assert "reward" not in metrics[0] and "buffer/reward" in metrics[0]
+    live = [line["update2/live"] for line in metrics]
+    assert (min(live) == 1) == (mode == "off_policy"), "only off-policy training has no clip"
+
+
+def test_the_old_policy_is_the_generator_without_adapter_asked_once(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = trainer(buffer, "objective.anchors_per_update=3", "objective.updates=1")
+    objective, asked = trained.objective, []
+    original = objective.predict
+    monkeypatch.setattr(objective, "predict", lambda group, items, prefix: (asked.append(1), original(group, items, prefix))[1])
+    base = Trainer(load_config("toy", SMALL))  # its fresh adapter adds zeros
+    assert isinstance(base.source, Rollouts)
+    judged = trained.source.draw(1, 0)
+    with judged.group as group:
+        items = objective.draw_items(group, 0)
+        for expected in (1, 1):  # the second time they are known
+            (old,) = objective._old(group, items, 0) or []
+            assert len(asked) == expected
+        with base.source.rollout(group.noise.iteration, 0)[0] as theirs, torch.no_grad():
+            assert torch.equal(old, base.objective.predict(theirs, items, None))
+            assert not torch.equal(old, original(group, items, None)), "the adapter must do something"
+
+
+def test_every_entry_is_drawn_once_in_a_pass(buffer: Path) -> None:
+    source = trainer(buffer).source
+    seen = []
+    for iteration in range(1, 2 * GROUPS + 1):
+        with source.draw(iteration, 0).group as group:
+            seen.append(group.noise.iteration)
+    assert sorted(seen[:GROUPS]) == sorted(seen[GROUPS:]) == list(range(GROUPS))
+
+
+def test_what_does_not_fit_is_refused(buffer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"another policy \([0-9a-f]{16} here, [0-9a-f]{16} in the buffer\): sampler.steps"):
+        trainer(buffer, "sampler.steps=[1000, 400, 200, 100]")
+    with pytest.raises(UserError, match=r"noise_strength: 0.5 here, 0.85 in the buffer"):
+        trainer(buffer, "rollout.noise_strength=0.5")
+    with pytest.raises(UserError, match="was not scored by sharpness, only by toy_"):
+        trainer(buffer, "rewards={sharpness: 1.0}")
+    with pytest.raises(UserError, match="is no replay buffer"):
+        trainer(tmp_path)
+    with pytest.raises(UserError, match="do not go together"):
+        load_config("toy", ["train.mode=off_policy"])
+    with pytest.raises(UserError, match="another recipe"):
+        collect.main(["toy", *SMALL, "seed=1", "--buffer", str(buffer), "--groups", "6"])
+    with pytest.raises(UserError, match="--buffer is missing"):
+        collect.main(["toy"])
+    assert len(entries(buffer)) == GROUPS
+
+
+def test_two_processes_and_a_kill(buffer: Path, tmp_path: Path) -> None:
+    """One of two collecting processes is killed in the middle: the other leaves no hole and no duplicate, only the same groups."""
+    path = tmp_path / "shared"
+    command = [sys.executable, "-m", "arcopo_fast.collect", "toy", *SMALL, "--buffer", str(path), "--groups", str(GROUPS)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    deadline = time.monotonic() + 120
+    while not list(path.glob("entries/0*.safetensors")):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    processes[0].send_signal(signal.SIGKILL)
+    _, said = processes[1].communicate(timeout=120)
+    assert processes[0].wait() == -signal.SIGKILL and processes[1].returncode == 0, said
+    collected, expected = entries(path), entries(buffer)
+    assert [entry.index for entry in collected] == list(range(GROUPS))
+    assert sorted(entry.name for entry in (path / "entries").iterdir()) == [f"{index:06d}.safetensors" for index in range(GROUPS)]
+    for ours, theirs in zip(collected, expected, strict=True):
+        assert ours.metadata == theirs.metadata and set(ours.tensors) == set(theirs.tensors)
+        for name in ours.tensors:  # other processes may have other numbers of threads
+            torch.testing.assert_close(ours.tensors[name], theirs.tensors[name], rtol=0, atol=1e-4)
