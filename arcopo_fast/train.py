@@ -167,9 +167,8 @@ def comparison(before: Evaluation, after: Evaluation, rewards: dict[str, Reward]
         change = (after.scores[name] - values).mean().item()
         spread = values.std(correction=0).item()
         label = name if name in rewards or name == "reward" else f"({name})"
-        lines.append(
-            f"{label:{width}}  {values.mean():6.3f}  {after.scores[name].mean():6.3f}  {change:+6.3f}  {change / max(spread, 1e-9):+6.2f}"
-        )
+        in_spreads = f"{change / spread:+6.2f}" if spread > 0 else "     -"
+        lines.append(f"{label:{width}}  {values.mean():6.3f}  {after.scores[name].mean():6.3f}  {change:+6.3f}  {in_spreads}")
     return "\n".join([*lines, f"{len(before.prompts)} videos on fixed prompts and noises; metrics in (brackets) are never trained on"])
 
 
