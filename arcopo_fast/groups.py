@@ -6,6 +6,7 @@ Either way a group comes with its prompt and every reward's scores of its member
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -89,14 +90,14 @@ class Rollouts:
         device, offload = self.generator.model.device, self.config.generator.offload
         decoder = self.generator.decoder
         parts: list[dict[str, Tensor]] = []
-        slices = decode_branches(decoder, group.latents, group.pivot, self.config.rollout.decode_branches)
-        while True:
+        at_once = self.config.rollout.decode_branches or group.size
+        slices = decode_branches(decoder, group.latents, group.pivot, at_once)
+        for _ in range(math.ceil(group.size / at_once)):
             with profiling.stage("decode"), resident(device, decoder.vae, offload=offload):
-                frames = next(slices, None)
-            if frames is None:
-                return {name: torch.cat([part[name] for part in parts]) for name in self.rewards}
+                frames = next(slices)
             with profiling.stage("reward"), resident(device, *self.rewards.values(), offload=offload):
                 parts.append(score(self.rewards, frames, [prompt] * len(frames)))
+        return {name: torch.cat([part[name] for part in parts]) for name in self.rewards}
 
 
 class BufferedGroups:

@@ -46,6 +46,7 @@ from arcopo_fast.model.lora import (
     write_adapter,
 )
 from arcopo_fast.runtime.memory import tune_for_cpu
+from arcopo_fast.runtime.model_card import HOW_TO_LOAD
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.results import TOTAL
 from arcopo_fast.runtime.run_dir import atomic_directory, atomic_write
@@ -147,17 +148,7 @@ B and A are concatenated along the rank, {semi.adapter.rank} + {on.adapter.rank}
 |---|---|---|---|---|---|
 {rows}
 {chosen}
-## How to load it
-
-`adapter_model.safetensors` with `adapter_config.json` is PEFT's form, `pytorch_lora_weights.safetensors` is diffusers':
-
-```python
-transformer.load_lora_adapter("adapter", weight_name="pytorch_lora_weights.safetensors", prefix="transformer")  # WanTransformer3DModel
-model = peft.PeftModel.from_pretrained(model, "adapter")
-```
-
-The terms of use are those of the generator that it adapts.
-"""
+{HOW_TO_LOAD}"""
 
 
 def check_out(out: Path) -> None:

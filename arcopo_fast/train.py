@@ -210,9 +210,9 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
                 raise Interrupted(f"stopped after iteration {iteration}; go on with python -m arcopo_fast.train --resume {run.path}")
     after = trainer.evaluate()
     document = {"before": before.summary(), "after": after.summary(), "videos": write_samples(run, config, before, after)}
-    run.write("evaluation.json", json.dumps(document, indent=2) + "\n")
     save_adapter(run.path / "adapter", trainer.generator.model, base_model=config.generator.checkpoint)
     run.write("adapter/README.md", model_card(config, document))
+    run.write("evaluation.json", json.dumps(document, indent=2) + "\n")  # last: with it the run is complete
     write_report(run.path)
     print(comparison(before, after, trainer.rewards))
     print(f"report: {run.path / 'report.html'}")

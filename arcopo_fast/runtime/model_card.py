@@ -16,6 +16,20 @@ from arcopo_fast.runtime.results import changes
 _METHODS = {"copo": "AR-CoPO (arXiv 2603.17461)", "sde_grpo": "SDE-GRPO"}
 
 
+HOW_TO_LOAD = """## How to load it
+
+`adapter_model.safetensors` with `adapter_config.json` is PEFT's form, `pytorch_lora_weights.safetensors` is diffusers':
+
+```python
+transformer.load_lora_adapter("adapter", weight_name="pytorch_lora_weights.safetensors", prefix="transformer")  # WanTransformer3DModel
+model = peft.PeftModel.from_pretrained(model, "adapter")
+```
+
+The terms of use are those of the generator that it adapts.
+"""
+"""Ends the card of any adapter."""
+
+
 def config_hash(config: Config) -> str:
     """Twelve characters that change with any setting."""
     return hashlib.sha256(resolved_yaml(config).encode()).hexdigest()[:12]
@@ -61,14 +75,4 @@ standard error over videos. What is held out was never trained on.
 
 {results}
 
-## How to load it
-
-`adapter_model.safetensors` with `adapter_config.json` is PEFT's form, `pytorch_lora_weights.safetensors` is diffusers':
-
-```python
-transformer.load_lora_adapter("adapter", weight_name="pytorch_lora_weights.safetensors", prefix="transformer")  # WanTransformer3DModel
-model = peft.PeftModel.from_pretrained(model, "adapter")
-```
-
-The terms of use are those of the generator that it adapts.
-"""
+{HOW_TO_LOAD}"""
