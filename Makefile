@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py
 
 # What needs a GPU, in steps of under ten minutes, each of which also runs by its name. They install nothing: an environment with torch, triton,
-# numpy, pytest, pytest-benchmark, peft, transformers and safetensors will do, .venv's where there is one.
+# numpy, pytest, pytest-benchmark, peft, transformers, safetensors and pydantic will do, .venv's where there is one.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_STEPS := gpu-tests gpu-memcheck gpu-racecheck gpu-bench gpu-sweep gpu-iteration
 # make gpu-bench GPU_ARGS="--operator attention nft"; make gpu-iteration GPU_ARGS="--part engine-p1"
