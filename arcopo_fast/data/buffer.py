@@ -95,8 +95,9 @@ class Buffer:
         path = Path(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"cannot make the replay buffer {path}: a file is in the way; give another directory") from None
+        except OSError as error:
+            problem = "a file is in the way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+            raise UserError(f"cannot make the replay buffer {path}: {problem}; give another directory") from None
         there = {name for name in os.listdir(path) if not name.startswith(".")}
         if strange := sorted(there - {"entries", "claims"}) if FILE not in there else []:
             raise UserError(f"{path} is no replay buffer: it holds {strange[0]} and no {FILE}; give a new or an empty directory")

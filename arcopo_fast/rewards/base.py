@@ -5,6 +5,7 @@ Knows nothing of how the videos were made, nor of weights and advantages.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -18,17 +19,22 @@ class Reward(Protocol):
     name: str
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        """Score videos: frames [N, F, 3, H, W] fp32 in [0, 1] and one prompt for each -> [N] fp32, higher is better."""
+        """Score videos: frames [N, F, 3, H, W] fp32 in [0, 1] and one prompt for each -> [N] fp32, higher is better.
+
+        A video that cannot be scored gets NaN.
+        """
         ...
 
 
-def score(rewards: Mapping[str, Reward], frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+@torch.no_grad()
+def score(rewards: Mapping[str, Reward], frames: Tensor, prompts: list[str], *, quarantine: bool = False) -> dict[str, Tensor]:
     """Every reward's scores [N] fp32, under its key, in order.
 
     Args:
         rewards: by the name under which the scores are logged.
         frames: [N, F, 3, H, W] fp32 in [0, 1].
         prompts: N sentences.
+        quarantine: a score that is not finite becomes NaN, with a warning, instead of an error. Whoever averages must leave NaN out.
 
     Raises:
         ValueError: wrong shapes or dtype, or a score that is not finite; the message names the reward and the video.
@@ -45,7 +51,11 @@ def score(rewards: Mapping[str, Reward], frames: Tensor, prompts: list[str]) -> 
             raise ValueError(f"reward {name!r} returned shape {list(scores.shape)}; expected [{len(frames)}], one score a video")
         finite = scores.isfinite()
         if not finite.all():
-            video = int((~finite).nonzero()[0])
-            raise ValueError(f"reward {name!r} returned {float(scores[video])} for video {video} ({prompts[video]!r})")
+            if not quarantine:
+                video = int((~finite).nonzero()[0])
+                raise ValueError(f"reward {name!r} returned {float(scores[video])} for video {video} ({prompts[video]!r})")
+            # The same text every time: Python shows it once.
+            warnings.warn(f"reward {name!r} returned scores that are not finite; they are left out, and counted", stacklevel=3)
+            scores = scores.where(finite, torch.nan)
         components[name] = scores
     return components

@@ -74,11 +74,7 @@ class Stream:
     cache: VideoCache
     text: TextContext
     latents: list[Tensor] = field(default_factory=list)  # finished chunks [1 or B, F, C, h, w] float32
-
-    @property
-    def frame(self) -> int:
-        """The next frame to generate."""
-        return sum(chunk.shape[1] for chunk in self.latents)
+    frame: int = 0  # the next one to generate
 
 
 @dataclass
@@ -196,6 +192,7 @@ class Engine:
             stream.cache.make_room(latents.shape[1])
             self._cache_frames(stream, latents, stream.frame, timestep)
         stream.latents.append(latents)
+        stream.frame += latents.shape[1]
 
     def _on_device(self, noise: Tensor) -> Tensor:
         """Without waiting for the device, which a copy from pageable memory would."""
@@ -234,20 +231,23 @@ class Engine:
         initial_latents: clean chunks [1 or B, F, C, h, w] that the videos begin with (image- or video-to-video).
         switches: {frame: text}; the first chunk that starts at or after the frame uses that prompt.
         """
-        stream = self.start(text)
+        batch, stream = text.shape[0], self.start(text)
+        chunks = [chunk.to(self.model.device, torch.float32) for chunk in initial_latents]
         try:
-            for _ in self.stream(stream, noise, initial_latents=initial_latents, switches=switches):
-                pass
+            for trajectory in self.stream(stream, noise, initial_latents=initial_latents, switches=switches):
+                chunks.append(trajectory.predictions[-1])
         finally:
             stream.cache.release()
-        batch = text.shape[0]
-        return torch.cat([chunk.expand(batch, *chunk.shape[1:]) for chunk in stream.latents], dim=1)
+        return torch.cat([chunk.expand(batch, *chunk.shape[1:]) for chunk in chunks], dim=1)
 
     @torch.no_grad()
     def stream(
         self, stream: Stream, noise: NoiseSource, *, initial_latents: Sequence[Tensor] = (), switches: dict[int, Tensor] | None = None
     ) -> Iterator[Trajectory]:
-        """Yield each chunk's trajectory as soon as it is there (its clean pass done)."""
+        """Yield each chunk's trajectory as soon as it is there (its clean pass done).
+
+        With a window, `stream.latents` keeps only the newest chunks: a video of any length takes the same memory.
+        """
         batch = len(stream.cache.tables)
         for latents in initial_latents:
             self.append(stream, latents.to(self.model.device, torch.float32))
@@ -257,7 +257,15 @@ class Engine:
                 self.switch_prompt(stream, pending.pop(0)[1])
             initial = noise.initial(chunk)
             initial = initial.expand(batch, *initial.shape[1:])
-            yield self.extend(stream, chunk, initial, noise, last=chunk == self.shape.chunks - 1)
+            trajectory = self.extend(stream, chunk, initial, noise, last=chunk == self.shape.chunks - 1)
+            self._forget(stream)
+            yield trajectory
+
+    def _forget(self, stream: Stream) -> None:
+        """Drop the chunks that lie before the window whole: a prompt switch reaches no further back."""
+        window = self.policy.window
+        while window is not None and sum(chunk.shape[1] for chunk in stream.latents[1:]) >= window:
+            del stream.latents[0]
 
     # Groups
 

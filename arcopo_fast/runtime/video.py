@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from types import TracebackType
 from typing import Any, cast
 
 import av
@@ -31,17 +34,77 @@ def write_mp4(path: str | Path, frames: Tensor | NDArray[Any], fps: float, *, sm
         smallest_side: frames with a shorter side are enlarged by a whole factor, each pixel a square, until a person can see them.
     """
     pixels = _enlarged(_pixels(frames), smallest_side)
-    height, width = pixels.shape[1:3]
     with atomic_path(path) as partial, av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = cast(av.VideoStream, container.add_stream(_codec(), rate=Fraction(fps).limit_denominator(1000)))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        if stream.codec_context.name == "libx264":
-            stream.options = {"crf": "16", "preset": "medium"}  # near lossless: the difference of two videos is the point
-        else:
-            stream.bit_rate = 4_000_000
-        for image in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        stream = _add_stream(container, fps, pixels)
+        _encode(container, stream, pixels)
         container.mux(stream.encode())
+
+
+class Mp4Writer:
+    """An mp4 that can be watched while its frames are made. A context manager.
+
+    Until the end of the block the file is `<name>.partial.mp4`. Each frame is a fragment of its own, so it holds all frames appended so far
+    but the last, whatever becomes of the process. At the end of the block it turns into an ordinary mp4, for there are players that cannot
+    seek among fragments, and gets its own name. If the user interrupts the block, it does the former but stays partial; after any other
+    error it goes away.
+
+    Args:
+        path: where it will lie.
+        fps, smallest_side: as for `write_mp4`.
+
+    Attributes:
+        partial: where it lies inside the block.
+        frames: how many were appended.
+    """
+
+    def __init__(self, path: str | Path, fps: float, *, smallest_side: int = 256) -> None:
+        self.path = Path(path)
+        self.partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
+        self.frames = 0
+        self._fps = fps
+        self._smallest_side = smallest_side
+        self._container: av.container.OutputContainer | None = None
+        self._stream: av.VideoStream | None = None
+
+    def append(self, frames: Tensor | NDArray[Any]) -> None:
+        """Write the next frames, [F, 3, H, W] in [0, 1] as for `write_mp4`; H and W are the same every time."""
+        pixels = _enlarged(_pixels(frames), self._smallest_side)
+        if self._container is None or self._stream is None:
+            # FFmpeg 7.1 and later: fragments while it is written, their index rewritten as that of a whole file at the end.
+            options = {"movflags": "hybrid_fragmented+frag_every_frame", "flush_packets": "1"}
+            self._container = av.open(str(self.partial), "w", format="mp4", options=options)
+            # No frame waits in the encoder for later ones.
+            self._stream = _add_stream(self._container, self._fps, pixels, tune="zerolatency")
+        expected, given = (self._stream.height, self._stream.width), pixels.shape[1:3]
+        if given != expected:
+            raise ValueError(f"frames of {given[0]}x{given[1]} pixels follow frames of {expected[0]}x{expected[1]} in {self.path}")
+        _encode(self._container, self._stream, pixels)
+        self.frames += len(pixels)
+
+    def __enter__(self) -> Mp4Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._container is None:
+            return
+        if error is None:
+            try:
+                self._end()
+            except BaseException:
+                self.partial.unlink(missing_ok=True)
+                raise
+            os.replace(self.partial, self.path)
+        else:
+            with suppress(Exception):  # the error of the block is the one to hear of, and fragments play without an index
+                self._end()
+            if not isinstance(error, KeyboardInterrupt):
+                self.partial.unlink(missing_ok=True)
+
+    def _end(self) -> None:
+        """Write what the encoder holds, then the index."""
+        assert self._container is not None and self._stream is not None
+        with self._container:
+            self._container.mux(self._stream.encode())
 
 
 def write_png_sheet(
@@ -90,6 +153,25 @@ def _write_png(path: str | Path, image: NDArray[np.uint8]) -> None:
     encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = image.shape[1], image.shape[0], "rgb24", Fraction(1)
     packets = [*encoder.encode(av.VideoFrame.from_ndarray(image, format="rgb24")), *encoder.encode(None)]
     atomic_write(path, b"".join(bytes(packet) for packet in packets))
+
+
+def _add_stream(container: av.container.OutputContainer, fps: float, pixels: NDArray[np.uint8], tune: str | None = None) -> av.VideoStream:
+    """The video stream of a new file, for frames like `pixels` [F, H, W, 3]. tune: libx264's."""
+    stream = cast(av.VideoStream, container.add_stream(_codec(), rate=Fraction(fps).limit_denominator(1000)))
+    stream.height, stream.width = pixels.shape[1:3]
+    stream.pix_fmt = "yuv420p"
+    if stream.codec_context.name == "libx264":
+        stream.options = {"crf": "16", "preset": "medium"}  # near lossless: the difference of two videos is the point
+        if tune:
+            stream.options["tune"] = tune
+    else:
+        stream.bit_rate = 4_000_000
+    return stream
+
+
+def _encode(container: av.container.OutputContainer, stream: av.VideoStream, pixels: NDArray[np.uint8]) -> None:
+    for image in pixels:
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
 
 
 def _codec() -> str:

@@ -11,7 +11,7 @@ from support.models import SAMPLER, SHAPE, random_text, small_engine, small_mode
 from torch import Tensor
 
 from arcopo_fast.rollout.cache import CachePolicy
-from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource
 
 GROUP = 6
@@ -224,6 +224,32 @@ def test_the_flow_of_a_prompt_switch_after_the_fork() -> None:
         stream.cache.release()
         branch.cache.release()
     assert engine.pool.pages_in_use == 0
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES.values() if policy.window], ids=[*POLICIES][1:])
+def test_a_long_video_takes_no_more_than_its_window(policy: CachePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages and latents; and a prompt switch finds all the latents it caches again."""
+    assert policy.window is not None
+    shape, text, others = VideoShape.of(30, 2, 8, 4, 6), random_text(2), [random_text() for _ in range(2)]
+    noise, switches = KeyedNoise(shape.chunk, seed=int(torch.randint(10**6, ()))), {8: others[0], 51: others[1]}
+    engine = Engine(small_model(), shape, replace(SAMPLER, steps=(1000,)), policy, pages=2 * policy.window)
+
+    def video() -> tuple[list[Tensor], list[int]]:
+        stream, chunks, kept = engine.start(text), [], []
+        for trajectory in engine.stream(stream, noise, switches=switches):
+            chunks.append(trajectory.predictions[-1])
+            kept.append(sum(chunk.shape[1] for chunk in stream.latents))
+        assert stream.frame == shape.frames
+        stream.cache.release()
+        return chunks, kept
+
+    chunks, kept = video()
+    assert engine.pool.peak_in_use == 2 * policy.window
+    assert max(kept) <= policy.window + 1 and min(kept[3:]) >= policy.window, "whole chunks, the window among them"
+    monkeypatch.setattr(engine, "_forget", lambda stream: None)
+    everything, kept = video()
+    assert kept[-1] == shape.frames
+    assert all(torch.equal(a, b) for a, b in zip(chunks, everything, strict=True))
 
 
 def test_ode_rollouts_draw_no_noise() -> None:

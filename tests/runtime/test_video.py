@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from arcopo_fast.runtime import video
-from arcopo_fast.runtime.video import BAR, GAP, stack_png, write_mp4, write_png_sheet
+from arcopo_fast.runtime.video import BAR, GAP, Mp4Writer, stack_png, write_mp4, write_png_sheet
 
 
 def read(path: Path) -> tuple[NDArray[np.uint8], float]:
@@ -68,6 +68,60 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OSError, match="No space left"):
         write_mp4(tmp_path / "a.mp4", torch.rand(5, 3, 64, 64), 8)
     assert not list(tmp_path.iterdir())
+
+
+def boxes(path: Path) -> list[bytes]:
+    """The types of an mp4's outermost boxes."""
+    data, at, found = path.read_bytes(), 0, []
+    while at < len(data):
+        found.append(data[at + 4 : at + 8])
+        at += int.from_bytes(data[at : at + 4], "big")
+    return found
+
+
+def test_a_video_can_be_watched_while_it_is_written(tmp_path: Path) -> None:
+    frames = smooth_frames(9, 64, 64)
+    with Mp4Writer(tmp_path / "a.mp4", 8) as writer:
+        for chunk in frames.split([1, 4, 2, 2]):
+            writer.append(chunk)
+            if writer.frames > 1:  # the last frame's duration is not known before the next one
+                assert len(read(writer.partial)[0]) == writer.frames - 1
+        assert b"moof" in boxes(writer.partial)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["a.partial.mp4"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.mp4"]
+    assert sorted(set(boxes(tmp_path / "a.mp4"))) == [b"free", b"ftyp", b"mdat", b"moov"], "an ordinary file, no fragments"
+    decoded, rate = read(tmp_path / "a.mp4")
+    assert decoded.shape == (9, 256, 256, 3) and rate == 8
+    assert np.abs(decoded[:, 2::4, 2::4] / 255 - frames.permute(0, 2, 3, 1).numpy()).mean() < 0.02
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].frames == 9 and container.duration == 9 * av.time_base / 8
+
+
+@pytest.mark.parametrize("codec", video.CODECS)
+def test_an_interrupted_video_keeps_what_was_written(codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "CODECS", (codec, "mpeg4"))
+    frames = smooth_frames(5, 64, 64)
+    with pytest.raises(KeyboardInterrupt), Mp4Writer(tmp_path / "a.mp4", 8) as writer:
+        writer.append(frames)
+        raise KeyboardInterrupt
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.partial.mp4"]
+    assert len(read(writer.partial)[0]) == 5 and b"moof" not in boxes(writer.partial)
+    with Mp4Writer(tmp_path / "a.mp4", 8) as writer:
+        writer.append(frames[:2])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.mp4"] and len(read(tmp_path / "a.mp4")[0]) == 2
+
+
+def test_a_failed_video_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"an earlier one")
+    with pytest.raises(ValueError, match="frames of 256x320 pixels follow frames of 256x256"), Mp4Writer(tmp_path / "a.mp4", 8) as writer:
+        writer.append(smooth_frames(3, 64, 64))
+        writer.append(smooth_frames(3, 64, 80))
+    with Mp4Writer(tmp_path / "a.mp4", 8):
+        pass
+    monkeypatch.setattr(Mp4Writer, "_end", lambda writer: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"), Mp4Writer(tmp_path / "a.mp4", 8) as writer:
+        writer.append(smooth_frames(3, 64, 64))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"an earlier one"
 
 
 def test_png_sheet_holds_every_frame_exactly(tmp_path: Path) -> None:
