@@ -19,7 +19,6 @@ import hashlib
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +48,7 @@ from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.model_card import HOW_TO_LOAD
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.results import TOTAL
-from arcopo_fast.runtime.run_dir import atomic_directory, atomic_write
+from arcopo_fast.runtime.run_dir import atomic_directory, atomic_write, check_out
 from arcopo_fast.runtime.sweep import Point, Scores, as_json, as_markdown, as_page, choose_scale, point_of, scale_text, with_held_out
 
 MERGE = "merge.json"  # what an adapter was merged from; marks a directory that a merge may replace
@@ -149,17 +148,6 @@ B and A are concatenated along the rank, {semi.adapter.rank} + {on.adapter.rank}
 {rows}
 {chosen}
 {HOW_TO_LOAD}"""
-
-
-def check_out(out: Path) -> None:
-    """Raise `UserError` if `out` could not be made or written to; leaves nothing. For failing before the slow part."""
-    existing = next(folder for folder in [out, *out.absolute().parents] if folder.exists() or folder.is_symlink())
-    if not existing.is_dir():
-        raise UserError(f"cannot write to {out}: {existing} is not a directory; give another --out")
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; give another --out") from None
 
 
 def _occupied(out: Path) -> bool:

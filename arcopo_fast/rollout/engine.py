@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Iterator, Literal, Sequence
+from typing import Iterator, Literal, NamedTuple, Sequence
 
 import torch
 from arcopo_kernels.paging import GroupPlan, PagePool, plan_group
@@ -110,6 +110,16 @@ class Group:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+class _Fork(NamedTuple):
+    """Where a group's branches begin. kernel: of the pivot chunk, if not the sampler's. tails: the pages set aside for the first wave's."""
+
+    prefix: Stream
+    pivot: int
+    kernel: Kernel | None
+    tails: list[list[int]]
+    tail_pages: int
 
 
 class Engine:
@@ -314,7 +324,7 @@ class Engine:
             while done < branches:
                 branch = slice(done, done + wave_size)
                 own = source.rows(branch) if isinstance(source, OwnRenoise) else source
-                wave = self._try_finish(prefix, pivot, initial[branch], own, kernel, reserved.tails, plan.tail)
+                wave = self._try_finish(_Fork(prefix, pivot, kernel, reserved.tails, plan.tail), initial[branch], own)
                 if wave is None:
                     wave_size = self.largest_wave = (wave_size + 1) // 2
                     continue
@@ -329,19 +339,10 @@ class Engine:
         latents = [*prefix.latents, *tail.split(self.shape.chunk_frames[pivot:], dim=1)]
         return Group(text, pivot, prefix, inputs, predictions, latents, self.steps_of(pivot), noise, kernel or self.kernel)
 
-    def _try_finish(
-        self,
-        prefix: Stream,
-        pivot: int,
-        initial: Tensor,
-        noise: NoiseSource,
-        kernel: Kernel | None,
-        tails: list[list[int]],
-        tail_pages: int,
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _try_finish(self, fork: _Fork, initial: Tensor, noise: NoiseSource) -> tuple[Tensor, Tensor, Tensor] | None:
         """`_finish`; None if a wave of several branches ran out of memory, which is then free again."""
         try:
-            return self._finish(prefix, pivot, initial, noise, kernel, tails, tail_pages)
+            return self._finish(fork, initial, noise)
         except torch.OutOfMemoryError as error:
             if len(initial) == 1:
                 raise
@@ -356,25 +357,17 @@ class Engine:
             torch.cuda.empty_cache()
         return None
 
-    def _finish(
-        self,
-        prefix: Stream,
-        pivot: int,
-        initial: Tensor,
-        noise: NoiseSource,
-        kernel: Kernel | None,
-        tails: list[list[int]],
-        tail_pages: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _finish(self, fork: _Fork, initial: Tensor, noise: NoiseSource) -> tuple[Tensor, Tensor, Tensor]:
         """Complete the branches of one wave: pivot inputs and predictions [T, g, F, ...], tail latents [g, frames, ...].
 
-        The first wave takes the pages reserved for its `tails`; those after it take `tail_pages` for each branch of what it gave back.
+        The first wave takes the pages reserved for its tails; those after it take `tail_pages` for each branch of what it gave back.
         """
+        prefix, pivot = fork.prefix, fork.pivot
         stream = replace(prefix, cache=prefix.cache.fork(len(initial)), latents=list(prefix.latents))
-        stream.cache.reserved = tails[: len(initial)]
+        stream.cache.reserved = fork.tails[: len(initial)]
         try:
-            stream.cache.reserve(tail_pages)
-            trajectory = self.extend(stream, pivot, initial, noise, last=pivot == self.shape.chunks - 1, kernel=kernel)
+            stream.cache.reserve(fork.tail_pages)
+            trajectory = self.extend(stream, pivot, initial, noise, last=pivot == self.shape.chunks - 1, kernel=fork.kernel)
             for chunk in range(pivot + 1, self.shape.chunks):
                 start = noise.initial(chunk)
                 self.extend(stream, chunk, start.expand(len(initial), *start.shape[1:]), noise, last=chunk == self.shape.chunks - 1)

@@ -78,6 +78,24 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def check_out(out: Path) -> None:
+    """Raise `UserError` if `out` could not be made or written to; leaves nothing. For failing before the slow part."""
+    if problem := _why_not(out):
+        raise UserError(f"cannot write to {out}: {problem}; give another --out")
+
+
+def _why_not(path: Path) -> str | None:
+    """What keeps a directory from being made or written to; None: nothing."""
+    existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists() or folder.is_symlink())
+    if not existing.is_dir():
+        return f"{existing} is not a directory"
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def _disk_full(error: BaseException, partial: Path) -> OSError | None:
     """What a full disk should have raised, if it made a library raise something else: torch.save complains about a position in its file."""
     if isinstance(error, OSError) or not isinstance(error, Exception):
@@ -131,15 +149,8 @@ class RunDirectory:
     def check(config: Config) -> None:
         """Raise `UserError` if a run could not be created; writes nothing that stays. For failing before the slow part of a start."""
         parent = Path(config.run.directory)
-        existing = next(folder for folder in [parent, *parent.absolute().parents] if folder.exists() or folder.is_symlink())
-        if not existing.is_dir():
-            raise UserError(
-                f"cannot make the run directory {parent / config.name}: {existing} is not a directory; set run.directory to another"
-            )
-        try:
-            tempfile.TemporaryFile(dir=existing).close()
-        except OSError as error:
-            raise _cannot_make(parent / config.name, error) from None
+        if problem := _why_not(parent):
+            raise _cannot_make(parent / config.name, problem)
         if config.run.overwrite:
             _check_replaceable(parent / config.name)
 
@@ -176,7 +187,7 @@ class RunDirectory:
                 with suppress(OSError):
                     folder.rmdir()
             if isinstance(error, OSError):
-                raise _cannot_make(wanted, error) from None
+                raise _cannot_make(wanted, error.strerror or str(error)) from None
             raise
         if path != wanted:
             print(f"{wanted} exists already: this run goes to {path}", file=sys.stderr)
@@ -254,5 +265,5 @@ def _take_free_place(new: Path, wanted: Path) -> Path:
         return path
 
 
-def _cannot_make(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot make the run directory {path}: {error.strerror or error}; set run.directory to a place that can be written")
+def _cannot_make(path: Path, problem: str) -> UserError:
+    return UserError(f"cannot make the run directory {path}: {problem}; set run.directory to a place that can be written")

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import av
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -73,8 +74,7 @@ class Mp4Writer:
             # FFmpeg 7.1 and later: fragments while it is written, their index rewritten as that of a whole file at the end.
             options = {"movflags": "hybrid_fragmented+frag_every_frame", "flush_packets": "1"}
             self._container = av.open(str(self.partial), "w", format="mp4", options=options)
-            # No frame waits in the encoder for later ones.
-            self._stream = _add_stream(self._container, self._fps, pixels, tune="zerolatency")
+            self._stream = _add_stream(self._container, self._fps, pixels, live=True)
         expected, given = (self._stream.height, self._stream.width), pixels.shape[1:3]
         if given != expected:
             raise ValueError(f"frames of {given[0]}x{given[1]} pixels follow frames of {expected[0]}x{expected[1]} in {self.path}")
@@ -155,15 +155,17 @@ def _write_png(path: str | Path, image: NDArray[np.uint8]) -> None:
     atomic_write(path, b"".join(bytes(packet) for packet in packets))
 
 
-def _add_stream(container: av.container.OutputContainer, fps: float, pixels: NDArray[np.uint8], tune: str | None = None) -> av.VideoStream:
-    """The video stream of a new file, for frames like `pixels` [F, H, W, 3]. tune: libx264's."""
+def _add_stream(container: av.container.OutputContainer, fps: float, pixels: NDArray[np.uint8], *, live: bool = False) -> av.VideoStream:
+    """The video stream of a new file, for frames like `pixels` [F, H, W, 3].
+
+    live: no frame waits in the encoder for later ones, and encoding takes about a quarter of the time, at nearly the same size and error.
+    """
     stream = cast(av.VideoStream, container.add_stream(_codec(), rate=Fraction(fps).limit_denominator(1000)))
     stream.height, stream.width = pixels.shape[1:3]
     stream.pix_fmt = "yuv420p"
     if stream.codec_context.name == "libx264":
-        stream.options = {"crf": "16", "preset": "medium"}  # near lossless: the difference of two videos is the point
-        if tune:
-            stream.options["tune"] = tune
+        speed = {"preset": "veryfast", "tune": "zerolatency"} if live else {"preset": "medium"}
+        stream.options = {"crf": "16", **speed}  # near lossless: the difference of two videos is the point
     else:
         stream.bit_rate = 4_000_000
     return stream
@@ -187,11 +189,12 @@ def _can_encode(name: str) -> bool:
 
 
 def _pixels(frames: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
-    """[F, 3, H, W] in [0, 1] to [F, H, W, 3] bytes."""
-    values = frames.detach().float().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames, dtype=np.float32)
-    if values.ndim != 4 or values.shape[1] != 3 or not values.size:
+    """[F, 3, H, W] in [0, 1] to [F, H, W, 3] bytes; a tensor is rounded where it is, so that only bytes leave a GPU."""
+    values = torch.as_tensor(frames).detach()
+    if values.dim() != 4 or values.shape[1] != 3 or not values.numel():
         raise ValueError(f"frames have the shape {tuple(values.shape)}; expected [F, 3, H, W] with at least one frame")
-    return np.ascontiguousarray(np.rint(np.nan_to_num(values).clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1))
+    levels = values.float().nan_to_num().clamp(0, 1).mul(255).round().byte()
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def _enlarged(pixels: NDArray[np.uint8], smallest_side: int) -> NDArray[np.uint8]:

@@ -1,0 +1,348 @@
+"""Generate videos, each written to an mp4 while it is made.
+
+    python -m arcopo_fast.generate [RECIPE] [key=value ...] --prompt TEXT [--prompt TEXT ...] [--prompts FILE] [--batch N]
+        [--frames N] [--switch FRAME:TEXT ...] [--seed N] [--lora PATH [--lora-scale S]] [--out DIR|FILE.mp4] [--overwrite]
+
+A chunk is decoded and written as soon as it is denoised. With a window (cache.window) a video of any length takes the same memory.
+Frames are counted in pixels, not in latents: the first latent frame is one of them, each later one four. Times count from the encoded
+prompt to what is in the file; loading and the text encoder come before.
+
+The same settings, seed and place in the list of prompts give the same video. Prompt i has the noise of video i of an evaluation, so
+--seed with the value of evaluation.seed shows what was judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from arcopo_fast.assemble import Generator, build_engine, load_generator, pool_pages, video_shape
+from arcopo_fast.commands import RecipeParser, positive_int, run_command
+from arcopo_fast.config import Config
+from arcopo_fast.data.prompts import read_prompts
+from arcopo_fast.errors import UserError
+from arcopo_fast.model.causal_wan import CausalWan
+from arcopo_fast.model.lora import adapter_state, load_adapter
+from arcopo_fast.model.sizes import VAESizes
+from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource, StackedNoise
+from arcopo_fast.runtime.interrupt import Interrupted, Interruption
+from arcopo_fast.runtime.memory import resident, tune_for_cpu
+from arcopo_fast.runtime.progress import Progress
+from arcopo_fast.runtime.run_dir import check_out
+from arcopo_fast.runtime.video import Mp4Writer
+
+
+class Switch(NamedTuple):
+    """From `frame` on, or the first chunk that begins after it, the video follows another prompt."""
+
+    frame: int
+    prompt: str
+
+
+@torch.no_grad()
+def stream_frames(
+    generator: Generator,
+    engine: Engine,
+    text: Tensor,
+    noise: NoiseSource,
+    *,
+    switches: Mapping[int, Tensor] | None = None,
+    offload: bool = False,
+) -> Iterator[Tensor]:
+    """Yield each chunk's frames [B, F, 3, H, W] in [0, 1] as soon as they are there.
+
+    Args:
+        text: [B, length, text_dim], a row for each video.
+        switches: {latent frame: text [1 or B, length, text_dim]}, as `Engine.stream` takes them.
+        offload: the decoder is on the device only while it decodes.
+    """
+    decoder, cache = generator.decoder, generator.decoder.start()
+    stream = engine.start(text)
+    try:
+        for trajectory in engine.stream(stream, noise, switches=dict(switches or {})):
+            with resident(engine.model.device, decoder.vae, offload=offload):
+                frames, cache = decoder.decode(trajectory.predictions[-1], cache)
+            yield frames
+    finally:
+        stream.cache.release()
+
+
+def generate(
+    config: Config,
+    prompts: Sequence[str],
+    files: Sequence[Path],
+    *,
+    seed: int,
+    frames: int | None = None,
+    switches: Sequence[Switch] = (),
+    batch: int = 1,
+    adapter: Path | None = None,
+    adapter_scale: float = 1.0,
+) -> None:
+    """Write a video of each prompt to the file in its place. What is said of them goes to stderr.
+
+    Args:
+        seed: of the noise.
+        frames: of each video, rounded up to whole chunks; None: as the recipe says.
+        switches: of every video.
+        batch: videos that are made at once.
+
+    Raises:
+        UserError: the input cannot be used; no video was begun.
+        Interrupted: the user asked to stop; what was made of the videos at hand is kept.
+    """
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    generator = load_generator(config)
+    if adapter is not None:
+        load_scaled_adapter(generator.model, adapter, adapter_scale)
+    vae = VAESizes.from_config(generator.decoder.vae.config)
+    usual = video_shape(config, generator)
+    if frames is not None:
+        config = with_frames(config, frames, vae)
+    shape, batch = video_shape(config, generator), min(batch, len(prompts))
+    total = vae.pixel_frames(shape.frames)
+    if frames not in (None, total):
+        print(f"{frames} frames are not whole chunks of {config.video.chunk_frames} latent frames: making {total}", file=sys.stderr)
+    latent_switches = {frame: generator.encode_text([prompt]) for frame, prompt in place_switches(switches, shape, vae).items()}
+    text = generator.encode_text(prompts)
+    engine = sized_engine(config, generator.model, shape, batch, longer=shape.chunks > usual.chunks)
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    with Interruption("the chunk") as interruption:
+        for start in range(0, len(prompts), batch):
+            if interruption.asked:
+                raise Interrupted(f"{start} of {len(prompts)} videos are made")
+            part = slice(start, start + batch)
+            noise = StackedNoise([KeyedNoise(shape.chunk, seed, group=index) for index in range(len(prompts))[part]])
+            videos = stream_frames(generator, engine, text[part], noise, switches=latent_switches, offload=config.generator.offload)
+            write_videos(videos, files[part], interruption, chunks=shape.chunks, frames=total, fps=config.video.fps)
+
+
+def write_videos(
+    videos: Iterator[Tensor], files: Sequence[Path], interruption: Interruption, *, chunks: int, frames: int, fps: float
+) -> None:
+    """Write a batch of videos chunk by chunk, and say how fast they came.
+
+    Args:
+        videos: yields [B, F, 3, H, W], `chunks` times; B videos of `frames` frames each.
+        files: one for each video.
+
+    Raises:
+        Interrupted: the user asked to stop before the last chunk.
+    """
+    began = time.perf_counter()
+    first, done = 0.0, 0
+    with ExitStack() as stack, Progress(chunks) as progress:
+        writers = [stack.enter_context(Mp4Writer(file, fps)) for file in files]
+        for chunk in videos:
+            for writer, part in zip(writers, chunk):
+                writer.append(part)
+            seconds, done = time.perf_counter() - began, writers[0].frames
+            first = first or seconds
+            progress.update(**{"frames/s": len(files) * done / seconds})
+            if interruption.asked and done < frames:
+                holders = f"{writers[0].partial} and {len(files) - 1} more hold" if len(files) > 1 else f"{writers[0].partial} holds"
+                raise Interrupted(f"{holders} the first {done} of {frames} frames")
+    pace = f"{len(files) * frames / (time.perf_counter() - began):.1f} frames/s"
+    together = f" of {len(files)} videos at once" if len(files) > 1 else ""
+    for file in files:
+        said = f"{file.name}: {frames} frames, {frames / fps:.1f} s; first frame after {first:.2f} s, {pace}{together}"
+        print(said, file=sys.stderr)
+
+
+# What a video is made with ---------------------------------------------------------------------------------------------------------
+
+
+def with_frames(config: Config, frames: int, vae: VAESizes) -> Config:
+    """The recipe with as many chunks as hold `frames` frames."""
+    video = config.video
+    latents = 1 + math.ceil((frames - 1) / (vae.pixel_frames(2) - 1))
+    chunks = max(1, math.ceil((latents - video.independent_first_frame) / video.chunk_frames))
+    return config.model_copy(update={"video": video.model_copy(update={"chunks": chunks})})
+
+
+def first_frames(shape: VideoShape, vae: VAESizes) -> dict[int, int]:
+    """The number of each chunk's first frame, by that of its first latent frame; both count from 0."""
+    starts = accumulate(shape.chunk_frames[:-1], initial=0)
+    return {start: max(0, vae.pixel_frames(start)) for start in starts}
+
+
+def place_switches(switches: Sequence[Switch], shape: VideoShape, vae: VAESizes) -> dict[int, str]:
+    """The prompts to switch to, by the latent frame with which a chunk begins. Says where that is not the frame that was asked for.
+
+    Raises:
+        UserError: no chunk begins at or after a switch, or two of them fall on one chunk.
+    """
+    starts = first_frames(shape, vae)
+    placed: dict[int, str] = {}
+    for frame, prompt in sorted(switches):
+        found = next((latent for latent, first in starts.items() if first >= frame), None)
+        if found is None:
+            raise UserError(f"--switch {frame}: the video's last chunk begins at frame {max(starts.values())}; give more --frames")
+        if found in placed:
+            raise UserError(f"--switch {frame}: another one falls on the same chunk, which begins at frame {starts[found]}; leave one out")
+        if starts[found] != frame:
+            print(f"the prompt changes at frame {starts[found]}, where a chunk begins, not at {frame}", file=sys.stderr)
+        placed[found] = prompt
+    return placed
+
+
+def sized_engine(config: Config, model: CausalWan, shape: VideoShape, videos: int, *, longer: bool) -> Engine:
+    """An engine for `videos` videos at once. longer: than the recipe's, so what a cache without window then takes is worth a line.
+
+    Raises:
+        UserError: its keys and values do not fit the memory.
+    """
+    pages = pool_pages(config, shape, videos=videos)
+    page = 2 * model.config.num_layers * model.config.tokens_per_frame(shape.height, shape.width) * model.config.dim * model.dtype.itemsize
+    size = f"keys and values of {pages} latent frames take {pages * page / 2**30:.3g} GiB"
+    if longer and config.cache.window is None:
+        print(f"{size}: the cache has no window, so it grows with the video; set cache.window to bound it", file=sys.stderr)
+    try:
+        return build_engine(config, model, shape, videos=videos)
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; the allocator of a CPU has none of its own
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{size}, which do not fit ({reason}); set cache.window, or lower --frames or --batch") from error
+
+
+def load_scaled_adapter(model: CausalWan, path: Path, scale: float) -> None:
+    """Give the model W + scale dW, of the adapter of a run directory, an adapter directory or a file."""
+    load_adapter(model, path / "adapter" if (path / "adapter").is_dir() else path)
+    for name, tensor in adapter_state(model).items():
+        if ".lora_B." in name:
+            tensor.mul_(scale)
+
+
+# The command -----------------------------------------------------------------------------------------------------------------------
+
+
+def output_files(out: Path, prompts: Sequence[str]) -> list[Path]:
+    """`out` itself if it names an mp4, for a single prompt; else in that directory one file for each: its number, and its prompt's words.
+
+    Raises:
+        UserError: several videos for one file.
+    """
+    if out.suffix == ".mp4":
+        if len(prompts) > 1:
+            raise UserError(f"--out {out} is one file, and there are {len(prompts)} prompts; give a directory")
+        return [out]
+    digits = max(2, len(str(len(prompts) - 1)))
+    words = (re.sub(r"\W+", "-", prompt.lower())[:48].strip("-") for prompt in prompts)
+    return [out / f"{index:0{digits}d}-{some}.mp4" for index, some in enumerate(words)]
+
+
+def default_recipe(adapter: Path | None, settings: Sequence[str]) -> list[str]:
+    """The words that name a recipe where the command line does not: the config.yaml of the run whose adapter is used, if there is one."""
+    if adapter is None or any("=" not in word.partition("/")[0] for word in settings):
+        return []
+    recipe = adapter.absolute() / "config.yaml"
+    return [str(recipe)] if recipe.is_file() else []
+
+
+def switch(text: str) -> Switch:
+    """For `type=` of an option: FRAME:TEXT."""
+    frame, colon, prompt = text.partition(":")
+    if not colon or not re.fullmatch(r"0*[1-9][0-9]*", frame) or not prompt.strip():
+        raise argparse.ArgumentTypeError(f"expected FRAME:TEXT with a frame from 1 on, as in '48:a dog runs'; given {text!r}")
+    return Switch(int(frame), prompt.strip())
+
+
+def seed(text: str) -> int:
+    """For `type=` of an option: what a recipe's seed can be."""
+    if not re.fullmatch(r"[0-9]+", text) or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^32 - 1; given {text!r}")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """For `type=` of an option: a number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number; given {text!r}")
+    return value
+
+
+def command_line() -> RecipeParser:
+    parser = RecipeParser(
+        "python -m arcopo_fast.generate",
+        "Generate videos, each written to an mp4 while it is made.",
+        default="toy; with --lora RUN the config.yaml of that run",
+    )
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what the video shows; once for each video")
+    parser.add_argument("--prompts", metavar="FILE", help="more prompts, one on each line of a text file")
+    parser.add_argument(
+        "--switch",
+        action="append",
+        type=switch,
+        default=[],
+        metavar="FRAME:TEXT",
+        help="go on with another prompt from this frame on, or the next one with which a chunk begins; once for each change. It changes "
+        "every video",
+    )
+    parser.add_argument(
+        "--frames", type=positive_int, metavar="N", help="frames of each video, rounded up to whole chunks (default: as the recipe says)"
+    )
+    parser.add_argument("--seed", type=seed, metavar="N", help="of the noise (default: the recipe's seed)")
+    parser.add_argument(
+        "--lora", type=Path, metavar="PATH", help="an adapter: a run's directory, an adapter's directory (PEFT or diffusers) or its file"
+    )
+    parser.add_argument("--lora-scale", type=finite, metavar="S", help="W + S dW (default: 1)")
+    parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="videos that are made at once")
+    parser.add_argument(
+        "--out", type=Path, default=Path("videos"), metavar="DIR|FILE.mp4", help="where the videos go; a file's name for a single one"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace videos that are there already")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    parser = command_line()
+    given = parser.read(argv)
+    if given is None:
+        return
+    command = parser.read_config([*argv, *default_recipe(given.lora, given.settings)])
+    if command is None:
+        return
+    config, options = command
+    prompts = [prompt.strip() for prompt in options.prompt] + (read_prompts(options.prompts) if options.prompts else [])
+    if not prompts or not all(prompts):
+        raise UserError("there is no prompt: say what the video shows with --prompt TEXT, or name a file with --prompts FILE")
+    if options.lora_scale is not None and options.lora is None:
+        raise UserError("--lora-scale scales an adapter; name it with --lora, or leave the scale out")
+    files = output_files(options.out, prompts)
+    check_out(files[0].parent)
+    if not options.overwrite and (there := [file for file in files if file.exists()]):
+        others = f" and {len(there) - 1} more are" if len(there) > 1 else " is"
+        raise UserError(f"{there[0]}{others} there already; give another --out, or replace them with --overwrite")
+    tune_for_cpu()
+    generate(
+        config,
+        prompts,
+        files,
+        seed=config.seed if options.seed is None else options.seed,
+        frames=options.frames,
+        switches=options.switch,
+        batch=options.batch,
+        adapter=options.lora,
+        adapter_scale=1.0 if options.lora_scale is None else options.lora_scale,
+    )
+    print("\n".join(map(str, files)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
