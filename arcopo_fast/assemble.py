@@ -19,6 +19,7 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
 from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_json, read_state_dict
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes, published
+from arcopo_fast.model.text import CachedTextEncoder
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
 from arcopo_fast.objectives.base import Objective
@@ -119,12 +120,18 @@ def load_generator(config: Config) -> Generator:
         return Generator(model, stand_in, StreamingDecoder(vae, config.video.decode_frames), None)
     directory = checkpoint_directory(config.generator.checkpoint)
     model = load_model(directory, dtype=dtype, device=device)
-    if not (directory / "vae").is_dir() or not (directory / "text").is_dir():
-        absent = "text/" if (directory / "vae").is_dir() else "vae/"
-        raise UserError(f"{directory} lacks {absent}; expected a directory with transformer/, vae/ and text/")
+    if not (directory / "vae").is_dir():
+        raise UserError(f"{directory} lacks vae/; expected a directory with transformer/, vae/ and a text encoder")
     vae = channels_last(load_vae(directory / "vae", vae_dtype)).to(device)
-    text = ToyTextEncoder.from_pretrained(directory / "text")
+    text = load_text(directory, model.config.text_len, device)
     return Generator(model, text, StreamingDecoder(vae, config.video.decode_frames), directory)
+
+
+def load_text(directory: Path, text_len: int, device: torch.device) -> TextEncoder:
+    """The text encoder of a checkpoint directory: the toy's, or UMT5 behind its cache."""
+    if (directory / "text").is_dir():
+        return ToyTextEncoder.from_pretrained(directory / "text")
+    return CachedTextEncoder.from_pretrained(directory, text_len=text_len, device=device)
 
 
 def video_shape(config: Config, generator: Generator) -> VideoShape:
