@@ -49,22 +49,27 @@ def shift(evaluations: Sequence[tuple[Scores, Scores]], names: Sequence[str]) ->
 
     evaluations: (before, after) of each seed, all of the same videos.
     """
-    videos = [_changes(before, after, names) for before, after in evaluations]  # [seeds][videos]
+    return _shift([_changes(before, after, names, before) for before, after in evaluations])
+
+
+def difference(first: Sequence[tuple[Scores, Scores]], second: Sequence[tuple[Scores, Scores]], names: Sequence[str]) -> Shift:
+    """How much more `first` changed than `second`, seed by seed and video by video."""
+    pairs = zip(first, second, strict=True)
+    return _shift([_changes(after_second, after_first, names, before) for (before, after_first), (_, after_second) in pairs])
+
+
+def _shift(videos: Sequence[Sequence[float]]) -> Shift:
+    """videos: changes [seeds][videos]."""
     by_seed = [_mean(values) for values in videos]
     by_video = [_mean(column) for column in zip(*videos, strict=True)]
     return Shift(_mean(by_seed), math.hypot(_error(by_seed), _error(by_video)), tuple(by_seed))
 
 
-def difference(first: Sequence[tuple[Scores, Scores]], second: Sequence[tuple[Scores, Scores]], names: Sequence[str]) -> Shift:
-    """How much more `first` changed than `second`, seed by seed and video by video."""
-    return shift([(after_second, after_first) for (_, after_first), (_, after_second) in zip(first, second, strict=True)], names)
-
-
-def _changes(before: Scores, after: Scores, names: Sequence[str]) -> list[float]:
-    """Of each video, averaged over the measures; a measure that does not vary before counts by its plain change."""
+def _changes(before: Scores, after: Scores, names: Sequence[str], baseline: Scores) -> list[float]:
+    """Of each video, averaged over the measures in standard deviations of the baseline, or plainly where that does not vary."""
     columns = []
     for name in names:
-        spread = before[name]["std"] or 1.0
+        spread = baseline[name]["std"] or 1.0
         columns.append([(b - a) / spread for a, b in zip(before[name]["values"], after[name]["values"], strict=True)])
     return [_mean(column) for column in zip(*columns, strict=True)]
 
@@ -95,7 +100,7 @@ def learns_where_frozen_noise_does_not(copo: Shift, shared: Shift, more: Shift) 
     return Claim(
         "AR-CoPO learns where SDE-GRPO with frozen initial noise does not",
         "The reward of AR-CoPO rises; that of SDE-GRPO, whose members share the initial noise, does not (AR-CoPO, Figures 2 and 7).",
-        f"Reward of AR-CoPO {copo}, of SDE-GRPO with shared initial noise {shared}; AR-CoPO gains {more} more.",
+        f"Reward of AR-CoPO {copo}, of SDE-GRPO with shared initial noise {shared}; the former minus the latter: {more}.",
         verdict,
     )
 
@@ -108,7 +113,7 @@ def fresh_noise_helps(fresh: Shift, shared: Shift, more: Shift) -> Claim:
     return Claim(
         "SDE-GRPO learns once each member starts from noise of its own",
         "GRPO over the re-noise kernel raises the reward when every member draws fresh initial noise (CM-GRPO of RAVEN).",
-        f"Reward with fresh initial noise {fresh}, with shared {shared}; fresh gains {more} more.",
+        f"Reward with fresh initial noise {fresh}, with shared {shared}; the former minus the latter: {more}.",
         verdict,
     )
 
@@ -138,8 +143,8 @@ def semi_on_policy_does_not_hack(on: tuple[Shift, Shift], semi: tuple[Shift, Shi
     return Claim(
         "On the caption reward alone, on-policy training hacks and semi-on-policy training does not",
         "On-policy training on text alignment alone raises it and ruins the rest; semi-on-policy training keeps the rest (Table 2).",
-        f"On-policy: caption reward {on[0]}, the rest {on[1]}. Semi-on-policy: {semi[0]}, the rest {semi[1]}; "
-        f"its rest is {better} better.",
+        f"On-policy: caption reward {on[0]}, the rest {on[1]}. Semi-on-policy: caption reward {semi[0]}, the rest {semi[1]}; "
+        f"its rest minus that of on-policy training: {better}.",
         verdict,
     )
 
@@ -155,7 +160,7 @@ def off_policy_collapses(off: tuple[Shift, Shift], semi: tuple[Shift, Shift], wo
     return Claim(
         "Without the clip, training on stored rollouts collapses",
         "Off-policy training without ratio clipping loses both the trained reward and the rest (Table 2).",
-        f"Off-policy: caption reward {off[0]}, the rest {off[1]}; the rest is {worse} against semi-on-policy training.",
+        f"Off-policy: caption reward {off[0]}, the rest {off[1]}; its rest minus that of semi-on-policy training: {worse}.",
         verdict,
     )
 

@@ -59,7 +59,8 @@ def test_difference_is_paired_by_seed_and_video() -> None:
     for _, after in second:
         after["reward"]["values"] = [value - 0.25 for value in after["reward"]["values"]]
     gap = claims.difference(first, second, ["reward"])
-    assert gap.mean > 0 and gap.direction == 1 and gap.error < 0.05
+    expected = sum(0.25 / before["reward"]["std"] for before, _ in first) / 3
+    assert gap.mean == pytest.approx(expected) and gap.direction == 1 and gap.error < 0.05
     assert claims.difference(first, first, ["reward"]).mean == 0
 
 
