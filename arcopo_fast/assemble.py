@@ -23,30 +23,22 @@ from arcopo_fast.model.text import CachedTextEncoder
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
 from arcopo_fast.objectives.base import Objective
-from arcopo_fast.rewards import simple as simple_rewards
 from arcopo_fast.rewards.base import Reward
+from arcopo_fast.rewards.client import remote_rewards
+from arcopo_fast.rewards.registry import load_reward
+from arcopo_fast.rewards.wire import read_token
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
 from arcopo_fast.rollout.noise import generator as random_for
 from arcopo_fast.settings import ObjectiveSettings
 from arcopo_fast.toy import data as toy_data
 from arcopo_fast.toy import metrics as toy_metrics
-from arcopo_fast.toy import rewards as toy_rewards
 from arcopo_fast.toy.text import ToyTextEncoder
 
 TextEncoder = Callable[[Sequence[str]], Tensor]
 
 UNTRAINED = "random:"
 """Begins a `generator.checkpoint` that names a size instead of a place."""
-
-REWARDS: dict[str, Callable[[], Reward]] = {
-    "toy_vq": toy_rewards.VisualQuality,
-    "toy_mq": toy_rewards.MotionQuality,
-    "toy_ta": toy_rewards.TextAlignment,
-    "sharpness": simple_rewards.Sharpness,
-    "steadiness": simple_rewards.Steadiness,
-}
-"""By the name that recipes use. One that takes GPU memory of its own, weights and working set, says how much in an attribute `bytes`."""
 
 
 @dataclass
@@ -202,11 +194,16 @@ def build_objective(config: Config, engine: Engine) -> Objective[ObjectiveSettin
 
 
 def load_rewards(config: Config) -> dict[str, Reward]:
-    """The rewards that the recipe names, in its order."""
-    for name in config.rewards:
-        if name not in REWARDS:
-            raise UserError(f"rewards names {name!r}, which is not known; the rewards are {', '.join(REWARDS)}")
-    return {name: REWARDS[name]() for name in config.rewards}
+    """The rewards that the recipe names, in its order: made here, or asked for at a server."""
+    servers = config.reward_servers
+    remote = remote_rewards(
+        servers.addresses,
+        token=read_token(None) if servers.addresses else None,
+        dtype=getattr(torch, servers.frames),
+        timeout=servers.timeout,
+        give_up_after=servers.give_up_after,
+    )
+    return {name: remote[name] if name in remote else load_reward(name) for name in config.rewards}
 
 
 def load_held_out(generator: Generator) -> dict[str, Reward]:

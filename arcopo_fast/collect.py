@@ -44,7 +44,7 @@ def collect(config: Config, path: str, groups: int) -> Buffer:
             judged = source.draw(index, 0)
             with judged.group:
                 buffer.write(index, *store(judged))
-            progress.update(sum_rewards(judged.rewards, config.rewards).mean().item())
+            progress.update(sum_rewards(judged.rewards, config.rewards).nanmean().item())
     return buffer
 
 

@@ -173,6 +173,17 @@ class TrainConfig(Section):
     threads: Positive | None = Field(None, description="CPU threads of PyTorch; null: its own choice")
 
 
+class RewardServersConfig(Section):
+    """Rewards in processes of their own, `python -m arcopo_fast.rewards serve`. Their token, if any, is ARCOPO_REWARD_TOKEN's."""
+
+    addresses: dict[str, str] = Field(default_factory=dict, description="by the reward's name, as in {toy_vq: http://127.0.0.1:8123}")
+    frames: Literal["float32", "uint8"] = Field(
+        "float32", description="on their way to a server; uint8: a quarter of the bytes, in steps of 1/255; float32: the score is the same"
+    )
+    timeout: PositiveFloat = Field(600.0, description="seconds until an answer must come; then the server counts as away")
+    give_up_after: PositiveFloat = Field(3600.0, description="seconds that a run waits for a server before it ends; it can be resumed")
+
+
 class EvaluationConfig(Section):
     """Before and after: the same prompts, the same noise."""
 
@@ -215,7 +226,10 @@ class Config(Section):
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)  # of the objective that `kind` names: see `config_class`
     lora: LoraConfig = Field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    rewards: dict[str, float] = Field(description="weight of each reward, by name; at least one")
+    rewards: dict[str, float] = Field(
+        description="weight of each reward, by name; at least one; one of your own is named package.module:function"
+    )
+    reward_servers: RewardServersConfig = Field(default_factory=RewardServersConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     run: RunConfig = Field(default_factory=RunConfig)
@@ -257,6 +271,8 @@ class Config(Section):
                 f"train.mode {self.train.mode} and train.buffer {self.train.buffer or 'null'} do not go together: on_policy makes its "
                 "groups itself, the other modes read them from a buffer (python -m arcopo_fast.collect)"
             )
+        if strangers := [name for name in self.reward_servers.addresses if name not in self.rewards]:
+            raise ValueError(f"reward_servers.addresses has {strangers[0]!r}, which is not among the rewards {', '.join(self.rewards)}")
         if objective.anchors_per_update > rollout.group_size:
             raise ValueError(
                 f"objective.anchors_per_update {objective.anchors_per_update} is more than rollout.group_size {rollout.group_size}: "
@@ -582,7 +598,7 @@ def _describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Literal:
         return " or ".join([", ".join(arguments[:-1]), arguments[-1]] if len(arguments) > 1 else arguments)
     if origin is dict:
-        return "names with a number each, as in {toy_vq: 1.0}"
+        return f"names with {_describe(arguments[1])} each"
     if origin is tuple:
         return f"a list of {len(arguments)}, each {_describe(arguments[0])}"
     if origin is list:

@@ -32,7 +32,7 @@ from arcopo_fast.runtime.memory import resident
 
 @dataclass
 class JudgedGroup:
-    """rewards: scores [G] by the reward's name."""
+    """rewards: scores [G] by the reward's name; NaN where a reward failed."""
 
     group: Group
     prompt: str
@@ -96,7 +96,7 @@ class Rollouts:
             with profiling.stage("decode"), resident(device, decoder.vae, offload=offload):
                 frames = next(slices)
             with profiling.stage("reward"), resident(device, *self.rewards.values(), offload=offload):
-                parts.append(score(self.rewards, frames, [prompt] * len(frames)))
+                parts.append(score(self.rewards, frames, [prompt] * len(frames), quarantine=True))
         return {name: torch.cat([part[name] for part in parts]) for name in self.rewards}
 
 

@@ -16,11 +16,12 @@ from typing import Callable, NamedTuple, Sequence
 
 import torch
 
-from arcopo_fast.assemble import REWARDS, cache_policy, generator_sizes, pool_pages, shape_of, wave_size
+from arcopo_fast.assemble import cache_policy, generator_sizes, pool_pages, shape_of, wave_size
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import videos_at_once
 from arcopo_fast.model.sizes import GeneratorSizes, Linear, block_linears, decoder_convolutions, transformer_parameters, vae_parameters
+from arcopo_fast.rewards.registry import reward_bytes as bytes_of
 from arcopo_fast.rollout.engine import Engine, VideoShape
 
 GB = 2**30
@@ -188,7 +189,7 @@ def estimate(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) ->
         "decoder caches": (1 + settings.decode_branches) * cache,  # the prefix's stays
         "decoding": settings.decode_branches * (decoding + video),
         "frames of a slice": (settings.decode_branches + 1) * video,  # the shared frames stand alone as well
-        "rewards": reward_bytes + sum(getattr(REWARDS.get(name), "bytes", 0) for name in config.rewards),
+        "rewards": reward_bytes + sum(bytes_of(name) for name in config.rewards if name not in config.reward_servers.addresses),
         "copies while judging": 2 * video,  # of the one video that is looked at
         "replay and its gradient": _replay(config, sizes, shape, settings),
     }

@@ -40,6 +40,7 @@ from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lor
 from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
 from arcopo_fast.planner import dry_run, over_plan
 from arcopo_fast.rewards.base import Reward
+from arcopo_fast.rewards.client import RewardServerError
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.runtime import profiling
 from arcopo_fast.runtime.interrupt import Interrupted, Interruption
@@ -108,13 +109,18 @@ class Trainer:
         config = self.config
         groups: list[tuple[Group, Tensor]] = []
         logged: dict[str, list[float]] = {}
+        failed = 0
         prefix = "" if config.train.buffer is None else "buffer/"  # what a buffer was rewarded says nothing of the policy
         with profiling.record(self.generator.model.device) as seconds, ExitStack() as stack:
             for index in range(config.rollout.prompts_per_iteration):
                 judged = self.source.draw(iteration, index)
                 group = stack.enter_context(judged.group)
                 total = sum_rewards(judged.rewards, config.rewards)
+                failed += sum(int(values.isnan().sum()) for values in judged.rewards.values())
                 for name, values in ({"reward": total} | {f"reward/{name}": values for name, values in judged.rewards.items()}).items():
+                    values = values[values.isfinite()]
+                    if not len(values):
+                        continue
                     logged.setdefault(prefix + name, []).append(values.mean().item())
                     logged.setdefault(f"{prefix}{name}_std", []).append(values.double().std(correction=0).item())
                 logged.setdefault("pivot", []).append(group.pivot + 1)
@@ -124,7 +130,8 @@ class Trainer:
             statistics = self.objective.update(
                 groups, self.optimizer, self.parameters, gradient_clip=config.optimizer.gradient_clip, draw=draw
             )
-        return {name: sum(values) / len(values) for name, values in logged.items()} | statistics | {"lr": lr, "time": seconds}
+        means = {name: sum(values) / len(values) for name, values in logged.items()}
+        return means | statistics | {"failed_scores": failed, "lr": lr, "time": seconds}
 
     def over_plan(self) -> str | None:
         """What to say if the run has taken more of the device's memory than was planned."""
@@ -189,7 +196,7 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
     run = resume or RunDirectory.create(config)
     with adapter_disabled(trainer.generator.model):  # bit for bit what the fresh adapter, which adds zeros, gives
         before = trainer.evaluate()
-    done = trainer.restore(run.checkpoints()[-1]) if run.checkpoints() else 0
+    done = saved = trainer.restore(run.checkpoints()[-1]) if run.checkpoints() else 0
     with (
         MetricsWriter(run.path, after=done, tensorboard=config.run.tensorboard) as metrics,
         Progress(config.train.iterations, done) as progress,
@@ -197,7 +204,12 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
         Interruption("the iteration") as interruption,
     ):
         for iteration in range(done + 1, config.train.iterations + 1):
-            record = trainer.iteration(iteration)
+            try:
+                record = trainer.iteration(iteration)
+            except RewardServerError as error:  # groups are judged before the update: the weights are those of the iteration before
+                if iteration - 1 > saved:
+                    trainer.save(run, iteration - 1)
+                raise RewardServerError(f"{error}; go on with python -m arcopo_fast.train --resume {run.path}") from None
             trace.step()
             metrics.write(iteration, record)
             progress.update(record.get("reward"), live=record.get(f"update{config.objective.updates}/live", 0.0))
@@ -206,6 +218,7 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
                 warnings.warn(said, stacklevel=1)
             if last or interruption.asked or (config.train.save_every and iteration % config.train.save_every == 0):
                 trainer.save(run, iteration)
+                saved = iteration
             if interruption.asked and not last:
                 raise Interrupted(f"stopped after iteration {iteration}; go on with python -m arcopo_fast.train --resume {run.path}")
     after = trainer.evaluate()

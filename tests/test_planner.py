@@ -24,6 +24,7 @@ from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes, transformer_parameters, vae_parameters
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.planner import DEVICES, GB, Settings, dry_run, estimate, plan, seconds
+from arcopo_fast.rewards import simple
 from arcopo_fast.rollout.engine import Engine
 
 FULL = PUBLISHED["1.3b"]
@@ -342,9 +343,8 @@ def test_the_table() -> None:
 
 
 def test_a_reward_that_says_what_it_takes_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Large:
-        bytes = 3 * GB
-
-    monkeypatch.setitem(planner.REWARDS, "large", Large)
-    assert estimate(bench("rewards={large: 1.0, sharpness: 1.0}"), FULL).components["rewards"] == 3 * GB
-    assert estimate(bench(), FULL).components["rewards"] == 0
+    monkeypatch.setattr(simple.Sharpness, "bytes", 3 * GB, raising=False)
+    assert estimate(bench("rewards={steadiness: 1.0, sharpness: 1.0}"), FULL).components["rewards"] == 3 * GB
+    assert estimate(bench("rewards={steadiness: 1.0}"), FULL).components["rewards"] == 0
+    served = bench("rewards={sharpness: 1.0}", "reward_servers.addresses={sharpness: http://127.0.0.1:1}")
+    assert estimate(served, FULL).components["rewards"] == 0, "it takes another process's memory"

@@ -40,6 +40,8 @@ def group_advantages(
 ) -> Tensor:
     """Advantages [G] float64 of one group.
 
+    A member without a score, NaN in a reward that has a weight, gets 0, and the others' advantages are those of a group without it.
+
     Args:
         components: rewards [G] by name.
         weights: their weights.
@@ -48,14 +50,20 @@ def group_advantages(
         std_floor: see `zscore`.
         largest: |A_i| is cut off there.
     """
+    total = sum_rewards(components, weights)
+    scored = total.isfinite()
+    everyone = torch.zeros_like(total)
+    if not scored.any():
+        return everyone
     if combine == "sum":
-        advantages = zscore(sum_rewards(components, weights), std_floor)
+        advantages = zscore(total[scored], std_floor)
     else:
-        advantages = sum_rewards({name: zscore(reward, std_floor) for name, reward in components.items()}, weights)
+        advantages = sum_rewards({name: zscore(reward[scored], std_floor) for name, reward in components.items()}, weights)
     advantages = quasi_norm(advantages, p) if kind == "quasi_norm" else advantages
-    return advantages if largest is None else advantages.clamp(-largest, largest)
+    everyone[scored] = advantages if largest is None else advantages.clamp(-largest, largest)
+    return everyone
 
 
 def sum_rewards(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """The weighted sum [G] float64."""
-    return torch.stack([weights[name] * reward.double() for name, reward in components.items()]).sum(dim=0)
+    """The weighted sum [G] float64; NaN where a reward that has a weight is. Without a weight, a reward is only watched."""
+    return torch.stack([weights[name] * reward.double() for name, reward in components.items() if weights[name]]).sum(dim=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -45,3 +47,25 @@ def test_per_reward_zscores_ignore_a_rewards_scale_but_not_its_weight() -> None:
     summed = group_advantages({"a": a, "b": 100 * b}, weights)
     assert torch.corrcoef(torch.stack([summed, b.double()]))[0, 1] > 0.99, "summed first, the larger reward decides"
     torch.testing.assert_close(group_advantages({"a": a, "b": b}, weights), zscore(a.double() + 0.5 * b.double()))
+
+
+@pytest.mark.parametrize("combine", ["sum", "per_reward_zscore"])
+@pytest.mark.parametrize("kind", ["zscore", "quasi_norm"])
+def test_a_member_without_a_score_takes_no_part(
+    combine: Literal["sum", "per_reward_zscore"], kind: Literal["zscore", "quasi_norm"]
+) -> None:
+    a, b, watched = torch.randn(3, 12)
+    weights, failed = {"a": 1.0, "b": 0.5, "watched": 0.0}, torch.tensor([2, 7])
+    components = {"a": a, "b": b.index_fill(0, failed, torch.nan), "watched": watched.index_fill(0, torch.tensor([0, 2]), torch.nan)}
+    advantages = group_advantages(components, weights, combine=combine, kind=kind, largest=1.5)
+    others = torch.ones(12, dtype=torch.bool).index_fill(0, failed, False)
+    alone = {name: values[others] for name, values in {"a": a, "b": b}.items()}
+    assert torch.equal(advantages[others], group_advantages(alone, weights, combine=combine, kind=kind, largest=1.5))
+    assert not advantages[failed].any() and advantages[others].all()
+
+
+@pytest.mark.parametrize("scored", [0, 1])
+def test_a_group_with_less_than_two_scores_teaches_nothing(scored: int) -> None:
+    rewards = torch.full((6,), torch.nan)
+    rewards[:scored] = torch.randn(scored)
+    assert torch.equal(group_advantages({"a": rewards}, {"a": 1.0}), torch.zeros(6, dtype=torch.float64))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcopo_fast.assemble import REWARDS
 from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rewards.registry import load_reward
 from arcopo_fast.rewards.simple import Sharpness, Steadiness
 
 KINDS: list[Reward] = [Sharpness(), Steadiness()]
@@ -68,4 +68,4 @@ def test_steadiness_from_flicker_to_stillness() -> None:
 
 def test_recipes_can_name_them() -> None:
     for reward in KINDS:
-        assert REWARDS[reward.name]().name == reward.name
+        assert load_reward(reward.name).name == reward.name

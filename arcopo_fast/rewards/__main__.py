@@ -1,0 +1,120 @@
+"""Serve rewards from a process of their own, in whatever environment they need.
+
+    python -m arcopo_fast.rewards serve NAME [NAME ...] [--port 8123] [--host 127.0.0.1] [--token-file FILE]
+    python -m arcopo_fast.rewards list
+
+A recipe then says where they are: `reward_servers.addresses={NAME: http://127.0.0.1:8123}`. GET /health says whether a server is well.
+Ctrl-C or SIGTERM finishes what is being scored, refuses the rest and ends; clients wait for the next server at the address.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from arcopo_fast.commands import Parser, positive_int, run_command
+from arcopo_fast.errors import UserError
+from arcopo_fast.rewards import wire
+from arcopo_fast.rewards.base import Reward
+from arcopo_fast.rewards.own import find
+from arcopo_fast.rewards.registry import REWARDS, load_reward
+from arcopo_fast.rewards.server import RewardServer, Scorer, is_loopback
+from arcopo_fast.runtime.interrupt import Interruption
+from arcopo_fast.runtime.memory import tune_for_cpu
+
+PROGRAM = "python -m arcopo_fast.rewards"
+MIB = 1 << 20
+
+
+def serve_command_line() -> Parser:
+    parser = Parser(f"{PROGRAM} serve", "Serve rewards over HTTP, until Ctrl-C or SIGTERM.")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"see {PROGRAM} list; one of your own is package.module:function")
+    parser.add_argument("--port", type=int, default=8123, metavar="N", help="to listen at; 0: a free one, which is printed")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen at; any but a loopback address needs a token")
+    parser.add_argument(
+        "--token-file", metavar="FILE", help=f"holds the token that clients must show; without it {wire.TOKEN_VARIABLE} of the environment"
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    parser.add_argument("--batch", type=positive_int, default=8, metavar="N", help="videos that a reward is given at once, at most")
+    parser.add_argument("--max-mib", type=positive_int, default=1024, metavar="N", help="MiB of a request, at most")
+    parser.add_argument(
+        "--waiting-mib", type=positive_int, default=4096, metavar="N", help="MiB of all requests held at once; beyond, clients try later"
+    )
+    return parser
+
+
+def serve(argv: list[str]) -> None:
+    options = serve_command_line().read(argv)
+    if options is None:
+        return
+    token = wire.read_token(options.token_file)
+    if token is None and not is_loopback(options.host):
+        advice = f"give --token-file or {wire.TOKEN_VARIABLE}, or listen at 127.0.0.1"
+        raise UserError(f"--host {options.host} can be reached from other machines, and there is no token; {advice}")
+    device = _device(options.device)
+    tune_for_cpu()
+    scorer = Scorer(_load(options.names, device), batch=options.batch, waiting_bytes=options.waiting_mib * MIB, device=device)
+    try:
+        server = RewardServer((options.host, options.port), scorer, token=token, max_bytes=options.max_mib * MIB)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen at {options.host} port {options.port}: {reason}; give another --port or --host") from None
+    with Interruption("what is being scored") as interruption:
+        threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
+        print(f"serving {', '.join(scorer.rewards)} at {server.url}", flush=True)
+        while not interruption.asked:
+            time.sleep(0.1)
+        server.stop()
+
+
+def _load(names: list[str], device: torch.device) -> dict[str, Reward]:
+    rewards = {name: load_reward(name) for name in names}
+    for reward in rewards.values():
+        if isinstance(reward, nn.Module):
+            reward.to(device)
+    return rewards
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device is {name!r}, but PyTorch sees no GPU here")
+    return device
+
+
+def show(argv: list[str]) -> None:
+    if Parser(f"{PROGRAM} list", "Print the rewards of the package.").read(argv) is None:
+        return
+    width = max(map(len, REWARDS))
+    for name, path in REWARDS.items():
+        try:
+            about = (inspect.getdoc(find(path, "reward")) or path).splitlines()[0]
+        except UserError as error:
+            about = f"not here: {error}"
+        print(f"{name:{width}}  {about}")
+    print(f"{'package.module:function':{width}}  any of your own")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"serve": serve, "list": show}
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+    elif not argv or argv[0] not in COMMANDS:
+        raise UserError(f"expected {PROGRAM} serve NAME ... or {PROGRAM} list; given {' '.join(argv) or 'nothing'}")
+    else:
+        COMMANDS[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,229 @@
+"""Rewards that a server computes (`python -m arcopo_fast.rewards serve`), as if they were here.
+
+A server that is away pauses its caller: a request is asked again, after growing pauses, until it is answered or the caller has waited long
+enough. Nothing is lost by asking twice, for a score is a function of its video and prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from arcopo_fast.errors import UserError
+from arcopo_fast.rewards import wire
+from arcopo_fast.rewards.base import Reward
+
+_SAY_FIRST, _SAY_EVERY = 2.0, 60.0  # seconds
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
+_MAX_ANSWER = 64 << 20
+_AGAIN = (408, 503)
+
+
+class RewardServerError(UserError):
+    """A reward server was away for too long, or does not do what is asked of it. The message says which, where and what to do."""
+
+
+class _Away(Exception):
+    """No answer this time."""
+
+
+class RewardClient:
+    """Asks one server for the scores of some of its rewards, all in one request.
+
+    Args:
+        address: such as http://127.0.0.1:8123.
+        rewards: names of the rewards, as the server knows them.
+        token: what the server wants to see.
+        dtype: of the frames on their way: float32 gives the scores that the reward would give here, uint8 takes a quarter of the bytes.
+        connect_timeout, timeout: seconds until a connection, and until an answer; then the server counts as away.
+        give_up_after: seconds that a request may wait for a server that is away.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        rewards: Sequence[str],
+        *,
+        token: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        connect_timeout: float = 10.0,
+        timeout: float = 600.0,
+        give_up_after: float = 3600.0,
+    ) -> None:
+        self.address = address.rstrip("/")
+        self.host, self.port, self._connection = _parse(address)
+        self.rewards = list(rewards)
+        self.token = token
+        self.dtype = dtype
+        self.connect_timeout, self.timeout, self.give_up_after = connect_timeout, timeout, give_up_after
+        self._last: tuple[weakref.ref[Tensor], int, list[str], dict[str, Tensor]] | None = None
+
+    def score(self, frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        """The scores [N] of frames [N, F, 3, H, W] in [0, 1], by reward. Those of the last frames are remembered.
+
+        Raises:
+            RewardServerError: see there.
+        """
+        version = 0 if frames.is_inference() else frames._version  # a change in place is seen, but for inference tensors
+        if self._last is not None:
+            last, at, judged, scores = self._last
+            if last() is frames and at == version and judged == prompts:
+                return scores
+        at_once = self._videos_at_once(frames, prompts)
+        parts = [
+            self._ask_for_scores(some, prompts[start : start + at_once])
+            for start, some in zip(range(0, len(frames), at_once), frames.split(at_once))
+        ]
+        scores = {name: torch.cat([part[name] for part in parts]).to(frames.device) for name in self.rewards}
+        self._last = (weakref.ref(frames), version, list(prompts), scores)
+        return scores
+
+    def health(self) -> dict[str, Any]:
+        """What the server says of itself, see `wire`; it is checked that it has the rewards.
+
+        Raises:
+            RewardServerError: see there.
+        """
+        content = self._ask("GET", "/health")
+        try:
+            document = json.loads(content)
+            protocol, rewards, max_bytes = document["protocol"], list(document["rewards"]), int(document["max_bytes"])
+        except (ValueError, KeyError, TypeError):
+            raise self._error("is no reward server: it does not answer GET /health as one") from None
+        if protocol != wire.PROTOCOL:
+            raise self._error(f"speaks version {protocol} of the protocol, not {wire.PROTOCOL}; install the same arcopo_fast on both sides")
+        if missing := [name for name in self.rewards if name not in rewards]:
+            raise self._error(f"does not serve {', '.join(missing)}, only {', '.join(map(str, rewards))}")
+        return {**document, "max_bytes": max_bytes}
+
+    def _videos_at_once(self, frames: Tensor, prompts: list[str]) -> int:
+        """How many videos a request may hold."""
+        room = self.health()["max_bytes"] - wire.room_for_header(prompts, self.rewards)
+        video = frames[0].numel() * self.dtype.itemsize
+        if room < video:
+            raise self._error(f"takes requests of {room / 2**20:.1f} MiB, and a video has {video / 2**20:.1f} MiB; raise its --max-mib")
+        return room // video
+
+    def _ask_for_scores(self, frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        body = wire.pack(wire.to_uint8(frames) if self.dtype == torch.uint8 else frames, prompts, self.rewards)
+        content = self._ask("POST", "/score", body)
+        try:
+            return wire.read_scores(content, self.rewards, len(frames))
+        except wire.Malformed as error:
+            raise self._error(f"gave an answer that is {error}") from None
+
+    def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """The answer to a request, whenever the server can give it."""
+        begun = time.monotonic()
+        say_at, said, pause = begun + _SAY_FIRST, False, _SHORTEST_PAUSE
+        while True:
+            try:
+                answer = self._try(method, path, body)
+            except _Away as away:
+                now = time.monotonic()
+                left = begun + self.give_up_after - now
+                if left <= 0:
+                    raise self._error(f"could not be used for {_minutes(self.give_up_after)}: {away}; start it again") from None
+                if now >= say_at:
+                    print(f"waiting for the reward server at {self.address}, {_minutes(left)} more: {away}", file=sys.stderr, flush=True)
+                    say_at, said = now + _SAY_EVERY, True
+                time.sleep(min(left, pause * random.uniform(0.5, 1.5)))  # so that many clients do not come back as one
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                if said:
+                    print(f"the reward server at {self.address} is back", file=sys.stderr, flush=True)
+                return answer
+
+    def _try(self, method: str, path: str, body: bytes | None) -> bytes:
+        """The answer to a request now; `_Away` if there is none."""
+        connection = self._connection(self.host, self.port, timeout=self.connect_timeout)
+        headers = {"Content-Type": wire.CONTENT} if body else {}
+        if self.token is not None:
+            headers["Authorization"] = f"Bearer {self.token}"
+        try:
+            connection.connect()
+            connection.sock.settimeout(self.timeout)
+            with suppress(BrokenPipeError, ConnectionResetError):  # refused while we were sending: the answer may say why
+                connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            content = response.read(_MAX_ANSWER)
+            if response.length:  # `read` with a limit does not say so
+                raise HTTPException("its answer was cut short")
+        except (OSError, HTTPException) as error:
+            raise _Away(str(error) or type(error).__name__) from None
+        finally:
+            connection.close()
+        if response.status == 200:
+            return content
+        line = f"{response.status} {response.reason}: {_line(content)}"
+        if response.status in _AGAIN:
+            raise _Away(line)
+        raise self._error(f"answered {line}")
+
+    def _error(self, what: str) -> RewardServerError:
+        return RewardServerError(f"the reward server at {self.address} {what}")
+
+
+class RemoteReward:
+    """One reward of a server."""
+
+    def __init__(self, name: str, client: RewardClient) -> None:
+        self.name = name
+        self.client = client
+
+    def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
+        return self.client.score(frames, prompts)[self.name]
+
+
+def remote_rewards(addresses: Mapping[str, str], **settings: Any) -> dict[str, Reward]:
+    """Rewards by the addresses of their servers; those of one server are asked for together. Waits for a server that is away.
+
+    settings: of `RewardClient`.
+
+    Raises:
+        UserError: an address cannot be used.
+        RewardServerError: see there.
+    """
+    names: dict[str, list[str]] = {}
+    for name, address in addresses.items():
+        names.setdefault(address.rstrip("/"), []).append(name)
+    clients = {address: RewardClient(address, rewards, **settings) for address, rewards in names.items()}
+    for client in clients.values():
+        client.health()
+    return {name: RemoteReward(name, clients[address.rstrip("/")]) for name, address in addresses.items()}
+
+
+def _parse(address: str) -> tuple[str, int | None, type[HTTPConnection]]:
+    """Host, port and kind of connection of an address."""
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        parts, host, port = urlsplit(""), None, None
+    if parts.scheme not in ("http", "https") or not host or parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
+        raise UserError(f"{address!r} is not the address of a reward server; expected something like http://127.0.0.1:8123")
+    return host, port, HTTPSConnection if parts.scheme == "https" else HTTPConnection
+
+
+def _line(content: bytes) -> str:
+    """What the server says is wrong; short and printable, whoever it is that answers."""
+    try:
+        text = json.loads(content)["error"]
+    except (ValueError, KeyError, TypeError):
+        return "no reason given"
+    return "".join(character for character in str(text)[:300] if character.isprintable())
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

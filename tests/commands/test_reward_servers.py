@@ -1,0 +1,107 @@
+"""Training with rewards that are not built in: served by another process, and a user's own; with failed scores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from arcopo_fast.commands import run_command
+from arcopo_fast.config import load_config, resolved_yaml
+from arcopo_fast.errors import UserError
+from arcopo_fast.rewards.registry import load_reward
+from arcopo_fast.rewards.server import RewardServer, Scorer
+from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.train import Trainer, main
+
+SMALL = [
+    "toy",
+    "train.iterations=3",
+    "rollout.group_size=4",
+    "objective.anchors_per_update=2",
+    "evaluation.prompts=2",
+    "evaluation.videos_per_prompt=1",
+    "evaluation.sample_videos=0",
+    "train.save_every=0",
+    "rewards={toy_vq: 1.0, toy_mq: 0.5}",
+    "lora.rank=4",
+    "lora.alpha=8",
+]
+
+
+@contextmanager
+def serving(port: int = 0) -> Iterator[RewardServer]:
+    rewards = {name: load_reward(name) for name in ("toy_vq", "toy_mq")}
+    scorer = Scorer(rewards, batch=8, waiting_bytes=1 << 30, device=torch.device("cpu"))
+    server = RewardServer(("127.0.0.1", port), scorer, token=None, max_bytes=1 << 30)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def untimed(run: Path) -> list[dict[str, object]]:
+    return [{key: value for key, value in line.items() if key != "time"} for line in read_metrics(run)]
+
+
+def test_a_server_scores_as_well_as_we_do_and_its_death_loses_no_iteration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*SMALL, f"run.directory={tmp_path}/here"])
+    here = tmp_path / "here" / "toy"
+    with serving() as server:
+        addresses = f"{{toy_vq: {server.url}, toy_mq: {server.url}}}"
+        arguments = [*SMALL, f"reward_servers.addresses={addresses}", "reward_servers.give_up_after=0.5", f"run.directory={tmp_path}/there"]
+        iteration = Trainer.iteration
+
+        def dies(self: Trainer, number: int) -> dict[str, object]:
+            if number == 3:
+                server.stop()
+            return iteration(self, number)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "iteration", dies)
+            assert run_command(main, arguments) == 2
+    there = tmp_path / "there" / "toy"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: the reward server at") and f"go on with python -m arcopo_fast.train --resume {there}" in said
+    assert [path.name for path in (there / "checkpoints").iterdir()] == ["step-2"], "though none was due"
+    with serving(server.server_address[1]):
+        main(["--resume", str(there)])
+    assert untimed(there) == untimed(here)
+    assert all(line["failed_scores"] == 0 for line in untimed(here))
+    assert (there / "evaluation.json").read_text() == (here / "evaluation.json").read_text()
+
+
+def test_failed_scores_are_counted_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "import torch\n"
+        "def sometimes(frames, prompts):\n"
+        "    scores = frames.mean((1, 2, 3, 4))\n"
+        "    return [None if len(scores) == 4 and i == 1 else s for i, s in enumerate(scores)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    seen: list[Tensor] = []
+    advantages = Trainer.advantages
+    monkeypatch.setattr(Trainer, "advantages", lambda self, judged: (seen.append(advantages(self, judged)), seen[-1])[1])
+    own = 'rewards={"my_rewards:sometimes": 1.0, toy_vq: 0}'
+    with pytest.warns(UserWarning, match="'my_rewards:sometimes' returned scores that are not finite"):
+        main([*SMALL, own, "rollout.prompts_per_iteration=2", "train.iterations=1", f"run.directory={tmp_path}"])
+    (line,) = read_metrics(tmp_path / "toy")
+    assert line["failed_scores"] == 2 and 0 < line["reward"] == line["reward/my_rewards:sometimes"] < 1
+    assert len(seen) == 2 and all(one[1] == 0 and one[[0, 2, 3]].abs().min() > 0 and one.sum().abs() < 1e-9 for one in seen)
+
+
+def test_addresses_are_of_rewards() -> None:
+    with pytest.raises(UserError, match="reward_servers.addresses has 'toy_ta', which is not among the rewards"):
+        load_config("toy", ["rewards={toy_vq: 1.0}", "reward_servers.addresses={toy_ta: http://127.0.0.1:1}"])
+    with pytest.raises(UserError, match="expected a text"):
+        load_config("toy", ["reward_servers.addresses={toy_vq: 3}"])
+    config = load_config("toy", ["rewards={toy_vq: 1.0}", "reward_servers.addresses={toy_vq: 'http://[::1]:8123'}"])
+    assert "http://[::1]:8123" in resolved_yaml(config)
