@@ -78,6 +78,7 @@ class Trainer:
         add_lora(self.generator.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
         self.parameters = adapter_parameters(self.generator.model)
         optimizer = config.optimizer
+        self.updating = False  # an iteration that ends here leaves weights between two
         self.optimizer = torch.optim.AdamW(self.parameters, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay)
 
     def evaluate(self) -> Evaluation:
@@ -127,9 +128,11 @@ class Trainer:
                 groups.append((group, self.advantages(judged)))
             lr = self.set_learning_rate(iteration)
             draw = () if config.train.buffer is None else (config.seed, iteration)
+            self.updating = True
             statistics = self.objective.update(
                 groups, self.optimizer, self.parameters, gradient_clip=config.optimizer.gradient_clip, draw=draw
             )
+            self.updating = False
         means = {name: sum(values) / len(values) for name, values in logged.items()}
         return means | statistics | {"failed_scores": failed, "lr": lr, "time": seconds}
 
@@ -206,10 +209,12 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
         for iteration in range(done + 1, config.train.iterations + 1):
             try:
                 record = trainer.iteration(iteration)
-            except RewardServerError as error:  # groups are judged before the update: the weights are those of the iteration before
-                if iteration - 1 > saved:
+            except BaseException as error:
+                if iteration - 1 > saved and not trainer.updating:  # while groups are made, the weights are those of the iteration before
                     trainer.save(run, iteration - 1)
-                raise RewardServerError(f"{error}; go on with python -m arcopo_fast.train --resume {run.path}") from None
+                if isinstance(error, RewardServerError):
+                    raise RewardServerError(f"{error}; go on with python -m arcopo_fast.train --resume {run.path}") from None
+                raise
             trace.step()
             metrics.write(iteration, record)
             progress.update(record.get("reward"), live=record.get(f"update{config.objective.updates}/live", 0.0))

@@ -41,19 +41,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stopped(directory: Path, monkeypatch: pytest.MonkeyPatch, *, at: int, how: str) -> Path:
-    """A run that is interrupted in iteration `at`, "softly" or by an error."""
+    """A run that is interrupted in iteration `at`: "softly", or by an error, before or in the midst of its update."""
     original = Trainer.iteration
 
     def iteration(self: Trainer, number: int) -> dict[str, object]:
         if number == at:
-            if how == "error":
+            if how != "softly":
+                self.updating = how == "updating"
                 raise RuntimeError("the machine went away")
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, number)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "iteration", iteration)
-        if how == "error":
+        if how != "softly":
             with pytest.raises(RuntimeError, match="went away"):
                 main([*SMALL, f"run.directory={directory}"])
         else:
@@ -61,7 +62,7 @@ def stopped(directory: Path, monkeypatch: pytest.MonkeyPatch, *, at: int, how: s
     return directory / "toy"
 
 
-@pytest.mark.parametrize(("at", "how"), [(1, "softly"), (3, "softly"), (4, "error")])
+@pytest.mark.parametrize(("at", "how"), [(1, "softly"), (3, "softly"), (4, "rolling out"), (4, "updating")])
 def test_it_goes_on_where_it_was(
     whole: Path, at: int, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,8 +72,9 @@ def test_it_goes_on_where_it_was(
         assert "finishing the iteration first; once more to stop at once" in said
         assert f"interrupted; stopped after iteration {at}; go on with python -m arcopo_fast.train --resume {run}" in said
         assert len(untimed(run)) == at
-    else:  # iteration 3 is made again: the last checkpoint is of iteration 2
+    else:  # in the midst of an update nothing can be saved, and iteration 3 is made again
         assert len(untimed(run)) == 3
+        assert max(int(entry.name[5:]) for entry in (run / "checkpoints").iterdir()) == (3 if how == "rolling out" else 2)
     assert not (run / "evaluation.json").exists()
     main(["--resume", str(run)])
     assert untimed(run) == untimed(whole)
