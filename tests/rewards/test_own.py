@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from arcopo_fast.rewards.base import score
 from arcopo_fast.rewards.own import OwnReward, load_own
 from arcopo_fast.rewards.registry import REWARDS, load_reward, reward_bytes
 
-MODULE = f"mine_{random.SystemRandom().randrange(10**9)}"  # never imported before
+MODULE = "mine_of_no_other_test"
 
 SOURCE = """
     import torch
