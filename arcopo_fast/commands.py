@@ -15,8 +15,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from arcopo_fast.config import DEFAULT_RECIPE, Config, keys_help, load_config, recipes, resolved_yaml
+from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
+from arcopo_fast.recipe import DEFAULT_RECIPE, keys_help, load_config, recipes, resolved_yaml
 
 BAD_INPUT = 2
 INTERRUPTED = 130

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from arcopo_fast.assemble import build_engine, load_generator, load_held_out, load_prompts, load_rewards, video_shape
 from arcopo_fast.commands import RecipeParser, numbers, run_command
-from arcopo_fast.config import Config, shorten
+from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import evaluate, videos_at_once
 from arcopo_fast.model.checkpoints import read_json
@@ -44,6 +44,7 @@ from arcopo_fast.model.lora import (
     read_adapter,
     write_adapter,
 )
+from arcopo_fast.recipe import shorten
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.model_card import HOW_TO_LOAD
 from arcopo_fast.runtime.progress import Progress

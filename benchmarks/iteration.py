@@ -122,7 +122,7 @@ def of_recipe(config: Config, name: str, model: CausalWanConfig, vae: VAESizes |
 def toy(*overrides: str) -> Scene:
     """The shipped toy recipe."""
     from arcopo_fast.assemble import checkpoint_directory, load_generator, load_prompts, load_rewards
-    from arcopo_fast.config import load_config
+    from arcopo_fast.recipe import load_config
 
     config = load_config("toy", overrides)
     generator, prompt = load_generator(config), load_prompts(config).training[0]

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from arcopo_fast import planner
 from arcopo_fast.assemble import generator_sizes, pool_pages, shape_of
-from arcopo_fast.config import Config, load_config
+from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CachedRun, CausalWan, CausalWanConfig, ChunkContext
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes, transformer_parameters, vae_parameters
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.planner import DEVICES, GB, Settings, dry_run, estimate, plan, seconds
+from arcopo_fast.recipe import load_config
 from arcopo_fast.rewards import simple
 from arcopo_fast.rollout.engine import Engine
 

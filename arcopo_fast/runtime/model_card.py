@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from arcopo_fast.config import Config, resolved_yaml
+from arcopo_fast.config import Config
+from arcopo_fast.recipe import resolved_yaml
 from arcopo_fast.runtime.page import plain, signed
 from arcopo_fast.runtime.results import changes
 

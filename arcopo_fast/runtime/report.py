@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from arcopo_fast.config import Config, resolved_yaml
+from arcopo_fast.config import Config
+from arcopo_fast.recipe import resolved_yaml
 from arcopo_fast.runtime.charts import line_chart
 from arcopo_fast.runtime.curves import HEALTH, REWARD, Statistic, logs, reward_statistics, updates
 from arcopo_fast.runtime.hacking import verdict

@@ -18,8 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from arcopo_fast.config import Config, load_config
+from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
+from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.metrics import FILE, read_metrics
 
 TOTAL = "reward"  # the weighted sum of the rewards, in metrics.jsonl and evaluation.json

@@ -18,8 +18,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from arcopo_fast.config import Config, load_config, resolved_yaml
+from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
+from arcopo_fast.recipe import load_config, resolved_yaml
 
 _HARDLY_ANYTHING = 1 << 16  # bytes; a failed write leaves less than a block free
 

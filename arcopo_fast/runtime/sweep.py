@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from arcopo_fast.config import Config, resolved_yaml
+from arcopo_fast.config import Config
+from arcopo_fast.recipe import resolved_yaml
 from arcopo_fast.runtime.charts import Spread, line_chart
 from arcopo_fast.runtime.page import page, plain, section, signed, table
 from arcopo_fast.runtime.results import TOTAL, Change, changes

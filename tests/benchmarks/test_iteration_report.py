@@ -181,7 +181,7 @@ def test_the_parts_are_those_of_the_issue() -> None:
 
 def test_the_full_size_is_that_of_the_recipe() -> None:
     """But for how the work is cut into waves and micro-batches, which depends on the device's memory."""
-    from arcopo_fast.config import load_config
+    from arcopo_fast.recipe import load_config
 
     config = load_config("bench_1_3b")
     recipe, full = iteration.of_recipe(config, iteration.FULL.name, iteration.FULL.model, iteration.FULL.vae), iteration.FULL

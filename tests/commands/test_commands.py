@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from arcopo_fast.commands import machine_problem, parse_config, run_command
-from arcopo_fast.config import load_config
 from arcopo_fast.errors import UserError
+from arcopo_fast.recipe import load_config
 
 
 def parse(*arguments: str) -> object:

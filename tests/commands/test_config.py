@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from arcopo_fast.config import Config, keys_help, load_config, recipes, resolved_yaml
+from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
+from arcopo_fast.recipe import keys_help, load_config, recipes, resolved_yaml
 
 # The numbers that the expected messages name; the shipped recipes may change.
 BASE = """

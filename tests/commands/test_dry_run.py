@@ -8,8 +8,9 @@ import pytest
 
 from arcopo_fast import train as train_module
 from arcopo_fast.commands import parse_config
-from arcopo_fast.config import Config, load_config
+from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
+from arcopo_fast.recipe import load_config
 from arcopo_fast.train import command_line, main
 
 PROG = "python -m arcopo_fast.train"
@@ -83,7 +84,7 @@ def test_a_dry_run_prints_and_starts_nothing(tmp_path: Path, monkeypatch: pytest
 
 def test_the_number_of_iterations_to_profile_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Config, int]] = []
-    monkeypatch.setattr(train_module, "train", lambda config, *, profile: seen.append((config, profile)))
+    monkeypatch.setattr(train_module, "train", lambda config, *, resume, profile: seen.append((config, profile)))
     main(["toy", "--profile", "2"])
     main(["toy"])
     assert seen == [(load_config("toy"), 2), (load_config("toy"), 0)]

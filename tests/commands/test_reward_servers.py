@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from arcopo_fast.commands import run_command
-from arcopo_fast.config import load_config, resolved_yaml
 from arcopo_fast.errors import UserError
+from arcopo_fast.recipe import load_config, resolved_yaml
 from arcopo_fast.rewards.registry import load_reward
 from arcopo_fast.rewards.server import RewardServer, Scorer
 from arcopo_fast.runtime.metrics import read_metrics

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from arcopo_fast import collect
-from arcopo_fast.config import load_config
 from arcopo_fast.data.buffer import Buffer, Entry
 from arcopo_fast.errors import UserError
 from arcopo_fast.groups import BufferedGroups, Rollouts, restore
+from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.metrics import read_metrics
 from arcopo_fast.train import Trainer, main
 

@@ -11,11 +11,11 @@ from support.models import small_config
 from torch import nn
 
 from arcopo_fast.assemble import load_generator, load_held_out, load_prompts
-from arcopo_fast.config import load_config
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.model.vae import decode_video
+from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.metrics import read_metrics
 from arcopo_fast.train import main
 

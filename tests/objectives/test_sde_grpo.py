@@ -12,13 +12,13 @@ from support.models import SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 from torch.distributions import Normal
 
-from arcopo_fast.config import load_config
 from arcopo_fast.errors import UserError
 from arcopo_fast.groups import JudgedGroup
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.base import Items
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings, log_probability_ratio
+from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.engine import Engine, Group, SamplerSettings, Stream
 from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource
 from arcopo_fast.rollout.sampler import Trajectory

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from support.runs import NAMES, PROMPT, STEPS, Page, evaluation, settings, summary, write_run
 
-from arcopo_fast.config import load_config, resolved_yaml
 from arcopo_fast.errors import UserError
+from arcopo_fast.recipe import load_config, resolved_yaml
 from arcopo_fast.runtime.charts import Mark, Spread, _ticks, line_chart, scatter_chart
 from arcopo_fast.runtime.metrics import MetricsWriter
 from arcopo_fast.runtime.model_card import config_hash, model_card

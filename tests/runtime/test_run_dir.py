@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from arcopo_fast.config import Config, load_config
+from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
+from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime import run_dir
 from arcopo_fast.runtime.run_dir import RunDirectory, atomic_directory, atomic_path, atomic_write
 

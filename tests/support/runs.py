@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from arcopo_fast.config import Config, load_config
+from arcopo_fast.config import Config
+from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.metrics import MetricsWriter
 from arcopo_fast.runtime.run_dir import RunDirectory
 from arcopo_fast.runtime.video import write_mp4

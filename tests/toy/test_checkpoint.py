@@ -17,8 +17,9 @@ from arcopo_fast.assemble import (
     load_rewards,
     video_shape,
 )
-from arcopo_fast.config import Config, load_config
+from arcopo_fast.config import Config
 from arcopo_fast.evaluation import evaluate
+from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.engine import SamplerSettings
 from arcopo_fast.rollout.influence import noise_influence
 
