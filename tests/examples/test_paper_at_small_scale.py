@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from arcopo_fast.rewards.registry import load_reward
+
 FOLDER = Path(__file__).parents[2] / "examples" / "paper_at_small_scale"
 sys.path.insert(0, str(FOLDER))
 
@@ -175,3 +177,14 @@ def test_a_failing_job_names_its_log(tmp_path: Path) -> None:
     with pytest.raises(command.UserError, match=r"bad ended with status 3: what went wrong \(see .*bad.txt\)"):
         command.run_all(jobs, tmp_path, 2)
     assert jobs[0].done()
+
+
+def test_a_judge_that_errs() -> None:
+    """By a fixed number for each video, of the stated size, drawn for each reward anew."""
+    frames, prompts = torch.rand(64, 3, 3, 16, 16), ["a red circle moving left"] * 64
+    judges = [load_reward(f"erring:{name}") for name in ("VisualQuality", "MotionQuality", "TextAlignment")]
+    errors = torch.stack([judge(frames, prompts) - judge.function.reward(frames, prompts) for judge in judges])
+    again = torch.stack([judge(frames.flip(0), prompts).flip(0) - judge.function.reward(frames, prompts) for judge in judges])
+    torch.testing.assert_close(errors, again, rtol=0, atol=1e-6)
+    assert (errors.std(dim=1) / 0.01 - 1).abs().max() < 0.5 and errors.mean(1).abs().max() < 0.006
+    assert (torch.corrcoef(errors) - torch.eye(3)).abs().max() < 0.6
