@@ -168,12 +168,6 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
-def parse_config(arguments: Sequence[str], prog: str, description: str) -> Config | None:
-    """The configuration of a command that has no options of its own; None after `--help` or `--print-config`."""
-    read = RecipeParser(prog, description).read_config(arguments)
-    return read[0] if read else None
-
-
 def positive_int(text: str) -> int:
     """For `type=` of an option: a whole number, at least 1."""
     if not re.fullmatch(r"0*[1-9][0-9]*", text):

@@ -18,13 +18,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from outcome import write_outcome
+
 from arcopo_fast.commands import Parser, positive_int, run_command
 from arcopo_fast.errors import UserError
 from arcopo_fast.runtime.run_dir import atomic_write
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from outcome import write_outcome
 
 
 @dataclass(frozen=True)

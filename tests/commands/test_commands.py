@@ -9,13 +9,14 @@ import sys
 
 import pytest
 
-from arcopo_fast.commands import machine_problem, parse_config, run_command
+from arcopo_fast.commands import RecipeParser, machine_problem, run_command
 from arcopo_fast.errors import UserError
 from arcopo_fast.recipe import load_config
 
 
 def parse(*arguments: str) -> object:
-    return parse_config(arguments, prog="python -m arcopo_fast.train", description="Align a generator.")
+    read = RecipeParser("python -m arcopo_fast.train", "Align a generator.").read_config(arguments)
+    return read and read[0]
 
 
 def test_recipe_and_overrides_in_any_order() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from arcopo_fast import train as train_module
-from arcopo_fast.commands import parse_config
+from arcopo_fast.commands import RecipeParser
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.recipe import load_config
@@ -54,8 +54,8 @@ def test_what_cannot_be_used(arguments: list[str], said: str) -> None:
 
 def test_other_commands_do_not_have_these_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="unknown option --dry-run: the options are --help, --print-config;"):
-        parse_config(["--dry-run"], PROG, "")
-    parse_config(["--help"], PROG, "")
+        RecipeParser(PROG, "").read_config(["--dry-run"])
+    RecipeParser(PROG, "").read_config(["--help"])
     assert "--dry-run" not in capsys.readouterr().out
 
 

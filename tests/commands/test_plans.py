@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcopo_fast.commands import parse_config
 from arcopo_fast.groups import Rollouts
 from arcopo_fast.objectives.advantage import group_advantages
+from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.train import Trainer
 
@@ -26,8 +26,7 @@ LITTLE_MEMORY = [
 
 def iteration(directory: Path, *overrides: str) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
     """Latents, scores and gradients of one iteration."""
-    config = parse_config(["toy", *SMALL, f"run.directory={directory}", *overrides], prog="", description="")
-    assert config is not None
+    config = load_config("toy", [*SMALL, f"run.directory={directory}", *overrides])
     trainer = Trainer(config)
     torch.manual_seed(0)
     for parameter in trainer.parameters:  # B is 0 at first, and hides A's gradients

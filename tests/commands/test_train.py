@@ -14,8 +14,8 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
 
 from arcopo_fast.assemble import checkpoint_directory, load_model
-from arcopo_fast.commands import parse_config
 from arcopo_fast.model.lora import load_adapter
+from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.metrics import read_metrics
 from arcopo_fast.train import Trainer, main
 
@@ -92,8 +92,7 @@ def test_a_window_needs_a_smaller_pool_and_fits_it(tmp_path: Path) -> None:
     window = [*several, "cache.window=4", "cache.sink=1"]
     pages = []
     for overrides in (several, window):
-        config = parse_config(["toy", *SMALL, f"run.directory={tmp_path}", *overrides], prog="", description="")
-        assert config is not None
+        config = load_config("toy", [*SMALL, f"run.directory={tmp_path}", *overrides])
         pages.append(Trainer(config).engine.pool.pages)
     assert pages[1] < pages[0] / 2
     run(tmp_path, *window)  # PagePoolExhausted if it were too small
