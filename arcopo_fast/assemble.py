@@ -6,20 +6,24 @@ Whatever is wrong with the input is said here, as a UserError, before anything i
 from __future__ import annotations
 
 import importlib.resources
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Literal, Sequence
 
 import torch
 from torch import Tensor
 
+from arcopo_fast import hub
 from arcopo_fast.config import Config, objective_class
 from arcopo_fast.data.prompts import Prompts, prompts_file, read_prompts, split_prompts
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
 from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_json, read_state_dict
+from arcopo_fast.model.lora import fold_adapter, read_adapter
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes, published
-from arcopo_fast.model.text import CachedTextEncoder
+from arcopo_fast.model.text import OFFICIAL_TOKENIZER, OFFICIAL_WEIGHTS, CachedTextEncoder
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
 from arcopo_fast.objectives.base import Objective
@@ -40,10 +44,15 @@ TextEncoder = Callable[[Sequence[str]], Tensor]
 UNTRAINED = "random:"
 """Begins a `generator.checkpoint` that names a size instead of a place."""
 
+OFFICIAL_VAE = "Wan2.1_VAE.pth"
+
 
 @dataclass
 class Generator:
-    """A text-to-video generator: prompts -> text embeddings -> latents -> frames. directory: None for an untrained one."""
+    """A text-to-video generator: prompts -> text embeddings -> latents -> frames.
+
+    directory: of its text encoder and VAE; None for an untrained one.
+    """
 
     model: CausalWan
     encode_text: TextEncoder
@@ -51,31 +60,51 @@ class Generator:
     directory: Path | None
 
 
-def checkpoint_directory(checkpoint: str) -> Path:
-    """Where a recipe's `generator.checkpoint` lies: "toy" ships with the package, anything else is a path."""
+def checkpoint_path(checkpoint: str) -> Path:
+    """Where a recipe's `generator.checkpoint` lies, or its `generator.base`: "toy" ships with the package, others are found or fetched.
+
+    Raises:
+        UserError: it cannot be had.
+    """
     if checkpoint == "toy":
         return Path(str(importlib.resources.files("arcopo_fast.toy") / "checkpoint"))
-    path = Path(checkpoint)
-    if not path.exists():
+    if not hub.is_published(checkpoint) and not Path(checkpoint).expanduser().exists():
         untrained = ", ".join(UNTRAINED + size for size in PUBLISHED)
-        raise UserError(f"there is no checkpoint at {path}; give 'toy', the path of one, or for untrained weights {untrained}")
-    return path
+        raise UserError(
+            f"there is no checkpoint at {checkpoint}; give 'toy', its path, hf://owner/name/path, or for untrained weights {untrained}"
+        )
+    return hub.find(checkpoint)
 
 
-def generator_sizes(checkpoint: str) -> GeneratorSizes:
-    """The sizes behind a recipe's `generator.checkpoint`; no weights are loaded where a config.json says them.
+def base_files(base: str) -> list[str]:
+    """What is needed of a Wan2.1 repository beside the generator itself: its text encoder and its VAE, in the layout it has."""
+    if not hub.is_published(base):
+        return []
+    if base.partition("@")[0].rstrip("/").endswith("-Diffusers"):
+        return ["text_encoder/*", "tokenizer/tokenizer.json", "vae/*"]
+    return [OFFICIAL_WEIGHTS, f"{OFFICIAL_TOKENIZER}/tokenizer.json", OFFICIAL_VAE]
 
-    Without a config.json of its own, the VAE is taken to be Wan2.1's.
+
+def generator_sizes(checkpoint: str, base: str | None = None) -> GeneratorSizes:
+    """The sizes behind a recipe's `generator.checkpoint`; no weights are loaded where a config.json says them, and nothing is downloaded.
+
+    What is not on this machine is taken to have the published sizes that its name, or its base's, speaks of. Without a config.json of its
+    own, the VAE is taken to be Wan2.1's.
     """
     if checkpoint.startswith(UNTRAINED):
         return published(checkpoint.removeprefix(UNTRAINED))
-    path = checkpoint_directory(checkpoint)
+    if hub.is_published(checkpoint) and hub.local(checkpoint) is None:
+        said = re.search(r"(?<![\d.])(1\.3b|14b)", f"{base or ''} {checkpoint}".lower())
+        if said is None:
+            raise UserError(f"{checkpoint} is not on this machine, and its name does not say its size; get it first, or set generator.base")
+        return published(said[1])
+    path = checkpoint_path(checkpoint)
     config = read_config(path)
     if config is None or any(name not in config for name in ("num_layers", "num_attention_heads", "ffn_dim")):
         config = infer_config(read_state_dict(path), config, source=path)
     names = {entry.name for entry in fields(CausalWanConfig)}
     transformer = CausalWanConfig(**{name: value for name, value in config.items() if name in names and value is not None})
-    vae = path / "vae" / "config.json"
+    vae = (hub.local(base) or path if base else path) / "vae" / "config.json"
     return GeneratorSizes(transformer, VAESizes.from_config(read_json(vae)) if vae.is_file() else VAESizes())
 
 
@@ -92,31 +121,53 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def load_model(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> CausalWan:
-    """A frozen causal Wan from any container of its weights; sizes from config.json and the shapes."""
-    state = read_state_dict(path)
-    model = CausalWan(CausalWanConfig(**infer_config(state, read_config(path), source=path)))
-    load_into(model, state, source=path)
-    return model.to(device, dtype).requires_grad_(False)
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    weights: Literal["auto", "ema", "generator"] = "auto",
+    lora: Path | None = None,
+) -> CausalWan:
+    """A frozen causal Wan from any container of its weights; sizes from config.json and the shapes.
+
+    lora: an adapter to fold into the weights. There is never a second copy of the model in host memory, nor one in another dtype.
+    """
+    state = read_state_dict(path, weights=weights)
+    sizes = infer_config(state, read_config(path), source=path)
+    if lora is not None:
+        state = fold_adapter(state, read_adapter(lora), source=lora)
+    with torch.device("meta"):
+        model = CausalWan(CausalWanConfig(**sizes))
+    load_into(model, {name: state.pop(name).to(device, dtype, copy=True) for name in list(state)}, source=path)
+    return model.requires_grad_(False)
 
 
 def load_generator(config: Config) -> Generator:
-    """Everything of a checkpoint directory, transformer/, vae/ and text/; or untrained, of a published size."""
-    device = device_of(config.generator.device)
-    dtype, vae_dtype = getattr(torch, config.generator.dtype), getattr(torch, config.generator.vae_dtype)
-    if config.generator.checkpoint.startswith(UNTRAINED):
-        sizes = generator_sizes(config.generator.checkpoint)
+    """Transformer, text encoder and VAE: from one directory, from a checkpoint and its base, or untrained, of a published size."""
+    settings = config.generator
+    device = device_of(settings.device)
+    dtype, vae_dtype = getattr(torch, settings.dtype), getattr(torch, settings.vae_dtype)
+    if settings.checkpoint.startswith(UNTRAINED):
+        sizes = generator_sizes(settings.checkpoint)
         model = untrained_wan(sizes.transformer, dtype=dtype, device=device, seed=config.seed)
         vae = channels_last(untrained_vae(sizes.vae, dtype=vae_dtype, device=device, seed=config.seed))
         stand_in = HashedText(sizes.transformer.text_len, sizes.transformer.text_dim)
         return Generator(model, stand_in, StreamingDecoder(vae, config.video.decode_frames), None)
-    directory = checkpoint_directory(config.generator.checkpoint)
-    model = load_model(directory, dtype=dtype, device=device)
-    if not (directory / "vae").is_dir():
-        raise UserError(f"{directory} lacks vae/; expected a directory with transformer/, vae/ and a text encoder")
-    vae = channels_last(load_vae(directory / "vae", vae_dtype)).to(device)
-    text = load_text(directory, model.config.text_len, device)
-    return Generator(model, text, StreamingDecoder(vae, config.video.decode_frames), directory)
+    path = checkpoint_path(settings.checkpoint)
+    base = hub.find(settings.base, base_files(settings.base)) if settings.base else path
+    if not base.is_dir():
+        raise UserError(
+            f"{base} is the transformer alone; set generator.base to where its text encoder and VAE are, as in hf://Wan-AI/Wan2.1-T2V-1.3B"
+        )
+    vae_path = base / OFFICIAL_VAE if (base / OFFICIAL_VAE).is_file() else base / "vae"
+    if not vae_path.exists():
+        raise UserError(f"{base} has no VAE; expected vae/, or {OFFICIAL_VAE}, beside a text encoder")
+    lora = hub.find(settings.lora) if settings.lora else None
+    model = load_model(path, dtype=dtype, device=device, weights=settings.weights, lora=lora)
+    vae = channels_last(load_vae(vae_path, vae_dtype)).to(device)
+    text = load_text(base, model.config.text_len, device)
+    return Generator(model, text, StreamingDecoder(vae, config.video.decode_frames), base)
 
 
 def load_text(directory: Path, text_len: int, device: torch.device) -> TextEncoder:
@@ -124,6 +175,12 @@ def load_text(directory: Path, text_len: int, device: torch.device) -> TextEncod
     if (directory / "text").is_dir():
         return ToyTextEncoder.from_pretrained(directory / "text")
     return CachedTextEncoder.from_pretrained(directory, text_len=text_len, device=device)
+
+
+def encode_ahead(encode_text: TextEncoder, prompts: Iterable[str]) -> None:
+    """Encode what a command will need before it takes memory for anything else: UMT5 is loaded once, and gone when videos are made."""
+    if isinstance(encode_text, CachedTextEncoder):
+        encode_text.encode_all(list(prompts))
 
 
 def video_shape(config: Config, generator: Generator) -> VideoShape:
@@ -200,15 +257,18 @@ def load_rewards(config: Config) -> dict[str, Reward]:
         servers.addresses,
         token=read_token(None) if servers.addresses else None,
         dtype=getattr(torch, servers.frames),
+        fps=config.video.fps,
         timeout=servers.timeout,
         give_up_after=servers.give_up_after,
     )
-    return {name: remote[name] if name in remote else load_reward(name) for name in config.rewards}
+    device = None if config.generator.offload else device_of(config.generator.device)
+    fps = config.video.fps
+    return {name: remote[name] if name in remote else load_reward(name, fps=fps, device=device) for name in config.rewards}
 
 
 def load_held_out(generator: Generator) -> dict[str, Reward]:
-    """Metrics that are never trained on; those of the toy world read its classifier from the checkpoint. Untrained generators have none."""
-    if generator.directory is None:
+    """Metrics that are never trained on: those of the toy world, whose classifier lies in its checkpoint. Other generators have none."""
+    if generator.directory is None or not (generator.directory / "classifier").is_dir():
         return {}
     return toy_metrics.held_out(generator.directory / "classifier")
 

@@ -12,11 +12,11 @@ import sys
 
 import torch
 
-from arcopo_fast.assemble import build_engine, build_objective, load_generator, load_prompts, load_rewards, video_shape
+from arcopo_fast.assemble import build_engine, build_objective, encode_ahead, load_generator, load_prompts, load_rewards, video_shape
 from arcopo_fast.commands import RecipeParser, positive_int, run_command
 from arcopo_fast.config import Config
 from arcopo_fast.data.buffer import Buffer
-from arcopo_fast.groups import Rollouts, policy_of, recipe_of, store
+from arcopo_fast.groups import Rollouts, policy_of, prompt_of, recipe_of, store
 from arcopo_fast.objectives.advantage import sum_rewards
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.progress import Progress
@@ -31,6 +31,7 @@ def collect(config: Config, path: str, groups: int) -> Buffer:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     rewards, prompts, generator = load_rewards(config), load_prompts(config), load_generator(config)
+    encode_ahead(generator.encode_text, (prompt_of(config.seed, prompts.training, index, 0) for index in range(groups)))
     engine = build_engine(config, generator.model, video_shape(config, generator))
     objective = build_objective(config, engine)
     buffer = Buffer.create(path, policy_of(config, generator.model, objective), recipe_of(config, prompts), groups=groups)

@@ -36,7 +36,18 @@ class GeneratorConfig(Section):
     """The generator that is aligned."""
 
     checkpoint: str = Field(
-        "toy", min_length=1, description='"toy": the checkpoint shipped with the package; random:1.3b, random:14b: untrained; else a path'
+        "toy",
+        min_length=1,
+        description='"toy": ships with the package; random:1.3b, random:14b: untrained; else a path or hf://owner/name/path (Hugging Face)',
+    )
+    weights: Literal["auto", "ema", "generator"] = Field(
+        "auto", description="of a training checkpoint: ema, generator_ema; generator, the weights themselves; auto: the EMA if there is one"
+    )
+    base: str | None = Field(
+        None, min_length=1, description="directory or hf://owner/name with the text encoder and the VAE; null: beside the checkpoint"
+    )
+    lora: str | None = Field(
+        None, min_length=1, description="an adapter that is part of the generator: folded into its weights before anything else; path or hf://"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen base; the adapter is always float32")
     vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the decoder; bfloat16 is fast on a GPU")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from arcopo_fast.assemble import Generator
 from arcopo_fast.config import Config
-from arcopo_fast.data.buffer import Buffer, Entry
+from arcopo_fast.data.buffer import Buffer, Entry, all_metadata
 from arcopo_fast.data.prompts import Prompts
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan
@@ -44,6 +46,19 @@ class GroupSource(Protocol):
         """The group `index` of an iteration; the same for the same numbers and seed."""
 
 
+def prompt_of(seed: int, prompts: Sequence[str], iteration: int, index: int) -> str:
+    """The prompt of the group `index` of an iteration."""
+    return prompts[int(random_for(seed, iteration, index, "prompt").integers(len(prompts)))]
+
+
+def training_prompts(config: Config, prompts: Sequence[str]) -> list[str]:
+    """The prompts that a run's groups will be of: known before there is an engine."""
+    if config.train.buffer is not None:
+        return [about["prompt"] for about in all_metadata(config.train.buffer) if "prompt" in about]
+    groups = product(range(1, config.train.iterations + 1), range(config.rollout.prompts_per_iteration))
+    return [prompt_of(config.seed, prompts, iteration, index) for iteration, index in groups]
+
+
 class Rollouts:
     """Groups of the policy as it is. Prompt, pivot and every noise are functions of (seed, iteration, index)."""
 
@@ -68,8 +83,7 @@ class Rollouts:
     def rollout(self, iteration: int, index: int) -> tuple[Group, str]:
         """A group of videos for one prompt, not yet judged."""
         config, shape = self.config, self.engine.shape
-        random = random_for(config.seed, iteration, index, "prompt")
-        prompt = self.prompts[random.integers(len(self.prompts))]
+        prompt = prompt_of(config.seed, self.prompts, iteration, index)
         pivot = config.rollout.pivot
         if isinstance(pivot, str):
             key = ("pivot",) if pivot == "shared" else ("pivot", index)

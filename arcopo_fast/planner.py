@@ -206,13 +206,19 @@ def estimate(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) ->
     network: tuple[str, ...] = ()
     if not settings.offload:
         decoder = judges = network = (*decoder, *judges)
+    rollout, evaluation = network, network
+    if cache_policy(config).reencoded:
+        # Of the prefix, of every branch and of the one at work; the frames of one video, at most.
+        components["re-encoding"] = (branches + 2) * cache + decoding + video
+        components["evaluation: re-encoding"] = (videos + 1) * cache + decoding + video
+        rollout, evaluation = (*decoder, *network, "re-encoding"), (*decoder, *network, "evaluation: re-encoding")
     # The prefix's frames and its place in the decoder stay until the last slice is judged.
     stages = {
-        "rollout": (*network, "denoising a wave"),
+        "rollout": (*rollout, "denoising a wave"),
         "decode": (*decoder, "decoder caches", "decoding", "frames of a slice"),
         "reward": (*judges, "decoder caches", "frames of a slice", "copies while judging"),
         "update": (*network, "replay and its gradient"),
-        "evaluation: rollout": (*network, "evaluation: denoising"),
+        "evaluation: rollout": (*evaluation, "evaluation: denoising"),
         "evaluation: decode": (*decoder, "evaluation: decoding and frames"),
     }
     return Estimate(components, stages)
@@ -259,7 +265,7 @@ def _denoising(config: Config, sizes: GeneratorSizes, shape: VideoShape, branche
     """
     model, width, tokens = sizes.transformer, _itemsize(config.generator.dtype), _frame_tokens(config, sizes)
     token = model.dim * 7 * width + model.ffn_dim * 3 * width
-    roped = 0 if cache_policy(config).absolute else pages * tokens * model.dim * width
+    roped = 0 if cache_policy(config).roped else pages * tokens * model.dim * width
     return branches * max(shape.chunk_frames) * tokens * token + roped
 
 
@@ -300,7 +306,7 @@ def _replay(config: Config, sizes: GeneratorSizes, shape: VideoShape, settings: 
     # gradients of the prefix.
     feed_forward = tokens * (model.ffn_dim * 2 * width + model.dim * width)
     attention = tokens * model.dim * (6 * width + 4) + 2 * visible * frame * model.dim * width
-    roped = 0 if cache_policy(config).absolute else model.num_layers * visible * frame * model.dim * width
+    roped = 0 if cache_policy(config).roped else model.num_layers * visible * frame * model.dim * width
     return blocks + text + max(feed_forward, attention) + roped
 
 
@@ -385,6 +391,7 @@ def seconds(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) -> 
     batches = _parts(_pairs(config), settings.micro_batch)
     work = [forward_operations(config, sizes, frames, min(end, window or end)) for frames, end in zip(shape.chunk_frames, ends)]
     frame = decoder_operations(config, sizes) / DECODER[vae_width]
+    reencoded = _reencoded(config, shape)
 
     def network(chunk: int, parts: Counter[int], passes: tuple[int, int, int] = (1, 1, 1)) -> float:
         """Batches of one chunk through the network, each kind of operation `passes` times a forward pass's."""
@@ -406,6 +413,7 @@ def seconds(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) -> 
             clean = chunk < shape.chunks - 1
             rollout += (steps + clean) * network(chunk, waves if chunk >= pivot else Counter([1]))
         prefix = sum(shape.chunk_frames[:pivot])
+        rollout += decoder(reencoded[pivot], Counter([1])) + decoder(reencoded[-1] - reencoded[pivot], Counter({1: group}))
         decode = decoder(prefix, Counter([1])) + decoder(shape.frames - prefix, decoded)
         # Backward: frozen layers once more, adapters twice, attention 2.5 times at 5/6 of its rate; a checkpointed forward once more.
         again = int(settings.checkpoint)
@@ -418,6 +426,15 @@ def seconds(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) -> 
         moved = vae_width * vae_parameters(sizes.vae) + reward_bytes
         total += 2 * sum(decoded.values()) * moved / HOST_LINK  # there and back, for every slice
     return config.rollout.prompts_per_iteration * total
+
+
+def _reencoded(config: Config, shape: VideoShape) -> list[int]:
+    """Latent frames of a video that are decoded before each chunk, for the sake of its context, those before earlier chunks included."""
+    policy, starts = cache_policy(config), accumulate(shape.chunk_frames[:-1], initial=0)
+    if not policy.reencoded or policy.window is None:
+        return [0] * shape.chunks
+    context = policy.context_frames(max(shape.chunk_frames))
+    return [start - context + 1 if start >= policy.window else 0 for start in starts]
 
 
 def _parts(whole: int, size: int) -> Counter[int]:
@@ -442,7 +459,7 @@ def dry_run(config: Config, devices: Sequence[float] = (), *, reward_bytes: int 
         devices: their GB; none: the GPU that is here, else `DEVICES`.
         reward_bytes: see `estimate`.
     """
-    sizes = generator_sizes(config.generator.checkpoint)
+    sizes = generator_sizes(config.generator.checkpoint, config.generator.base)
     if not devices and torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(0).total_memory / GB / (1 - MISSING)]
     plans = _plans(config, sizes, reward_bytes)
@@ -458,7 +475,7 @@ def dry_run(config: Config, devices: Sequence[float] = (), *, reward_bytes: int 
 
 def over_plan(config: Config, allocated: int) -> str | None:
     """What to say of a run that has allocated so many bytes at its peak: None, or by how much that is more than was predicted."""
-    needs = estimate(config, generator_sizes(config.generator.checkpoint))
+    needs = estimate(config, generator_sizes(config.generator.checkpoint, config.generator.base))
     predicted = needs.peak - CONTEXT
     if allocated <= predicted:
         return None

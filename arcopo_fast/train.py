@@ -24,6 +24,7 @@ from arcopo_fast.assemble import (
     Generator,
     build_engine,
     build_objective,
+    encode_ahead,
     load_generator,
     load_held_out,
     load_prompts,
@@ -35,7 +36,7 @@ from arcopo_fast.config import Config
 from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import Evaluation, evaluate
-from arcopo_fast.groups import BufferedGroups, GroupSource, JudgedGroup, Rollouts, policy_of
+from arcopo_fast.groups import BufferedGroups, GroupSource, JudgedGroup, Rollouts, policy_of, training_prompts
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter, save_adapter
 from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
 from arcopo_fast.planner import dry_run, over_plan
@@ -64,6 +65,7 @@ class Trainer:
         self.rewards: dict[str, Reward] = load_rewards(config)
         self.prompts = load_prompts(config)
         self.generator: Generator = load_generator(config)
+        encode_ahead(self.generator.encode_text, [*training_prompts(config, self.prompts.training), *self.prompts.evaluation])
         self.held_out = load_held_out(self.generator)
         self.shape = video_shape(config, self.generator)
         self.engine: Engine = build_engine(config, self.generator.model, self.shape)

@@ -121,13 +121,13 @@ def of_recipe(config: Config, name: str, model: CausalWanConfig, vae: VAESizes |
 
 def toy(*overrides: str) -> Scene:
     """The shipped toy recipe."""
-    from arcopo_fast.assemble import checkpoint_directory, load_generator, load_prompts, load_rewards
+    from arcopo_fast.assemble import checkpoint_path, load_generator, load_prompts, load_rewards
     from arcopo_fast.recipe import load_config
 
     config = load_config("toy", overrides)
     generator, prompt = load_generator(config), load_prompts(config).training[0]
     add_lora(generator.model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets, seed=config.seed)
-    vae = load_vae(checkpoint_directory(config.generator.checkpoint) / "vae")
+    vae = load_vae(checkpoint_path(config.generator.checkpoint) / "vae")
     workload = of_recipe(config, "toy", generator.model.config, VAESizes.from_config(vae.config))
     text = generator.encode_text([prompt])
     return Scene(workload, generator.model, text, prompt, vae, load_rewards(config), config.rewards)

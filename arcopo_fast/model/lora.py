@@ -264,6 +264,26 @@ def merge_adapters(first: Adapter, second: Adapter, scale: float) -> Adapter:
     return Adapter(state, rank, float(rank))
 
 
+def fold_adapter(state: Mapping[str, Tensor], adapter: Adapter, *, source: str | Path = "the adapter") -> dict[str, Tensor]:
+    """A model's state dict under diffusers names with the adapter in its weights: W + (alpha / r) B A, computed and left in float32.
+
+    Folded before the weights are rounded to the dtype they are used in, which is closer to what the adapter was trained as than three
+    half-precision products.
+
+    Raises:
+        UserError: the adapter has layers or shapes that the model lacks.
+    """
+    folded = dict(state)
+    for name in adapter.modules:
+        weight = state.get(f"{name}.weight")
+        down, up = adapter.state[f"{name}.lora_A.weight"], adapter.state[f"{name}.lora_B.weight"]
+        if weight is None or weight.shape != (up.shape[0], down.shape[1]):
+            found = "there is none" if weight is None else f"is {list(weight.shape)}"
+            raise UserError(f"{source} adapts {name} [{up.shape[0]}, {down.shape[1]}], which {found} in the model; use its own base model")
+        folded[f"{name}.weight"] = torch.addmm(weight.float(), up.float(), down.float(), alpha=adapter.alpha / adapter.rank)
+    return folded
+
+
 def load_adapter(module: Module, path: str | Path, *, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> Module:
     """Read an adapter (see `read_adapter`) into a module; one without adapter is given it. Returns the same module.
 

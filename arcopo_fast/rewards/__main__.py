@@ -16,14 +16,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from arcopo_fast.commands import Parser, positive_int, run_command
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import wire
-from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.own import find
-from arcopo_fast.rewards.registry import REWARDS, load_reward
+from arcopo_fast.rewards.registry import REWARDS, goes_by_seconds, load_reward
 from arcopo_fast.rewards.server import RewardServer, Scorer, is_loopback
 from arcopo_fast.runtime.interrupt import Interruption
 from arcopo_fast.runtime.memory import tune_for_cpu
@@ -41,6 +39,7 @@ def serve_command_line() -> Parser:
         "--token-file", metavar="FILE", help=f"holds the token that clients must show; without it {wire.TOKEN_VARIABLE} of the environment"
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    parser.add_argument("--fps", type=positive_int, default=16, metavar="N", help="frames per second of the videos (default: Wan's 16)")
     parser.add_argument("--batch", type=positive_int, default=8, metavar="N", help="videos that a reward is given at once, at most")
     parser.add_argument("--max-mib", type=positive_int, default=1024, metavar="N", help="MiB of a request, at most")
     parser.add_argument(
@@ -59,9 +58,11 @@ def serve(argv: list[str]) -> None:
         raise UserError(f"--host {options.host} can be reached from other machines, and there is no token; {advice}")
     device = _device(options.device)
     tune_for_cpu()
-    scorer = Scorer(_load(options.names, device), batch=options.batch, waiting_bytes=options.waiting_mib * MIB, device=device)
+    rewards = {name: load_reward(name, fps=options.fps, device=device) for name in options.names}
+    scorer = Scorer(rewards, batch=options.batch, waiting_bytes=options.waiting_mib * MIB, device=device)
+    rate = options.fps if any(map(goes_by_seconds, rewards.values())) else None
     try:
-        server = RewardServer((options.host, options.port), scorer, token=token, max_bytes=options.max_mib * MIB)
+        server = RewardServer((options.host, options.port), scorer, token=token, max_bytes=options.max_mib * MIB, fps=rate)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen at {options.host} port {options.port}: {reason}; give another --port or --host") from None
@@ -71,14 +72,6 @@ def serve(argv: list[str]) -> None:
         while not interruption.asked:
             time.sleep(0.1)
         server.stop()
-
-
-def _load(names: list[str], device: torch.device) -> dict[str, Reward]:
-    rewards = {name: load_reward(name) for name in names}
-    for reward in rewards.values():
-        if isinstance(reward, nn.Module):
-            reward.to(device)
-    return rewards
 
 
 def _device(name: str) -> torch.device:

@@ -46,6 +46,7 @@ class RewardClient:
         rewards: names of the rewards, as the server knows them.
         token: what the server wants to see.
         dtype: of the frames on their way: float32 gives the scores that the reward would give here, uint8 takes a quarter of the bytes.
+        fps: frames per second of the videos, which the server's rewards must have been told; None: not checked.
         connect_timeout, timeout: seconds until a connection, and until an answer; then the server counts as away.
         give_up_after: seconds that a request may wait for a server that is away.
     """
@@ -57,6 +58,7 @@ class RewardClient:
         *,
         token: str | None = None,
         dtype: torch.dtype = torch.float32,
+        fps: float | None = None,
         connect_timeout: float = 10.0,
         timeout: float = 600.0,
         give_up_after: float = 3600.0,
@@ -66,6 +68,7 @@ class RewardClient:
         self.rewards = list(rewards)
         self.token = token
         self.dtype = dtype
+        self.fps = fps
         self.connect_timeout, self.timeout, self.give_up_after = connect_timeout, timeout, give_up_after
         self._last: tuple[weakref.ref[Tensor], int, list[str], dict[str, Tensor]] | None = None
 
@@ -105,6 +108,9 @@ class RewardClient:
             raise self._error(f"speaks version {protocol} of the protocol, not {wire.PROTOCOL}; install the same arcopo_fast on both sides")
         if missing := [name for name in self.rewards if name not in rewards]:
             raise self._error(f"does not serve {', '.join(missing)}, only {', '.join(map(str, rewards))}")
+        judged = document.get("fps")
+        if None not in (judged, self.fps) and judged != self.fps:
+            raise self._error(f"judges videos as of {judged} frames per second, and these have {self.fps}; start it with --fps {self.fps}")
         return {**document, "max_bytes": max_bytes}
 
     def _videos_at_once(self, frames: Tensor, prompts: list[str]) -> int:

@@ -6,7 +6,8 @@
 
     rewards: {"my_package.my_module:brightness": 1.0}
 
-A class is made without arguments, once, and its objects are called; one that is a torch module may load weights and say its `bytes`.
+A class is made without arguments, once, and its objects are called; one that is a torch module may load weights and say its `bytes`. An
+attribute `fps`, if there is one, is set to the rate of the videos.
 """
 
 from __future__ import annotations

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
+
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.base import Reward
-from arcopo_fast.rewards.own import find, load_own
+from arcopo_fast.rewards.own import OwnReward, find, load_own
 
 REWARDS = {
     "toy_vq": "arcopo_fast.toy.rewards:VisualQuality",
@@ -19,18 +22,34 @@ REWARDS = {
     "steadiness": "arcopo_fast.rewards.simple:Steadiness",
 }
 """By name, what makes a reward when it is called without arguments. One that takes GPU memory of its own, weights and working set, says how
-much in an attribute `bytes`."""
+much in an attribute `bytes`; one that goes by seconds, not frames, has an attribute `fps`."""
 
 
-def load_reward(name: str) -> Reward:
+def load_reward(name: str, *, fps: float = 16.0, device: torch.device | str | None = None) -> Reward:
     """The reward of that name.
+
+    Args:
+        fps: frames per second of the videos it will be given; what has an attribute `fps` is told.
+        device: a reward that is a torch module is sent there. None: it stays in host memory.
 
     Raises:
         UserError: there is none, or it cannot be imported.
     """
-    if name in REWARDS:
-        return find(REWARDS[name], "reward")()
-    return load_own(_own(name))
+    reward: Reward = find(REWARDS[name], "reward")() if name in REWARDS else load_own(_own(name))
+    if goes_by_seconds(reward):
+        _judge(reward).fps = fps
+    if device is not None and isinstance(reward, nn.Module):
+        reward.to(device)
+    return reward
+
+
+def goes_by_seconds(reward: Reward) -> bool:
+    """Its scores depend on the rate of the videos, which it must be told."""
+    return hasattr(_judge(reward), "fps")
+
+
+def _judge(reward: Reward) -> Any:
+    return reward.function if isinstance(reward, OwnReward) else reward
 
 
 def reward_bytes(name: str) -> int:

@@ -187,16 +187,18 @@ class RewardServer(ThreadingHTTPServer):
         scorer: see there; the server closes it.
         token: what clients must show; None: nothing.
         max_bytes: of the body of a request.
+        fps: frames per second that the rewards were told; None: none of them goes by seconds.
     """
 
     daemon_threads = True  # `stop` waits for answers, and not for connections that say nothing
     request_queue_size = CONNECTIONS
 
-    def __init__(self, address: tuple[str, int], scorer: Scorer, *, token: str | None, max_bytes: int) -> None:
+    def __init__(self, address: tuple[str, int], scorer: Scorer, *, token: str | None, max_bytes: int, fps: float | None = None) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.scorer = scorer
         self.token = token
         self.max_bytes = max_bytes
+        self.fps = fps
         self._changed = threading.Condition()
         self._silent: dict[socket.socket, float] = {}  # connections without complete headers, and since when
         self._open: set[socket.socket] = set()
@@ -295,6 +297,7 @@ class Handler(BaseHTTPRequestHandler):
             "protocol": wire.PROTOCOL,
             "waiting": scorer.waiting,
             "max_bytes": self.server.max_bytes,
+            "fps": self.server.fps,
         }
         return "application/json", json.dumps(document).encode() + b"\n"
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arcopo_fast import generate
-from arcopo_fast.assemble import Generator, build_engine, checkpoint_directory, load_generator, load_model, load_rewards, video_shape
+from arcopo_fast.assemble import Generator, build_engine, checkpoint_path, load_generator, load_model, load_rewards, video_shape
 from arcopo_fast.commands import run_command
 from arcopo_fast.config import Config
 from arcopo_fast.evaluation import evaluate
@@ -210,7 +210,7 @@ def test_a_cache_without_window_says_what_it_takes(
 ) -> None:
     prompt = ["--prompt", PROMPTS[0], "--frames", 37]
     status, said, _ = command(capsys, *prompt, "--out", tmp_path / "a")
-    pool = build_engine(load_config("toy"), load_model(checkpoint_directory("toy")), VideoShape.of(5, 2, 16, 8, 8), videos=1).pool
+    pool = build_engine(load_config("toy"), load_model(checkpoint_path("toy")), VideoShape.of(5, 2, 16, 8, 8), videos=1).pool
     size = f"{(pool.keys.nbytes + pool.values.nbytes) / 2**30:.3g} GiB"
     assert status == 0 and said[0].startswith(f"keys and values of 8 latent frames take {size}: the cache has no window")
     status, said, _ = command(capsys, *prompt, *WINDOW, "--out", tmp_path / "b")
@@ -231,7 +231,7 @@ def test_a_cache_without_window_says_what_it_takes(
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run's directory as far as this command looks at it; its recipe differs from the default one."""
-    model = add_lora(load_model(checkpoint_directory("toy")), rank=3, alpha=5.0, targets=BLOCK_TARGETS, seed=0)
+    model = add_lora(load_model(checkpoint_path("toy")), rank=3, alpha=5.0, targets=BLOCK_TARGETS, seed=0)
     for parameter in adapter_parameters(model):
         nn.init.normal_(parameter, std=0.08)
     save_adapter(tmp_path / "run" / "adapter", model, base_model="toy")
@@ -259,12 +259,12 @@ def test_adapters_of_a_run_in_either_form_at_any_scale(run: Path, tmp_path: Path
 @pytest.mark.parametrize("scale", [1.0, 0.37, -0.5])
 def test_a_scaled_adapter_adds_so_much_of_itself_and_is_what_diffusers_computes(scale: float, run: Path) -> None:
     adapter = read_adapter(run / "adapter")
-    model, merged = load_model(checkpoint_directory("toy")), load_model(checkpoint_directory("toy"))
+    model, merged = load_model(checkpoint_path("toy")), load_model(checkpoint_path("toy"))
     generate.load_scaled_adapter(model, run, scale)
     for name in adapter.modules:
         down, up = (adapter.state[f"{name}.lora_{letter}.weight"] for letter in "AB")
         merged.get_submodule(name).weight += (scale * adapter.alpha / adapter.rank) * up @ down
-    wan = WanTransformer3DModel.from_pretrained(checkpoint_directory("toy") / "transformer", torch_dtype=torch.float32)
+    wan = WanTransformer3DModel.from_pretrained(checkpoint_path("toy") / "transformer", torch_dtype=torch.float32)
     wan.load_lora_adapter(str(run / "adapter"), weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
     wan.set_adapters(["default_0"], [scale])
     latents, text, timestep = torch.randn(2, 2, 16, 8, 8), torch.randn(2, 8, 32), torch.tensor([820.0])

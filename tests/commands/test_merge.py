@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from arcopo_fast import merge
-from arcopo_fast.assemble import build_engine, checkpoint_directory, load_generator, load_held_out, load_model, load_prompts, load_rewards
+from arcopo_fast.assemble import build_engine, checkpoint_path, load_generator, load_held_out, load_model, load_prompts, load_rewards
 from arcopo_fast.assemble import video_shape as shape_of
 from arcopo_fast.commands import run_command
 from arcopo_fast.evaluation import Evaluation, evaluate
@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     torch.manual_seed(seed)
     folder = tmp_path_factory.mktemp("runs")
     for name, rank, alpha, targets in (("semi", 3, 7.0, ("to_q", "ffn.net.2", "proj_out")), ("on", 5, 4.0, BLOCK_TARGETS)):
-        model = add_lora(load_model(checkpoint_directory("toy")), rank=rank, alpha=alpha, targets=targets, seed=0)
+        model = add_lora(load_model(checkpoint_path("toy")), rank=rank, alpha=alpha, targets=targets, seed=0)
         for parameter in adapter_parameters(model):
             nn.init.normal_(parameter, std=0.08)
         save_adapter(folder / name / "adapter", model, base_model="toy")
@@ -115,16 +115,16 @@ def test_the_merged_adapter_is_the_two_adapters_side_by_side(
     out, inputs = tmp_path / "new" / "merged", Inputs()
     # an adapter's directory is as good as its run's, and so is a file in diffusers' form
     assert command(capsys, "--semi", runs[0], "--on", runs[1] / "adapter", "--scale", scale, "--out", out)[:2] == (0, [])
-    with side_by_side(load_model(checkpoint_directory("toy")), (semi, 1.0), (on, scale)) as both:
+    with side_by_side(load_model(checkpoint_path("toy")), (semi, 1.0), (on, scale)) as both:
         expected = inputs.through(both)
     for fault in ((1.0, scale + 0.01), (0.99, scale)):  # a wrong scale of either would be seen
-        with side_by_side(load_model(checkpoint_directory("toy")), (semi, fault[0]), (on, fault[1])) as other:
+        with side_by_side(load_model(checkpoint_path("toy")), (semi, fault[0]), (on, fault[1])) as other:
             assert distance(inputs.through(other), expected) > 5 * ROUNDING
 
-    assert distance(inputs.through(load_adapter(load_model(checkpoint_directory("toy")), out)), expected) <= ROUNDING
-    through_peft = PeftModel.from_pretrained(load_model(checkpoint_directory("toy")), str(out))
+    assert distance(inputs.through(load_adapter(load_model(checkpoint_path("toy")), out)), expected) <= ROUNDING
+    through_peft = PeftModel.from_pretrained(load_model(checkpoint_path("toy")), str(out))
     assert distance(inputs.through(through_peft), expected) <= ROUNDING
-    wan = WanTransformer3DModel.from_pretrained(checkpoint_directory("toy") / "transformer", torch_dtype=torch.float32)
+    wan = WanTransformer3DModel.from_pretrained(checkpoint_path("toy") / "transformer", torch_dtype=torch.float32)
     wan.load_lora_adapter(str(out), weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
     assert distance(inputs.through(wan), expected) <= ROUNDING
 
@@ -158,7 +158,7 @@ def test_what_a_merge_leaves(runs: tuple[Path, Path], tmp_path: Path, capsys: py
 
 def test_different_base_models_are_told(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
-    save_adapter(other, load_adapter(load_model(checkpoint_directory("toy")), runs[1] / "adapter"), base_model="some/base")
+    save_adapter(other, load_adapter(load_model(checkpoint_path("toy")), runs[1] / "adapter"), base_model="some/base")
     status, said, _ = command(capsys, "--semi", runs[0], "--on", other, "--scale", 1, "--out", tmp_path / "merged")
     assert status == 0 and len(said) == 1 and "some/base and toy" in said[0]
     assert "base_model" not in (tmp_path / "merged" / "README.md").read_text().split("---")[1]

@@ -13,7 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
 
-from arcopo_fast.assemble import checkpoint_directory, load_model
+from arcopo_fast.assemble import checkpoint_path, load_model
 from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.metrics import read_metrics
@@ -107,12 +107,12 @@ def test_the_resolved_configuration_repeats_the_run(finished: Path, tmp_path: Pa
 
 def test_the_adapter_loads_into_peft_and_diffusers(finished: Path) -> None:
     """And gives there what it gives here: the first chunk is what diffusers' bidirectional transformer computes on it."""
-    ours = load_adapter(load_model(checkpoint_directory("toy")), finished / "adapter")
+    ours = load_adapter(load_model(checkpoint_path("toy")), finished / "adapter")
     x, t = torch.randn(2, 2, 16, 8, 8), torch.tensor([820.0])
     text = torch.randn(2, 8, 32)
     with torch.no_grad():
         expected = ours(x, t[:, None], ours.encode_text(text))
-        base = load_model(checkpoint_directory("toy"))
+        base = load_model(checkpoint_path("toy"))
         plain = base(x, t[:, None], base.encode_text(text))
         assert expected is not None and plain is not None and (expected - plain).abs().max() > 1e-4, "the adapter must do something"
 
@@ -121,7 +121,7 @@ def test_the_adapter_loads_into_peft_and_diffusers(finished: Path) -> None:
         assert not result.unexpected_keys
         torch.testing.assert_close(through_peft(x, t[:, None], through_peft.encode_text(text)), expected, rtol=0, atol=2e-5)
 
-        wan = WanTransformer3DModel.from_pretrained(checkpoint_directory("toy") / "transformer", torch_dtype=torch.float32)
+        wan = WanTransformer3DModel.from_pretrained(checkpoint_path("toy") / "transformer", torch_dtype=torch.float32)
         wan.load_lora_adapter(str(finished / "adapter"), weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
         out = wan(x.transpose(1, 2), t.expand(2), text, return_dict=False)[0].transpose(1, 2)
         torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
@@ -154,7 +154,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments: list[str], said: st
 def test_bad_checkpoints_are_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / ("model.pt" if kind == "pickle with code" else "model.safetensors")
     if kind == "truncated":
-        whole = (checkpoint_directory("toy") / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+        whole = (checkpoint_path("toy") / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
     elif kind == "foreign":
         from safetensors.torch import save_file

@@ -208,6 +208,7 @@ def test_gradients(path: Path) -> None:
     """Gradient of one replayed call: through the chunk's own keys and values and the text, not through the prefix."""
     config, recorded = fixtures.read(path)
     case = fixtures.load(path.with_name(path.name.replace(".grad.", ".")))
+    case.model.requires_grad_(True)
     chunk, engine = config["chunk"], case.engine
     stream = engine.start(case.text())
     with torch.no_grad():

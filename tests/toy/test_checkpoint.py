@@ -10,7 +10,7 @@ import torch
 from arcopo_fast.assemble import (
     Generator,
     build_engine,
-    checkpoint_directory,
+    checkpoint_path,
     load_generator,
     load_held_out,
     load_prompts,
@@ -35,7 +35,7 @@ def generator(config: Config) -> Generator:
 
 
 def test_it_is_at_most_8_megabytes() -> None:
-    size = sum(file.stat().st_size for file in checkpoint_directory("toy").rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in checkpoint_path("toy").rglob("*") if file.is_file())
     assert size <= 8_000_000, f"the toy checkpoint takes {size / 1e6:.1f} MB"
 
 
@@ -62,7 +62,7 @@ def test_it_shows_what_the_caption_says_often_enough(config: Config, generator: 
 
 
 def test_its_records_ship_with_it() -> None:
-    directory = checkpoint_directory("toy")
+    directory = checkpoint_path("toy")
     metrics = json.loads((directory / "metrics.json").read_text())
     assert metrics["vae"]["psnr"] > 24 and min(metrics["noise_influence"]["ratio"]) >= 5
     stages = [json.loads(line)["stage"] for line in (directory / "training_log.jsonl").read_text().splitlines()]
