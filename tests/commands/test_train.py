@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
 
-from arcopo_fast.assemble import checkpoint_path, load_model
+from arcopo_fast.assemble import build_engine, checkpoint_path, load_generator, load_model, video_shape
+from arcopo_fast.generate import load_scaled_adapter, stream_frames
 from arcopo_fast.model.lora import load_adapter
+from arcopo_fast.model.vae import load_vae
 from arcopo_fast.recipe import load_config
+from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.runtime.metrics import read_metrics
 from arcopo_fast.train import Trainer, main
 
@@ -125,6 +129,54 @@ def test_the_adapter_loads_into_peft_and_diffusers(finished: Path) -> None:
         wan.load_lora_adapter(str(finished / "adapter"), weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
         out = wan(x.transpose(1, 2), t.expand(2), text, return_dict=False)[0].transpose(1, 2)
         torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+
+
+class OurSigmas(FlowMatchEulerDiscreteScheduler):
+    """Euler steps at the sigmas of a recipe, whatever number of steps a pipeline asks for."""
+
+    def set_timesteps(self, *_: object, **__: object) -> None:
+        super().set_timesteps(sigmas=[1.0, 0.9375, 1 / 1.2, 0.625])
+
+
+def test_the_adapter_gives_the_same_video_in_diffusers_own_pipeline(finished: Path) -> None:
+    """A video of one chunk has no context, so diffusers' bidirectional pipeline can make it: same noise, same Euler steps, same frames."""
+    steps = ["sampler.kind=ode", "sampler.steps=[1000, 750, 500, 250]", "sampler.warp=true", "sampler.shift=5.0"]
+    config = load_config("toy", [*steps, "video.chunks=1", "video.chunk_frames=4"])
+    generator = load_generator(config)
+    noise = KeyedNoise(video_shape(config, generator).chunk, seed=int(torch.randint(1 << 30, ())))
+    prompt = "a red circle moving right"
+    text = generator.encode_text([prompt])
+
+    def ours() -> Tensor:
+        engine = build_engine(config, generator.model, video_shape(config, generator), videos=1)
+        return torch.cat(list(stream_frames(generator, engine, text, noise)), dim=1)
+
+    directory = checkpoint_path("toy")
+    wan = WanTransformer3DModel.from_pretrained(directory / "transformer", torch_dtype=torch.float32)
+    pipeline = WanPipeline(None, None, load_vae(directory / "vae"), OurSigmas(), wan)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def theirs() -> Tensor:
+        latents = noise.initial(0).transpose(1, 2)
+        video = pipeline(
+            prompt_embeds=text,
+            latents=latents,
+            height=64,
+            width=64,
+            num_frames=13,
+            guidance_scale=1.0,
+            output_type="pt",
+            max_sequence_length=8,
+        )
+        return video.frames
+
+    plain = ours()
+    torch.testing.assert_close(theirs(), plain, rtol=0, atol=1e-5)
+    load_scaled_adapter(generator.model, finished, 1.0)
+    pipeline.load_lora_weights(str(finished / "adapter"))
+    adapted = ours()
+    assert (adapted - plain).abs().max() > 1e-3, "the adapter must show"
+    torch.testing.assert_close(theirs(), adapted, rtol=0, atol=1e-5)
 
 
 BAD = {

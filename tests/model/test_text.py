@@ -18,7 +18,23 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from support.umt5 import (
+    BUCKETS,
+    DIM,
+    END,
+    FFN,
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    TEXT_LEN,
+    UNKNOWN,
+    VOCABULARY,
+    WORDS,
+    State,
+    official_state,
+    write_official,
+    write_tokenizer,
+)
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -28,14 +44,6 @@ from arcopo_fast.model import text
 from arcopo_fast.model.checkpoints import read_container
 from arcopo_fast.model.text import CachedTextEncoder, TextEncoderFiles, UMT5TextEncoder, clean_prompt, load_umt5
 
-State = dict[str, Tensor]
-
-# No two sizes are equal, so that none can be taken for another.
-VOCABULARY, DIM, HEADS, HEAD_DIM, FFN, LAYERS, BUCKETS = 83, 24, 3, 5, 40, 2, 12
-TEXT_LEN = 150  # beyond the largest distance that relative positions tell apart, 128
-WORDS = [first + last for first in ("ba", "ce", "di", "fo", "gu", "he") for last in ("", "ke", "li", "mo", "nu", "pa", "re", "to")]
-END, UNKNOWN = 1, 2
-
 
 @pytest.fixture(autouse=True)
 def fresh_words(fresh_seed: None) -> None:
@@ -43,32 +51,6 @@ def fresh_words(fresh_seed: None) -> None:
 
 
 # Files in the published formats -------------------------------------------------------------------------------------------------------
-
-
-def official_state(dtype: torch.dtype = torch.float32) -> State:
-    """Random weights under the names of the official encoder, of sizes at which every part shows in the result, even a norm's epsilon."""
-
-    def matrix(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns) * columns**-0.5
-
-    state = {"token_embedding.weight": 0.05 * torch.randn(VOCABULARY, DIM), "norm.weight": 1 + 0.3 * torch.randn(DIM)}
-    for block in range(LAYERS):
-        state |= {
-            f"blocks.{block}.{name}": tensor
-            for name, tensor in {
-                "norm1.weight": 1 + 0.3 * torch.randn(DIM),
-                "attn.q.weight": matrix(HEADS * HEAD_DIM, DIM),
-                "attn.k.weight": matrix(HEADS * HEAD_DIM, DIM),
-                "attn.v.weight": matrix(HEADS * HEAD_DIM, DIM),
-                "attn.o.weight": matrix(DIM, HEADS * HEAD_DIM),
-                "pos_embedding.embedding.weight": torch.randn(BUCKETS, HEADS),
-                "norm2.weight": 1 + 0.3 * torch.randn(DIM),
-                "ffn.gate.0.weight": matrix(FFN, DIM),
-                "ffn.fc1.weight": matrix(FFN, DIM),
-                "ffn.fc2.weight": matrix(DIM, FFN),
-            }.items()
-        }
-    return {name: tensor.to(dtype) for name, tensor in state.items()}
 
 
 def transformers_model(state: State) -> UMT5EncoderModel:
@@ -130,28 +112,6 @@ def official_forward(state: State, ids: Tensor, mask: Tensor) -> Tensor:
         gate = functional.gelu(linear(a, f"{name}.ffn.gate.0"), approximate="tanh")
         x = x + linear(gate * linear(a, f"{name}.ffn.fc1"), f"{name}.ffn.fc2")
     return norm(x, "norm")
-
-
-def write_tokenizer(directory: Path, *, end: bool = True, unused: int = 0) -> None:
-    """A Unigram tokenizer like google/umt5-xxl's: pieces with scores, "▁" for a space, a normaliser, an end token."""
-    directory.mkdir(parents=True)
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)] + [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    pieces += [(f"▁{word}", -4.0 - number / 100) for number, word in enumerate(WORDS)]
-    pieces += [(f"unused{number}", -9.0) for number in range(unused)]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=UNKNOWN))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    if end:
-        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
-    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
-
-
-def write_official(directory: Path, state: State, **tokenizer: object) -> Path:
-    write_tokenizer(directory / "google" / "umt5-xxl", **tokenizer)  # type: ignore[arg-type]
-    torch.save(state, directory / "models_t5_umt5-xxl-enc-bf16.pth")
-    return directory
 
 
 def write_diffusers(directory: Path, state: State, shard: str = "12KB") -> Path:
