@@ -1,7 +1,11 @@
-"""Judge a generator on fixed prompts and noises: the rewards it is trained on and the held-out metrics it is not."""
+"""Judge a generator on fixed prompts and noises: the rewards it is trained on and the held-out metrics it is not.
+
+A score that failed is NaN, in a summary null; it is counted, and no mean has it in it.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +34,16 @@ class Evaluation:
     frames: Tensor
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        return {
-            name: {"mean": values.mean().item(), "std": values.std(correction=0).item(), "values": [round(v, 6) for v in values.tolist()]}
-            for name, values in self.scores.items()
-        }
+        """Each score's mean and standard deviation over the videos that have it (null if none has), every value, and how many failed."""
+        return {name: _summary(values) for name, values in self.scores.items()}
+
+
+def _summary(values: Tensor) -> dict[str, Any]:
+    there = values[values.isfinite()]
+    mean, std = (there.mean().item(), there.std(correction=0).item()) if len(there) else (None, None)
+    listed = [round(value, 6) if math.isfinite(value) else None for value in values.tolist()]
+    failed = {"failed": len(values) - len(there)} if len(there) < len(values) else {}
+    return {"mean": mean, "std": std, "values": listed, **failed}
 
 
 def videos_at_once(config: Config, shape: VideoShape) -> int:
@@ -66,7 +76,7 @@ def evaluate(
                 frames, _ = decoder.decode(some, decoder.start())
             prompts_of = part[done : done + len(some)]
             with resident(device, *rewards.values(), *held_out.values(), offload=offload):
-                for name, values in (score(rewards, frames, prompts_of) | score(held_out, frames, prompts_of)).items():
+                for name, values in score({**rewards, **held_out}, frames, prompts_of, quarantine=True).items():
                     scores.setdefault(name, []).append(values.cpu())
             shown.append(frames[: max(0, config.evaluation.sample_videos - start - done)].cpu())
             done += len(some)

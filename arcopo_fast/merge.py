@@ -48,7 +48,7 @@ from arcopo_fast.recipe import shorten
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.model_card import HOW_TO_LOAD
 from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.runtime.results import TOTAL
+from arcopo_fast.runtime.results import TOTAL, number
 from arcopo_fast.runtime.run_dir import atomic_directory, atomic_write, check_out
 from arcopo_fast.runtime.sweep import Point, Scores, as_json, as_markdown, as_page, choose_scale, point_of, scale_text, with_held_out
 
@@ -208,7 +208,7 @@ def sweep(
             file = evaluation_file(out, scale)
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(file, json.dumps({"scale": scale, "settings": settings, "scores": kept[scale]}, indent=2) + "\n")
-            progress.update(kept[scale][TOTAL]["mean"])
+            progress.update(number(kept[scale][TOTAL]["mean"]))
     return judge(config, semi, on, {scale: with_held_out(kept[scale], names) for scale in wanted}, names, out)
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from arcopo_fast.runtime.model_card import model_card
 from arcopo_fast.runtime.profiling import Trace
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.report import write_report
+from arcopo_fast.runtime.results import TOTAL, Change, changes
 from arcopo_fast.runtime.run_dir import RunDirectory
 from arcopo_fast.runtime.video import write_mp4
 
@@ -166,22 +168,22 @@ def write_samples(run: RunDirectory, config: Config, before: Evaluation, after: 
         for name, evaluation in (("before", before), ("after", after)):
             entry[name] = f"samples/{name}-{index:02d}.mp4"
             write_mp4(run.path / entry[name], evaluation.frames[index], config.video.fps)
-            entry[f"reward_{name}"] = evaluation.scores["reward"][index].item()
+            reward = evaluation.scores[TOTAL][index].item()
+            entry[f"reward_{name}"] = reward if math.isfinite(reward) else None
         videos.append(entry)
     return videos
 
 
-def comparison(before: Evaluation, after: Evaluation, rewards: dict[str, Reward]) -> str:
+def comparison(changes: Sequence[Change], videos: int) -> str:
     """The table that ends a run: each reward and held-out metric before and after, and the change in baseline standard deviations."""
-    width = max(map(len, before.scores)) + 2
+    width = max(len(one.name) for one in changes) + 2
     lines = [f"{'':{width}}  before   after  change  in std of a video"]
-    for name, values in before.scores.items():
-        change = (after.scores[name] - values).mean().item()
-        spread = values.std(correction=0).item()
-        label = name if name in rewards or name == "reward" else f"({name})"
-        in_spreads = f"{change / spread:+6.2f}" if spread > 0 else "     -"
-        lines.append(f"{label:{width}}  {values.mean():6.3f}  {after.scores[name].mean():6.3f}  {change:+6.3f}  {in_spreads}")
-    return "\n".join([*lines, f"{len(before.prompts)} videos on fixed prompts and noises; metrics in (brackets) are never trained on"])
+    for one in changes:
+        label = f"({one.name})" if one.kind == "held out" else one.name
+        in_spreads = f"{one.in_spreads:+6.2f}" if math.isfinite(one.in_spreads) else "     -"
+        left_out = f"  {one.failed} left out: no score" if one.failed else ""
+        lines.append(f"{label:{width}}  {one.before:6.3f}  {one.after:6.3f}  {one.change:+6.3f}  {in_spreads}{left_out}")
+    return "\n".join([*lines, f"{videos} videos on fixed prompts and noises; metrics in (brackets) are never trained on"])
 
 
 def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 0) -> Path:
@@ -234,7 +236,7 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
     run.write("adapter/README.md", model_card(config, document))
     run.write("evaluation.json", json.dumps(document, indent=2) + "\n")  # last: with it the run is complete
     write_report(run.path)
-    print(comparison(before, after, trainer.rewards))
+    print(comparison(changes(config, document), len(before.prompts)))
     print(f"report: {run.path / 'report.html'}")
     return run.path
 

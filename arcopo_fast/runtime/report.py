@@ -96,11 +96,16 @@ def _change_table(changes: Sequence[Change]) -> str:
             label = {"total": "Weighted sum", "trained": "Rewards, trained on", "held out": "Held out"}[kind]
             rows.append(f'<tr class="group"><th colspan="5" scope="rowgroup">{label}</th></tr>')
         rows.append(
-            f'<tr><th scope="row">{escape(one.name)}</th><td>{plain(one.before)}</td><td>{plain(one.after)}</td>'
+            f'<tr><th scope="row">{escape(one.name)}{_left_out(one)}</th><td>{plain(one.before)}</td><td>{plain(one.after)}</td>'
             f'<td class="{("", "up", "down")[one.direction]}">{signed(one.change)}{give_or_take(one.error)}</td>'
             f"<td>{signed(one.in_spreads, 2)}</td></tr>"
         )
     return table(["", "before", "after", "change", "in std"], rows)
+
+
+def _left_out(change: Change) -> str:
+    """How many videos a score does not count, if any: it failed there."""
+    return f" <small>({change.failed} left out: no score)</small>" if change.failed else ""
 
 
 def _videos(directory: Path, videos: Iterable[Mapping[str, Any]]) -> str:

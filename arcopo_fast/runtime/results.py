@@ -5,13 +5,15 @@ evaluation.json of a run directory is
     {"before": {name: {"mean": m, "std": s, "values": [...]}}, "after": {...},
      "videos": [{"prompt": text, "seed": n, "before": "samples/before-00.mp4", "after": ..., "reward_before": r, "reward_after": r}]}
 
-with "reward" among the names for the weighted sum that is trained on, and the values of one video at the same place before and after.
+with "reward" among the names for the weighted sum that is trained on, and the values of one video at the same place before and after; null
+for a score that failed.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +35,8 @@ class Change:
     """One reward or metric over the same videos before and after. A number that was not measured, or is not finite, is NaN.
 
     kind: of `KINDS`. error: the standard error of the change, over videos. spread: the standard deviation of one video's value before.
-    better: what share of the videos has a higher value after; None where single values are not known.
+    better: what share of the videos has a higher value after; None where single values are not known. failed: videos that are left out,
+    as they have no value before or none after.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Change:
     error: float
     spread: float
     better: float | None
+    failed: int = 0
 
     @property
     def change(self) -> float:
@@ -72,13 +76,21 @@ def changes(config: Config, evaluation: Mapping[str, Any]) -> list[Change]:
         if after is None:
             continue
         kind = "total" if name == TOTAL else "trained" if config.rewards.get(name) else "held out"
+        first, second, spread = number(before.get("mean")), number(after.get("mean")), number(before.get("std"))
         # The same prompt and noise: only the differences vary.
-        differences = [number(second) - number(first) for first, second in zip(before.get("values") or [], after.get("values") or [])]
+        pairs = [(number(one), number(other)) for one, other in zip(before.get("values") or [], after.get("values") or [])]
+        whole = [pair for pair in pairs if all(map(math.isfinite, pair))]
+        if len(whole) < len(pairs):  # means over other videos before than after would show a change where there is none
+            first, second, spread = math.nan, math.nan, math.nan
+            if whole:
+                ones, others = zip(*whole)
+                first, second, spread = statistics.fmean(ones), statistics.fmean(others), statistics.pstdev(ones)
         error, better = math.nan, None
-        if len(differences) > 1 and all(map(math.isfinite, differences)):
+        differences = [other - one for one, other in whole]
+        if len(differences) > 1:
             error = deviation(differences) / math.sqrt(len(differences))
             better = sum(difference > 0 for difference in differences) / len(differences)
-        found.append(Change(name, kind, number(before.get("mean")), number(after.get("mean")), error, number(before.get("std")), better))
+        found.append(Change(name, kind, first, second, error, spread, better, len(pairs) - len(whole)))
     return sorted(found, key=lambda one: KINDS.index(one.kind))
 
 

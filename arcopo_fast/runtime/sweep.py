@@ -6,6 +6,7 @@ Knows an evaluation by its summary, name -> mean, std and one value for each vid
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -43,9 +44,10 @@ def choose_scale(points: Sequence[Point]) -> Point | None:
 
 def with_held_out(scores: Scores, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
     """An evaluation's scores with one more, HELD_OUT: for each video the mean of the named ones."""
-    values = [sum(of_video) / len(names) for of_video in zip(*(scores[name]["values"] for name in names), strict=True)]
-    mean = sum(values) / len(values)
-    std = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    of_videos = zip(*(scores[name]["values"] for name in names), strict=True)
+    values = [None if None in of_video else sum(of_video) / len(names) for of_video in of_videos]
+    there = [value for value in values if value is not None]
+    mean, std = (statistics.fmean(there), statistics.pstdev(there)) if there else (None, None)
     return {**scores, HELD_OUT: {"mean": mean, "std": std, "values": values}}
 
 
@@ -55,10 +57,13 @@ def point_of(config: Config, scale: float, baseline: Scores, scores: Scores) -> 
 
 
 def as_json(point: Point, scores: Scores) -> dict[str, Any]:
-    """An entry of sweep.json. change, error: against the base model; error is null for a single video."""
+    """An entry of sweep.json. change, error: against the base model; null where no video, or for the error only one, has both scores."""
+
+    def known(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
     compared = {
-        name: {"change": one.change, "error": one.error if math.isfinite(one.error) else None} | dict(scores[name])
-        for name, one in point.scores.items()
+        name: {"change": known(one.change), "error": known(one.error)} | dict(scores[name]) for name, one in point.scores.items()
     }
     return {"scale": point.scale, "both_above": point.both_above, "scores": compared}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from arcopo_fast.assemble import load_rewards
 from arcopo_fast.commands import run_command
 from arcopo_fast.errors import UserError
 from arcopo_fast.recipe import load_config, resolved_yaml
+from arcopo_fast.rewards.client import RewardServerError
 from arcopo_fast.rewards.registry import load_reward
 from arcopo_fast.rewards.server import RewardServer, Scorer
 from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.runtime.results import read_run
 from arcopo_fast.train import Trainer, main
 
 SMALL = [
@@ -96,6 +100,59 @@ def test_failed_scores_are_counted_and_left_out(tmp_path: Path, monkeypatch: pyt
     (line,) = read_metrics(tmp_path / "toy")
     assert line["failed_scores"] == 2 and 0 < line["reward"] == line["reward/my_rewards:sometimes"] < 1
     assert len(seen) == 2 and all(one[1] == 0 and one[[0, 2, 3]].abs().min() > 0 and one.sum().abs() < 1e-9 for one in seen)
+
+
+def test_evaluation_leaves_failed_scores_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One video has no score before training: it counts nowhere, and the files stay JSON that anybody reads."""
+    (tmp_path / "once.py").write_text(
+        "class Once:\n"
+        "    calls = 0\n"
+        "    def __call__(self, frames, prompts):\n"
+        "        self.calls += 1\n"
+        "        return [None if self.calls == 1 and i == 1 else s for i, s in enumerate(frames.mean((1, 2, 3, 4)))]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = ["evaluation.prompts=3", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=2", "train.iterations=1"]
+    with pytest.warns(UserWarning, match="not finite"):
+        main([*SMALL, 'rewards={"once:Once": 2.0}', *settings, f"run.directory={tmp_path}"])
+    run = tmp_path / "toy"
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    document = json.loads((run / "evaluation.json").read_text(), parse_constant=refuse)
+    for name, weight in (("once:Once", 1.0), ("reward", 2.0)):
+        before, after = document["before"][name], document["after"][name]
+        assert before["failed"] == 1 and before["values"][1] is None and "failed" not in after and None not in after["values"]
+        there = [before["values"][0], before["values"][2]]
+        assert before["mean"] == pytest.approx(sum(there) / 2, abs=1e-6) and 0 < before["mean"] / weight < 1
+        (change,) = [one for one in read_run(run).changes if one.name == name]
+        assert change.failed == 1 and change.before == pytest.approx(sum(there) / 2, abs=1e-6)
+        assert change.after == pytest.approx((after["values"][0] + after["values"][2]) / 2, abs=1e-6)
+    assert document["videos"][1]["reward_before"] is None
+    assert "1 left out: no score" in (run / "report.html").read_text() and "1 left out: no score" in capsys.readouterr().out
+
+
+def test_a_reward_that_goes_by_seconds_is_told_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here by the recipe, at a server by --fps; a server that was told another rate than the recipe's is refused."""
+    (tmp_path / "rated.py").write_text(
+        "class Reward:\n    fps = 16.0\n    def __call__(self, frames, prompts):\n        return [self.fps] * len(frames)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    name, frames = "rated:Reward", torch.rand(2, 3, 3, 8, 8)
+    recipe = f"rewards={json.dumps({name: 1.0})}"
+    assert load_rewards(load_config("toy", [recipe, "video.fps=24"]))[name](frames, ["a", "b"]).tolist() == [24, 24]
+    scorer = Scorer({name: load_reward(name, fps=12)}, batch=8, waiting_bytes=1 << 30, device=torch.device("cpu"))
+    server = RewardServer(("127.0.0.1", 0), scorer, token=None, max_bytes=1 << 30, fps=12)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        remote = [recipe, f"reward_servers.addresses={json.dumps({name: server.url})}", "reward_servers.give_up_after=0.5"]
+        rewards = load_rewards(load_config("toy", [*remote, "video.fps=12"]))
+        assert rewards[name](frames, ["a", "b"]).tolist() == [12, 12]
+        with pytest.raises(RewardServerError, match=r"as of 12 frames per second, and these have 24; start it with --fps 24"):
+            load_rewards(load_config("toy", [*remote, "video.fps=24"]))
+    finally:
+        server.stop()
 
 
 def test_addresses_are_of_rewards() -> None:

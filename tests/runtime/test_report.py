@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import yaml
-from support.runs import NAMES, PROMPT, STEPS, Page, evaluation, settings, summary, write_run
+from support.runs import NAMES, PROMPT, STEPS, Page, evaluation, settings, write_run
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.recipe import load_config, resolved_yaml
@@ -73,15 +73,28 @@ def test_a_run_that_was_cut_short_still_gets_a_report(tmp_path: Path) -> None:
 
 def test_what_is_not_known_is_a_dash(tmp_path: Path) -> None:
     document = evaluation()
-    document["after"]["toy_vq"] = summary([float("nan"), *document["after"]["toy_vq"]["values"][1:]])
-    document["after"]["shape_fidelity"]["values"][2] = None
+    videos = len(document["before"]["toy_vq"]["values"])
+    document["after"]["toy_vq"] |= {"mean": None, "std": None, "values": [None] * videos}
+    document["after"]["shape_fidelity"]["values"][1:] = [None] * (videos - 1)
     run = write_run(tmp_path, document=document)
     found = {one.name: one for one in changes(settings(tmp_path), json.loads((run / "evaluation.json").read_text()))}
     assert not found["toy_vq"].known and not found["shape_fidelity"].known and found["reward"].known
     page = Page(write_report(run))
-    assert f"toy_vq {document['before']['toy_vq']['mean']:.3f} – – –" in page.text
+    assert f"toy_vq ({videos} left out: no score) – – – –" in page.text
     assert "Not judged, for want of two videos or of finite values: shape_fidelity." in page.text
     assert "No held-out metric fell" not in page.text
+
+
+def test_pairs_with_a_failed_score_are_left_out(tmp_path: Path) -> None:
+    config, document = settings(tmp_path), evaluation()
+    before, after = (np.array(document[side]["toy_vq"]["values"]) for side in ("before", "after"))
+    document["before"]["toy_vq"]["values"][0] = None
+    document["after"]["toy_vq"]["values"][2] = None
+    (one,) = [one for one in changes(config, document) if one.name == "toy_vq"]
+    kept = [index for index in range(len(before)) if index not in (0, 2)]
+    assert one.failed == 2 and one.before == pytest.approx(before[kept].mean()) and one.after == pytest.approx(after[kept].mean())
+    assert one.error == pytest.approx((after - before)[kept].std(ddof=1) / len(kept) ** 0.5)
+    assert one.spread == pytest.approx(before[kept].std()) and one.better == pytest.approx((after > before)[kept].mean())
 
 
 def test_changes_are_paired(tmp_path: Path) -> None:
