@@ -153,6 +153,14 @@ def local(source: str | Path, files: Sequence[str] = ()) -> Path | None:
     return path if path.exists() and not _missing(path, files) else None
 
 
+def describe(source: str | Path, files: Sequence[str] = ()) -> str:
+    """What is needed, with its size where that is known, and how to get it."""
+    if not is_published(source):
+        return f"{source}{': ' + ', '.join(files) if files else ''}, a path on this machine"
+    wanted = Source.parse(str(source))
+    return f"{_what(wanted, files)}; {wanted.advice(files)}"
+
+
 def _local(wanted: Source, files: Sequence[str]) -> Path | None:
     return next((path for path in _places(wanted) if path.exists() and not _missing(path, files)), None)
 
@@ -261,14 +269,16 @@ def _check_sizes(wanted: Source, path: Path, files: Sequence[str]) -> None:
 
 
 def _absent(wanted: Source, files: Sequence[str], reason: str) -> str:
+    where = f"${VARIABLE}" if os.environ.get(VARIABLE) else f"${VARIABLE} (not set)"
+    nowhere = f"is neither in {where} nor in the cache, and cannot be downloaded ({reason})"
+    return f"{_what(wanted, files)} {nowhere}; {wanted.advice(files)}"
+
+
+def _what(wanted: Source, files: Sequence[str]) -> str:
     names = [str(Path(wanted.inside, file)) for file in files] or ([wanted.inside] if wanted.inside else [])
     sizes = {name: FILES[key].size for name in names if (key := f"{wanted.repository}/{name}") in FILES}
-    what = ", ".join(f"{name} ({_gigabytes(sizes[name])})" if name in sizes else name for name in names)
-    where = f"${VARIABLE}" if os.environ.get(VARIABLE) else f"${VARIABLE} (not set)"
-    return (
-        f"{wanted.address}{': ' + what if what else ''} is neither in {where} nor in the cache, and cannot be downloaded ({reason}); "
-        f"{wanted.advice(files)}"
-    )
+    said = ", ".join(f"{name} ({_gigabytes(sizes[name])})" if name in sizes else name for name in names)
+    return f"{wanted.address}{': ' + said if said else ''}"
 
 
 def _gigabytes(size: int) -> str:

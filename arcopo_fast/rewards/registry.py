@@ -5,6 +5,7 @@ The package's are paths too, and imported when they are asked for: a process tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ REWARDS = {
     "steadiness": "arcopo_fast.rewards.simple:Steadiness",
 }
 """By name, what makes a reward when it is called without arguments. One that takes GPU memory of its own, weights and working set, says how
-much in an attribute `bytes`; one that goes by seconds, not frames, has an attribute `fps`."""
+much in an attribute `bytes`; one that goes by seconds, not frames, has an attribute `fps`; one that reads published files names them in an
+attribute `sources`."""
 
 
 def load_reward(name: str, *, fps: float = 16.0, device: torch.device | str | None = None) -> Reward:
@@ -56,6 +58,12 @@ def reward_bytes(name: str) -> int:
     """GPU memory that a reward says it takes; 0 if it says nothing."""
     found: Any = find(REWARDS[name] if name in REWARDS else _own(name), "reward")
     return getattr(found, "bytes", 0)
+
+
+def reward_files(name: str) -> Sequence[tuple[str, Sequence[str]]]:
+    """The published files that a reward says it reads: sources, see `hub.find`, each with what is needed of it. Nothing is loaded."""
+    found: Any = find(REWARDS[name] if name in REWARDS else _own(name), "reward")
+    return getattr(found, "sources", ())
 
 
 def _own(name: str) -> str:

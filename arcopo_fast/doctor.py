@@ -1,0 +1,143 @@
+"""Is everything here that a recipe needs? Packages, GPU and files: what is missing, how large it is, where to get it.
+
+    python -m arcopo_fast.doctor [RECIPE] [key=value ...] [--verify]
+
+Looks, downloads nothing and loads no weights. Ends with 1 if a file is missing or damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from arcopo_fast import hub
+from arcopo_fast.assemble import UNTRAINED, base_files
+from arcopo_fast.commands import RecipeParser, run_command
+from arcopo_fast.config import Config
+from arcopo_fast.data.prompts import BENCH
+from arcopo_fast.errors import UserError
+from arcopo_fast.rewards.registry import reward_files
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors", "huggingface_hub", "av")
+MISSING = 1
+
+
+class Need(NamedTuple):
+    """What a recipe's key asks for. source: as the recipe says it. files: what is needed of a directory."""
+
+    key: str
+    source: str
+    files: list[str]
+
+
+def needs(config: Config) -> list[Need]:
+    """The files behind a recipe, but for what ships with the package and what a reward server has."""
+    generator = config.generator
+    found = []
+    if generator.checkpoint != "toy" and not generator.checkpoint.startswith(UNTRAINED):
+        found.append(Need("generator.checkpoint", generator.checkpoint, []))
+    if generator.base:
+        found.append(Need("generator.base", generator.base, base_files(generator.base)))
+    if generator.lora:
+        found.append(Need("generator.lora", generator.lora, []))
+    if config.prompts not in ("toy", BENCH):
+        found.append(Need("prompts", config.prompts, []))
+    for name in config.rewards:
+        if name not in config.reward_servers.addresses:
+            found += [Need(f"rewards.{name}", source, list(files)) for source, files in reward_files(name)]
+    return found
+
+
+def environment() -> list[str]:
+    """Lines about Python, packages and devices."""
+    versions = []
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"no {name}")
+    lines = [f"Python {platform.python_version()} on {platform.system()} {platform.machine()}", ", ".join(versions)]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        lines.append(f"cuda:{index}  {device.name}, {device.total_memory / 1e9:.0f} GB, sm_{device.major}{device.minor}")
+    if not torch.cuda.is_available():
+        lines.append("no GPU that PyTorch can use")
+    return lines
+
+
+def checksums(need: Need, path: Path) -> Iterator[tuple[Path, bool]]:
+    """Files of a need whose published SHA-256 is known, and whether it is theirs."""
+    if not hub.is_published(need.source):
+        return
+    wanted = hub.Source.parse(need.source)
+    for file in [path / name for name in need.files] if path.is_dir() else [path]:
+        known = hub.FILES.get(f"{wanted.repository}/{Path(wanted.inside, *file.relative_to(path).parts)}")
+        if known and known.sha256:
+            digest = hashlib.sha256()
+            with file.open("rb") as opened, tqdm(total=known.size, desc=file.name, unit="B", unit_scale=True, leave=False) as bar:
+                while part := opened.read(1 << 24):
+                    digest.update(part)
+                    bar.update(len(part))
+            yield file, digest.hexdigest() == known.sha256
+
+
+def examine(config: Config, *, verify: bool = False) -> tuple[list[str], bool]:
+    """What to say of a recipe's files, and whether all is well.
+
+    verify: read every file whose checksum is known.
+    """
+    lines, absent, damaged = [], 0, 0
+    seen: set[tuple[str, ...]] = set()
+    for need in needs(config):
+        if (need.source, *need.files) in seen:  # three rewards of one model need its files once
+            continue
+        seen.add((need.source, *need.files))
+        path = hub.local(need.source, need.files)
+        if path is None:
+            absent += 1
+            lines.append(f"missing  {need.key}: {hub.describe(need.source, need.files)}")
+            continue
+        try:
+            hub.find(need.source, need.files)  # of the published size
+        except UserError as error:
+            damaged += 1
+            lines.append(f"damaged  {need.key}: {error}")
+            continue
+        bad = [file for file, intact in checksums(need, path) if not intact] if verify else []
+        damaged += len(bad)
+        lines.append(f"{'found' if not bad else 'damaged':7}  {need.key}: {path}")
+        lines += [f"         {file} is not what was published; get it again" for file in bad]
+    if absent or damaged:
+        lines.append(f"{absent} missing, {damaged} damaged; with a network, a run downloads what is missing by itself")
+    else:
+        lines.append("every file is here")
+    return lines, not (absent or damaged)
+
+
+def command_line() -> RecipeParser:
+    parser = RecipeParser("python -m arcopo_fast.doctor", "Say whether everything is here that a recipe needs.")
+    parser.add_argument("--verify", action="store_true", help="read every large file whose published SHA-256 is known, and compare it")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    command = command_line().read_config(argv)
+    if command is None:
+        return 0
+    config, options = command
+    print("\n".join(environment()))
+    lines, well = examine(config, verify=options.verify)
+    print("\n".join([f"\nThe recipe {config.name}:", *lines]))
+    return 0 if well else MISSING
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
