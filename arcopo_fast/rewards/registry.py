@@ -21,6 +21,7 @@ REWARDS = {
     "toy_ta": "arcopo_fast.toy.rewards:TextAlignment",
     "sharpness": "arcopo_fast.rewards.simple:Sharpness",
     "steadiness": "arcopo_fast.rewards.simple:Steadiness",
+    "clip": "arcopo_fast.rewards.clip:CLIPScore",
 }
 """By name, what makes a reward when it is called without arguments. One that takes GPU memory of its own, weights and working set, says how
 much in an attribute `bytes`; one that goes by seconds, not frames, has an attribute `fps`; one that reads published files names them in an
