@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,14 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import Evaluation, evaluate
 from arcopo_fast.groups import BufferedGroups, GroupSource, JudgedGroup, Rollouts, policy_of, training_prompts
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter, save_adapter
+from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
 from arcopo_fast.planner import dry_run, over_plan
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.client import RewardServerError
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.runtime import profiling
+from arcopo_fast.runtime.ceilings import measure_ceilings
 from arcopo_fast.runtime.interrupt import Interrupted, Interruption
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.metrics import MetricsWriter
@@ -52,9 +56,10 @@ from arcopo_fast.runtime.model_card import model_card
 from arcopo_fast.runtime.profiling import Trace
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.report import write_report
-from arcopo_fast.runtime.results import TOTAL, Change, changes
+from arcopo_fast.runtime.results import DEVICE, TOTAL, Change, changes
 from arcopo_fast.runtime.run_dir import RunDirectory
 from arcopo_fast.runtime.video import write_mp4
+from arcopo_fast.work import floors
 
 
 class Trainer:
@@ -140,6 +145,15 @@ class Trainer:
         means = {name: sum(values) / len(values) for name, values in logged.items()}
         return means | statistics | {"failed_scores": failed, "lr": lr, "time": seconds}
 
+    def device(self) -> dict[str, Any]:
+        """What device.json says: the device, what it reaches at best, and by pivot the seconds below which no stage gets."""
+        config, model = self.config, self.generator.model
+        ceilings = measure_ceilings(model.device, model.dtype)
+        name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else f"{platform.machine()} CPU"
+        floor = floors(config, model.config, VAESizes.from_config(self.generator.decoder.vae.config), ceilings)
+        versions = {package: version(package) for package in ("torch", "arcopo_fast")}
+        return {"device": name, "versions": versions, "dtype": config.generator.dtype, **ceilings._asdict(), "floor": floor}
+
     def over_plan(self) -> str | None:
         """What to say if the run has taken more of the device's memory than was planned."""
         device = self.generator.model.device
@@ -201,6 +215,7 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
     trainer = Trainer(config)
     trace = Trace(profile, of=config.train.iterations)
     run = resume or RunDirectory.create(config)
+    run.write(DEVICE, json.dumps(trainer.device(), indent=2) + "\n")
     with adapter_disabled(trainer.generator.model):  # bit for bit what the fresh adapter, which adds zeros, gives
         before = trainer.evaluate()
     done = saved = trainer.restore(run.checkpoints()[-1]) if run.checkpoints() else 0

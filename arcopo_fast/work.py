@@ -1,4 +1,4 @@
-"""What an AR-CoPO iteration has to compute and move, counted from its sizes: the yardstick of `bench_iteration.py`.
+"""What an AR-CoPO iteration has to compute and move, counted from its sizes: the yardstick of a run's report and of the benchmarks.
 
 FLOP of matrix products and convolutions, a multiplication and an addition being two, as torch.utils.flop_counter counts them. Counted is
 what the algorithm needs, with what is shared computed once: one prefix, no clean pass after the last chunk, a clean pass up to the last
@@ -11,16 +11,19 @@ written once. Those of the VAE and the rewards are not counted, so their floor i
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import nn
 
+from arcopo_fast.assemble import cache_policy, shape_of
+from arcopo_fast.config import Config
 from arcopo_fast.model.causal_wan import CausalWanConfig
 from arcopo_fast.model.sizes import VAESizes, decoder_convolutions
 from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import SamplerSettings, VideoShape
+from arcopo_fast.runtime.ceilings import Ceilings
 
 
 @dataclass(frozen=True)
@@ -64,19 +67,6 @@ class Workload:
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
         return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
-
-    def check_supported(self) -> None:
-        """The reference path writes one algorithm, not every option of it.
-
-        Raises:
-            ValueError: a setting that it has not.
-        """
-        needed = {"distance": "consistency", "distance_reduction": "mean", "steps": "all", "skip_last_step": False, "context": "rollout"}
-        for name, value in needed.items():
-            if (given := getattr(self.copo, name)) != value:
-                raise ValueError(f"the reference path has objective.{name} {value!r} only; got {given!r}")
-        if self.copo.tau == "auto" or self.sampler.kind != "consistency" or self.policy.variant != "self_forcing":
-            raise ValueError("the reference path has a fixed tau, the consistency sampler and the self_forcing cache only")
 
 
 @dataclass(frozen=True)
@@ -180,6 +170,52 @@ def replay(workload: Workload, frames: int, visible: int, backward: AttentionBac
         lora=3 * once.lora - 2 * tokens * rank * 3 * dim,
         traffic=3 * once.traffic,
     )
+
+
+def workload_of(config: Config, name: str, model: CausalWanConfig, vae: VAESizes | None) -> Workload:
+    """A recipe with objective.kind copo as a workload."""
+    sampler, optimizer = config.sampler, config.optimizer
+    first = tuple(sampler.first_chunk_steps) if sampler.first_chunk_steps else None
+    return Workload(
+        name,
+        model,
+        shape_of(config, model.in_channels),
+        SamplerSettings(tuple(sampler.steps), sampler.warp, sampler.shift, first, sampler.context_noise, sampler.kind),
+        cache_policy(config),
+        config.rollout.group_size,
+        config.rollout.noise_strength,
+        cast(CopoSettings, config.objective),
+        config.lora.rank,
+        config.lora.alpha,
+        optimizer.lr,
+        optimizer.betas,
+        optimizer.weight_decay,
+        optimizer.gradient_clip,
+        config.objective.advantage_std_floor,
+        getattr(torch, config.generator.dtype),
+        config.rollout.branches_per_wave,
+        config.rollout.decode_branches,
+        config.video.decode_frames,
+        vae,
+    )
+
+
+def floors(config: Config, model: CausalWanConfig, vae: VAESizes, ceilings: Ceilings) -> dict[int, dict[str, float]]:
+    """Seconds below which no stage of an iteration of the recipe gets on a device, by pivot, from 1: empty where nothing was counted.
+
+    Counted are iterations of AR-CoPO on its own rollouts. Matrix products and convolutions at the ceiling of a large matrix product, then
+    the passes between them at that of a copy; rewards are not counted.
+    """
+    if config.objective.kind != "copo" or config.train.buffer is not None:
+        return {}
+    workload = workload_of(config, config.name, model, vae)
+    return {
+        pivot + 1: {
+            stage: config.rollout.prompts_per_iteration * ceilings.seconds(work.flops, work.traffic)
+            for stage, work in iteration(workload, pivot).items()
+        }
+        for pivot in range(workload.shape.chunks)
+    }
 
 
 def visible_frames(workload: Workload, chunk: int) -> int:

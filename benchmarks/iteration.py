@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from arcopo_kernels.testing import error_ratio
@@ -37,8 +37,9 @@ from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, Group, SamplerSettings, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, normal
 from arcopo_fast.runtime import profiling
-from benchmarks import iteration_cost, results, shapes
-from benchmarks.iteration_cost import Work, Workload
+from arcopo_fast.work import Work, Workload, workload_of
+from arcopo_fast.work import iteration as iteration_work
+from benchmarks import results, shapes
 from benchmarks.reference.iteration import Reference, Result
 from benchmarks.results import OURS
 from benchmarks.timing import Ceilings, Timer, _timing, measure_ceilings
@@ -46,7 +47,6 @@ from benchmarks.timing import Ceilings, Timer, _timing, measure_ceilings
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-    from arcopo_fast.config import Config
 
 STAGES = (*profiling.STAGES, "other")
 PER_BRANCH = ("prefix", "denoise", "clean", "decode", "reward")
@@ -84,41 +84,6 @@ class Scene:
         return replace(self, model=copy.deepcopy(self.model))
 
 
-def of_recipe(config: Config, name: str, model: CausalWanConfig, vae: VAESizes | None) -> Workload:
-    """A recipe as a workload."""
-    video, sampler, cache, optimizer = config.video, config.sampler, config.cache, config.optimizer
-    first = tuple(sampler.first_chunk_steps) if sampler.first_chunk_steps else None
-    return Workload(
-        name,
-        model,
-        VideoShape.of(
-            video.chunks,
-            video.chunk_frames,
-            model.in_channels,
-            video.latent_height,
-            video.latent_width,
-            independent_first_frame=video.independent_first_frame,
-        ),
-        SamplerSettings(tuple(sampler.steps), sampler.warp, sampler.shift, first, sampler.context_noise, sampler.kind),
-        CachePolicy(cache.variant, cache.window, cache.sink, cache.global_sink),
-        config.rollout.group_size,
-        config.rollout.noise_strength,
-        cast(CopoSettings, config.objective),
-        config.lora.rank,
-        config.lora.alpha,
-        optimizer.lr,
-        optimizer.betas,
-        optimizer.weight_decay,
-        optimizer.gradient_clip,
-        config.objective.advantage_std_floor,
-        getattr(torch, config.generator.dtype),
-        config.rollout.branches_per_wave,
-        config.rollout.decode_branches,
-        video.decode_frames,
-        vae,
-    )
-
-
 def toy(*overrides: str) -> Scene:
     """The shipped toy recipe."""
     from arcopo_fast.assemble import checkpoint_path, load_generator, load_prompts, load_rewards
@@ -128,7 +93,7 @@ def toy(*overrides: str) -> Scene:
     generator, prompt = load_generator(config), load_prompts(config).training[0]
     add_lora(generator.model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets, seed=config.seed)
     vae = load_vae(checkpoint_path(config.generator.checkpoint) / "vae")
-    workload = of_recipe(config, "toy", generator.model.config, VAESizes.from_config(vae.config))
+    workload = workload_of(config, "toy", generator.model.config, VAESizes.from_config(vae.config))
     text = generator.encode_text([prompt])
     return Scene(workload, generator.model, text, prompt, vae, load_rewards(config), config.rewards)
 
@@ -291,7 +256,7 @@ def case(
     timings: by path ("arcopo", "reference"), whole iterations; stages: by path, seconds by stage. "other" is what is in no stage.
     more: other fields; `varied` says what was varied, in a sweep.
     """
-    work = iteration_cost.iteration(workload, pivot)
+    work = iteration_work(workload, pivot)
     total = sum(work.values(), Work())
     variants = {name: {**timing._asdict(), "error": None} for name, timing in timings.items()}
     rows = []
@@ -473,7 +438,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}, {environment['date']}. Ceilings, measured",
         f"in the same run: matrix product {matmul:.4g} TFLOP/s, copy {bandwidth:.4g} TB/s. Floor: FLOP over the one plus bytes between the",
-        "products over the other (`benchmarks/iteration_cost.py`). MFU: FLOP a second over the matrix product's. Seconds are medians.",
+        "products over the other (`arcopo_fast/work.py`). MFU: FLOP a second over the matrix product's. Seconds are medians.",
     ]
     if pivoted:
         lines += ["", "| pivot | engine | reference | ratio | tokens/s | MFU | of floor | pages | planned | K/V | peak memory |"]

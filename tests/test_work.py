@@ -11,15 +11,15 @@ import torch
 from support.models import SAMPLER, random_text, small_config, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from arcopo_fast import work as work_of
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise
-from benchmarks import iteration_cost
+from arcopo_fast.work import DENSE, STORED, Workload
 from benchmarks.iteration import FULL
-from benchmarks.iteration_cost import DENSE, STORED, Workload
 
 SHAPE = VideoShape.of(3, 2, 8, 4, 6)
 SMALL = Workload("small", small_config(), SHAPE, SAMPLER, group_size=3, lora_rank=4, lora_alpha=8, vae=None)
@@ -47,8 +47,8 @@ def test_a_rollout_counts_what_pytorch_counts(pivot: int, policy: CachePolicy) -
     shared = 2 * (freq * dim + 7 * dim**2) * (workload.group_size - 1) * (workload.shape.chunks - 1 - pivot)
     with torch.no_grad():
         flops = counted(lambda: engine.rollout(random_text(), noise, pivot=pivot, branches=workload.group_size, sigma=0.5).release())
-    work = iteration_cost.iteration(workload, pivot)
-    expected = iteration_cost.text(workload).flops + sum(work[stage].flops for stage in ("prefix", "denoise", "clean") if stage in work)
+    work = work_of.iteration(workload, pivot)
+    expected = work_of.text(workload).flops + sum(work[stage].flops for stage in ("prefix", "denoise", "clean") if stage in work)
     assert flops == expected - shared
 
 
@@ -59,23 +59,23 @@ def test_a_replay_counts_what_pytorch_counts(pivot: int) -> None:
     with engine.rollout(random_text(), noise, pivot=pivot, branches=3, sigma=0.5) as group:
         flops = counted(lambda: engine.replay(group, items, items.flip(0)).sum().backward())
         without_gradient = counted(lambda: torch.no_grad()(engine.replay)(group, items, items))
-    frames, visible = SHAPE.chunk_frames[pivot], iteration_cost.visible_frames(SMALL, pivot)
-    one, text = iteration_cost.replay(SMALL, frames, visible, STORED), iteration_cost.text(SMALL, backward=True)
+    frames, visible = SHAPE.chunk_frames[pivot], work_of.visible_frames(SMALL, pivot)
+    one, text = work_of.replay(SMALL, frames, visible, STORED), work_of.text(SMALL, backward=True)
     assert flops == (one * 3 + text).flops
-    assert without_gradient == (iteration_cost.forward(SMALL, frames, visible) * 3 + iteration_cost.text(SMALL)).flops
+    assert without_gradient == (work_of.forward(SMALL, frames, visible) * 3 + work_of.text(SMALL)).flops
 
 
 def test_an_iterations_replay_is_made_of_its_items() -> None:
     workload = replace(SMALL, copo=CopoSettings(anchors_per_update=2, updates=3, micro_batch=4))
-    one, forward = iteration_cost.replay(workload, 2, 4), iteration_cost.forward(workload, 2, 4)
-    text, trained = iteration_cost.text(workload), iteration_cost.text(workload, backward=True)
-    work = iteration_cost.iteration(workload, 1)  # 2 anchors at 3 steps in micro-batches of 4: the prompt is encoded twice
+    one, forward = work_of.replay(workload, 2, 4), work_of.forward(workload, 2, 4)
+    text, trained = work_of.text(workload), work_of.text(workload, backward=True)
+    work = work_of.iteration(workload, 1)  # 2 anchors at 3 steps in micro-batches of 4: the prompt is encoded twice
     assert work["replay"].flops == pytest.approx((one * 18 + trained * 6 + forward * 12 + text * 4).flops)
     assert work["optimiser"].flops == 0 < work["optimiser"].traffic
 
 
 def test_the_adapters_parameters_are_counted() -> None:
-    assert iteration_cost.lora_parameters(SMALL) == sum(p.numel() for p in adapter_parameters(engine_of(SMALL).model))
+    assert work_of.lora_parameters(SMALL) == sum(p.numel() for p in adapter_parameters(engine_of(SMALL).model))
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["Wan2.1", "residual"])
@@ -86,7 +86,7 @@ def test_decoding_counts_what_pytorch_counts(residual: bool) -> None:
     with torch.device("meta"):  # PyTorch does not count its flash attention for CPUs
         vae = diffusers.AutoencoderKLWan(**sizes, **extra)
         flops = counted(lambda: vae.decode(torch.empty(1, 4, 3, 6, 4)))
-    assert iteration_cost.decode(VAESizes.from_config(vae.config), 6, 4, 3).flops == flops
+    assert work_of.decode(VAESizes.from_config(vae.config), 6, 4, 3).flops == flops
 
 
 def test_decoding_counts_at_full_size() -> None:
@@ -94,7 +94,7 @@ def test_decoding_counts_at_full_size() -> None:
     with torch.device("meta"):
         vae = diffusers.AutoencoderKLWan()
         flops = counted(lambda: vae.decode(torch.empty(1, 16, 2, 60, 104)))
-    assert iteration_cost.decode(VAESizes.from_config(vae.config), 60, 104, 2).flops == flops
+    assert work_of.decode(VAESizes.from_config(vae.config), 60, 104, 2).flops == flops
     assert VAESizes.from_config(vae.config) == VAESizes()
 
 
@@ -115,16 +115,16 @@ COST_MODEL = {
 def test_the_full_size_agrees_with_the_cost_model(pivot: int) -> None:
     prefix, denoise, clean, vae, replay = COST_MODEL[pivot]
     bare = replace(FULL, lora_rank=0)
-    work = iteration_cost.iteration(bare, pivot - 1)
+    work = work_of.iteration(bare, pivot - 1)
     visible = 3 * pivot
     # The cost model's clean passes run to the end.
-    whole = [iteration_cost.forward(bare, 3, 3 * chunk).flops / 1e12 for chunk in range(1, 8)]
+    whole = [work_of.forward(bare, 3, 3 * chunk).flops / 1e12 for chunk in range(1, 8)]
     assert 5 * sum(whole[: pivot - 1]) == pytest.approx(prefix, rel=0.02)
     assert work["denoise"].flops / 1e12 == pytest.approx(denoise, rel=0.02)
     assert 12 * sum(whole[pivot - 1 : 6]) == pytest.approx(clean, rel=0.02)
     assert work["decode"].flops / 1e12 == pytest.approx(vae, rel=0.02)
-    assert 32 * iteration_cost.replay(FULL, 3, visible, DENSE).flops / 1e12 == pytest.approx(replay, rel=0.02)
+    assert 32 * work_of.replay(FULL, 3, visible, DENSE).flops / 1e12 == pytest.approx(replay, rel=0.02)
     # What is counted as needed is a little less: the last block of a clean pass, and no gradient of cached keys.
     if "clean" in work:
         assert 0.9 * clean < work["clean"].flops / 1e12 < clean
-    assert iteration_cost.replay(FULL, 3, visible).flops <= iteration_cost.replay(FULL, 3, visible, DENSE).flops
+    assert work_of.replay(FULL, 3, visible).flops <= work_of.replay(FULL, 3, visible, DENSE).flops

@@ -14,7 +14,7 @@ from arcopo_fast.runtime.charts import line_chart
 from arcopo_fast.runtime.curves import HEALTH, REWARD, Statistic, logs, reward_statistics, updates
 from arcopo_fast.runtime.hacking import verdict
 from arcopo_fast.runtime.page import figures, give_or_take, page, plain, section, signed, table, video
-from arcopo_fast.runtime.results import Change, Record, Run, number, points, read_run, stage_seconds
+from arcopo_fast.runtime.results import Change, Record, Run, number, points, read_run, stage_floors, stage_seconds
 from arcopo_fast.runtime.run_dir import atomic_write
 
 _CHANGE_NOTE = (
@@ -34,7 +34,7 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
     """
     run = read_run(directory)
     videos = _videos(run.directory, run.evaluation.get("videos") or [])
-    seconds = stage_seconds(run.records)
+    seconds, floors = stage_seconds(run.records), stage_floors(run.records, run.device)
     settings = f"<details><summary>config.yaml</summary><pre>{escape(resolved_yaml(run.config))}</pre></details>"
     parts = [
         _headline(run, bool(videos)),
@@ -42,7 +42,7 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
         section("Before and after", _change_table(run.changes), _CHANGE_NOTE) if run.changes else "",
         section("Videos", videos, _VIDEO_NOTE) if videos else "",
         section("Training", _charts(run.config, run.records)) if run.records else "",
-        section("Where the time went", _timing_table(seconds)) if seconds else "",
+        section("Where the time went", _timing_table(seconds, floors), _floor_note(run.device) if floors else "") if seconds else "",
         section("Settings", settings, _SETTINGS_NOTE),
     ]
     path = run.directory / "report.html" if path is None else Path(path)
@@ -119,16 +119,30 @@ def _videos(directory: Path, videos: Iterable[Mapping[str, Any]]) -> str:
     return f'<div class="videos">{"".join(cards)}</div>' if cards else ""
 
 
-def _timing_table(seconds: Mapping[str, float]) -> str:
-    """Seconds per iteration and share of each stage, and a bar that shows the share."""
+def _timing_table(seconds: Mapping[str, float], floors: Mapping[str, float]) -> str:
+    """Seconds per iteration, share and percent of the floor of each stage, and a bar that shows the share."""
     whole = sum(seconds.values())
+
+    def of_floor(floor: float | None, part: float) -> str:
+        return f"<td>{100 * floor / part:.0f} %</td>" if floor and part else "<td></td>"
+
     rows = [
         f'<tr><th scope="row">{escape(name)}</th><td>{part:.3f}</td><td>{100 * part / (whole or 1):.0f} %</td>'
-        f'<td class="bar"><i style="width:{100 * part / (whole or 1):.1f}%"></i></td></tr>'
+        f'{of_floor(floors.get(name), part)}<td class="bar"><i style="width:{100 * part / (whole or 1):.1f}%"></i></td></tr>'
         for name, part in sorted(seconds.items(), key=lambda item: -item[1])
     ]
-    rows.append(f'<tr class="sum"><th scope="row">an iteration</th><td>{whole:.3f}</td><td></td><td class="bar"></td></tr>')
-    return table(["", "s / iteration", "share", ""], rows)
+    total = of_floor(sum(floors.values()), whole)
+    rows.append(f'<tr class="sum"><th scope="row">an iteration</th><td>{whole:.3f}</td><td></td>{total}<td class="bar"></td></tr>')
+    return table(["", "s / iteration", "share", "of floor", ""], rows)
+
+
+def _floor_note(device: Mapping[str, Any]) -> str:
+    rates = f"a {device.get('dtype')} matrix product reaches {number(device.get('matmul')) / 1e12:.3g} TFLOP/s, "
+    rates += f"a copy {number(device.get('bandwidth')) / 1e9:.3g} GB/s"
+    return escape(
+        f"Of floor: the time that a stage's arithmetic and traffic would take at the best rates of the device ({device.get('device')}: "
+        f"{rates}), over the time it took. Rewards are not counted."
+    )
 
 
 def _charts(config: Config, records: Sequence[Record]) -> str:

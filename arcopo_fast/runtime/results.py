@@ -15,7 +15,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.metrics import FILE, read_metrics
 
+DEVICE = "device.json"  # what a run ran on: device, versions, ceilings, and by pivot the seconds below which no stage of an iteration gets
 TOTAL = "reward"  # the weighted sum of the rewards, in metrics.jsonl and evaluation.json
 KINDS = ("total", "trained", "held out")
 Record = Mapping[str, Any]
@@ -102,6 +103,7 @@ class Run:
     config: Config
     records: Sequence[Record]
     evaluation: Mapping[str, Any]
+    device: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def changes(self) -> list[Change]:
@@ -129,7 +131,7 @@ def read_run(directory: str | Path) -> Run:
         raise UserError(f"{directory} is not a run: it {problem}; give the directory that a run has made, as in runs/toy")
     config = load_config(str(directory / "config.yaml"))
     records = read_metrics(directory) if (directory / FILE).is_file() else []
-    return Run(directory, config, records, _read_evaluation(directory / "evaluation.json"))
+    return Run(directory, config, records, _read_evaluation(directory / "evaluation.json"), _read_device(directory / DEVICE))
 
 
 def _read_evaluation(path: Path) -> Mapping[str, Any]:
@@ -144,6 +146,15 @@ def _read_evaluation(path: Path) -> Mapping[str, Any]:
     if not all(isinstance(side, dict) and all(isinstance(scores, dict) for scores in side.values()) for side in sides):
         raise UserError(f"{path}: not the evaluation of a run; the file was changed by something else than a run")
     return document
+
+
+def _read_device(path: Path) -> Mapping[str, Any]:
+    """Empty if there is none: it only adds to what is shown."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) and isinstance(document.get("floor"), dict) else {}
 
 
 def points(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
@@ -161,6 +172,20 @@ def stage_seconds(records: Sequence[Record]) -> dict[str, float]:
             if math.isfinite(number(seconds)):
                 sums[name] = sums.get(name, 0.0) + seconds
     return {name: seconds / len(timed) for name, seconds in sums.items()}
+
+
+def stage_floors(records: Sequence[Record], device: Mapping[str, Any]) -> dict[str, float]:
+    """Mean seconds below which no stage of these iterations could get, by stage, of the pivots that they had; empty if that is unknown."""
+    floor = device.get("floor") or {}
+    timed = [record for record in records if isinstance(record.get("time"), Mapping) and record["time"]]
+    pivots = [str(int(record["pivot"])) for record in timed if number(record.get("pivot")).is_integer()]
+    if not timed or len(pivots) < len(timed) or not set(pivots) <= floor.keys():  # groups of one iteration that had several pivots
+        pivots = list(floor) if timed else []
+    sums: dict[str, float] = {}
+    for pivot in pivots:
+        for name, seconds in floor[pivot].items():
+            sums[name] = sums.get(name, 0.0) + seconds
+    return {name: seconds / len(pivots) for name, seconds in sums.items()}
 
 
 def number(value: Any) -> float:

@@ -21,11 +21,25 @@ from arcopo_fast.rollout.noise import KeyedNoise, generator
 from arcopo_fast.rollout.sampler import Steps
 from arcopo_fast.rollout.scheduler import Schedule
 from arcopo_fast.runtime.profiling import stage
-from benchmarks.iteration_cost import Workload
+from arcopo_fast.work import Workload
 from benchmarks.reference.wan import DenseCache, ReferenceWan
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
+
+
+def _check_supported(workload: Workload) -> None:
+    """This path writes one algorithm, not every option of it.
+
+    Raises:
+        ValueError: a setting that it has not.
+    """
+    needed = {"distance": "consistency", "distance_reduction": "mean", "steps": "all", "skip_last_step": False, "context": "rollout"}
+    for name, value in needed.items():
+        if (given := getattr(workload.copo, name)) != value:
+            raise ValueError(f"the reference path has objective.{name} {value!r} only; got {given!r}")
+    if workload.copo.tau == "auto" or workload.sampler.kind != "consistency" or workload.policy.variant != "self_forcing":
+        raise ValueError("the reference path has a fixed tau, the consistency sampler and the self_forcing cache only")
 
 
 @dataclass
@@ -66,7 +80,7 @@ class Reference:
         *,
         mp4: bool = False,
     ) -> None:
-        workload.check_supported()
+        _check_supported(workload)
         self.workload = workload
         self.wan = ReferenceWan(model)
         self.vae = vae

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from arcopo_fast.rollout.engine import VideoShape
+from arcopo_fast.work import Workload
 from benchmarks import gpu, iteration, results, shapes
-from benchmarks.iteration_cost import Workload
 from benchmarks.results import OURS
 from benchmarks.timing import Ceilings, Timer
 
