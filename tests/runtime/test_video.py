@@ -152,3 +152,10 @@ def test_png_sheets_mark_columns_and_stack(tmp_path: Path) -> None:
     np.testing.assert_array_equal(both[: len(marked)], marked)
     np.testing.assert_array_equal(both[len(marked) + 5 :, : narrow.shape[1]], narrow)
     assert (both[len(marked) : len(marked) + 5] == 255).all() and (both[len(marked) :, narrow.shape[1] :] == 255).all()
+
+
+def test_the_same_frames_give_the_same_file(tmp_path: Path) -> None:
+    frames = torch.rand(24, 3, 64, 96)
+    for name in "ab":
+        write_mp4(tmp_path / f"{name}.mp4", frames, 16)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
