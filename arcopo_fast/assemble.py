@@ -9,15 +9,16 @@ import importlib.resources
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Callable, Literal, Sequence
+from typing import TYPE_CHECKING, Callable, Literal, Sequence
 
 import torch
 from torch import Tensor
 
 from arcopo_fast import hub
 from arcopo_fast.config import Config, objective_class
-from arcopo_fast.data.prompts import Prompts, prompts_file, read_prompts, split_prompts
+from arcopo_fast.data.prompts import Prompts, read_prompts, split_prompts
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
 from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_json, read_state_dict
@@ -32,12 +33,17 @@ from arcopo_fast.rewards.client import remote_rewards
 from arcopo_fast.rewards.registry import load_reward
 from arcopo_fast.rewards.wire import read_token
 from arcopo_fast.rollout.cache import CachePolicy
+from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
 from arcopo_fast.rollout.noise import generator as random_for
+from arcopo_fast.runtime.memory import resident
 from arcopo_fast.settings import ObjectiveSettings
 from arcopo_fast.toy import data as toy_data
 from arcopo_fast.toy import metrics as toy_metrics
 from arcopo_fast.toy.text import ToyTextEncoder
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 TextEncoder = Callable[[Sequence[str]], Tensor]
 
@@ -213,8 +219,7 @@ def wave_size(config: Config) -> int:
 def pool_pages(config: Config, shape: VideoShape, *, videos: int | None = None) -> int:
     """Pages that the groups of an iteration need at the worst pivot, or `videos` independent videos."""
     policy = cache_policy(config)
-    cached = sum(shape.chunk_frames[:-1])
-    visible = cached if policy.window is None else min(cached, policy.window)
+    visible = Engine.plan(shape, policy, shape.chunks - 1, 1).prefix  # what one whole video holds at most
     if videos:
         return max(1, videos * visible)
     # Every group of an iteration holds its prefix until the update; a context that is recomputed stands beside the rollout's own.
@@ -222,9 +227,14 @@ def pool_pages(config: Config, shape: VideoShape, *, videos: int | None = None) 
     return Engine.pages_for(shape, wave_size(config), policy=policy) + held * visible
 
 
-def build_engine(config: Config, model: CausalWan, shape: VideoShape, *, videos: int | None = None) -> Engine:
-    """An engine whose pool holds a group of the recipe, or `videos` independent videos."""
-    sampler = config.sampler
+def build_engine(
+    config: Config, model: CausalWan, shape: VideoShape, *, videos: int | None = None, vae: AutoencoderKLWan | None = None
+) -> Engine:
+    """An engine whose pool holds a group of the recipe, or `videos` independent videos. vae: for generators that encode frames again."""
+    sampler, policy = config.sampler, cache_policy(config)
+    reencoder = None
+    if policy.reencoded and vae is not None:
+        reencoder = Reencoder(vae, partial(resident, model.device, vae, offload=config.generator.offload))
     return Engine(
         model,
         shape,
@@ -236,9 +246,10 @@ def build_engine(config: Config, model: CausalWan, shape: VideoShape, *, videos:
             sampler.context_noise,
             sampler.kind,
         ),
-        cache_policy(config),
+        policy,
         pages=pool_pages(config, shape, videos=videos),
         cuda_graphs=config.rollout.cuda_graphs,
+        reencoder=reencoder,
     )
 
 
@@ -275,5 +286,5 @@ def load_held_out(generator: Generator) -> dict[str, Reward]:
 
 def load_prompts(config: Config) -> Prompts:
     """Training and evaluation prompts; which are kept for evaluation depends on `evaluation.seed` alone."""
-    prompts = toy_data.all_captions() if config.prompts == "toy" else read_prompts(prompts_file(config.prompts))
+    prompts = toy_data.all_captions() if config.prompts == "toy" else read_prompts(config.prompts)
     return split_prompts(prompts, config.evaluation.prompts, random_for(config.evaluation.seed, "evaluation prompts"))

@@ -22,8 +22,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 def _timesteps(steps: list[float]) -> list[float]:
     if not steps:
         raise ValueError("needs at least one timestep")
-    if any(not 0 < step <= 1000 for step in steps):
-        raise ValueError(f"timesteps lie in (0, 1000]; given {steps}")
+    if any(not 0 <= step <= 1000 for step in steps) or steps[0] == 0:
+        raise ValueError(f"timesteps lie in (0, 1000], but for a last one of 0; given {steps}")
     if any(later >= earlier for earlier, later in pairwise(steps)):
         raise ValueError(f"timesteps must decrease; given {steps}")
     return steps
@@ -47,7 +47,9 @@ class GeneratorConfig(Section):
         None, min_length=1, description="directory or hf://owner/name with the text encoder and the VAE; null: beside the checkpoint"
     )
     lora: str | None = Field(
-        None, min_length=1, description="an adapter that is part of the generator: folded into its weights before anything else; path or hf://"
+        None,
+        min_length=1,
+        description="an adapter that is part of the generator: folded into its weights before anything else; path or hf://",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen base; the adapter is always float32")
     vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the decoder; bfloat16 is fast on a GPU")
@@ -83,7 +85,7 @@ class SamplerConfig(Section):
     """The few-step sampler of one chunk."""
 
     kind: Literal["consistency", "ode"] = Field("consistency", description="consistency: predict, re-noise freshly; ode: Euler steps")
-    steps: Timesteps = Field(description="T timesteps, decreasing, in (0, 1000]")
+    steps: Timesteps = Field(description="T timesteps, decreasing, in (0, 1000]; the last one may be 0")
     first_chunk_steps: Timesteps | None = Field(None, description="timesteps of the first chunk, if it has its own")
     warp: bool = Field(description="steps index the shifted table of 1000 timesteps (750 -> 937.5 for shift 5) instead of being timesteps")
     shift: PositiveFloat = Field(description="s of sigma = s u / (1 + (s - 1) u)")
@@ -101,11 +103,13 @@ class SamplerConfig(Section):
 class CacheConfig(Section):
     """Which finished frames a chunk attends to."""
 
-    variant: Literal["self_forcing", "longlive", "longlive_infinity", "infinity_rope"] = Field(
+    variant: Literal["self_forcing", "longlive", "longlive_infinity", "infinity_rope", "krea"] = Field(
         "self_forcing", description="the published generator whose cache and positions are used"
     )
     window: Positive | None = Field(None, description="visible latent frames, the chunk being denoised included; null: all")
-    sink: int = Field(0, ge=0, description="first latent frames that never leave the window")
+    sink: int = Field(
+        0, ge=0, description="first latent frames that never leave the window; krea: 1, or 0 for a frame encoded again in its place"
+    )
     global_sink: bool = Field(True, description="the sink survives a prompt switch (longlive)")
 
 
@@ -211,7 +215,10 @@ class Config(Section):
     name: str = Field(description="of the run and its directory")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of every random draw")
     prompts: str = Field(
-        "toy", min_length=1, description='"toy": captions of the toy world; "bench": plain sentences; else a text file, one prompt a line'
+        "toy",
+        min_length=1,
+        description='"toy": captions of the toy world; "bench": plain sentences; else a file with a prompt on each line, a .jsonl or .csv '
+        "file with prompt in it, or hf://owner/name/FILE",
     )
     generator: GeneratorConfig = Field(default_factory=GeneratorConfig)
     video: VideoConfig
@@ -259,6 +266,11 @@ class Config(Section):
             )
         if cache.variant == "infinity_rope" and cache.window is not None and cache.sink < 1:
             raise ValueError("cache.sink must be at least 1 for infinity_rope with a window")
+        if cache.variant == "krea" and (cache.window is None or cache.window <= video.chunk_frames or cache.sink > 1):
+            raise ValueError(
+                f"krea computes a context anew for every chunk: cache.window {cache.window} must be more than the chunk's "
+                f"{video.chunk_frames} latent frames, and cache.sink {cache.sink} 0 or 1"
+            )
         if isinstance(rollout.pivot, int) and not 1 <= rollout.pivot <= video.count:
             raise ValueError(f"rollout.pivot {rollout.pivot} is beyond the video of L = {video.count} chunks; give 1 to {video.count}")
         if (self.train.mode == "on_policy") != (self.train.buffer is None):

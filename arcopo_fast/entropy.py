@@ -79,7 +79,7 @@ class Generation:
         self.branches = max(2, min(most, wave_size(config)))
         # With a window the context holds frames that its branches no longer see: one video more.
         videos = self.branches + (config.cache.window is not None)
-        self.engine = build_engine(config, self.generator.model, self.shape, videos=videos)
+        self.engine = build_engine(config, self.generator.model, self.shape, videos=videos, vae=self.generator.decoder.vae)
         self.pixel_frames = VAESizes.from_config(self.generator.decoder.vae.config).pixel_frames
 
     def measure(self, index: int, prompt: str, pivots: Sequence[int], figures: Path | None) -> Iterator[Record]:

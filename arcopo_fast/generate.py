@@ -118,7 +118,7 @@ def generate(
         print(f"{frames} frames are not whole chunks of {config.video.chunk_frames} latent frames: making {total}", file=sys.stderr)
     latent_switches = {frame: generator.encode_text([prompt]) for frame, prompt in place_switches(switches, shape, vae).items()}
     text = generator.encode_text(prompts)
-    engine = sized_engine(config, generator.model, shape, batch, longer=shape.chunks > usual.chunks)
+    engine = sized_engine(config, generator, shape, batch, longer=shape.chunks > usual.chunks)
     files[0].parent.mkdir(parents=True, exist_ok=True)
     with Interruption("the chunk") as interruption:
         for start in range(0, len(prompts), batch):
@@ -199,19 +199,19 @@ def place_switches(switches: Sequence[Switch], shape: VideoShape, vae: VAESizes)
     return placed
 
 
-def sized_engine(config: Config, model: CausalWan, shape: VideoShape, videos: int, *, longer: bool) -> Engine:
+def sized_engine(config: Config, generator: Generator, shape: VideoShape, videos: int, *, longer: bool) -> Engine:
     """An engine for `videos` videos at once. longer: than the recipe's, so what a cache without window then takes is worth a line.
 
     Raises:
         UserError: its keys and values do not fit the memory.
     """
-    pages = pool_pages(config, shape, videos=videos)
+    model, pages = generator.model, pool_pages(config, shape, videos=videos)
     page = 2 * model.config.num_layers * model.config.tokens_per_frame(shape.height, shape.width) * model.config.dim * model.dtype.itemsize
     size = f"keys and values of {pages} latent frames take {pages * page / 2**30:.3g} GiB"
     if longer and config.cache.window is None:
         print(f"{size}: the cache has no window, so it grows with the video; set cache.window to bound it", file=sys.stderr)
     try:
-        return build_engine(config, model, shape, videos=videos)
+        return build_engine(config, model, shape, videos=videos, vae=generator.decoder.vae)
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; the allocator of a CPU has none of its own
         reason = str(error).splitlines()[0]
         raise UserError(f"{size}, which do not fit ({reason}); set cache.window, or lower --frames or --batch") from error

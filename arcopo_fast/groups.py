@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from arcopo_fast.assemble import Generator
+from arcopo_fast.assemble import Generator, cache_policy
 from arcopo_fast.config import Config
 from arcopo_fast.data.buffer import Buffer, Entry, all_metadata
 from arcopo_fast.data.prompts import Prompts
@@ -199,7 +199,8 @@ def weights_digest(model: CausalWan) -> str:
 def policy_of(config: Config, model: CausalWan, objective: Objective[Any]) -> dict[str, Any]:
     """What the groups of a buffer were drawn from; training must agree with every value. The model must have no adapter."""
     kernel = objective.kernel
-    return {
+    reencoded = {"vae_dtype": config.generator.vae_dtype} if cache_policy(config).reencoded else {}
+    return reencoded | {
         "weights": weights_digest(model),
         "video": config.video.model_dump(exclude={"fps", "decode_frames"}),
         "sampler": config.sampler.model_dump(),

@@ -194,7 +194,7 @@ def sweep(
     merged = merge_adapters(semi.adapter, on.adapter, 1.0)
     add_lora(model, rank=merged.rank, alpha=merged.alpha, targets=merged.modules, seed=0)
     load_adapter_state(model, merged.state, source=f"the merge of {semi.file} and {on.file}")
-    engine = build_engine(config, model, shape, videos=videos_at_once(config, shape))
+    engine = build_engine(config, model, shape, videos=videos_at_once(config, shape), vae=generator.decoder.vae)
 
     if overwrite:
         _remove_sweep(out)

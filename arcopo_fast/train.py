@@ -75,7 +75,7 @@ class Trainer:
         encode_ahead(self.generator.encode_text, [*training_prompts(config, self.prompts.training), *self.prompts.evaluation])
         self.held_out = load_held_out(self.generator)
         self.shape = video_shape(config, self.generator)
-        self.engine: Engine = build_engine(config, self.generator.model, self.shape)
+        self.engine: Engine = build_engine(config, self.generator.model, self.shape, vae=self.generator.decoder.vae)
         self.objective = build_objective(config, self.engine)
         self.source: GroupSource
         if config.train.buffer is None:

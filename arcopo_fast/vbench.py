@@ -110,7 +110,7 @@ def make_videos(config: Config, generator: Generator, videos: Sequence[Video], d
         return
     encode_ahead(generator.encode_text, [video.text for video in missing])
     shape, batch = video_shape(config, generator), min(batch, len(missing))
-    engine = sized_engine(config, generator.model, shape, batch, longer=False)
+    engine = sized_engine(config, generator, shape, batch, longer=False)
     with Interruption("the videos at hand") as interruption, Progress(len(videos), len(videos) - len(missing)) as progress:
         for start in range(0, len(missing), batch):
             if interruption.asked:

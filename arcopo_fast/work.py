@@ -201,12 +201,12 @@ def workload_of(config: Config, name: str, model: CausalWanConfig, vae: VAESizes
 
 
 def floors(config: Config, model: CausalWanConfig, vae: VAESizes, ceilings: Ceilings) -> dict[int, dict[str, float]]:
-    """Seconds below which no stage of an iteration of the recipe gets on a device, by pivot, from 1: empty where nothing was counted.
+    """Seconds below which no stage of a recipe's iteration gets on a device, by pivot, from 1: empty where nothing was counted.
 
-    Counted are iterations of AR-CoPO on its own rollouts. Matrix products and convolutions at the ceiling of a large matrix product, then
-    the passes between them at that of a copy; rewards are not counted.
+    Counted are iterations of AR-CoPO on its own rollouts, each frame cached once. Matrix products and convolutions at the ceiling of a
+    large matrix product, then the passes between them at that of a copy; rewards are not counted.
     """
-    if config.objective.kind != "copo" or config.train.buffer is not None:
+    if config.objective.kind != "copo" or config.train.buffer is not None or cache_policy(config).recomputed:
         return {}
     workload = workload_of(config, config.name, model, vae)
     return {

@@ -99,6 +99,24 @@ def test_the_worst_pivot_decides() -> None:
         assert pages == planner._page_bytes(config, FULL) * pool_pages(config, shape_of(config, 16))
 
 
+def test_a_recomputed_context() -> None:
+    """Krea's: 3 frames, states of the decoder for the prefix, each branch and the one at work, 16 latent frames decoded on the way."""
+    again, branches = ["cache.variant=krea", "cache.window=6"], 5
+    kept, config = [*again, "cache.sink=1"], bench(*again, f"rollout.branches_per_wave={branches}")
+    shape, page, needs = shape_of(config, 16), planner._page_bytes(config, FULL), estimate(config, FULL)
+    assert pool_pages(config, shape) == 3 + 3 * branches and pool_pages(config, shape, videos=4) == 12
+    assert needs.components["keys and values of the branches"] == 3 * branches * page
+    states = needs.components["re-encoding"] - planner._decoding(config, FULL) - planner._video(config, FULL, shape)
+    assert states == (branches + 2) * planner._decoder_cache(config, FULL) and "re-encoding" in needs.stages["rollout"]
+    assert "decoder weights" in estimate(bench(*again, "generator.offload=true"), FULL).stages["rollout"]
+    assert "re-encoding" not in estimate(bench(*kept), FULL).components
+    for pivot, prefix in ((1, 0), (3, 4), (7, 16)):
+        of_pivot = f"rollout.pivot={pivot}"
+        frame = planner.decoder_operations(config, FULL) / planner.DECODER[2]
+        more = seconds(bench(*again, of_pivot), FULL) - seconds(bench(*kept, of_pivot), FULL)
+        assert close(more, frame * (prefix + 12 * (16 - prefix)), 1e-6)
+
+
 def test_replay_of_the_cost_model() -> None:
     """10.8 GiB an item, 0.76 with checkpoints: an independent count, of adapters that compute in bfloat16."""
 

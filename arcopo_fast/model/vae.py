@@ -238,16 +238,17 @@ def decode_video(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def encode(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
-    """Encode whole clips: frames [B, 1 + 4 n, 3, H, W] in [0, 1] -> normalised latents [B, 1 + n, C, h, w], float32.
+    """Encode whole clips: frames [B, 1 + 4 n, 3, H, W] in [0, 1] -> normalised latents [B, 1 + n, C, h, w]; a single frame is an image.
 
-    The mean of the posterior, no sampling.
+    The mean of the posterior, no sampling; float32 (float64 of a float64 VAE).
     """
     factor = 2 ** sum(vae.config["temperal_downsample"])
     if frames.dim() != 5 or frames.shape[1] % factor != 1 % factor:
         raise ValueError(f"frames have shape {list(frames.shape)}; expected [B, {factor} n + 1, 3, H, W]")
-    mean, std = (statistic.to(frames.device) for statistic in _statistics(vae, torch.float32))
+    dtype = torch.promote_types(vae.dtype, torch.float32)
+    mean, std = (statistic.to(frames.device) for statistic in _statistics(vae, dtype))
     posterior = vae.encode((frames.transpose(1, 2) * 2 - 1).to(vae.dtype)).latent_dist
-    return ((posterior.mode().float().movedim(1, -1) - mean) / std).movedim(-1, 2)
+    return ((posterior.mode().to(dtype).movedim(1, -1) - mean) / std).movedim(-1, 2)
 
 
 def _statistics(vae: AutoencoderKLWan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

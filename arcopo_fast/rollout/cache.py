@@ -1,11 +1,12 @@
 """The K/V cache of a batch of videos: page tables plus the rule by which frames become visible, slide out and are positioned.
 
-Variants (sources: Self-Forcing, LongLive v1.0, Infinity-RoPE):
+Variants (sources: Self-Forcing, LongLive v1.0, Infinity-RoPE, Krea realtime):
 
 * ``self_forcing``       keys cached roped at their absolute frame; window of the newest frames, the sink (first frames) inside it.
 * ``longlive``           the same numbers; on a prompt switch the visible frames are cached again under the new prompt.
 * ``longlive_infinity``  keys cached un-roped and roped at every read by their place in the window.
 * ``infinity_rope``      the same, with the official query position: the chunk's frame while it is below the window, then window - chunk.
+* ``krea``               before every chunk the keys and values of a short context are computed anew, roped at its places from 0.
 
 The noisy chunk is never cached: while it is denoised its keys and values live for one layer at a time.
 """
@@ -26,9 +27,12 @@ class CachePolicy:
     """window: visible latent frames, the chunk being denoised included (None: all). sink: first frames that never leave.
 
     global_sink: on a prompt switch the sink keeps its keys and values (longlive).
+
+    With krea the sink is 1 or 0. The context is the first latent frame and the newest ones. With a sink of 0 the first frame is replaced
+    once the video fills the window: by the pixel frame that comes before the newest ones, encoded as an image of its own.
     """
 
-    variant: Literal["self_forcing", "longlive", "longlive_infinity", "infinity_rope"] = "self_forcing"
+    variant: Literal["self_forcing", "longlive", "longlive_infinity", "infinity_rope", "krea"] = "self_forcing"
     window: int | None = None
     sink: int = 0
     global_sink: bool = True
@@ -38,11 +42,34 @@ class CachePolicy:
             raise ValueError(f"a window of {self.window} frames cannot hold a sink of {self.sink} and a chunk")
         if self.variant == "infinity_rope" and self.window is not None and self.sink < 1:
             raise ValueError("infinity_rope with a window needs a sink of at least 1 frame")
+        if self.recomputed and (self.window is None or self.sink > 1):
+            raise ValueError(f"krea needs a window and a sink of 0 or 1; got a window of {self.window} and a sink of {self.sink}")
 
     @property
     def absolute(self) -> bool:
-        """Keys are cached roped, at their absolute frame."""
+        """Frames stand at their place in the video; else, at their place in the window."""
         return self.variant in ("self_forcing", "longlive")
+
+    @property
+    def roped(self) -> bool:
+        """Keys are cached roped."""
+        return self.absolute or self.recomputed
+
+    @property
+    def recomputed(self) -> bool:
+        """The context is computed anew before every chunk."""
+        return self.variant == "krea"
+
+    @property
+    def reencoded(self) -> bool:
+        """The first frame of a recomputed context is decoded and encoded again."""
+        return self.recomputed and self.sink == 0
+
+    def context_frames(self, chunk_frames: int) -> int:
+        """Frames of a recomputed context, at most, beside which a chunk of `chunk_frames` frames fills the window."""
+        if self.window is None or self.window <= chunk_frames:
+            raise ValueError(f"a window of {self.window} frames has no room for a context beside a chunk of {chunk_frames}")
+        return self.window - chunk_frames
 
 
 class VideoCache:
@@ -104,7 +131,7 @@ class VideoCache:
                 query = first_frame if first_frame < window else window - frames
         reads = self.pool.runs(self.tables, 0, visible) if visible else []
         writes = self._append(frames) if keep else []
-        return PagedContext(self.pool, reads, writes, query, key, self.policy.absolute)
+        return PagedContext(self.pool, reads, writes, query, key, self.policy.roped)
 
     def _append(self, frames: int) -> list[PageRun]:
         self.reserve(frames)

@@ -1,13 +1,17 @@
-"""From a group's latents to frames, decoding what the branches share only once."""
+"""From latents to frames: a group's, decoding what the branches share only once, and single frames on their way back to latents."""
 
 from __future__ import annotations
 
-from typing import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from arcopo_fast.model.vae import StreamingDecoder, fork
+from arcopo_fast.model.vae import StreamingDecoder, VAECache, encode, fork
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 
 @torch.no_grad()
@@ -43,3 +47,41 @@ def decode_branches(
 def decode_group(decoder: StreamingDecoder, latents: Sequence[Tensor], pivot: int, branches_at_once: int | None = None) -> Tensor:
     """All of `decode_branches`: [G, F, 3, H, W]."""
     return torch.cat(list(decode_branches(decoder, latents, pivot, branches_at_once)))
+
+
+class Reencoder:
+    """Encodes a pixel frame of a video as an image of its own, as Krea realtime does with the first frame of its context.
+
+    A pixel frame depends on all latents before it, so a video is decoded along, one latent frame at a time: however it is cut into chunks,
+    the result is the same, bit for bit. Videos go one after the other: a batch changes nothing, and one at a time needs memory to work in.
+
+    Args:
+        at_work: entered while the VAE works; for one that waits elsewhere than on the device of the latents.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, at_work: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self.vae = vae
+        self.at_work = at_work
+        self.decoder = StreamingDecoder(vae)
+
+    def start(self) -> VAECache:
+        """The state of a video of which nothing is decoded yet."""
+        return self.decoder.start()
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, states: list[VAECache]) -> Tensor:
+        """Decode the next latents [B, F, C, h, w] and encode the last pixel frame of each video: [B, 1, C, h, w].
+
+        states: of each video, what `start` or a former call gave; replaced by what to continue with.
+        """
+        images = []
+        with self.at_work():
+            for video, own in enumerate(latents.split(1)):
+                image, states[video] = self.reencode(own, states[video])
+                images.append(image.to(latents.dtype))
+        return torch.cat(images)
+
+    def reencode(self, latents: Tensor, state: VAECache) -> tuple[Tensor, VAECache]:
+        """Of one video."""
+        frames, state = self.decoder.decode(latents, state)
+        return encode(self.vae, frames[:, -1:]), state

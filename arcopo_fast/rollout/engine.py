@@ -1,8 +1,8 @@
 """The rollout engine: generate the shared context once, fork at the pivot, finish the branches as one batch.
 
 A `Stream` is a batch of videos in the making. The engine extends it chunk by chunk: slide the window, denoise, and, unless it was the last
-chunk, one clean pass that stores the chunk's keys and values. `rollout` makes a group for AR-CoPO; `replay` predicts anchors of the group's
-pivot chunk again, with gradient through that chunk only.
+chunk, one clean pass that stores the chunk's keys and values, or those of the whole context anew (krea). `rollout` makes a group for
+AR-CoPO; `replay` predicts anchors of the group's pivot chunk again, with gradient through that chunk only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Iterator, Literal, NamedTuple, Sequence
 
 import torch
@@ -17,7 +18,9 @@ from arcopo_kernels.paging import GroupPlan, PagePool, plan_group
 from torch import Tensor
 
 from arcopo_fast.model.causal_wan import CausalWan, TextContext
+from arcopo_fast.model.vae import VAECache
 from arcopo_fast.rollout.cache import CachePolicy, VideoCache
+from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.graphs import ChunkGraphs
 from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource, OwnRenoise
 from arcopo_fast.rollout.sampler import Kernel, Steps, Trajectory, predict
@@ -69,12 +72,17 @@ class SamplerSettings:
 
 @dataclass
 class Stream:
-    """A batch of B videos in the making."""
+    """A batch of B videos in the making.
+
+    first, decoded: of a recomputed context (krea) its first frame, and of each video, or of all, what the re-encoder has decoded so far.
+    """
 
     cache: VideoCache
     text: TextContext
     latents: list[Tensor] = field(default_factory=list)  # finished chunks [1 or B, F, C, h, w] float32
     frame: int = 0  # the next one to generate
+    first: Tensor | None = None  # [1 or B, 1, C, h, w]
+    decoded: tuple[VAECache, ...] = ()
 
 
 @dataclass
@@ -123,7 +131,10 @@ class _Fork(NamedTuple):
 
 
 class Engine:
-    """Runs one generator. `pages` is the size of the K/V pool in latent frames; `pages_for` says how many a group needs."""
+    """Runs one generator. `pages` is the size of the K/V pool in latent frames; `pages_for` says how many a group needs.
+
+    reencoder: for a policy that is `reencoded`, which needs one.
+    """
 
     def __init__(
         self,
@@ -134,10 +145,14 @@ class Engine:
         *,
         pages: int,
         cuda_graphs: Literal["auto", "on", "off"] = "off",
+        reencoder: Reencoder | None = None,
     ) -> None:
+        if policy.reencoded and reencoder is None:
+            raise ValueError("krea with a sink of 0 encodes frames again: give a reencoder, or a sink of 1 to keep the first latent frame")
         self.model = model
         self.shape = shape
         self.policy = policy
+        self.reencoder = reencoder
         self.kernel = Kernel(sampler.kind)
         self.context_noise = sampler.context_noise
         schedule = Schedule(sampler.shift)
@@ -168,6 +183,10 @@ class Engine:
     def plan(shape: VideoShape, policy: CachePolicy, pivot: int, branches: int) -> GroupPlan:
         """The pages of a group that forks at `pivot`; the last chunk is never cached."""
         cached = shape.chunk_frames[:-1]
+        if policy.recomputed:  # the context of a chunk takes the place of the one before
+            limit = policy.context_frames(max(shape.chunk_frames))
+            contexts = [min(start, limit) for start in accumulate(cached, initial=0)]
+            return GroupPlan(contexts[pivot], contexts[-1] if pivot < shape.chunks - 1 else 0, branches)
         return plan_group(cached[:pivot], cached[pivot:], branches, window=policy.window, sink=policy.sink)
 
     # One chunk at a time
@@ -197,12 +216,55 @@ class Engine:
         return trajectory
 
     def append(self, stream: Stream, latents: Tensor, *, timestep: float = 0.0, last: bool = False) -> None:
-        """Add finished frames [1 or B, F, C, h, w] to every video and, unless nothing follows, cache them by a clean pass."""
-        if not last:
-            stream.cache.make_room(latents.shape[1])
-            self._cache_frames(stream, latents, stream.frame, timestep)
+        """Add finished frames [1 or B, F, C, h, w] to every video and, unless nothing follows, cache what the next chunk sees."""
+        first_frame = stream.frame
         stream.latents.append(latents)
         stream.frame += latents.shape[1]
+        if last:
+            return
+        if self.policy.recomputed:
+            self._recompute_context(stream, timestep)
+        else:
+            stream.cache.make_room(latents.shape[1])
+            self._cache_frames(stream, latents, first_frame, timestep)
+
+    def _recompute_context(self, stream: Stream, timestep: float) -> None:
+        """The keys and values of the next chunk's context, anew (krea): of the first frame, or what has replaced it, and the newest ones.
+
+        A block of as many frames as a chunk sees itself and the blocks before it, so they are cached one after the other.
+        """
+        block = max(self.shape.chunk_frames)
+        limit = self.policy.context_frames(block)
+        frames = min(stream.frame, limit)
+        if stream.first is None:
+            stream.first = stream.latents[0][:, :1]
+        if self.policy.reencoded and stream.frame >= limit + block:
+            stream.first = self._reencode(stream, stream.frame - frames)
+        newest = self._newest(stream, frames - 1)
+        context = torch.cat([stream.first.expand(len(newest), *stream.first.shape[1:]), newest], dim=1)
+        stream.cache.drop_all(keep=0)
+        stream.cache.reserve(frames)
+        for part in context.split(block, dim=1):
+            self._cache_frames(stream, part, stream.cache.frames, timestep)
+
+    def _reencode(self, stream: Stream, frame: int) -> Tensor:
+        """The last pixel frame of latent frame `frame` of every video, encoded as an image: [B, 1, C, h, w]."""
+        assert self.reencoder is not None
+        states = list(stream.decoded or [self.reencoder.start()])
+        stream.decoded = ()  # nothing else holds a state while it is replaced
+        done = states[0].frames
+        latents = self._newest(stream, stream.frame - done)[:, : frame + 1 - done]
+        if len(states) == 1:
+            states *= len(latents)
+        with stage("reencode"):
+            images = self.reencoder(latents, states)
+        stream.decoded = tuple(states)
+        return images
+
+    def _newest(self, stream: Stream, frames: int) -> Tensor:
+        """The newest latent frames of every video, [B, frames, C, h, w]."""
+        latents = torch.cat([chunk.expand(len(stream.cache.tables), *chunk.shape[1:]) for chunk in stream.latents], dim=1)
+        return latents[:, latents.shape[1] - frames :]
 
     def _on_device(self, noise: Tensor) -> Tensor:
         """Without waiting for the device, which a copy from pageable memory would."""
@@ -212,15 +274,20 @@ class Engine:
         return noise.to(device)
 
     def switch_prompt(self, stream: Stream, text: Tensor) -> None:
-        """Go on with another prompt: the visible frames are cached again under it, all at once (LongLive's KV-recache)."""
+        """Go on with another prompt: the visible frames are cached again under it, all at once (LongLive's KV-recache).
+
+        A recomputed context follows by itself, a chunk later, as in Krea's server: the next one stands already.
+        """
         stream.text = self.model.encode_text(text)
+        if self.policy.recomputed:
+            return
         frame, window = stream.frame, self.policy.window
         overflow = window is not None and frame > window
         keep = self.policy.sink if self.policy.global_sink and overflow else 0
         frames = stream.cache.frames - keep if keep else min(frame, window or frame)
         if not frames:
             return
-        latents = torch.cat([chunk.expand(len(stream.cache.tables), *chunk.shape[1:]) for chunk in stream.latents], dim=1)[:, -frames:]
+        latents = self._newest(stream, frames)
         stream.cache.drop_all(keep)
         self._cache_frames(stream, latents, frame - frames, self.context_noise)
 
@@ -272,7 +339,7 @@ class Engine:
             yield trajectory
 
     def _forget(self, stream: Stream) -> None:
-        """Drop the chunks that lie before the window whole: a prompt switch reaches no further back."""
+        """Drop the chunks that lie before the window whole: neither a prompt switch nor a recomputed context reaches further back."""
         window = self.policy.window
         while window is not None and sum(chunk.shape[1] for chunk in stream.latents[1:]) >= window:
             del stream.latents[0]
@@ -334,6 +401,7 @@ class Engine:
             prefix.cache.release()
             reserved.release()
             raise
+        prefix.decoded = ()  # large, and good for more chunks only
         inputs, predictions = (torch.cat([wave[part] for wave in waves], dim=1) for part in (0, 1))
         tail = torch.cat([wave[2] for wave in waves])
         latents = [*prefix.latents, *tail.split(self.shape.chunk_frames[pivot:], dim=1)]
@@ -379,8 +447,10 @@ class Engine:
     def rebuild_prefix(self, text: Tensor, latents: Sequence[Tensor]) -> Stream:
         """The shared context again, from its clean chunks, by clean passes only."""
         stream = self.start(text)
-        for chunk in latents:
-            self.append(stream, chunk, timestep=self.context_noise)
+        for index, chunk in enumerate(latents):
+            replaced = self.policy.recomputed and index < len(latents) - 1  # by the context after the next chunk
+            self.append(stream, chunk, timestep=self.context_noise, last=replaced)
+        stream.decoded = ()
         return stream
 
     def replay(self, group: Group, steps: Tensor, anchors: Tensor, *, prefix: Stream | None = None, checkpoint: bool = False) -> Tensor:

@@ -20,8 +20,8 @@ import torch
 
 from arcopo_fast.errors import UserError
 
-STAGES = ("prefix", "fork", "denoise", "clean", "decode", "reward", "replay", "optimiser")
-"""Of an iteration, in the order in which they come. fork: the branches' noise and page tables."""
+STAGES = ("prefix", "fork", "denoise", "clean", "reencode", "decode", "reward", "replay", "optimiser")
+"""Of an iteration, in the order in which they come. fork: the branches' noise and page tables; reencode: the VAE's part in a context."""
 
 
 class _Recorder:

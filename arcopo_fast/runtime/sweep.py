@@ -62,9 +62,7 @@ def as_json(point: Point, scores: Scores) -> dict[str, Any]:
     def known(value: float) -> float | None:
         return value if math.isfinite(value) else None
 
-    compared = {
-        name: {"change": known(one.change), "error": known(one.error)} | dict(scores[name]) for name, one in point.scores.items()
-    }
+    compared = {name: {"change": known(one.change), "error": known(one.error)} | dict(scores[name]) for name, one in point.scores.items()}
     return {"scale": point.scale, "both_above": point.both_above, "scores": compared}
 
 

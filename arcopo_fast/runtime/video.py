@@ -158,8 +158,8 @@ def _write_png(path: str | Path, image: NDArray[np.uint8]) -> None:
 def _add_stream(container: av.container.OutputContainer, fps: float, pixels: NDArray[np.uint8]) -> av.VideoStream:
     """The video stream of a new file, for frames like `pixels` [F, H, W, 3].
 
-    No frame waits in the encoder for later ones. Against x264's usual settings that takes a quarter of the time, at nearly the same size and
-    error, and the same frames always give the same file: its look-ahead over several frames (mbtree) does not.
+    No frame waits in the encoder for later ones. Against x264's usual settings that takes a quarter of the time, at nearly the same size
+    and error, and the same frames always give the same file: its look-ahead over several frames (mbtree) does not.
     """
     stream = cast(av.VideoStream, container.add_stream(_codec(), rate=Fraction(fps).limit_denominator(1000)))
     stream.height, stream.width = pixels.shape[1:3]

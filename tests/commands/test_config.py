@@ -165,6 +165,7 @@ def test_pivots_may_lie_in_every_chunk_and_an_independent_first_frame_is_one() -
         ("sampler.steps=[500, 500]", ["sampler.steps: timesteps must decrease", "[500.0, 500.0]"]),
         ("sampler.steps=[1001, 5]", ["sampler.steps: timesteps lie in (0, 1000]"]),
         ("sampler.first_chunk_steps=[0]", ["sampler.first_chunk_steps: timesteps lie in (0, 1000]"]),
+        ("sampler.steps=[1000, 0.5, -1]", ["sampler.steps: timesteps lie in (0, 1000], but for a last one of 0"]),
         ("cache.window=1", ["cache.window 1 is too small", "a chunk of 2 latent frames"]),
         ("objective.anchors_per_update=13", ["objective.anchors_per_update 13 is more than rollout.group_size 12"]),
         ("rewards={}", ["rewards: needs at least one reward"]),
@@ -196,6 +197,10 @@ def test_settings_that_contradict_each_other_name_both() -> None:
     assert "the sink of 3" in message("cache.sink=3", "cache.window=4")
     assert "whole" in message("sampler.warp=true", "sampler.steps=[750.5]")
     assert load("cache.sink=2", "cache.window=4").cache.window == 4
+    for sink, window in ((0, None), (0, 2), (2, 6)):
+        expected = f"cache.window {window} must be more than the chunk's 2 latent frames, and cache.sink {sink} 0 or 1"
+        assert expected in message("cache.variant=krea", f"cache.window={window or 'null'}", f"cache.sink={sink}")
+    assert load("cache.variant=krea", "cache.window=3", "sampler.steps=[1000, 0]").sampler.steps == [1000, 0]
 
 
 def test_several_problems_are_counted_and_the_unknown_key_is_named() -> None:

@@ -59,7 +59,7 @@ def toy(generator: Generator, *overrides: str, frames: int | None = None, videos
     config = load_config("toy", [*FAST, *overrides])
     if frames:
         config = with_frames(config, frames, VAESizes.from_config(generator.decoder.vae.config))
-    return config, sized_engine(config, generator.model, video_shape(config, generator), videos, longer=False)
+    return config, sized_engine(config, generator, video_shape(config, generator), videos, longer=False)
 
 
 def frames_of(generator: Generator, engine: Engine, prompts: Sequence[str], seed: int, first: int = 0, **more: Any) -> list[Tensor]:

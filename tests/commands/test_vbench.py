@@ -283,7 +283,7 @@ def test_the_videos_are_those_of_their_seeds(tmp_path: Path, capsys: pytest.Capt
     config = load_config("toy", [*FAST, "video.chunks=2"])
     generator = load_generator(config)
     shape = video_shape(config, generator)
-    engine = sized_engine(config, generator.model, shape, 1, longer=False)
+    engine = sized_engine(config, generator, shape, 1, longer=False)
     made = []
     for prompt, video in random.sample(videos, 3):
         noise = KeyedNoise(shape.chunk, video["seed"])

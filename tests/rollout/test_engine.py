@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from arcopo_kernels import PagePoolExhausted
+from support.krea import StandIn
 from support.models import SAMPLER, SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 
+from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource
@@ -22,6 +24,8 @@ POLICIES = {
     "longlive": CachePolicy("longlive", window=6, sink=2),
     "longlive infinity": CachePolicy("longlive_infinity", window=6, sink=2),
     "infinity rope": CachePolicy("infinity_rope", window=4, sink=1),
+    "krea": CachePolicy("krea", window=4),
+    "krea, first frame kept": CachePolicy("krea", window=5, sink=1),
 }
 
 
@@ -40,6 +44,10 @@ class WithPivot:
         return self.shared.renoise(chunk, step)
 
 
+def policy_engine(model: CausalWan, policy: CachePolicy, pages: int | None = None) -> Engine:
+    return Engine(model, SHAPE, SAMPLER, policy, pages=pages or Engine.pages_for(SHAPE, GROUP), reencoder=StandIn())
+
+
 def keyed() -> KeyedNoise:
     return KeyedNoise(SHAPE.chunk, seed=int(torch.randint(10**6, ())), iteration=3, group=1)
 
@@ -48,11 +56,11 @@ def keyed() -> KeyedNoise:
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 @pytest.mark.parametrize("pivot", range(SHAPE.chunks))
 def test_branches_equal_independent_rollouts(policy: CachePolicy, pivot: int, dtype: torch.dtype, tolerance: float) -> None:
-    engine, text, noise = small_engine(small_model(dtype), policy=policy), random_text(), keyed()
+    engine, text, noise = policy_engine(small_model(dtype), policy), random_text(), keyed()
     with engine.rollout(text, noise, pivot=pivot, branches=GROUP, sigma=0.5) as group:
         branches = torch.cat([chunk.expand(GROUP, *chunk.shape[1:]) for chunk in group.latents], dim=1)
     initial = noise.neighbours(pivot, GROUP, 0.5)
-    alone = small_engine(engine.model, policy=policy, branches=1)
+    alone = policy_engine(engine.model, policy)
     for branch in range(GROUP):
         latents = alone.generate(text, WithPivot(noise, pivot, initial[branch : branch + 1]))
         torch.testing.assert_close(branches[branch : branch + 1], latents, rtol=0, atol=tolerance)
@@ -95,7 +103,7 @@ def test_waves_give_the_same_group() -> None:
 def test_a_windowed_group_runs_in_the_pages_planned_for_it(policy: CachePolicy) -> None:
     pages = Engine.pages_for(SHAPE, GROUP, policy=policy)
     assert pages <= Engine.pages_for(SHAPE, GROUP)
-    engine = Engine(small_model(), SHAPE, SAMPLER, policy, pages=pages)
+    engine = policy_engine(small_model(), policy, pages)
     for pivot in range(SHAPE.chunks):
         engine.pool.peak_in_use = 0
         with engine.rollout(random_text(), keyed(), pivot=pivot, branches=GROUP, sigma=0.5):
@@ -143,9 +151,9 @@ def test_a_wave_that_runs_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatc
     assert engine.pool.pages_in_use == 0
 
 
-@pytest.mark.parametrize("policy", [POLICIES["global"], POLICIES["longlive infinity"]], ids=["global", "unroped"])
+@pytest.mark.parametrize("policy", [POLICIES["global"], POLICIES["longlive infinity"], POLICIES["krea"]], ids=["global", "unroped", "krea"])
 def test_checkpointing_changes_no_gradient_and_keeps_less(policy: CachePolicy) -> None:
-    engine = small_engine(small_model(), policy=policy)
+    engine = policy_engine(small_model(), policy)
     steps, anchors = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 5])
     with engine.rollout(random_text(), keyed(), pivot=1, branches=GROUP, sigma=0.5) as group:
         engine.model.requires_grad_()
@@ -172,7 +180,7 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(policy: CachePolicy) -
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replay_equals_rollout_bit_for_bit(pivot: int, policy: CachePolicy, dtype: torch.dtype) -> None:
-    engine = small_engine(small_model(dtype), policy=policy)
+    engine = policy_engine(small_model(dtype), policy)
     with engine.rollout(random_text(), keyed(), pivot=pivot, branches=GROUP, sigma=0.5) as group:
         for step in range(len(group.steps)):
             everyone = torch.arange(GROUP)
@@ -181,13 +189,18 @@ def test_replay_equals_rollout_bit_for_bit(pivot: int, policy: CachePolicy, dtyp
         assert engine.pool.pages_in_use == group.prefix.cache.frames, "replay keeps no page"
 
 
-def test_a_rebuilt_prefix_equals_the_rollouts_bit_for_bit() -> None:
-    engine = small_engine(small_model())
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_a_rebuilt_prefix_equals_the_rollouts_bit_for_bit(policy: CachePolicy) -> None:
+    engine = policy_engine(small_model(), policy)
     with engine.rollout(random_text(), keyed(), pivot=3, branches=2, sigma=0.5) as group:
         rebuilt = engine.rebuild_prefix(group.text, group.latents[:3])
         for layer in range(2):
-            ours, theirs = ([engine.pool.read(layer, run) for run in engine.pool.runs(s.cache.tables)] for s in (rebuilt, group.prefix))
-            assert all(torch.equal(a, b) for pair in zip(ours, theirs) for a, b in zip(*pair))
+            for which in range(2):
+                ours, theirs = (
+                    torch.cat([engine.pool.read(layer, run)[which] for run in engine.pool.runs(stream.cache.tables)], dim=1)
+                    for stream in (rebuilt, group.prefix)
+                )
+                assert torch.equal(ours, theirs)
         rebuilt.cache.release()
 
 
@@ -232,7 +245,9 @@ def test_a_long_video_takes_no_more_than_its_window(policy: CachePolicy, monkeyp
     assert policy.window is not None
     shape, text, others = VideoShape.of(30, 2, 8, 4, 6), random_text(2), [random_text() for _ in range(2)]
     noise, switches = KeyedNoise(shape.chunk, seed=int(torch.randint(10**6, ()))), {8: others[0], 51: others[1]}
-    engine = Engine(small_model(), shape, replace(SAMPLER, steps=(1000,)), policy, pages=2 * policy.window)
+    held = 2 * Engine.plan(shape, policy, shape.chunks - 1, 0).prefix
+    assert held == 2 * (policy.window - 2 if policy.recomputed else policy.window)
+    engine = Engine(small_model(), shape, replace(SAMPLER, steps=(1000,)), policy, pages=held, reencoder=StandIn())
 
     def video() -> tuple[list[Tensor], list[int]]:
         stream, chunks, kept = engine.start(text), [], []
@@ -244,7 +259,7 @@ def test_a_long_video_takes_no_more_than_its_window(policy: CachePolicy, monkeyp
         return chunks, kept
 
     chunks, kept = video()
-    assert engine.pool.peak_in_use == 2 * policy.window
+    assert engine.pool.peak_in_use == held
     assert max(kept) <= policy.window + 1 and min(kept[3:]) >= policy.window, "whole chunks, the window among them"
     monkeypatch.setattr(engine, "_forget", lambda stream: None)
     everything, kept = video()

@@ -63,6 +63,7 @@ POLICIES = {
     "global": CachePolicy(),
     "sink": CachePolicy(window=4, sink=1),
     "unroped": CachePolicy("longlive_infinity", window=6, sink=2),
+    "krea": CachePolicy("krea", window=4, sink=1),
 }
 
 

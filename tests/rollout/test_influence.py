@@ -19,6 +19,7 @@ POLICIES = {
     "window": CachePolicy(window=4),
     "window and sink": CachePolicy(window=5, sink=1),
     "infinity rope": CachePolicy("infinity_rope", window=4, sink=1),
+    "krea": CachePolicy("krea", window=5, sink=1),
 }
 TENSORS: list[int | None] = [None, 0, 1]  # of the three steps of SAMPLER
 
