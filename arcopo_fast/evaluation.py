@@ -6,6 +6,7 @@ A score that failed is NaN, in a summary null; it is counted, and no mean has it
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,36 @@ def videos_at_once(config: Config, shape: VideoShape) -> int:
 
 
 @torch.no_grad()
+def judge(
+    config: Config,
+    generator: Generator,
+    engine: Engine,
+    texts: Sequence[str],
+    prompts: Sequence[str],
+    groups: Sequence[int],
+    rewards: Mapping[str, Reward],
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Make a batch of videos and score them, `rollout.decode_branches` at a time.
+
+    Args:
+        texts: what the generator reads, one for each video. prompts: what the rewards read. groups: which noise is whose.
+
+    Yields:
+        frames [n, F, 3, H, W] in [0, 1], and every score [n] on the CPU by its name; NaN for one that failed.
+    """
+    rows = [KeyedNoise(engine.shape.chunk, config.evaluation.seed, group=group) for group in groups]
+    latents = engine.generate(generator.encode_text(texts), StackedNoise(rows))
+    device, offload, decoder = generator.model.device, config.generator.offload, generator.decoder
+    done = 0
+    for some in latents.split(config.rollout.decode_branches or len(latents)):
+        with resident(device, decoder.vae, offload=offload):
+            frames, _ = decoder.decode(some, decoder.start())
+        with resident(device, *rewards.values(), offload=offload):
+            scores = score(rewards, frames, list(prompts[done : done + len(some)]), quarantine=True)
+        yield frames, {name: values.cpu() for name, values in scores.items()}
+        done += len(some)
+
+
 def evaluate(
     config: Config, generator: Generator, engine: Engine, prompts: list[str], rewards: dict[str, Reward], held_out: dict[str, Reward]
 ) -> Evaluation:
@@ -60,26 +91,17 @@ def evaluate(
 
     engine: of the generator, between two iterations; as many videos are made at once as its pages hold, at most `BATCH`.
     """
-    shape = engine.shape
     every = [prompt for prompt in prompts for _ in range(config.evaluation.videos_per_prompt)]
-    batch = videos_at_once(config, shape)
+    batch = videos_at_once(config, engine.shape)
     scores: dict[str, list[Tensor]] = {}
     shown: list[Tensor] = []
     for start in range(0, len(every), batch):
         part = every[start : start + batch]
-        rows = [KeyedNoise(shape.chunk, config.evaluation.seed, group=start + row) for row in range(len(part))]
-        latents = engine.generate(generator.encode_text(part), StackedNoise(rows))
-        device, offload, decoder = generator.model.device, config.generator.offload, generator.decoder
-        done = 0
-        for some in latents.split(config.rollout.decode_branches or batch):
-            with resident(device, decoder.vae, offload=offload):
-                frames, _ = decoder.decode(some, decoder.start())
-            prompts_of = part[done : done + len(some)]
-            with resident(device, *rewards.values(), *held_out.values(), offload=offload):
-                for name, values in score({**rewards, **held_out}, frames, prompts_of, quarantine=True).items():
-                    scores.setdefault(name, []).append(values.cpu())
-            shown.append(frames[: max(0, config.evaluation.sample_videos - start - done)].cpu())
-            done += len(some)
+        groups = range(start, start + len(part))
+        for frames, judged in judge(config, generator, engine, part, part, groups, {**rewards, **held_out}):
+            for name, values in judged.items():
+                scores.setdefault(name, []).append(values)
+            shown.append(frames[: max(0, config.evaluation.sample_videos - sum(map(len, shown)))].cpu())
     joined = {name: torch.cat(values) for name, values in scores.items()}
     total = torch.stack([config.rewards[name] * joined[name] for name in rewards]).sum(dim=0)
     return Evaluation({"reward": total} | joined, every, torch.cat(shown)[: config.evaluation.sample_videos])

@@ -1,0 +1,468 @@
+"""`python -m arcopo_fast.evaluate`: what is compared is paired, what is scored stays scored, and shards make up the whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from arcopo_fast import evaluate
+from arcopo_fast.assemble import build_engine, load_generator, load_held_out, load_prompts, load_rewards, video_shape
+from arcopo_fast.commands import run_command
+from arcopo_fast.evaluation import evaluate as evaluate_once
+from arcopo_fast.evaluation import videos_at_once
+from arcopo_fast.generate import load_scaled_adapter
+from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, adapter_state, add_lora, save_adapter
+from arcopo_fast.recipe import load_config
+from arcopo_fast.rewards.client import RewardServerError
+from arcopo_fast.runtime.scores import BASE, ScoreDirectory, Scores, Video
+
+SMALL = ["toy", "video.chunks=2", "sampler.steps=[1000,300]", "generator.device=cpu", "train.threads=1"]
+THREE = ["evaluation.prompts=3", "--videos", "2"]
+CAPTIONS = ["a red circle moving left", "a blue square moving up", "a green cross moving right"]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of different rank, alpha and layers; `zero` adds nothing, and `thin` is of another generator."""
+    seed = int(os.environ.get("ARCOPO_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"ARCOPO_TEST_SEED={seed}")
+    torch.manual_seed(seed)
+    folder = tmp_path_factory.mktemp("adapters")
+    generator = load_config("toy", SMALL[1:])
+    for name, rank, alpha, targets in (("on", 3, 7.0, BLOCK_TARGETS), ("semi", 5, 10.0, ("to_q", "proj_out")), ("zero", 2, 2.0, ("to_k",))):
+        model = add_lora(load_generator(generator).model, rank=rank, alpha=alpha, targets=targets, seed=0)
+        for parameter in adapter_parameters(model) if name != "zero" else ():
+            nn.init.normal_(parameter, std=0.08)
+        save_adapter(folder / name / "adapter", model, base_model="toy")
+    thin = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"attn1": nn.ModuleDict({"to_q": nn.Linear(9, 9)})})])})
+    save_adapter(folder / "thin", add_lora(thin, rank=2, alpha=2, targets=["to_q"], seed=0))
+    return {name: folder / name for name in ("on", "semi", "zero", "thin")}
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[str], str]:
+    """Exit status, the lines on stderr, and stdout."""
+    status = run_command(evaluate.main, [str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return status, [line for line in err.splitlines() if line.strip()], out
+
+
+def scores_in(directory: Path) -> Scores:
+    return ScoreDirectory.open(directory).read()
+
+
+def results_in(directory: Path) -> list[dict[str, Any]]:
+    return json.loads((directory / "results.json").read_text())["results"]
+
+
+def lines_in(directory: Path) -> list[Video]:
+    """The video of every line, duplicates included."""
+    records = [json.loads(line) for file in directory.glob("scores/*.jsonl") for line in file.read_text().splitlines()]
+    return [Video(record["generator"], record["prompt"], record["number"]) for record in records]
+
+
+@pytest.fixture(scope="module")
+def evaluated(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base model and three adapters, one at two scales, undisturbed; batches of 4, the second of which is short."""
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    assert run_command(evaluate.main, [*whole(adapters), "--out", str(out)]) == 0
+    return out
+
+
+def whole(adapters: dict[str, Path]) -> list[str]:
+    options = [f"{adapters['on']}@1,-0.5", f"mine={adapters['semi']}", str(adapters["zero"] / "adapter")]
+    return [*SMALL, *THREE, *(word for option in options for word in ("--adapter", option)), "--batch", "4", "--keep-videos", "1"]
+
+
+def test_what_it_leaves(evaluated: Path, adapters: dict[str, Path]) -> None:
+    scores, results = scores_in(evaluated), results_in(evaluated)
+    names = [BASE, "on@1", "on@-0.5", "mine@1", "zero@1"]
+    assert list(scores.adapters) == sorted(names) and len(lines_in(evaluated)) == len(scores.values) == 5 * 6
+    assert [one["generator"] for one in results[:5]] == names and results[0]["score"] == "reward"
+    kinds = {one["score"]: one["kind"] for one in results}
+    assert kinds == {"reward": "total"} | dict.fromkeys(("toy_vq", "toy_mq", "toy_ta"), "trained") | dict.fromkeys(
+        ("shape_fidelity", "temporal_coherence", "caption_accuracy"), "held out"
+    )
+    table = (evaluated / "table.md").read_text()
+    for one in results:
+        values = [parts[one["score"]] for parts in scores.of(one["generator"]).values()] if one["score"] != "reward" else None
+        if values:
+            assert one["mean"] == pytest.approx(np.mean(values)) and one["videos"] == 6 and one["failed"] == 0
+        assert f"{one['mean']:.3f}" in table
+    files = {str(file.relative_to(evaluated / "videos")) for file in evaluated.glob("videos/*/*.mp4")}
+    words = [prompt.text.replace(" ", "-") for prompt in scores.prompts.values()]
+    assert files == {f"{name}/0000-{words[0]}-{number}.mp4" for name in names for number in range(2)}
+    assert not list(evaluated.rglob(".*")), "nothing half-written is left"
+
+
+def test_an_adapter_of_zeros_changes_nothing_at_all(evaluated: Path) -> None:
+    scores = scores_in(evaluated)
+    assert [*scores.of("zero@1").values()] == [*scores.of(BASE).values()]
+    differences = {(one["generator"], one["score"]): one["difference"] for one in results_in(evaluated)}
+    for (generator, name), difference in differences.items():
+        if generator == "zero@1":
+            exactly = {"mean": 0, "low": 0, "high": 0, "pairs": 6, "improved": 0, "verdict": "none shown"}
+            assert difference == exactly, name
+    assert differences["on@1", "reward"]["mean"] != 0 and differences[BASE, "reward"] is None
+    one, other = ((evaluated / "videos" / name).iterdir() for name in (BASE, "zero@1"))
+    assert {file.name: file.read_bytes() for file in one} == {file.name: file.read_bytes() for file in other}
+    noises = [*scores.of(BASE).values()]
+    assert len({parts["toy_mq"] for parts in noises}) == len(noises), "each video has a noise of its own"
+
+
+def test_the_numbers_are_those_of_a_training_runs_evaluation(evaluated: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """The base model's bit for bit where batches have their default size; else, and with adapters, up to rounding."""
+    assert run_command(evaluate.main, [*SMALL, *THREE, "--keep-videos", "none", "--out", str(tmp_path)]) == 0
+    config = load_config("toy", [*SMALL[1:], "evaluation.prompts=3", "evaluation.videos_per_prompt=2", "evaluation.sample_videos=0"])
+    scores = scores_in(evaluated)
+    for name, adapter, scale in ((BASE, None, 1.0), ("on@1", "on", 1.0), ("on@-0.5", "on", -0.5), ("mine@1", "semi", 1.0)):
+        generator = load_generator(config)
+        if adapter:
+            load_scaled_adapter(generator.model, adapters[adapter], scale)
+        engine = build_engine(config, generator.model, video_shape(config, generator))
+        expected = evaluate_once(config, generator, engine, load_prompts(config).evaluation, load_rewards(config), load_held_out(generator))
+        for score, values in expected.scores.items():
+            if score != "reward":
+                found = [parts[score] for parts in scores.of(name).values()]
+                np.testing.assert_allclose(found, values.numpy(), atol=1e-3 if adapter else 1e-5, err_msg=f"{name} {score}")
+                if not adapter:
+                    assert [parts[score] for parts in scores_in(tmp_path).values.values()] == values.tolist(), score
+    assert videos_at_once(config, video_shape(config, generator)) == 6
+
+
+def test_batch_and_company_do_not_matter(evaluated: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """One adapter by itself, in batches of another size, without the base model, at another number of scales."""
+    call = [
+        *SMALL,
+        *THREE,
+        "--no-base",
+        "--adapter",
+        f"{adapters['on']}@1",
+        "--batch",
+        "5",
+        "--keep-videos",
+        "none",
+        "--out",
+        str(tmp_path),
+    ]
+    assert run_command(evaluate.main, call) == 0
+    alone, among = scores_in(tmp_path), scores_in(evaluated)
+    assert list(alone.adapters) == ["on@1"] and not (tmp_path / "videos").exists()
+    for video, parts in alone.values.items():
+        for name, value in parts.items():
+            assert value == pytest.approx(among.values[video][name], abs=1e-3), (video, name)
+    assert all(one["difference"] is None for one in results_in(tmp_path))
+    # another seed has other noises
+    other = tmp_path / "other"
+    assert run_command(evaluate.main, [*SMALL, *THREE, "--seed", "77", "--keep-videos", "none", "--out", str(other)]) == 0
+    base = among.of(BASE)
+    assert all(abs(parts["toy_mq"] - base[video]["toy_mq"]) > 1e-3 for video, parts in scores_in(other).values.items())
+
+
+# Going on
+
+
+def test_killed_in_the_midst_it_goes_on_bit_for_bit(
+    evaluated: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    call = [*whole(adapters), "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "arcopo_fast.evaluate", *call], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("scores/*.jsonl"))) < 1 or len(lines_in_bytes(out)) < 6:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (file,) = out.glob("scores/*.jsonl")
+    content = file.read_bytes()
+    file.write_bytes(content[: content.rstrip(b"\n").rfind(b"\n") + 20])  # as if the kill had come inside a line: a batch is half there
+    kept = scores_in(out).values
+    assert 5 <= len(kept) < 30 and len(kept) not in (4, 6, 10, 12), "the test needs a batch of which a part is missing"
+    assert not (out / "results.json").exists()
+
+    status, said, _ = command(capsys, *call)
+    assert status == 0 and said[0] == f"{len(kept)} of 30 videos are scored already"
+    values = scores_in(out).values
+    assert values == scores_in(evaluated).values and {video: values[video] for video in kept} == kept
+    written = lines_in_bytes(out)
+    assert len(written) == len(set(written)) == 30
+    for name in ("results.json", "table.md"):
+        assert (out / name).read_bytes() == (evaluated / name).read_bytes()
+    videos = {path.relative_to(out): path.read_bytes() for path in out.glob("videos/*/*.mp4")}
+    assert videos == {path.relative_to(evaluated): path.read_bytes() for path in evaluated.glob("videos/*/*.mp4")}
+
+
+def lines_in_bytes(out: Path) -> list[Video]:
+    """The videos of all whole lines."""
+    lines = [line for file in out.glob("scores/*.jsonl") for line in file.read_bytes().split(b"\n")[:-1]]
+    return [Video(record["generator"], record["prompt"], record["number"]) for record in map(json.loads, lines)]
+
+
+def test_interrupted_it_finishes_the_batch_and_goes_on_with_more(
+    adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, original, made = tmp_path / "out", evaluate.Evaluator.score, []
+
+    def score(self: evaluate.Evaluator, videos: Any, files: Any) -> Any:
+        if len(made) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        made.append([*videos])
+        return original(self, videos, files)
+
+    monkeypatch.setattr(evaluate.Evaluator, "score", score)
+    call = [*SMALL, *THREE, "--batch", "2", "--keep-videos", "1", "--out", out]
+    status, said, printed = command(capsys, *call)
+    assert (status, printed) == (130, "") and "finishing the batch first" in said[-2] and "2 of 3 batches" in said[-1]
+    assert "the same command goes on" in said[-1] and len(scores_in(out).values) == 4
+    assert command(capsys, *call)[0] == 0 and len(made) == 3
+    assert sorted(video.name[:4] for video in (out / "videos" / BASE).iterdir()) == ["0000", "0000"]
+
+    # everything is there: nothing is made. Then with an adapter, and with more prompts of a set that begins with the same ones
+    assert command(capsys, *call)[0] == 0 and len(made) == 3
+    assert command(capsys, *call, "--adapter", adapters["on"])[0] == 0 and {videos[0].generator for videos in made[3:]} == {"on@1"}
+    more = tmp_path / "more.txt"
+    more.write_text("\n".join([*(prompt.text for prompt in scores_in(out).prompts.values()), CAPTIONS[0]]))
+    assert command(capsys, *call, "--prompts", more)[0] == 0 and [videos[0].prompt for videos in made[6:]] == [3]
+    assert {one["videos"] for one in results_in(out)} == {8}
+
+
+def test_a_server_that_stays_away_loses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = evaluate.judge, []
+
+    def judge(*arguments: Any, **settings: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RewardServerError("the reward server at http://127.0.0.1:1 could not be used for 60 min")
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(evaluate, "judge", judge)
+    call = [*SMALL, *THREE, "--batch", "4", "--keep-videos", "none", "--out", tmp_path]
+    status, said, _ = command(capsys, *call)
+    assert status == 2 and "60 min; what is scored is kept, and the same command goes on" in said[-1]
+    assert len(scores_in(tmp_path).values) == 4
+    assert command(capsys, *call)[0] == 0 and len(calls) == 3 and len(lines_in(tmp_path)) == 6
+
+
+# Several processes
+
+
+def test_two_shards_make_up_one_evaluation(
+    evaluated: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In directories of their own, merged; and into one directory, where the one that comes last writes the table."""
+    call = whole(adapters)
+    for number in (1, 0):
+        status, said, printed = command(capsys, *call, "--shard", f"{number}/2", "--out", tmp_path / f"part{number}")
+        assert (status, printed) == (0, "") and "left to other processes" in said[-1] and not (tmp_path / f"part{number}/table.md").exists()
+    shutil.copytree(tmp_path / "part1", tmp_path / "torn")
+    (file,) = (tmp_path / "torn").glob("scores/*.jsonl")
+    file.write_bytes(file.read_bytes()[:-9])
+    status, said, printed = command(capsys, "merge", tmp_path / "torn", "--out", tmp_path / "torn")
+    assert status == 0 and said == ["zero@1 lacks 1 of 2 videos"] and "| 1      |" in printed
+    status, said, printed = command(capsys, "merge", tmp_path / "part0", tmp_path / "part1", "--out", tmp_path / "merged")
+    assert (status, said) == (0, []) and "| reward" in printed
+    assert scores_in(tmp_path / "merged").values == scores_in(evaluated).values
+    by_name = {(one["generator"], one["score"]): one for one in results_in(evaluated)}
+    assert {(one["generator"], one["score"]): one for one in results_in(tmp_path / "merged")} == by_name
+
+    shutil.copytree(tmp_path / "part0", tmp_path / "shared")
+    status, said, printed = command(capsys, *call, "--shard", "1/2", "--out", tmp_path / "shared")
+    assert status == 0 and "| reward" in printed
+    for name in ("results.json", "table.md"):
+        assert (tmp_path / "shared" / name).read_bytes() == (evaluated / name).read_bytes()
+
+
+# What failed
+
+
+def test_a_score_that_is_not_finite_is_quarantined(
+    tmp_path: Path, adapters: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reward fails for one prompt's bright videos, so of some videos of a prompt, and not of the same ones with each adapter."""
+    (tmp_path / "failing_reward.py").write_text(
+        "def brightness(frames, prompts):\n"
+        "    bright = frames.mean((1, 2, 3, 4)).tolist()\n"
+        "    return [None if 'red' in prompt and int(1e5 * one) % 2 else one for one, prompt in zip(bright, prompts)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("\n".join(CAPTIONS[:2]))
+    rewards = 'rewards={"failing_reward:brightness": 1, toy_vq: 1}'
+    call = [*SMALL, rewards, "--videos", "8", "--prompts", prompts, "--keep-videos", "none"]
+    with pytest.warns(UserWarning, match="not finite"):
+        assert command(capsys, *call, "--adapter", adapters["on"], "--out", out)[0] == 0
+    scores = scores_in(out)
+    name = "failing_reward:brightness"
+    failed = [video for video, parts in scores.values.items() if math.isnan(parts[name])]
+    assert failed and {video.prompt for video in failed} == {0} and "NaN" not in "".join(file.read_text() for file in out.glob("scores/*"))
+    results = {(one["generator"], one["score"]): one for one in results_in(out)}
+    for generator in (BASE, "on@1"):
+        fine = [parts[name] for parts in scores.of(generator).values() if not math.isnan(parts[name])]
+        one = results[generator, name]
+        assert one["failed"] == results[generator, "reward"]["failed"] == 16 - len(fine) and one["mean"] == pytest.approx(np.mean(fine))
+        assert results[generator, "toy_vq"]["failed"] == 0
+    pairs = 16 - len({video._replace(generator=BASE) for video in failed})
+    assert results["on@1", name]["difference"]["pairs"] == results["on@1", "reward"]["difference"]["pairs"] == pairs
+    assert f"{name} of {failed[0].generator}: " in (out / "table.md").read_text()
+
+
+# Prompts
+
+
+def test_the_generator_reads_the_extended_prompt_and_all_else_the_original(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {name: tmp_path / name for name in ("plain.txt", "longer.txt", "both.jsonl")}
+    files["plain.txt"].write_text("\n".join(CAPTIONS[:2]))
+    files["longer.txt"].write_text("\n".join(CAPTIONS[1:]))
+    files["both.jsonl"].write_text("\n".join(json.dumps({"prompt": a, "extended": b}) for a, b in zip(CAPTIONS[:2], CAPTIONS[1:])))
+    calls = {
+        "pairs": ["--prompts", files["plain.txt"], "--extended", files["longer.txt"]],
+        "json": ["--prompts", files["both.jsonl"]],
+        "longer": ["--prompts", files["longer.txt"]],
+        "limited": ["--prompts", files["longer.txt"], "--limit", "1"],
+    }
+    for name, call in calls.items():
+        assert command(capsys, *SMALL, "--videos", "1", *call, "--out", tmp_path / name)[0] == 0
+    found = {name: scores_in(tmp_path / name) for name in calls}
+    assert found["pairs"] == found["json"] and len(found["limited"].values) == 1
+    assert [prompt.extended for prompt in found["pairs"].prompts.values()] == CAPTIONS[1:]
+    for place in range(2):
+        pair, longer = (found[name].values[Video(BASE, place, 0)] for name in ("pairs", "longer"))
+        assert pair["temporal_coherence"] == longer["temporal_coherence"], "the same video"
+        assert pair["toy_ta"] < longer["toy_ta"], "judged by another prompt"
+        names = [f"videos/base/{place:04d}-{CAPTIONS[place + more].replace(' ', '-')}-0.mp4" for more in (0, 1)]
+        assert (tmp_path / "pairs" / names[0]).read_bytes() == (tmp_path / "longer" / names[1]).read_bytes()
+
+
+def test_an_adapter_and_its_scales() -> None:
+    options = {
+        "runs/on": (None, "runs/on", (1.0,)),
+        "runs/on@0.5,1": (None, "runs/on", (0.5, 1.0)),
+        "a=runs/x=y@-1e-1": ("a", "runs/x=y", (-0.1,)),
+        "hf://owner/name@main/file.safetensors@2": (None, "hf://owner/name@main/file.safetensors", (2.0,)),
+        "hf://owner/name@main": (None, "hf://owner/name@main", (1.0,)),
+    }
+    assert {text: tuple(evaluate.adapter_option(text)) for text in options} == options
+    names = {
+        "runs/on/adapter/adapter_model.safetensors": "on",
+        "x/my lora.safetensors": "my-lora",
+        "y/pytorch_lora_weights.safetensors": "y",
+    }
+    assert {path: evaluate.name_of(Path(path)) for path in names} == names
+
+
+def test_adapters_in_turn_leave_nothing_behind(adapters: dict[str, Path]) -> None:
+    """What the model holds is the same whatever it held before, and in the layers and ranks that an adapter lacks it is zero."""
+    model = load_generator(load_config("toy", SMALL[1:])).model
+    options = [evaluate.AdapterOption(None, str(adapters[name]), (0.5,)) for name in ("on", "semi", "zero")]
+    generators = evaluate.adapted_generators(options, base=True)
+    evaluate.prepare_adapters(model, [one.source for one in generators if one.source])
+    states: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for one in [*generators, *random.sample(generators, 4), *generators]:
+        evaluate.use_adapter(model, one)
+        states.setdefault(one.name, []).append({name: tensor.clone() for name, tensor in adapter_state(model).items()})
+    for name, found in states.items():
+        assert all(torch.equal(state[key], found[0][key]) for state in found for key in state), name
+    semi = next(one.source for one in generators if one.name == "semi@0.5")
+    assert semi is not None
+    for module in {key.rpartition(".lora_")[0] for key in states[BASE][0]}:
+        down, up = (states["semi@0.5"][0][f"{module}.lora_{letter}.weight"].double() for letter in "AB")
+        keys = [f"{module}.lora_{letter}.weight" for letter in "AB"]
+        expected = torch.zeros_like(up @ down)
+        if keys[0] in semi.adapter.state:
+            expected = 0.5 * 10 / 5 * semi.adapter.state[keys[1]].double() @ semi.adapter.state[keys[0]].double()
+        torch.testing.assert_close(up @ down, expected, rtol=1e-5, atol=1e-8)
+        assert not states[BASE][0][keys[1]].any()
+
+
+# Bad input
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "no adapter": (["--adapter", "{none}"], "there is nothing at {none}"),
+    "a directory without one": (["--adapter", "{empty}"], "has neither"),
+    "twice": (["--adapter", "{on}", "--adapter", "{on}@1"], "two of the name on@1"),
+    "called base": (["--adapter", "base={on}"], "other than base"),
+    "a scale that is none": (["--adapter", "{on}@1,-"], "expected a number"),
+    "of another generator": (["--adapter", "{thin}"], "has 9 inputs, the model's layer"),
+    "nothing to do": (["--no-base"], "name an adapter"),
+    "limit alone": (["--limit", "3"], "goes with --prompts"),
+    "extended alone": (["--extended", "{prompts}"], "goes with --prompts"),
+    "extended of the toy": (["--prompts", "toy", "--extended", "{prompts}"], "toy"),
+    "no prompts": (["--prompts", "{none}"], "cannot read prompts from {none}"),
+    "a word that the encoder lacks": (["--prompts", "{words}"], "zebra"),
+    "a shard too many": (["--shard", "2/2"], "from 0 to N - 1"),
+    "no shard": (["--shard", "0"], "I/N"),
+    "keep some": (["--keep-videos", "some"], "all, none, or"),
+    "no videos": (["--videos", "0"], "at least 1"),
+    "a negative seed": (["--seed", "-1"], "--seed"),
+    "out is a file": (["--out", "{file}/x"], "not a directory"),
+    "out holds something else": (["--out", "{on}"], "something else than an evaluation"),
+    "unknown key": (["evalation.seed=1"], "did you mean evaluation"),
+    "merge of nothing": (["merge", "--out", "{out}"], "DIR"),
+    "merge without out": (["merge", "{empty}"], "--out"),
+    "merge of something else": (["merge", "{on}", "--out", "{out}"], "is no evaluation"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_leaves_no_score(
+    arguments: list[str], said: str, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = adapters | {name: tmp_path / name for name in ("out", "none", "empty", "file", "prompts", "words")}
+    places["empty"].mkdir()
+    for name, content in (("file", ""), ("prompts", "a red circle moving left"), ("words", "a red zebra")):
+        places[name].write_text(content)
+    before = sorted(adapters["on"].rglob("*"))
+    given = [argument.format(**places) for argument in arguments]
+    usual = [] if given[0] == "merge" else [*SMALL, *THREE, "--out", places["out"]]  # of an option given twice the later counts
+    status, lines, printed = command(capsys, *usual, *given)
+    assert status == 2 and len(lines) == 1 and not printed, (lines, printed)
+    assert lines[0].startswith("error: ") and said.format(**places) in lines[0], lines[0]
+    assert not places["out"].exists() and sorted(adapters["on"].rglob("*")) == before
+
+
+def test_what_does_not_belong_together(
+    evaluated: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = [*SMALL, *THREE, "--out", evaluated]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(CAPTIONS))
+    before = {path: path.read_bytes() for path in evaluated.rglob("*") if path.is_file()}
+    for change, part in (
+        (["--seed", "3"], "with seed 1234, and here it is 3; give another --out"),
+        (["--videos", "3"], "videos_per_prompt 2"),
+        (["rewards={toy_vq: 1}"], "rewards.toy_"),
+        (["sampler.shift=2"], "sampler.shift 1.0"),
+        (["--prompts", prompts], "scores of other prompts: number 0"),
+        (["--adapter", f"on={adapters['zero']}"], "another on@1 (SHA-256"),
+    ):
+        status, said, printed = command(capsys, *call, *change)
+        assert status == 2 and not printed and part in said[-1] and len(said) == 1, said
+    other = tmp_path / "other"
+    assert command(capsys, *SMALL, *THREE, "--seed", "3", "--keep-videos", "none", "--out", other)[0] == 0
+    status, said, _ = command(capsys, "merge", evaluated, other, "--out", tmp_path / "merged")
+    assert status == 2 and len(said) == 1 and "seed 1234" in said[0]
+    assert {path: path.read_bytes() for path in evaluated.rglob("*") if path.is_file()} == before
+
+
+def test_help_and_print_config(adapters: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    status, said, printed = command(capsys, "--help")
+    assert (status, said) == (0, []) and all(word in printed for word in ("--adapter", "--extended", "--shard", "CC BY-NC", "merge DIR"))
+    assert command(capsys, "merge", "--help")[0] == 0
+    status, _, printed = command(capsys, *SMALL, "--videos", "3", "--seed", "9", "--print-config")
+    assert status == 0 and "videos_per_prompt: 3" in printed and "seed: 9" in printed
