@@ -189,7 +189,7 @@ def estimate(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) ->
         "decoder caches": (1 + settings.decode_branches) * cache,  # the prefix's stays
         "decoding": settings.decode_branches * (decoding + video),
         "frames of a slice": (settings.decode_branches + 1) * video,  # the shared frames stand alone as well
-        "rewards": reward_bytes + sum(bytes_of(name) for name in config.rewards if name not in config.reward_servers.addresses),
+        "rewards": reward_bytes + bytes_of(name for name in config.rewards if name not in config.reward_servers.addresses),
         "copies while judging": 2 * video,  # of the one video that is looked at
         "replay and its gradient": _replay(config, sizes, shape, settings),
     }

@@ -5,7 +5,7 @@ The package's are paths too, and imported when they are asked for: a process tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,15 @@ REWARDS = {
     "sharpness": "arcopo_fast.rewards.simple:Sharpness",
     "steadiness": "arcopo_fast.rewards.simple:Steadiness",
     "clip": "arcopo_fast.rewards.clip:CLIPScore",
+    "videoalign_vq": "arcopo_fast.rewards.videoalign:VisualQuality",
+    "videoalign_mq": "arcopo_fast.rewards.videoalign:MotionQuality",
+    "videoalign_mq_grey": "arcopo_fast.rewards.videoalign:GreyMotionQuality",
+    "videoalign_ta": "arcopo_fast.rewards.videoalign:TextAlignment",
+    "videoalign_vq_raw": "arcopo_fast.rewards.videoalign:RawVisualQuality",
+    "videoalign_mq_raw": "arcopo_fast.rewards.videoalign:RawMotionQuality",
+    "videoalign_ta_raw": "arcopo_fast.rewards.videoalign:RawTextAlignment",
+    "hpsv3": "arcopo_fast.rewards.hpsv3:HPSv3",
+    "hpsv3_every_4th": "arcopo_fast.rewards.hpsv3:HPSv3Every4th",
 }
 """By name, what makes a reward when it is called without arguments. One that takes GPU memory of its own, weights and working set, says how
 much in an attribute `bytes`; one that goes by seconds, not frames, has an attribute `fps`; one that reads published files names them in an
@@ -55,10 +64,10 @@ def _judge(reward: Reward) -> Any:
     return reward.function if isinstance(reward, OwnReward) else reward
 
 
-def reward_bytes(name: str) -> int:
-    """GPU memory that a reward says it takes; 0 if it says nothing."""
-    found: Any = find(REWARDS[name] if name in REWARDS else _own(name), "reward")
-    return getattr(found, "bytes", 0)
+def reward_bytes(names: Iterable[str]) -> int:
+    """GPU memory that rewards say they take; those of the same `sources` have one model in common. One that says nothing takes none."""
+    found: dict[str, Any] = {name: find(REWARDS[name] if name in REWARDS else _own(name), "reward") for name in names}
+    return sum({getattr(reward, "sources", name): getattr(reward, "bytes", 0) for name, reward in found.items()}.values())
 
 
 def reward_files(name: str) -> Sequence[tuple[str, Sequence[str]]]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from arcopo_fast.rollout.engine import VideoShape
-from arcopo_fast.work import Workload
+from arcopo_fast.work import Workload, workload_of
 from benchmarks import gpu, iteration, results, shapes
 from benchmarks.results import OURS
 from benchmarks.timing import Ceilings, Timer
@@ -184,7 +184,7 @@ def test_the_full_size_is_that_of_the_recipe() -> None:
     from arcopo_fast.recipe import load_config
 
     config = load_config("bench_1_3b")
-    recipe, full = iteration.of_recipe(config, iteration.FULL.name, iteration.FULL.model, iteration.FULL.vae), iteration.FULL
+    recipe, full = workload_of(config, iteration.FULL.name, iteration.FULL.model, iteration.FULL.vae), iteration.FULL
     cut = {"branches_per_wave": None, "decode_branches": None}
     assert config.generator.checkpoint == "random:1.3b" and config.generator.vae_dtype == "bfloat16"
     whole = {"micro_batch": None}

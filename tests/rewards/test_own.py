@@ -85,7 +85,7 @@ def test_anything_that_can_be_called_is_a_reward(name: str) -> None:
     expected = torch.stack([video.mean() for video in frames]) * (3 if name == "Weighted" else 1)
     assert scores.dtype == torch.float32 and not scores.requires_grad
     torch.testing.assert_close(scores, expected)
-    assert reward_bytes(f"{MODULE}:{name}") == (12345 if name == "Weighted" else 0)
+    assert reward_bytes([f"{MODULE}:{name}"]) == (12345 if name == "Weighted" else 0)
 
 
 def test_a_module_inside_goes_where_the_reward_goes() -> None:
@@ -98,9 +98,15 @@ def test_the_packages_rewards_are_found_by_name() -> None:
     """Those that read published files say so, and how much memory they take; the others need nothing."""
     for name, path in REWARDS.items():
         found = find(path, "reward")
-        assert found.__name__ == path.partition(":")[2] and bool(reward_files(name)) == bool(reward_bytes(name))
+        assert found.__name__ == path.partition(":")[2] and bool(reward_files(name)) == bool(reward_bytes([name]))
         if not reward_files(name):
             assert type(load_reward(name)) is found
+
+
+def test_a_model_that_rewards_share_is_counted_once() -> None:
+    one = reward_bytes(["videoalign_vq"])
+    assert reward_bytes(["videoalign_vq", "videoalign_mq_grey", "videoalign_ta"]) == one
+    assert reward_bytes(["videoalign_vq", "hpsv3", f"{MODULE}:Weighted"]) == one + reward_bytes(["hpsv3"]) + 12345
 
 
 @pytest.mark.parametrize(
