@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arcopo_fast import hub
 from arcopo_fast.config import Config, objective_class
-from arcopo_fast.data.prompts import Prompts, read_prompts, split_prompts
+from arcopo_fast.data.prompts import Prompt, Prompts, read_prompt_set, split_prompts
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
 from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_json, read_state_dict
@@ -286,5 +286,8 @@ def load_held_out(generator: Generator) -> dict[str, Reward]:
 
 def load_prompts(config: Config) -> Prompts:
     """Training and evaluation prompts; which are kept for evaluation depends on `evaluation.seed` alone."""
-    prompts = toy_data.all_captions() if config.prompts == "toy" else read_prompts(config.prompts)
+    if config.prompts == "toy" and config.extended_prompts is None:
+        prompts = [Prompt(caption) for caption in toy_data.all_captions()]
+    else:
+        prompts = read_prompt_set(config.prompts, config.extended_prompts)
     return split_prompts(prompts, config.evaluation.prompts, random_for(config.evaluation.seed, "evaluation prompts"))

@@ -31,7 +31,7 @@ def collect(config: Config, path: str, groups: int) -> Buffer:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     rewards, prompts, generator = load_rewards(config), load_prompts(config), load_generator(config)
-    encode_ahead(generator.encode_text, (prompt_of(config.seed, prompts.training, index, 0) for index in range(groups)))
+    encode_ahead(generator.encode_text, (prompt_of(config.seed, prompts.training, index, 0).for_generator for index in range(groups)))
     engine = build_engine(config, generator.model, video_shape(config, generator), vae=generator.decoder.vae)
     objective = build_objective(config, engine)
     buffer = Buffer.create(path, policy_of(config, generator.model, objective), recipe_of(config, prompts), groups=groups)

@@ -220,6 +220,9 @@ class Config(Section):
         description='"toy": captions of the toy world; "bench": plain sentences; else a file with a prompt on each line, a .jsonl or .csv '
         "file with prompt in it, or hf://owner/name/FILE",
     )
+    extended_prompts: str | None = Field(
+        None, min_length=1, description="text file: what the generator reads for each line of `prompts`, which rewards read; null: the same"
+    )
     generator: GeneratorConfig = Field(default_factory=GeneratorConfig)
     video: VideoConfig
     sampler: SamplerConfig

@@ -50,6 +50,8 @@ def needs(config: Config) -> list[Need]:
         found.append(Need("generator.lora", generator.lora, []))
     if config.prompts not in ("toy", BENCH):
         found.append(Need("prompts", config.prompts, []))
+    if config.extended_prompts:
+        found.append(Need("extended_prompts", config.extended_prompts, []))
     for name in config.rewards:
         if name not in config.reward_servers.addresses:
             found += [Need(f"rewards.{name}", source, list(files)) for source, files in reward_files(name)]

@@ -414,7 +414,7 @@ def write_results(study: Study, name: str) -> str:
 
 def entropy(config: Config, *, prompts: int, draws: int, adapter: Path | None, directory: Path) -> Study:
     """Measure what is missing of `prompts` prompts, the evaluation prompts first, and write the results."""
-    every = [*(known := load_prompts(config)).evaluation, *known.training]
+    every = [prompt.for_generator for part in reversed(load_prompts(config)) for prompt in part]
     if prompts > len(every):
         raise UserError(f"--prompts is {prompts}, but {config.prompts} has {len(every)}; give at most that")
     study = Study.open(directory, settings_of(config, every, adapter, draws))

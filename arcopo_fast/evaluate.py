@@ -119,12 +119,11 @@ class Evaluator:
         if self._current != videos[0].generator:
             self._current = videos[0].generator
             use_adapter(self.generator.model, self.generators[self._current])
-        said = [self.prompts[video.prompt] for video in videos]
-        texts, prompts = [prompt.for_generator for prompt in said], [prompt.text for prompt in said]
+        prompts = [self.prompts[video.prompt] for video in videos]
         groups = [video.prompt * self.config.evaluation.videos_per_prompt + video.number for video in videos]
         values: dict[Video, dict[str, float]] = {}
         rewards = {**self.rewards, **self.held_out}
-        for frames, judged in judge(self.config, self.generator, self.engine, texts, prompts, groups, rewards):
+        for frames, judged in judge(self.config, self.generator, self.engine, prompts, groups, rewards):
             for row, video in enumerate(videos[len(values) : len(values) + len(frames)]):
                 values[video] = {name: column[row].item() for name, column in judged.items()}
                 if video in files:
@@ -460,7 +459,7 @@ def prompts_of(config: Config, options: Any) -> list[Prompt]:
             raise UserError(
                 f"--{'extended' if options.extended else 'limit'} goes with --prompts; name the set of prompts, or leave it out"
             )
-        return [Prompt(text) for text in load_prompts(config).evaluation]
+        return load_prompts(config).evaluation
     if options.prompts == "toy" and options.extended is None:
         prompts = [Prompt(text) for text in toy_data.all_captions()]
     else:

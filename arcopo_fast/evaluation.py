@@ -15,6 +15,7 @@ from torch import Tensor
 
 from arcopo_fast.assemble import Generator, pool_pages
 from arcopo_fast.config import Config
+from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
@@ -58,34 +59,38 @@ def judge(
     config: Config,
     generator: Generator,
     engine: Engine,
-    texts: Sequence[str],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     groups: Sequence[int],
     rewards: Mapping[str, Reward],
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Make a batch of videos and score them, `rollout.decode_branches` at a time.
 
     Args:
-        texts: what the generator reads, one for each video. prompts: what the rewards read. groups: which noise is whose.
+        prompts: one for each video. groups: which noise is whose.
 
     Yields:
         frames [n, F, 3, H, W] in [0, 1], and every score [n] on the CPU by its name; NaN for one that failed.
     """
     rows = [KeyedNoise(engine.shape.chunk, config.evaluation.seed, group=group) for group in groups]
-    latents = engine.generate(generator.encode_text(texts), StackedNoise(rows))
+    latents = engine.generate(generator.encode_text([prompt.for_generator for prompt in prompts]), StackedNoise(rows))
     device, offload, decoder = generator.model.device, config.generator.offload, generator.decoder
     done = 0
     for some in latents.split(config.rollout.decode_branches or len(latents)):
         with resident(device, decoder.vae, offload=offload):
             frames, _ = decoder.decode(some, decoder.start())
         with resident(device, *rewards.values(), offload=offload):
-            scores = score(rewards, frames, list(prompts[done : done + len(some)]), quarantine=True)
+            scores = score(rewards, frames, [prompt.text for prompt in prompts[done : done + len(some)]], quarantine=True)
         yield frames, {name: values.cpu() for name, values in scores.items()}
         done += len(some)
 
 
 def evaluate(
-    config: Config, generator: Generator, engine: Engine, prompts: list[str], rewards: dict[str, Reward], held_out: dict[str, Reward]
+    config: Config,
+    generator: Generator,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    rewards: dict[str, Reward],
+    held_out: dict[str, Reward],
 ) -> Evaluation:
     """Score `evaluation.videos_per_prompt` videos of every prompt. Equal configurations give equal noises, whatever the weights.
 
@@ -98,10 +103,10 @@ def evaluate(
     for start in range(0, len(every), batch):
         part = every[start : start + batch]
         groups = range(start, start + len(part))
-        for frames, judged in judge(config, generator, engine, part, part, groups, {**rewards, **held_out}):
+        for frames, judged in judge(config, generator, engine, part, groups, {**rewards, **held_out}):
             for name, values in judged.items():
                 scores.setdefault(name, []).append(values)
             shown.append(frames[: max(0, config.evaluation.sample_videos - sum(map(len, shown)))].cpu())
     joined = {name: torch.cat(values) for name, values in scores.items()}
     total = torch.stack([config.rewards[name] * joined[name] for name in rewards]).sum(dim=0)
-    return Evaluation({"reward": total} | joined, every, torch.cat(shown)[: config.evaluation.sample_videos])
+    return Evaluation({"reward": total} | joined, [prompt.text for prompt in every], torch.cat(shown)[: config.evaluation.sample_videos])

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arcopo_fast.assemble import Generator, build_engine, load_generator, pool_pages, video_shape
+from arcopo_fast.assemble import Generator, build_engine, encode_ahead, load_generator, pool_pages, video_shape
 from arcopo_fast.commands import RecipeParser, positive_int, run_command
 from arcopo_fast.config import Config
 from arcopo_fast.data.prompts import read_prompts
@@ -116,6 +116,7 @@ def generate(
     total = vae.pixel_frames(shape.frames)
     if frames not in (None, total):
         print(f"{frames} frames are not whole chunks of {config.video.chunk_frames} latent frames: making {total}", file=sys.stderr)
+    encode_ahead(generator.encode_text, [*prompts, *(switch.prompt for switch in switches)])
     latent_switches = {frame: generator.encode_text([prompt]) for frame, prompt in place_switches(switches, shape, vae).items()}
     text = generator.encode_text(prompts)
     engine = sized_engine(config, generator, shape, batch, longer=shape.chunks > usual.chunks)

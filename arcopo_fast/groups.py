@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from torch import Tensor
 from arcopo_fast.assemble import Generator, cache_policy
 from arcopo_fast.config import Config
 from arcopo_fast.data.buffer import Buffer, Entry, all_metadata
-from arcopo_fast.data.prompts import Prompts
+from arcopo_fast.data.prompts import Prompt, Prompts, digest
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import adapter_disabled
@@ -37,7 +37,7 @@ class JudgedGroup:
     """rewards: scores [G] by the reward's name; NaN where a reward failed."""
 
     group: Group
-    prompt: str
+    prompt: Prompt
     rewards: dict[str, Tensor]
 
 
@@ -46,15 +46,15 @@ class GroupSource(Protocol):
         """The group `index` of an iteration; the same for the same numbers and seed."""
 
 
-def prompt_of(seed: int, prompts: Sequence[str], iteration: int, index: int) -> str:
+def prompt_of(seed: int, prompts: Sequence[Prompt], iteration: int, index: int) -> Prompt:
     """The prompt of the group `index` of an iteration."""
     return prompts[int(random_for(seed, iteration, index, "prompt").integers(len(prompts)))]
 
 
-def training_prompts(config: Config, prompts: Sequence[str]) -> list[str]:
+def training_prompts(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts that a run's groups will be of: known before there is an engine."""
     if config.train.buffer is not None:
-        return [about["prompt"] for about in all_metadata(config.train.buffer) if "prompt" in about]
+        return [_prompt_in(about) for about in all_metadata(config.train.buffer) if "prompt" in about]
     groups = product(range(1, config.train.iterations + 1), range(config.rollout.prompts_per_iteration))
     return [prompt_of(config.seed, prompts, iteration, index) for iteration, index in groups]
 
@@ -80,7 +80,7 @@ class Rollouts:
             group.release()
             raise
 
-    def rollout(self, iteration: int, index: int) -> tuple[Group, str]:
+    def rollout(self, iteration: int, index: int) -> tuple[Group, Prompt]:
         """A group of videos for one prompt, not yet judged."""
         config, shape = self.config, self.engine.shape
         prompt = prompt_of(config.seed, self.prompts, iteration, index)
@@ -89,7 +89,7 @@ class Rollouts:
             key = ("pivot",) if pivot == "shared" else ("pivot", index)
             pivot = 1 + int(random_for(config.seed, iteration, *key).integers(shape.chunks))
         group = self.engine.rollout(
-            self.generator.encode_text([prompt]),
+            self.generator.encode_text([prompt.for_generator]),
             KeyedNoise(shape.chunk, config.seed, iteration, index),
             pivot=pivot - 1,
             branches=config.rollout.group_size,
@@ -99,7 +99,7 @@ class Rollouts:
         )
         return group, prompt
 
-    def judge(self, group: Group, prompt: str) -> dict[str, Tensor]:
+    def judge(self, group: Group, prompt: Prompt) -> dict[str, Tensor]:
         """Every reward's scores [G] of a group's videos, decoded and judged as many at a time as the recipe says."""
         device, offload = self.generator.model.device, self.config.generator.offload
         decoder = self.generator.decoder
@@ -110,7 +110,7 @@ class Rollouts:
             with profiling.stage("decode"), resident(device, decoder.vae, offload=offload):
                 frames = next(slices)
             with profiling.stage("reward"), resident(device, *self.rewards.values(), offload=offload):
-                parts.append(score(self.rewards, frames, [prompt] * len(frames), quarantine=True))
+                parts.append(score(self.rewards, frames, [prompt.text] * len(frames), quarantine=True))
         return {name: torch.cat([part[name] for part in parts]) for name in self.rewards}
 
 
@@ -158,7 +158,9 @@ def store(judged: JudgedGroup) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if group.pivot:
         tensors["prefix"] = torch.cat(group.latents[: group.pivot], dim=1)[0]
     tensors |= {REWARD + name: values for name, values in judged.rewards.items()}
-    about = {"prompt": judged.prompt, "pivot": group.pivot, "seed": noise.seed, "iteration": noise.iteration, "group": noise.group}
+    about = {"prompt": judged.prompt.text, "pivot": group.pivot, "seed": noise.seed, "iteration": noise.iteration, "group": noise.group}
+    if judged.prompt.extended:
+        about["extended"] = judged.prompt.extended
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, about
 
 
@@ -167,8 +169,8 @@ def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objec
     """A stored group, its prefix rebuilt by clean passes of the generator without its adapter: bit for bit the keys and values it was made
     with. Its `latents` end at the pivot."""
     about, device = entry.metadata, engine.model.device
-    pivot = about["pivot"]
-    text = generator.encode_text([about["prompt"]])
+    pivot, prompt = about["pivot"], _prompt_in(about)
+    text = generator.encode_text([prompt.for_generator])
     sizes = engine.shape.chunk_frames[:pivot]
     latents = [part.to(device) for part in entry.tensors["prefix"][None].split(sizes, dim=1)] if pivot else []
     with adapter_disabled(engine.model):
@@ -178,10 +180,14 @@ def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objec
         inputs, predictions = (entry.tensors[name].to(device) for name in ("inputs", "predictions"))
         kernel = objective.kernel or engine.kernel
         group = Group(text, pivot, prefix, inputs, predictions, latents, engine.steps_of(pivot), noise, kernel)
-        return JudgedGroup(group, about["prompt"], {name: entry.tensors[REWARD + name] for name in rewards})
+        return JudgedGroup(group, prompt, {name: entry.tensors[REWARD + name] for name in rewards})
     except BaseException:
         prefix.cache.release()
         raise
+
+
+def _prompt_in(about: Mapping[str, Any]) -> Prompt:
+    return Prompt(about["prompt"], about.get("extended"))
 
 
 # What a buffer is of ---------------------------------------------------------------------------------------------------------------
@@ -215,7 +221,7 @@ def recipe_of(config: Config, prompts: Prompts) -> dict[str, Any]:
     """What else made the entries of a buffer what they are; whoever adds to one must agree with it."""
     return {
         "seed": config.seed,
-        "prompts": hashlib.sha256("\n".join(prompts.training).encode()).hexdigest(),
+        "prompts": digest(prompts.training),
         "rewards": sorted(config.rewards),
         "pivot": config.rollout.pivot,
         "dtype": config.generator.dtype,

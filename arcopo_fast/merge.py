@@ -30,6 +30,7 @@ from torch import Tensor
 from arcopo_fast.assemble import build_engine, load_generator, load_held_out, load_prompts, load_rewards, video_shape
 from arcopo_fast.commands import RecipeParser, numbers, run_command
 from arcopo_fast.config import Config
+from arcopo_fast.data.prompts import Prompt, digest
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import evaluate, videos_at_once
 from arcopo_fast.model.checkpoints import read_json
@@ -253,14 +254,14 @@ def adapter_at(semi: Source, on: Source, scale: float | None) -> dict[str, Tenso
     return {name: torch.zeros_like(tensor) for name, tensor in state.items()} if scale is None else state
 
 
-def settings_of(config: Config, semi: Source, on: Source, prompts: Sequence[str]) -> dict[str, Any]:
+def settings_of(config: Config, semi: Source, on: Source, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What the numbers of an evaluation depend on, by dotted keys."""
     adapters = {"semi": semi.summary(), "on": on.summary()}
     sections = {"seed", "prompts", "generator", "video", "sampler", "cache", "rewards", "evaluation"}
     settings: dict[str, Any] = {}
     for name, value in (adapters | config.model_dump(mode="json", include=sections)).items():
         settings |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    settings["prompts.sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    settings["prompts.sha256"] = digest(prompts)
     return {name: value for name, value in settings.items() if name not in ("semi.file", "on.file")}  # the same file may have moved
 
 

@@ -72,7 +72,8 @@ class Trainer:
         self.rewards: dict[str, Reward] = load_rewards(config)
         self.prompts = load_prompts(config)
         self.generator: Generator = load_generator(config)
-        encode_ahead(self.generator.encode_text, [*training_prompts(config, self.prompts.training), *self.prompts.evaluation])
+        ahead = [*training_prompts(config, self.prompts.training), *self.prompts.evaluation]
+        encode_ahead(self.generator.encode_text, (prompt.for_generator for prompt in ahead))
         self.held_out = load_held_out(self.generator)
         self.shape = video_shape(config, self.generator)
         self.engine: Engine = build_engine(config, self.generator.model, self.shape, vae=self.generator.decoder.vae)

@@ -90,7 +90,7 @@ def toy(*overrides: str) -> Scene:
     from arcopo_fast.recipe import load_config
 
     config = load_config("toy", overrides)
-    generator, prompt = load_generator(config), load_prompts(config).training[0]
+    generator, prompt = load_generator(config), load_prompts(config).training[0].text
     add_lora(generator.model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets, seed=config.seed)
     vae = load_vae(checkpoint_path(config.generator.checkpoint) / "vae")
     workload = workload_of(config, "toy", generator.model.config, VAESizes.from_config(vae.config))

@@ -7,6 +7,7 @@ An extended prompt is what a language model has made of the prompt: the generato
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.resources
 import io
 import json
@@ -37,8 +38,8 @@ class Prompt(NamedTuple):
 class Prompts(NamedTuple):
     """Disjoint lists, in a fixed order."""
 
-    training: list[str]
-    evaluation: list[str]
+    training: list[Prompt]
+    evaluation: list[Prompt]
 
 
 def prompts_file(name: str) -> Path:
@@ -87,11 +88,16 @@ def read_prompts(source: str | Path) -> list[str]:
     """
     prompts = read_prompt_set(source)
     if any(prompt.extended for prompt in prompts):
-        raise UserError(f"{source} has extended prompts, which only python -m arcopo_fast.evaluate can use; give one without them")
+        raise UserError(f"{source} has extended prompts beside the others; give a set without them, or the extended ones alone")
     return [prompt.text for prompt in prompts]
 
 
-def split_prompts(prompts: Sequence[str], evaluation: int, random: np.random.Generator) -> Prompts:
+def digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of prompts, their order and their extended forms."""
+    return hashlib.sha256("\n".join("\t".join(filter(None, prompt)) for prompt in prompts).encode()).hexdigest()
+
+
+def split_prompts(prompts: Sequence[Prompt], evaluation: int, random: np.random.Generator) -> Prompts:
     """Keep `evaluation` prompts aside, drawn with `random`; the rest is trained on.
 
     Raises:

@@ -54,7 +54,7 @@ def test_its_numbers_are_those_of_independent_videos(finished: Path) -> None:
     generator = load_generator(config)
     shape = video_shape(config, generator)
     engine = build_engine(config, generator.model, shape, videos=1)
-    prompt = load_prompts(config).evaluation[1]
+    prompt = load_prompts(config).evaluation[1].text
 
     class Source:
         def __init__(self, pivot: int, step: int | None, draw: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -118,6 +119,42 @@ def test_an_aligned_generator(recipe: str, models: Path, tmp_path: Path, monkeyp
     train.main([*settings, "name=semi", "--mode", "semi_on_policy", "--buffer", str(tmp_path / "buffer")])
     first = json.loads((tmp_path / "runs" / "semi" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["update1/ratio_max"] == 0
+
+
+def test_extended_prompts_are_generated_from_and_the_others_judged(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_seed: None
+) -> None:
+    """In rollouts, evaluations and a buffer: the generator sees the embedding of the extended form, a reward the prompt."""
+    put(models, "self_forcing")
+    (tmp_path / "heard.py").write_text(
+        "prompts = []\ndef reward(frames, said):\n    prompts.extend(said)\n    return frames.mean((1, 2, 3, 4))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    extended = [f"{prompt} gunu heke" for prompt in PROMPTS]
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "longer.txt").write_text("\n".join(extended))
+    sources = [f"prompts={tmp_path / 'prompts.txt'}", f"extended_prompts={tmp_path / 'longer.txt'}"]
+    settings = ["self_forcing", *RUN, 'rewards={"heard:reward": 1.0}', *sources, f"run.directory={tmp_path / 'runs'}"]
+    encoded: set[str] = set()
+    encode = CachedTextEncoder.__call__
+
+    def noted(self: CachedTextEncoder, prompts: list[str]) -> object:
+        encoded.update(prompts)
+        return encode(self, prompts)
+
+    monkeypatch.setattr(CachedTextEncoder, "__call__", noted)
+    train.main(settings)
+    heard = importlib.import_module("heard")
+    assert set(heard.prompts) <= set(PROMPTS) and encoded <= set(extended) and len(heard.prompts) > 4
+    pairs = dict(zip(extended, PROMPTS))
+    assert {pairs[text] for text in encoded} == set(heard.prompts)
+    collect.main([*settings, "--buffer", str(tmp_path / "buffer"), "--groups", "2"])
+    encoded.clear()
+    train.main([*settings, "name=semi", "--mode", "semi_on_policy", "--buffer", str(tmp_path / "buffer")])
+    assert encoded and encoded <= set(extended)
+    (tmp_path / "longer.txt").write_text("\n".join(extended[1:]))
+    with pytest.raises(UserError, match="5 lines|line by line|lines"):
+        train.main(settings)
 
 
 def test_what_is_missing_is_named_with_its_size(models: Path) -> None:

@@ -68,7 +68,7 @@ def test_the_rebuilt_prefix_equals_the_rollouts_bit_for_bit(buffer: Path) -> Non
         group, prompt = fresh.source.rollout(entry.index, 0)
         with group, restore(entry, trained.generator, trained.engine, trained.objective, ["toy_vq"]).group as again:
             pivots.add(group.pivot)
-            assert (again.pivot, prompt) == (group.pivot, entry.metadata["prompt"])
+            assert (again.pivot, prompt.text) == (group.pivot, entry.metadata["prompt"])
             assert torch.equal(again.inputs, group.inputs) and torch.equal(again.predictions, group.predictions)
             assert torch.equal(again.noise.initial(group.pivot)[0], entry.tensors["initial"])
             ours = cached(trained.source, again.prefix.cache.tables[0].pages)

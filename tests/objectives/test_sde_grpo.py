@@ -12,6 +12,7 @@ from support.models import SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 from torch.distributions import Normal
 
+from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
 from arcopo_fast.groups import JudgedGroup
 from arcopo_fast.model.lora import adapter_parameters, add_lora
@@ -352,7 +353,7 @@ def test_advantages_are_cut() -> None:
     rewards = {"toy_vq": torch.randn(64).cauchy_()}
     for largest in (1.0, None):
         config = load_config("toy_sde_grpo", [f"objective.advantage_max={largest or 'null'}", "rewards={toy_vq: 1.0}"])
-        advantages = Trainer.advantages(SimpleNamespace(config=config), JudgedGroup(None, "", rewards))  # type: ignore[arg-type]
+        advantages = Trainer.advantages(SimpleNamespace(config=config), JudgedGroup(None, Prompt(""), rewards))  # type: ignore[arg-type]
         uncut = zscore(rewards["toy_vq"], config.objective.advantage_std_floor)
         assert uncut.abs().max() > 1
         torch.testing.assert_close(advantages, uncut if largest is None else uncut.clamp(-1, 1))

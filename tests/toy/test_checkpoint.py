@@ -42,7 +42,7 @@ def test_it_is_at_most_8_megabytes() -> None:
 def test_the_initial_noise_decides_and_renoises_do_not(config: Config, generator: Generator) -> None:
     """At every pivot, replacing the initial noise changes the output at least 5 times as much (mean square) as replacing any re-noise."""
     shape, sampler = video_shape(config, generator), config.sampler
-    text = generator.encode_text(load_prompts(config).training[::9])
+    text = generator.encode_text([prompt.text for prompt in load_prompts(config).training[::9]])
     settings = SamplerSettings(tuple(sampler.steps), sampler.warp, sampler.shift)
     influence = noise_influence(generator.model, text, shape, settings, seed=int(torch.randint(2**31, ())))
     assert min(influence["ratio"]) >= 5, {name: [f"{value:.3g}" for value in values] for name, values in influence.items()}
