@@ -116,8 +116,9 @@ def generate(
     total = vae.pixel_frames(shape.frames)
     if frames not in (None, total):
         print(f"{frames} frames are not whole chunks of {config.video.chunk_frames} latent frames: making {total}", file=sys.stderr)
-    encode_ahead(generator.encode_text, [*prompts, *(switch.prompt for switch in switches)])
-    latent_switches = {frame: generator.encode_text([prompt]) for frame, prompt in place_switches(switches, shape, vae).items()}
+    placed = place_switches(switches, shape, vae)
+    encode_ahead(generator.encode_text, [*prompts, *placed.values()])
+    latent_switches = {frame: generator.encode_text([prompt]) for frame, prompt in placed.items()}
     text = generator.encode_text(prompts)
     engine = sized_engine(config, generator, shape, batch, longer=shape.chunks > usual.chunks)
     files[0].parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from arcopo_fast.runtime.page import plain, signed
@@ -196,7 +197,11 @@ def as_markdown(results: Sequence[Result]) -> str:
 def _change(interval: Interval) -> str:
     if not math.isfinite(interval.low):
         return f"{signed(interval.mean)} (one prompt: no interval)"
-    return f"{signed(interval.mean)} {_brackets(interval, signed)}{'' if interval.direction else ' ≈'}"
+    # As many digits as tell the interval from 0: three, or more where all of it is smaller than that shows.
+    largest = max(abs(interval.low), abs(interval.high))
+    digits = 3 if largest == 0 else min(9, max(3, 1 - math.floor(math.log10(largest))))
+    shown = partial(signed, digits=digits)
+    return f"{shown(interval.mean)} {_brackets(interval, shown)}{'' if interval.direction else ' ≈'}"
 
 
 def _brackets(interval: Interval, shown: Any) -> str:

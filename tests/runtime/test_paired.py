@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from statistics import NormalDist
 
@@ -195,3 +196,16 @@ def test_what_cannot_be_told_apart_is_no_gain(rng: np.random.Generator) -> None:
     single = compare(Scores({v: s for v, s in scores.values.items() if v.prompt == 0}, {}, scores.adapters), WEIGHTS)
     assert "one prompt: no interval" in as_markdown(single) and "≈" not in as_markdown(single).split("\n\n")[0]
     assert {one["difference"]["verdict"] for one in as_json(single) if one["difference"]} == {None}
+
+
+def test_a_small_difference_is_shown_with_its_digits(rng: np.random.Generator) -> None:
+    """A gain must not look like none, nor none like a gain."""
+    before = rng.normal(0.6, 0.1, (6, 2))
+    gain = before + rng.normal(4e-5, 4e-6, (6, 2))
+    values = {**videos(before), **videos(gain, "on@1")}
+    scores = Scores({video: {"beauty": value} for video, value in values.items()}, adapters={BASE: None, "on@1": {}})
+    (line,) = [
+        line for line in as_markdown(compare(scores, {"beauty": 1.0}, [BASE, "on@1"])).splitlines() if "beauty" in line and "on@1" in line
+    ]
+    low, high = (float(number) for number in re.findall(r"\+(0\.\d+)", line)[1:3])
+    assert 3e-5 < low < high < 5e-5 and "≈" not in line
