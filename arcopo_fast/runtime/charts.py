@@ -122,7 +122,7 @@ class _Plane:
     def __init__(
         self, xs: Sequence[float], ys: Sequence[float], width: int, height: int, *, top: int, bottom: int, whole_x: bool = False
     ) -> None:
-        self.left, self.right, self.top, self.bottom = 46.0, width - 10.0, float(top), float(height - bottom)
+        self.left, self.right, self.top, self.bottom = 52.0, width - 10.0, float(top), float(height - bottom)
         self.x_ticks, self.ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
         self.first, self.last = min(xs), max(xs)
         if whole_x:
@@ -173,5 +173,5 @@ def _ticks(low: float, high: float) -> list[float]:
 def short(value: float) -> str:
     """At most six characters, where that is possible."""
     if value and not 1e-3 <= abs(value) < 1e4:
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
     return f"{value:.4g}".replace("-", "−")
