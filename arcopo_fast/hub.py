@@ -140,7 +140,11 @@ def find(source: str | Path, files: Sequence[str] = ()) -> Path:
         _check(path, files)
         return path
     wanted = Source.parse(str(source))
-    found = _local(wanted, files) or (_download if wanted.scheme == HUGGING_FACE else _fetch)(wanted, files)
+    found = _local(wanted, files)
+    if wanted.scheme == GITHUB:
+        found = found or _fetch(wanted, files)
+    elif found is None or (found.is_dir() and not files and _cache(wanted) in found.parents):  # of all of it the cache may hold a part
+        found = _download(wanted, files)
     _check_sizes(wanted, found, files)
     return found
 
@@ -174,15 +178,19 @@ def _places(wanted: Source) -> Iterator[Path]:
     if wanted.scheme == GITHUB:
         yield _github_cache(wanted)
         return
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=wanted.repository, repo_type=wanted.kind)
-    revision = wanted.revision or "main"
+    cache, revision = _cache(wanted), wanted.revision or "main"
     reference = cache / "refs" / revision
     if reference.is_file():
         revision = reference.read_text(encoding="utf-8").strip()
     yield cache / "snapshots" / revision / wanted.inside
+
+
+def _cache(wanted: Source) -> Path:
+    """Where Hugging Face keeps a repository."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=wanted.repository, repo_type=wanted.kind)
 
 
 def _missing(path: Path, files: Sequence[str]) -> list[str]:

@@ -39,6 +39,7 @@ from arcopo_fast.config import Config
 from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import Evaluation, evaluate
+from arcopo_fast.floor import floors
 from arcopo_fast.groups import BufferedGroups, GroupSource, JudgedGroup, Rollouts, policy_of, training_prompts
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter, save_adapter
 from arcopo_fast.model.sizes import VAESizes
@@ -59,7 +60,6 @@ from arcopo_fast.runtime.report import write_report
 from arcopo_fast.runtime.results import DEVICE, TOTAL, Change, changes
 from arcopo_fast.runtime.run_dir import RunDirectory
 from arcopo_fast.runtime.video import write_mp4
-from arcopo_fast.work import floors
 
 
 class Trainer:

@@ -1,4 +1,4 @@
-"""What an AR-CoPO iteration has to compute and move, counted from its sizes: the yardstick of a run's report and of the benchmarks.
+"""What an AR-CoPO iteration has to compute and move, counted from its sizes: for plans, a run's report and the benchmarks.
 
 FLOP of matrix products and convolutions, a multiplication and an addition being two, as torch.utils.flop_counter counts them. Counted is
 what the algorithm needs, with what is shared computed once: one prefix, no clean pass after the last chunk, a clean pass up to the last
@@ -10,20 +10,19 @@ written once. Those of the VAE and the rewards are not counted, so their floor i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from arcopo_fast.assemble import cache_policy, shape_of
-from arcopo_fast.config import Config
 from arcopo_fast.model.causal_wan import CausalWanConfig
-from arcopo_fast.model.sizes import VAESizes, decoder_convolutions
+from arcopo_fast.model.lora import BLOCK_TARGETS
+from arcopo_fast.model.sizes import Linear, VAESizes, block_linears, decoder_convolutions
 from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import SamplerSettings, VideoShape
-from arcopo_fast.runtime.ceilings import Ceilings
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Workload:
     copo: CopoSettings = CopoSettings()
     lora_rank: int = 64
     lora_alpha: float = 128
+    lora_targets: tuple[str, ...] = BLOCK_TARGETS
     lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
@@ -59,6 +59,12 @@ class Workload:
     def video_tokens(self) -> int:
         """Of the finished videos of a group."""
         return self.group_size * self.shape.frames * self.frame_tokens
+
+    @property
+    def adapted(self) -> dict[str, Linear]:
+        """The linear layers of a block that have an adapter, by name. Targets outside of the blocks, small layers, are left out."""
+        linears = block_linears(self.model).items()
+        return {name: linear for name, linear in linears if any(f".{name}".endswith(f".{target}") for target in self.lora_targets)}
 
     @property
     def middle(self) -> int:
@@ -117,7 +123,7 @@ def forward(workload: Workload, frames: int, visible: int, *, store_only: Litera
 
     store_only: a clean pass; "early" ends with the last block's keys and values, "whole" is a full forward.
     """
-    config, rank = workload.model, workload.lora_rank
+    config, adapted = workload.model, workload.adapted
     dim, inner, layers = config.dim, config.ffn_dim, config.num_layers
     tokens, keys = frames * workload.frame_tokens, visible * workload.frame_tokens
     patch = config.in_channels * config.patch_size[1] * config.patch_size[2]
@@ -126,10 +132,10 @@ def forward(workload: Workload, frames: int, visible: int, *, store_only: Litera
     blocks = layers - 1 if early else layers
     linear = 2 * tokens * (patch * dim + blocks * (6 * dim**2 + 2 * dim * inner))
     linear += 2 * (config.freq_dim * dim + dim**2 + 6 * dim**2)  # the timestep: one row
-    lora = 2 * tokens * rank * blocks * (6 * 2 * dim + 2 * (dim + inner))
+    lora = 2 * tokens * blocks * _adapters(workload, (layer for layer in adapted.values() if not layer.of_text))
     if early:  # the last block's keys and values
         linear += 2 * tokens * 2 * dim**2
-        lora += 2 * tokens * rank * 2 * 2 * dim
+        lora += 2 * tokens * _adapters(workload, (adapted[name] for name in ("attn1.to_k", "attn1.to_v") if name in adapted))
     else:
         linear += 2 * tokens * dim * head
     return Work(
@@ -143,10 +149,10 @@ def forward(workload: Workload, frames: int, visible: int, *, store_only: Litera
 
 def text(workload: Workload, *, backward: bool = False) -> Work:
     """The prompt's embedder and every block's keys and values of it; with `backward`, and the gradient of their adapters."""
-    config, rank = workload.model, workload.lora_rank
-    dim = config.dim
+    config, dim = workload.model, workload.model.dim
     linear = 2 * config.text_len * (config.text_dim * dim + dim**2 + config.num_layers * 2 * dim**2)
-    lora = 2 * config.text_len * rank * config.num_layers * 2 * 2 * dim
+    of_text = (layer for layer in workload.adapted.values() if layer.of_text)
+    lora = 2 * config.text_len * config.num_layers * _adapters(workload, of_text)
     # The embedding that goes in gets no gradient: of an adapter B A x those of A and B and of A x, 3 products of 4.
     return Work(linear=linear, lora=lora * (1 + 1.5 * backward))
 
@@ -157,65 +163,19 @@ def replay(workload: Workload, frames: int, visible: int, backward: AttentionBac
     Frozen weights get no gradient, so a linear layer's backward is one product; what needs none either is the input of the first block's
     queries, keys and values, and of the patch embedding.
     """
-    config, rank = workload.model, workload.lora_rank
-    dim, tokens = config.dim, frames * workload.frame_tokens
+    config, dim, tokens = workload.model, workload.model.dim, frames * workload.frame_tokens
     once = forward(workload, frames, visible)
     patch = config.in_channels * config.patch_size[1] * config.patch_size[2]
     unneeded = 2 * tokens * (patch * dim + 3 * dim**2) + 2 * (config.freq_dim * dim + dim**2 + 6 * dim**2)
     own = frames / visible
+    first = workload.lora_rank * sum(layer.inputs for layer in workload.adapted.values() if layer.source == "norm1")
     return Work(
         linear=2 * once.linear - unneeded,
         self_attention=once.self_attention * (1 + own * backward.trained + (1 - own) * backward.frozen),
         cross_attention=once.cross_attention * (1 + backward.trained),
-        lora=3 * once.lora - 2 * tokens * rank * 3 * dim,
+        lora=3 * once.lora - 2 * tokens * first,
         traffic=3 * once.traffic,
     )
-
-
-def workload_of(config: Config, name: str, model: CausalWanConfig, vae: VAESizes | None) -> Workload:
-    """A recipe with objective.kind copo as a workload."""
-    sampler, optimizer = config.sampler, config.optimizer
-    first = tuple(sampler.first_chunk_steps) if sampler.first_chunk_steps else None
-    return Workload(
-        name,
-        model,
-        shape_of(config, model.in_channels),
-        SamplerSettings(tuple(sampler.steps), sampler.warp, sampler.shift, first, sampler.context_noise, sampler.kind),
-        cache_policy(config),
-        config.rollout.group_size,
-        config.rollout.noise_strength,
-        cast(CopoSettings, config.objective),
-        config.lora.rank,
-        config.lora.alpha,
-        optimizer.lr,
-        optimizer.betas,
-        optimizer.weight_decay,
-        optimizer.gradient_clip,
-        config.objective.advantage_std_floor,
-        getattr(torch, config.generator.dtype),
-        config.rollout.branches_per_wave,
-        config.rollout.decode_branches,
-        config.video.decode_frames,
-        vae,
-    )
-
-
-def floors(config: Config, model: CausalWanConfig, vae: VAESizes, ceilings: Ceilings) -> dict[int, dict[str, float]]:
-    """Seconds below which no stage of a recipe's iteration gets on a device, by pivot, from 1: empty where nothing was counted.
-
-    Counted are iterations of AR-CoPO on its own rollouts, each frame cached once. Matrix products and convolutions at the ceiling of a
-    large matrix product, then the passes between them at that of a copy; rewards are not counted.
-    """
-    if config.objective.kind != "copo" or config.train.buffer is not None or cache_policy(config).recomputed:
-        return {}
-    workload = workload_of(config, config.name, model, vae)
-    return {
-        pivot + 1: {
-            stage: config.rollout.prompts_per_iteration * ceilings.seconds(work.flops, work.traffic)
-            for stage, work in iteration(workload, pivot).items()
-        }
-        for pivot in range(workload.shape.chunks)
-    }
 
 
 def visible_frames(workload: Workload, chunk: int) -> int:
@@ -282,5 +242,9 @@ def iteration(workload: Workload, pivot: int) -> dict[str, Work]:
 
 
 def lora_parameters(workload: Workload) -> int:
-    config = workload.model
-    return workload.lora_rank * config.num_layers * (8 * 2 * config.dim + 2 * (config.dim + config.ffn_dim))
+    return workload.model.num_layers * _adapters(workload, workload.adapted.values())
+
+
+def _adapters(workload: Workload, layers: Iterable[Linear]) -> int:
+    """Parameters of the adapters of some layers; a row that goes through them takes one multiplication and one addition for each."""
+    return workload.lora_rank * sum(layer.inputs + layer.outputs for layer in layers)

@@ -37,7 +37,7 @@ from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, Group, SamplerSettings, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, normal
 from arcopo_fast.runtime import profiling
-from arcopo_fast.work import Work, Workload, workload_of
+from arcopo_fast.work import Work, Workload
 from arcopo_fast.work import iteration as iteration_work
 from benchmarks import results, shapes
 from benchmarks.reference.iteration import Reference, Result
@@ -87,6 +87,7 @@ class Scene:
 def toy(*overrides: str) -> Scene:
     """The shipped toy recipe."""
     from arcopo_fast.assemble import checkpoint_path, load_generator, load_prompts, load_rewards
+    from arcopo_fast.floor import workload_of
     from arcopo_fast.recipe import load_config
 
     config = load_config("toy", overrides)

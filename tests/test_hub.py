@@ -224,6 +224,18 @@ def test_a_download_whose_connection_is_lost_is_gone_on_with(server: Hub, monkey
     assert [start for method, _, start in server.requests if method == "GET" and start] == ["bytes=5-"]
 
 
+def test_what_is_missing_of_a_whole_repository_is_fetched(server: Hub, offline: Path) -> None:
+    """The cache has a part of it, for the sake of one file."""
+    there = cached(offline, "weights.pt")
+    (offline / there.parents[2].name / "refs" / "main").write_text("a" * 40)
+    (there.parents[1] / ("a" * 40)).mkdir()
+    whole = find(f"hf://{REPOSITORY}")
+    assert (whole / "big.bin").read_bytes() == server.content
+    asked = len(server.requests)
+    find(f"hf://{REPOSITORY}", ["big.bin"])
+    assert len(server.requests) == asked
+
+
 def test_a_download_that_came_damaged(server: Hub) -> None:
     server.sent = bytes(byte ^ 1 for byte in server.content)
     with pytest.raises(UserError, match="came damaged: its SHA-256 is"):

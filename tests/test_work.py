@@ -12,7 +12,7 @@ from support.models import SAMPLER, random_text, small_config, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from arcopo_fast import work as work_of
-from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora
+from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.rollout.cache import CachePolicy
@@ -32,15 +32,22 @@ def counted(call: Callable[[], Any]) -> float:
 
 
 def engine_of(workload: Workload) -> Engine:
-    model = add_lora(small_model(), rank=workload.lora_rank, alpha=8, targets=BLOCK_TARGETS, seed=1)
+    model = add_lora(small_model(), rank=workload.lora_rank, alpha=8, targets=workload.lora_targets, seed=1)
     pages = Engine.pages_for(workload.shape, workload.group_size, policy=workload.policy)
     return Engine(model, workload.shape, workload.sampler, workload.policy, pages=pages)
 
 
+FEW = ("attn1.to_v", "attn2.to_k", "ffn.net.2")
+"""Targets of another adapter: keys and values of one kind each."""
+
+
 @pytest.mark.parametrize("pivot", range(3))
-@pytest.mark.parametrize("policy", [CachePolicy(), CachePolicy(window=4, sink=1)], ids=["global", "window"])
-def test_a_rollout_counts_what_pytorch_counts(pivot: int, policy: CachePolicy) -> None:
-    workload = replace(SMALL, policy=policy)
+@pytest.mark.parametrize(
+    "workload",
+    [SMALL, replace(SMALL, policy=CachePolicy(window=4, sink=1)), replace(SMALL, lora_targets=FEW)],
+    ids=["global", "window", "few adapters"],
+)
+def test_a_rollout_counts_what_pytorch_counts(pivot: int, workload: Workload) -> None:
     engine, noise = engine_of(workload), KeyedNoise(SHAPE.chunk, seed=1)
     # A clean pass embeds its timestep once for the whole batch; the formula is of one video.
     dim, freq = workload.model.dim, workload.model.freq_dim
@@ -74,8 +81,10 @@ def test_an_iterations_replay_is_made_of_its_items() -> None:
     assert work["optimiser"].flops == 0 < work["optimiser"].traffic
 
 
-def test_the_adapters_parameters_are_counted() -> None:
-    assert work_of.lora_parameters(SMALL) == sum(p.numel() for p in adapter_parameters(engine_of(SMALL).model))
+@pytest.mark.parametrize("targets", [SMALL.lora_targets, FEW], ids=["all", "few"])
+def test_the_adapters_parameters_are_counted(targets: tuple[str, ...]) -> None:
+    workload = replace(SMALL, lora_targets=targets)
+    assert work_of.lora_parameters(workload) == sum(p.numel() for p in adapter_parameters(engine_of(workload).model))
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["Wan2.1", "residual"])

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from arcopo_fast.floor import workload_of
 from arcopo_fast.rollout.engine import VideoShape
-from arcopo_fast.work import Workload, workload_of
+from arcopo_fast.work import Workload
 from benchmarks import gpu, iteration, results, shapes
 from benchmarks.results import OURS
 from benchmarks.timing import Ceilings, Timer

@@ -9,13 +9,14 @@ import pytest
 import torch
 from support.runs import Page, evaluation, settings, write_run
 
+from arcopo_fast.floor import floors, workload_of
 from arcopo_fast.model.causal_wan import CausalWanConfig
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.ceilings import Ceilings, measure_ceilings
 from arcopo_fast.runtime.report import write_report
 from arcopo_fast.runtime.results import DEVICE, stage_floors
-from arcopo_fast.work import floors, iteration, workload_of
+from arcopo_fast.work import iteration
 
 
 def test_ceilings_are_those_of_a_machine() -> None:
