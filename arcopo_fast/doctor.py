@@ -1,8 +1,10 @@
 """Is everything here that a recipe needs? Packages, GPU and files: what is missing, how large it is, where to get it.
 
-    python -m arcopo_fast.doctor [RECIPE] [key=value ...] [--verify]
+    python -m arcopo_fast.doctor [RECIPE] [key=value ...] [--verify] [--self-test]
 
-Looks, downloads nothing and loads no weights. Ends with 1 if a file is missing or damaged.
+Looks, downloads nothing and loads no weights; only --self-test loads the generator and the rewards, and tries on one small group what must
+be true of any run: that the ratio is exactly 1, that replay is the rollout, that scores are the videos' own. Ends with 1 if a file is
+missing or damaged, or a test fails.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from arcopo_fast.config import Config
 from arcopo_fast.data.prompts import BENCH
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.registry import reward_files
+from arcopo_fast.runtime.memory import tune_for_cpu
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors", "huggingface_hub", "av")
 MISSING = 1
@@ -127,6 +130,11 @@ def examine(config: Config, *, verify: bool = False) -> tuple[list[str], bool]:
 def command_line() -> RecipeParser:
     parser = RecipeParser("python -m arcopo_fast.doctor", "Say whether everything is here that a recipe needs.")
     parser.add_argument("--verify", action="store_true", help="read every large file whose published SHA-256 is known, and compare it")
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="try the method on one small group of the recipe's generator and rewards, at its sizes, on its device; nothing is written",
+    )
     return parser
 
 
@@ -138,6 +146,17 @@ def main(argv: list[str]) -> int:
     print("\n".join(environment()))
     lines, well = examine(config, verify=options.verify)
     print("\n".join([f"\nThe recipe {config.name}:", *lines]))
+    if options.self_test and well:
+        from arcopo_fast.selftest import self_test
+
+        tune_for_cpu()
+        print("\nIts method, on one small group:")
+        for finding in self_test(config):
+            well = well and finding.well is not False
+            print(f"{ {True: 'holds', False: 'FAILS', None: 'note'}[finding.well]:7}  {finding.what}: {finding.detail}", flush=True)
+        print(
+            "everything holds" if well else "something does not hold: what a run teaches the generator would not be what the method means"
+        )
     return 0 if well else MISSING
 
 
