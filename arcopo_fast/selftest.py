@@ -96,7 +96,7 @@ def _shared_frames(check: Check) -> Iterator[Finding]:
     before = sum(trainer.shape.chunk_frames[: group.pivot])
     cut = sizes.pixel_frames(before) if before else 0
     expected = sizes.pixel_frames(trainer.shape.frames)
-    inside = bool(frames.isfinite().all()) and 0 <= frames.min().item() and frames.max().item() <= 1
+    inside = bool(frames.isfinite().all()) and frames.min().item() >= 0 and frames.max().item() <= 1
     said = f"{frames.shape[1]} of {expected}, from {frames.min():.2f} to {frames.max():.2f}"
     yield Finding("frames", inside and frames.shape[1] == expected, said)
     if cut:

@@ -120,6 +120,14 @@ COST_MODEL = {
 }
 
 
+def test_the_constants_of_the_cost_model() -> None:
+    one = work_of.forward(FULL, 3, 3)
+    assert one.linear / 1e12 == pytest.approx(11.71, rel=5e-3) and one.lora / one.linear == pytest.approx(0.061, rel=0.02)
+    assert one.self_attention / 1e12 == pytest.approx(4.04, rel=2e-3) and one.cross_attention / 1e12 == pytest.approx(0.44, rel=0.01)
+    first, two = (work_of.decode(VAESizes(), 60, 104, frames).vae / 1e12 for frames in (1, 2))
+    assert first == pytest.approx(4.35, rel=2e-3) and two - first == pytest.approx(13.55, rel=1e-3)
+
+
 @pytest.mark.parametrize("pivot", COST_MODEL)
 def test_the_full_size_agrees_with_the_cost_model(pivot: int) -> None:
     prefix, denoise, clean, vae, replay = COST_MODEL[pivot]

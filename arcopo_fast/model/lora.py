@@ -14,12 +14,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,6 +31,11 @@ from arcopo_fast.model.checkpoints import (
     shorten,
     strip_wrappers,
 )
+
+if TYPE_CHECKING:  # peft is imported where it is used: it takes as long as PyTorch, and a command line is read without it
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 # Every linear layer of a transformer block, ten in each; what LongLive adapts.
 BLOCK_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -96,9 +98,11 @@ def add_lora(
     Raises:
         UserError: a target names no linear layer, or rank or alpha is not positive.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     if rank < 1 or alpha <= 0:
         raise UserError(f"LoRA rank {rank}, alpha {alpha}: both must be positive")
-    if any(isinstance(layer, LoraLayer) for layer in module.modules()):
+    if _layers(module):
         raise ValueError("the module has an adapter already")
     linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     for target in targets:
@@ -159,7 +163,7 @@ def load_adapter_state(module: nn.Module, state: Mapping[str, Tensor], *, source
 @contextmanager
 def adapter_disabled(module: nn.Module) -> Iterator[None]:
     """Within the block the module computes what its base computes. May be nested; `requires_grad` flags come out as they went in."""
-    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    layers = _tuner_layers(module)
     former = [layer.disable_adapters for layer in layers]
     flags = [(parameter, parameter.requires_grad) for parameter in adapter_parameters(module)]
     try:
@@ -175,10 +179,19 @@ def adapter_disabled(module: nn.Module) -> Iterator[None]:
 
 def adapter_enabled(module: nn.Module) -> bool:
     """Whether the module computes with an adapter: it has one, and is not within `adapter_disabled`."""
-    return any(not layer.disable_adapters for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+    return any(not layer.disable_adapters for layer in _tuner_layers(module))
+
+
+def _tuner_layers(module: nn.Module) -> list[BaseTunerLayer]:
+    """Its layers with an adapter of any kind that peft has."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def _layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
+    from peft.tuners.lora import LoraLayer
+
     return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
 
 
@@ -223,6 +236,8 @@ def save_adapter(directory: str | Path, module: nn.Module, *, base_model: str | 
 
 def write_adapter(directory: str | Path, adapter: Adapter, *, targets: Sequence[str] | None = None, base_model: str | None = None) -> None:
     """`save_adapter` of an adapter that is in no module. targets: as `add_lora` takes them; None: every adapted layer by its whole name."""
+    from peft import LoraConfig
+
     rank, alpha = adapter.rank, int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
     config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), lora_dropout=0.0, bias="none", inference_mode=True)
     config.target_modules = cast("set[str]", list(targets or adapter.modules))  # peft keeps a set, whose order changes from run to run

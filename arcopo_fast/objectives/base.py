@@ -7,17 +7,26 @@ the same members, step. Before the first update new and old are the same, so the
 Where the old policy is the one that made the group (on-policy), its prediction is the replay itself, detached, in the first update, and one
 forward without gradient before the first step in later ones. Where it is a fixed reference policy (semi-on-policy and off-policy: groups
 from a buffer), it is the generator without its adapter; its predictions are made once for each member and kept.
+
+An update that runs out of memory is computed again, from no gradient on, in micro-batches of half the size, and at last with checkpointing;
+so it is for the rest of the run. Before the iteration's first step this makes the old policy's predictions anew too, and everything is bit
+for bit what these settings give from the start. In a later update the old weights are gone, and its old predictions keep the rounding of
+the larger micro-batch.
 """
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Generic, NamedTuple, Sequence, TypeVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Callable, ClassVar, Generic, NamedTuple, Sequence, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import adapter_disabled
 from arcopo_fast.rollout.engine import Engine, Group, Stream
 from arcopo_fast.rollout.noise import generator
@@ -26,6 +35,7 @@ from arcopo_fast.runtime.profiling import stage
 from arcopo_fast.settings import ObjectiveSettings
 
 S = TypeVar("S", bound=ObjectiveSettings)
+R = TypeVar("R")
 
 
 class Items(NamedTuple):
@@ -44,6 +54,19 @@ class Outcome(NamedTuple):
     loss: Tensor
     ratio_minus_one: Tensor
     live: Tensor
+
+
+@dataclass
+class _Lesson:
+    """What an iteration's updates learn from one group: the items of each update, and the old policy's predictions of them.
+
+    old: [N, F, C, h, w] by update; None where they are the replay itself, detached.
+    """
+
+    group: Group
+    target: Any
+    items: list[Items]
+    old: list[Tensor | None] = field(default_factory=list)
 
 
 class RatioNotOne(RuntimeError):
@@ -115,30 +138,28 @@ class Objective(ABC, Generic[S]):
 
         Raises:
             RatioNotOne: the ratio before the first update was not exactly 1.
+            UserError: not even one pair at a time, with checkpointing, fits the device's memory.
         """
-        live_groups = [(group, advantages) for group, advantages in groups if advantages.abs().any()]
-        statistics: dict[str, list[float]] = {}
-        if live_groups:
-            targets = [self.target(group, advantages) for group, advantages in live_groups]
-            drawn = [[self.draw_items(group, update, draw) for group, _ in live_groups] for update in range(self.settings.updates)]
-            with stage("replay"):  # under the old weights, hence before the first step
-                old = [
-                    [self._old(group, items, update) for (group, _), items in zip(live_groups, every)] for update, every in enumerate(drawn)
-                ]
-            for update in range(self.settings.updates):
-                optimizer.zero_grad(set_to_none=True)
-                with stage("replay"):
-                    for index, (group, _) in enumerate(live_groups):
-                        known = old[update][index]
-                        self._backward(group, targets[index], drawn[update][index], known, len(live_groups), update, statistics)
-                with stage("optimiser"):
-                    norm = nn.utils.clip_grad_norm_(parameters, gradient_clip)
-                    statistics.setdefault("gradient_norm", []).append(norm.item())
-                    optimizer.step()
-                self.moved = True
-            optimizer.zero_grad(set_to_none=True)
+        settings, statistics = self.settings, dict[str, list[float]]()
+        lessons = [
+            _Lesson(group, self.target(group, advantages), [self.draw_items(group, update, draw) for update in range(settings.updates)])
+            for group, advantages in groups
+            if advantages.abs().any()
+        ]
+        pairs = max((len(items.steps) for lesson in lessons for items in lesson.items), default=0)
+        for update in range(settings.updates if lessons else 0):
+            with stage("replay"):
+                ratios = self._until_it_fits(partial(self._gradient, lessons, update, optimizer), pairs)
+            for ratio_minus_one, live in ratios:
+                self._record(statistics, update, ratio_minus_one, live)
+            with stage("optimiser"):
+                norm = nn.utils.clip_grad_norm_(parameters, gradient_clip)
+                statistics.setdefault("gradient_norm", []).append(norm.item())
+                optimizer.step()
+            self.moved = True
+        optimizer.zero_grad(set_to_none=True)
         means = {name: sum(values) / len(values) for name, values in statistics.items()}
-        return means | {"zero_variance_groups": float(len(groups) - len(live_groups))}
+        return means | {"zero_variance_groups": float(len(groups) - len(lessons))}
 
     def draw_items(self, group: Group, update: int, draw: tuple[int | str, ...] = ()) -> Items:
         """Anchors without replacement, each with all its steps (or a random fraction of them), drawn by key."""
@@ -155,6 +176,49 @@ class Objective(ABC, Generic[S]):
             pairs += [(step, anchor) for step in chosen]
         return Items(*torch.tensor(pairs).unbind(1))
 
+    def _until_it_fits(self, attempt: Callable[[], R], pairs: int) -> R:
+        """What `attempt` returns. Where it runs out of memory it starts again with settings that need less, and they stay.
+
+        Args:
+            pairs: the most that can be in a micro-batch.
+        """
+        before, reason = self.settings, ""
+        while True:
+            try:
+                result = attempt()
+                break
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition("\n")[0]
+            # Out here the error is gone, and with it the frames that held the activations.
+            self.settings = self._less_memory(min(self.settings.micro_batch or pairs, pairs), reason)
+            self._kept.clear()  # made in larger micro-batches, which round differently
+            if self.engine.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if self.settings is not before:
+            keys = [key for key in ("micro_batch", "checkpoint") if getattr(self.settings, key) != getattr(before, key)]
+            values = " ".join(f"objective.{key}={str(getattr(self.settings, key)).lower()}" for key in keys)
+            warnings.warn(f"the replay ran out of memory ({reason}); going on with {values}: set it", stacklevel=3)
+        return result
+
+    def _less_memory(self, size: int, reason: str) -> S:
+        """The settings with micro-batches of half of `size`, then with checkpointing."""
+        if size > 1:
+            return self.settings.model_copy(update={"micro_batch": (size + 1) // 2})
+        if not self.settings.checkpoint:
+            return self.settings.model_copy(update={"checkpoint": True})
+        raise UserError(
+            f"the replay of one (anchor, step) pair, with checkpointing, ran out of memory ({reason}); rollout.branches_per_wave=1 and "
+            "generator.offload=true leave it most, else take a smaller video: train --dry-run prints what fits"
+        )
+
+    def _gradient(self, lessons: Sequence[_Lesson], update: int, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+        """The gradient of one update, from none on; returns ratio - 1 [N, K] and `live` [N, K] of each group."""
+        optimizer.zero_grad(set_to_none=True)
+        if update == 0:  # under the old weights, hence before the first step
+            for lesson in lessons:
+                lesson.old = [self._old(lesson.group, items, later) for later, items in enumerate(lesson.items)]
+        return [self._backward(lesson, update, len(lessons)) for lesson in lessons]
+
     def _micro_batches(self, items: Items) -> list[Items]:
         size = self.settings.micro_batch or len(items.steps)
         return [Items(steps, anchors) for steps, anchors in zip(items.steps.split(size), items.anchors.split(size))]
@@ -170,14 +234,14 @@ class Objective(ABC, Generic[S]):
         return adapter_disabled(self.engine.model) if self.reference else nullcontext()
 
     @torch.no_grad()
-    def _old(self, group: Group, items: Items, update: int) -> list[Tensor] | None:
-        """The old policy's predictions of the items, in the update's micro-batches; None where they are the replay itself, detached."""
+    def _old(self, group: Group, items: Items, update: int) -> Tensor | None:
+        """The old policy's predictions of the items [N, F, C, h, w]; None where they are the replay itself, detached."""
         if not self.reference and update == 0:
             return None
         with self._old_policy():
             prefix = self._prefix(group)
             try:
-                return [self._known(group, part, prefix) for part in self._micro_batches(items)]
+                return torch.cat([self._known(group, part, prefix) for part in self._micro_batches(items)])
             finally:
                 if prefix is not None:
                     prefix.cache.release()
@@ -193,23 +257,17 @@ class Objective(ABC, Generic[S]):
                 self._kept.setdefault(name, prediction.cpu())
         return torch.stack([self._kept[name] for name in names]).to(self.engine.model.device)
 
-    def _backward(
-        self,
-        group: Group,
-        target: Any,
-        items: Items,
-        old: list[Tensor] | None,
-        groups: int,
-        update: int,
-        statistics: dict[str, list[float]],
-    ) -> None:
-        """Accumulate the gradient of one group's share of the loss, micro-batch by micro-batch."""
+    def _backward(self, lesson: _Lesson, update: int, groups: int) -> tuple[Tensor, Tensor]:
+        """Accumulate the gradient of one group's share of the loss, micro-batch by micro-batch; returns ratio - 1 and `live`, [N, K]."""
+        group, items, old = lesson.group, lesson.items[update], lesson.old[update]
+        parts = self._micro_batches(items)
+        known: Sequence[Tensor | None] = [None] * len(parts) if old is None else old.split(len(parts[0].steps))
         prefix = self._prefix(group)
         ratios, live = [], []
         try:
-            for index, part in enumerate(self._micro_batches(items)):
+            for part, before in zip(parts, known):
                 new = self.predict(group, part, prefix)
-                outcome = self.loss(group, target, part, new, new.detach() if old is None else old[index])
+                outcome = self.loss(group, lesson.target, part, new, new.detach() if before is None else before)
                 old_is_new = update == 0 and not (self.reference and self.moved)
                 if old_is_new and outcome.ratio_minus_one.any():
                     worst = outcome.ratio_minus_one.abs().max().item()
@@ -220,7 +278,7 @@ class Objective(ABC, Generic[S]):
         finally:
             if prefix is not None:
                 prefix.cache.release()
-        self._record(statistics, update, torch.cat(ratios), torch.cat(live))
+        return torch.cat(ratios), torch.cat(live)
 
     def _record(self, statistics: dict[str, list[float]], update: int, ratio_minus_one: Tensor, live: Tensor) -> None:
         """Ratio and clip statistics by update: of the first, the ratio is 1; how the later ones differ shows how far a step went."""

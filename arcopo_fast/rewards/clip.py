@@ -13,8 +13,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from arcopo_fast import hub
 from arcopo_fast.errors import UserError
@@ -47,6 +45,9 @@ class CLIPScore(nn.Module):
     std: Tensor
 
     def __init__(self, source: str | Path = SOURCE, *, dtype: torch.dtype = torch.float16) -> None:
+        from transformers import AutoTokenizer, CLIPModel
+        from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
         super().__init__()
         self.dtype = dtype
         directory = next((found for weights in WEIGHTS if (found := hub.local(source, [*FILES, weights]))), None)

@@ -447,9 +447,13 @@ class Engine:
     def rebuild_prefix(self, text: Tensor, latents: Sequence[Tensor]) -> Stream:
         """The shared context again, from its clean chunks, by clean passes only."""
         stream = self.start(text)
-        for index, chunk in enumerate(latents):
-            replaced = self.policy.recomputed and index < len(latents) - 1  # by the context after the next chunk
-            self.append(stream, chunk, timestep=self.context_noise, last=replaced)
+        try:
+            for index, chunk in enumerate(latents):
+                replaced = self.policy.recomputed and index < len(latents) - 1  # by the context after the next chunk
+                self.append(stream, chunk, timestep=self.context_noise, last=replaced)
+        except BaseException:
+            stream.cache.release()
+            raise
         stream.decoded = ()
         return stream
 

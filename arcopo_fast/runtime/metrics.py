@@ -8,19 +8,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
+from typing import TYPE_CHECKING, Any
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.runtime.run_dir import atomic_write
+
+if TYPE_CHECKING:
+    from arcopo_fast.runtime.events import Events
 
 FILE = "metrics.jsonl"
 
@@ -39,7 +36,11 @@ class MetricsWriter:
             atomic_write(path, b"".join(line for line in lines if after is None or json.loads(line)["step"] <= after))
         # Unbuffered: what could not be written is not tried again when the file is closed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-        self._events = _Events(Path(directory) / "tensorboard") if tensorboard else None
+        self._events: Events | None = None
+        if tensorboard:
+            from arcopo_fast.runtime.events import Events
+
+            self._events = Events(Path(directory) / "tensorboard")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line, complete or not at all.
@@ -75,24 +76,6 @@ class MetricsWriter:
     def _cut(self, size: int) -> None:
         os.truncate(self._file.fileno(), size)
         self._file.seek(0, os.SEEK_END)
-
-
-class _Events:
-    """TensorBoard's event file, written at once: its own writer does it in a thread, where a full disk is a traceback and no exception."""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(exist_ok=True)
-        path = directory / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
-        self._records = RecordWriter(self._file)
-        self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
-        self._records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -12,9 +12,9 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.toy import data
-from arcopo_fast.toy.vae_training import decode, encode
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 CLASSIFIER_FILE_NAME = "caption_classifier.safetensors"
 
@@ -224,6 +226,8 @@ def train_classifier(
 @torch.no_grad()
 def _pool(videos: int, vae: AutoencoderKLWan | None, generator: torch.Generator, *, reconstructed_share: float) -> tuple[Tensor, Tensor]:
     """Stills [N, 9, 64, 64] fp16 and labels [N, 3] of videos of several lengths."""
+    from arcopo_fast.toy.vae_training import decode, encode  # and with it diffusers, which only the training of the classifier needs
+
     stills, captions = [], []
     batch = 32
     for index in range(math.ceil(videos / batch)):

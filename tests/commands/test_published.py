@@ -95,7 +95,7 @@ def test_an_aligned_generator(recipe: str, models: Path, tmp_path: Path, monkeyp
     if recipe == "longlive":
         published.write_lora(published.place(models, "hf://Efficient-Large-Model/LongLive-1.3B/models/lora.pt"))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    settings = [recipe, *RUN, f"prompts={tmp_path / 'prompts.txt'}", f"run.directory={tmp_path / 'runs'}"]
+    settings = [recipe, *RUN, f"prompts={tmp_path / 'prompts.txt'}", "extended_prompts=null", f"run.directory={tmp_path / 'runs'}"]
     loads: list[int] = []
     encode = CachedTextEncoder._encode
 

@@ -102,8 +102,8 @@ def test_the_old_policy_is_the_generator_without_adapter_asked_once(buffer: Path
     with judged.group as group:
         items = objective.draw_items(group, 0)
         for expected in (1, 1):  # the second time they are known
-            (old,) = objective._old(group, items, 0) or []
-            assert len(asked) == expected
+            old = objective._old(group, items, 0)
+            assert old is not None and len(asked) == expected
         with base.source.rollout(group.noise.iteration, 0)[0] as theirs, torch.no_grad():
             assert torch.equal(old, base.objective.predict(theirs, items, None))
             assert not torch.equal(old, original(group, items, None)), "the adapter must do something"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
 import torch
 from arcopo_kernels import PagePool, dispatch
@@ -334,6 +337,21 @@ def test_compiles_as_one_graph(implementation: str, device: torch.device) -> Non
             assert all(torch.equal(a, b) for a, b in zip((*ours, *mine), (*theirs, *other)))
             for gradients in zip(*(torch.autograd.grad(sum(t.square().sum() for t in out[:4]), inputs) for out in (ours, theirs))):
                 assert_close("gradient", *gradients, 1e-6)
+
+
+def test_the_table_is_a_constant_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "arcopo_kernels.qk_norm_rope.constant", raising=False)  # imported for the first time while tracing
+    operations: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    x, grid = torch.randn(2, 12, 4, 24), (3, 2, 2)
+    with dispatch.use("reference"):
+        compiled = torch.compile(lambda x: apply_rope(x, 5, grid), fullgraph=True, backend=record)
+        assert torch.equal(compiled(x), apply_rope(x, 5, grid))
+    assert "stack" in str(operations) and not re.search(r"outer|\bpow|\bcos\b", " ".join(operations))
 
 
 @pytest.mark.gpu

@@ -144,7 +144,8 @@ def test_prompts_end_after_77_tokens(reward: CLIPScore) -> None:
     frames, prompt = videos(1), "".join(random.choices("abcdefghij", k=75))
     long = reward(frames, [prompt + "klm"])
     torch.testing.assert_close(reward(frames, [prompt + "xyz" * 40]), long, rtol=0, atol=ROUNDING)
-    assert (reward(frames, [prompt[:-1] + "z"]) - long).abs() > 10 * ROUNDING, "the 75th letter counts"
+    others = torch.cat([reward(frames, [prompt[:-1] + letter]) for letter in "klmnopqr"])  # a single one may come out nearly the same
+    assert (others - long).abs().max() > 10 * ROUNDING, "the 75th letter counts"
 
 
 def test_nothing_is_trained(reward: CLIPScore) -> None:

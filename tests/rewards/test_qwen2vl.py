@@ -19,6 +19,7 @@ from support.judges import (
     make_tokenizer,
     official_patches,
     published_files,
+    smart_resize,
     write_base,
     write_instruction,
 )
@@ -68,7 +69,6 @@ def test_sizes() -> None:
 
 
 def test_sizes_are_those_of_transformers() -> None:
-    smart_resize = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl").smart_resize
     for _ in range(300):
         height, width = random.randint(28, 1200), random.randint(28, 1200)
         least = random.choice([128 * 784, 200704])

@@ -7,6 +7,7 @@ it: right padding, a mask, one position after the other.
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,13 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from arcopo_fast.rewards import qwen2vl
+
+try:  # the processor that needs no torchvision
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as ImageProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as smart_resize
+except ImportError:  # before transformers 5
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as ImageProcessor
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as smart_resize
 
 QWEN_TOKENS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
@@ -119,7 +127,7 @@ class Reference(nn.Module):
             scale = 1.5 * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.3  # large enough for scores to tell videos apart
             nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=scale)
         if rank:
-            linear = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and "language_model" in name]
+            linear = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
             self.model = get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear))
             for name, parameter in self.model.named_parameters():
                 if "lora_" in name:
@@ -130,7 +138,7 @@ class Reference(nn.Module):
     def official_state(self) -> dict[str, Tensor]:
         """Its tensors under the names of transformers 4.45: `visual` beside `model`, which is the language model."""
         return {
-            name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): tensor.clone()
+            re.sub(r"^(base_model\.model\.|)model\.(?:(visual\.)|language_(model\.))", r"\1\2\3", name): tensor.clone()
             for name, tensor in self.model.state_dict().items()
         }
 
@@ -153,20 +161,22 @@ class Reference(nn.Module):
         ids = torch.tensor([row + [self.tokenizer.token_to_id("<|im_end|>")] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         network = self.model.base_model.model if hasattr(self.model, "peft_config") else self.model
-        features = network.model.visual(torch.cat(patches), grid_thw=torch.tensor(grids)).pooler_output
+        # Before transformers 4.52 `model` was the language model, and the vision tower stood beside it.
+        towers = network.model if hasattr(network.model, "visual") else network
+        language_model = getattr(network.model, "language_model", network.model)
+        features = towers.visual(torch.cat(patches), grid_thw=torch.tensor(grids))
+        features = getattr(features, "pooler_output", features)  # a bare tensor before transformers 5
         embeddings = network.get_input_embeddings()(ids)
         embeddings[ids == pad] = features
         positions = torch.arange(longest).expand(3, len(rows), -1)
-        hidden = network.model.language_model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions).last_hidden_state
+        hidden = language_model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions).last_hidden_state
         places = torch.stack([torch.stack([(row == one).nonzero()[0, 0] for one in self.ids]) for row in ids])
         return network.rm_head(hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])))
 
 
 def official_patches(video: Tensor) -> tuple[Tensor, list[int]]:
     """Patches and their grid, by transformers' image processor: of a video one frame at a time, then two frames into each patch."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    processor = Qwen2VLImageProcessorPil(image_mean=MEAN, image_std=STD, do_resize=False)
+    processor = ImageProcessor(image_mean=MEAN, image_std=STD, do_resize=False)
     images = [processor(np.asarray(frame), return_tensors="pt", input_data_format="channels_first") for frame in video]
     values = torch.stack([image["pixel_values"].unflatten(1, (3, 2, 14, 14)) for image in images])  # [F, patches, 3, 2, 14, 14]
     if len(values) % 2:

@@ -63,15 +63,18 @@ def table_length(position: int, grid: tuple[int, int, int]) -> int:
     return length
 
 
-@torch.compiler.assume_constant_result  # else a compiled graph would compute it at every call
 def rope_table(head_dim: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """cos and sin of every pair at every position of its axis, [2, length, D / 2]: a shared constant, not to be written to."""
-    return _rope_table(head_dim, length, dtype, device)
+    if torch.compiler.is_compiling():
+        from arcopo_kernels.qk_norm_rope.constant import rope_table as constant  # which imports the compiler
+
+        return constant(head_dim, length, dtype, device)
+    return computed_rope_table(head_dim, length, dtype, device)
 
 
 @cache
 @torch.inference_mode(False)
-def _rope_table(head_dim: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def computed_rope_table(head_dim: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     exponents = [torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs for pairs in axis_pairs(head_dim)]
     angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), 10000.0 ** -torch.cat(exponents))
     return torch.stack([angles.cos(), angles.sin()]).to(device, dtype)

@@ -1,0 +1,204 @@
+"""An update that runs out of memory goes on in smaller micro-batches, and gives what these give from the start."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Callable, Iterator
+
+import pytest
+import torch
+from support.models import random_text, small_engine, small_model
+from torch import Tensor
+
+from arcopo_fast.errors import UserError
+from arcopo_fast.model.lora import adapter_parameters, add_lora
+from arcopo_fast.objectives.advantage import zscore
+from arcopo_fast.objectives.copo import CopoObjective, CopoSettings
+from arcopo_fast.rollout.engine import Engine, Group, VideoShape
+from arcopo_fast.rollout.noise import KeyedNoise
+
+SHAPE = VideoShape.of(2, 1, 8, 4, 6)
+GROUP = 3  # all are anchors, at 3 steps: 9 pairs
+SAID = "CUDA out of memory. Tried to allocate 3.00 GiB."
+OUT_OF_MEMORY = torch.OutOfMemoryError(f"{SAID}\nGPU 0 has a total capacity of 24 GiB.")
+
+
+class BackwardFails(torch.autograd.Function):
+    """The identity, whose gradient runs out of memory."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        raise OUT_OF_MEMORY
+
+
+class Small:
+    """A card: more than `pairs` at once, or with `checkpointed` anything else than checkpointed passes with gradient, do not fit it.
+
+    moment: what runs out, "forward", "backward" (once half of the blocks have their gradient) or "old predictions". after: so many of these
+    fit whatever their size. calls: of every replay, whether gradient was enabled, and how many pairs there were.
+    """
+
+    def __init__(self, engine: Engine, moment: str, pairs: int, after: int = 0, checkpointed: bool = False) -> None:
+        self.engine, self.moment, self.pairs, self.after, self.checkpointed = engine, moment, pairs, after, checkpointed
+        self.replay, self.block = engine.replay, engine.model.blocks[1]
+        self.calls: list[tuple[bool, int]] = []
+        self.spoilt = False
+        engine.replay = self  # type: ignore[method-assign, assignment]
+        original = self.block.forward
+        self.block.forward = lambda x, *rest: original(BackwardFails.apply(x) if self.spoilt else x, *rest)
+
+    def __call__(self, group: Group, steps: Tensor, anchors: Tensor, **named: Any) -> Tensor:
+        trained = torch.is_grad_enabled()
+        self.calls.append((trained, len(steps)))
+        fits = named["checkpoint"] if self.checkpointed else len(steps) <= self.pairs
+        concerned = trained != (self.moment == "old predictions")
+        concerned = concerned and [grad for grad, _ in self.calls].count(trained) > self.after
+        if concerned and not fits and self.moment != "backward":
+            raise OUT_OF_MEMORY
+        self.spoilt = concerned and not fits
+        return self.replay(group, steps, anchors, **named)
+
+
+class World:
+    """A generator in the middle of training, or with a fresh adapter beside its reference; two groups; updates that always begin there."""
+
+    def __init__(self, reference: bool = False) -> None:
+        self.engine = small_engine(add_lora(small_model(), rank=4, alpha=8, seed=1), branches=2 * GROUP, shape=SHAPE)
+        self.parameters, self.reference = adapter_parameters(self.engine.model), reference
+        with torch.no_grad():
+            for parameter in self.parameters:
+                parameter.add_(0.05 * torch.randn_like(parameter) * (not reference))
+        self.start = [parameter.detach().clone() for parameter in self.parameters]
+        seed = int(torch.randint(10**6, ()))
+        noises = [KeyedNoise(SHAPE.chunk, seed, group=index) for index in range(2)]
+        self.groups = [
+            (self.engine.rollout(random_text(), noise, pivot=pivot, branches=GROUP, sigma=0.5), zscore(torch.randn(GROUP)))
+            for pivot, noise in enumerate(noises)
+        ]
+
+    def update(self, objective: CopoObjective) -> tuple[list[Tensor], dict[str, float]]:
+        """Adapters after two updates, and their statistics."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.start):
+                parameter.copy_(value)
+        optimizer = torch.optim.SGD(self.parameters, lr=1.0)  # AdamW's first steps would magnify what is only rounding
+        statistics = objective.update(self.groups, optimizer, self.parameters, gradient_clip=1.0)
+        return [parameter.detach().clone() for parameter in self.parameters], statistics
+
+    def objective(self, **settings: Any) -> CopoObjective:
+        return CopoObjective(self.engine, CopoSettings(clip=1e-3, **settings), reference=self.reference)
+
+
+@pytest.fixture
+def world() -> Iterator[Callable[..., World]]:
+    made: list[World] = []
+
+    def make(reference: bool = False) -> World:
+        made.append(World(reference))
+        return made[-1]
+
+    yield make
+    for one in made:
+        held = one.engine.pool.pages_in_use
+        for group, _ in one.groups:
+            group.release()
+        assert one.engine.pool.pages_in_use == 0 < held, "a failed attempt must give its pages back"
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["on-policy", "reference"])
+@pytest.mark.parametrize(
+    ("moment", "done"), [("old predictions", 0), ("old predictions", 2), ("forward", 0), ("forward", 1), ("backward", 1), ("backward", 2)]
+)
+def test_it_is_the_update_with_the_smaller_micro_batch(world: Callable[..., World], moment: str, done: int, reference: bool) -> None:
+    """Bit for bit, whichever replay of the first update fails: that of the first micro-batch, the second, or the next group's first."""
+    one = world(reference)
+    adapters, statistics = one.update(one.objective(micro_batch=2))
+    card = Small(one.engine, moment, pairs=2, after=done)
+    objective = one.objective(micro_batch=6)
+    with pytest.warns(UserWarning) as warned:
+        again, recorded = one.update(objective)
+    assert [str(warning.message) for warning in warned] == [
+        f"the replay ran out of memory ({SAID}); going on with objective.micro_batch=2: set it"
+    ]
+    assert {size for _, size in card.calls} == {6, 3, 2, 1}, "halved twice, and everything before the first step made anew"
+    assert recorded == statistics and statistics["update1/ratio_max"] == 0 < statistics["update2/ratio_max"]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, adapters, strict=True))
+
+    # It stays at that, without a word.
+    del card.calls[:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert one.update(objective)[1].keys() == statistics.keys()
+    assert {size for _, size in card.calls} == {2, 1} and objective.settings.micro_batch == 2
+
+
+def test_what_runs_out_after_a_step_keeps_the_old_predictions(world: Callable[..., World]) -> None:
+    """Their weights are gone: made in micro-batches of all pairs, they are the smaller ones' within rounding."""
+    one = world()
+    adapters, statistics = one.update(one.objective(micro_batch=3))
+    Small(one.engine, "backward", pairs=3, after=3)  # both groups' first update, and the first group's second
+    with pytest.warns(UserWarning, match="objective.micro_batch=3: set it"):
+        again, recorded = one.update(one.objective())
+    assert recorded.keys() == statistics.keys()
+    for name, value in statistics.items():
+        assert recorded[name] == pytest.approx(value, rel=1e-3, abs=1e-7), name
+    for ours, theirs in zip(again, adapters, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("moment", ["forward", "backward"])
+def test_single_pairs_are_checkpointed(world: Callable[..., World], moment: str) -> None:
+    one = world()
+    adapters, statistics = one.update(one.objective(micro_batch=1, checkpoint=True))
+    Small(one.engine, moment, pairs=0, checkpointed=True)
+    with pytest.warns(UserWarning, match=r"going on with objective.micro_batch=1 objective.checkpoint=true: set it"):
+        again, recorded = one.update(one.objective())
+    assert recorded == statistics
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, adapters, strict=True))
+
+
+def test_a_recomputed_context_is_made_anew(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    one = world()
+    adapters, statistics = one.update(one.objective(micro_batch=3, context="recompute"))
+    held = one.engine.pool.pages_in_use
+    Small(one.engine, "backward", pairs=3, after=1)
+    with pytest.warns(UserWarning, match="objective.micro_batch=3: set it"):
+        again, recorded = one.update(one.objective(context="recompute"))
+    assert recorded == statistics and one.engine.pool.pages_in_use == held
+
+    # Also where the context itself runs out, which no setting of the replay helps.
+    def forward(*arguments: Any, store_only: bool = False, **named: Any) -> Any:
+        if store_only:
+            raise OUT_OF_MEMORY
+        return original(*arguments, **named)
+
+    original = one.engine.model.forward
+    monkeypatch.setattr(one.engine.model, "forward", forward)
+    with pytest.raises(UserError, match="ran out of memory"):
+        one.update(one.objective(context="recompute"))
+    assert one.engine.pool.pages_in_use == held
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, adapters, strict=True))
+
+
+@pytest.mark.parametrize("moment", ["forward", "backward", "old predictions"])
+def test_what_never_fits_is_said(world: Callable[..., World], moment: str) -> None:
+    one = world()
+    card = Small(one.engine, moment, pairs=0)
+    with pytest.raises(UserError) as error, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one.update(one.objective())
+    assert SAID in str(error.value) and "rollout.branches_per_wave=1" in str(error.value) and "\n" not in str(error.value)
+    trained = moment != "old predictions"
+    assert [size for grad, size in card.calls if grad == trained] == [9, 5, 3, 2, 1, 1], "the last one with checkpointing"
+    assert all(torch.equal(parameter, value) for parameter, value in zip(one.parameters, one.start)), "no step was taken"
+
+
+def test_other_errors_are_not_held_back(world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    one = world()
+    monkeypatch.setattr(one.engine, "replay", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("CUDA error")))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        one.update(one.objective())
