@@ -22,6 +22,7 @@ from arcopo_fast import generate
 from arcopo_fast.assemble import Generator, build_engine, checkpoint_path, load_generator, load_model, load_rewards, video_shape
 from arcopo_fast.commands import run_command
 from arcopo_fast.config import Config
+from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.evaluation import evaluate
 from arcopo_fast.generate import Switch, first_frames, output_files, place_switches, sized_engine, stream_frames, with_frames
 from arcopo_fast.model.causal_wan import CausalWanConfig
@@ -97,7 +98,7 @@ def test_the_frames_are_those_of_the_whole_video_and_of_its_evaluation(generator
     config, engine = toy(generator, *evaluation, videos=2)
     chunks = frames_of(generator, engine, PROMPTS[:2], seed)
     assert [chunk.shape[1] for chunk in chunks] == [5, 8, 8, 8] and engine.pool.pages_in_use == 0
-    judged = evaluate(config, generator, engine, PROMPTS[:2], load_rewards(config), {})
+    judged = evaluate(config, generator, engine, [Prompt(prompt) for prompt in PROMPTS[:2]], load_rewards(config), {})
     torch.testing.assert_close(torch.cat(chunks, dim=1), judged.frames, rtol=0, atol=ROUNDING)
 
 
