@@ -13,8 +13,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from arcopo_fast import hub
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.recipe import DEFAULT_RECIPE, keys_help, load_config, recipes, resolved_yaml
@@ -166,6 +168,16 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is argparse.SUPPRESS or not action.default
         return action.help if silent else super()._get_help_string(action)
+
+
+def adapter_path(text: str) -> Path:
+    """For `type=` of an option: where an adapter lies, which is fetched if it is named as published (hf://owner/name/path)."""
+    if not hub.is_published(text):
+        return Path(text)
+    try:
+        return hub.find(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive_int(text: str) -> int:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from arcopo_fast.assemble import build_engine, load_generator, load_prompts, video_shape, wave_size
-from arcopo_fast.commands import RecipeParser, positive_int, run_command
+from arcopo_fast.commands import RecipeParser, adapter_path, positive_int, run_command
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import load_adapter, read_adapter
@@ -442,7 +442,7 @@ def command_line() -> RecipeParser:
         "--prompts", type=positive_int, metavar="N", default=8, help="prompts to measure, those for evaluation first; what DIR holds counts"
     )
     parser.add_argument("--draws", type=positive_int, metavar="N", default=2, help="independent replacements of every noise tensor")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="study the generator with this adapter (default: without)")
+    parser.add_argument("--adapter", type=adapter_path, metavar="DIR", help="study the generator with this adapter (default: without)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the results go; a study that is there goes on (default: entropy/<the recipe's name>)"
     )

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from arcopo_fast.assemble import Generator, build_engine, encode_ahead, load_generator, pool_pages, video_shape
-from arcopo_fast.commands import RecipeParser, positive_int, run_command
+from arcopo_fast.commands import RecipeParser, adapter_path, positive_int, run_command
 from arcopo_fast.config import Config
 from arcopo_fast.data.prompts import read_prompts
 from arcopo_fast.errors import UserError
@@ -301,7 +301,10 @@ def command_line() -> RecipeParser:
     )
     parser.add_argument("--seed", type=seed, metavar="N", help="of the noise (default: the recipe's seed)")
     parser.add_argument(
-        "--lora", type=Path, metavar="PATH", help="an adapter: a run's directory, an adapter's directory (PEFT or diffusers) or its file"
+        "--lora",
+        type=adapter_path,
+        metavar="PATH",
+        help="an adapter: a run's directory, an adapter's directory (PEFT or diffusers), its file, or hf://owner/name/path",
     )
     parser.add_argument("--lora-scale", type=finite, metavar="S", help="W + S dW (default: 1)")
     parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="videos that are made at once")

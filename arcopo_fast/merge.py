@@ -28,7 +28,7 @@ import yaml
 from torch import Tensor
 
 from arcopo_fast.assemble import build_engine, load_generator, load_held_out, load_prompts, load_rewards, video_shape
-from arcopo_fast.commands import RecipeParser, numbers, run_command
+from arcopo_fast.commands import RecipeParser, adapter_path, numbers, run_command
 from arcopo_fast.config import Config
 from arcopo_fast.data.prompts import Prompt, digest
 from arcopo_fast.errors import UserError
@@ -335,8 +335,9 @@ def command_line() -> RecipeParser:
     )
     parser.usage = f"{prog} --semi PATH --on PATH (--scale S | --sweep S,S,...) --out DIR [recipe] [key.sub=value ...] [options]"
     where = "a run's directory, an adapter's directory or a file of weights"
-    parser.add_argument("--semi", type=Path, required=True, metavar="PATH", help=f"the semi-on-policy adapter, taken whole: {where}")
-    parser.add_argument("--on", type=Path, required=True, metavar="PATH", help="the on-policy adapter, which is scaled: the same")
+    whole = f"the semi-on-policy adapter, taken whole: {where}"
+    parser.add_argument("--semi", type=adapter_path, required=True, metavar="PATH", help=whole)
+    parser.add_argument("--on", type=adapter_path, required=True, metavar="PATH", help="the on-policy adapter, which is scaled: the same")
     scales = parser.add_mutually_exclusive_group(required=True)
     scales.add_argument("--scale", type=numbers, metavar="S", help="s of dW_semi + s dW_on; the paper: 0.8 for Self-Forcing")
     scales.add_argument(

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from arcopo_fast.assemble import Generator, encode_ahead, load_generator, video_shape
-from arcopo_fast.commands import Parser, RecipeParser, positive_int, run_command
+from arcopo_fast.commands import Parser, RecipeParser, adapter_path, positive_int, run_command
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.generate import default_recipe, finite, load_scaled_adapter, sized_engine, stream_frames
@@ -255,7 +255,9 @@ def sample_command_line() -> RecipeParser:
     parser.add_argument(
         "--videos", type=positive_int, default=VIDEOS_PER_PROMPT, metavar="N", help="of each prompt; five times N for temporal flickering"
     )
-    parser.add_argument("--lora", type=Path, metavar="PATH", help="an adapter: a run's directory, an adapter's directory or its file")
+    parser.add_argument(
+        "--lora", type=adapter_path, metavar="PATH", help="an adapter: a run's directory, an adapter's directory, its file, or published"
+    )
     parser.add_argument("--lora-scale", type=finite, metavar="S", help="W + S dW (default: 1)")
     parser.add_argument("--seed", type=seed_option, metavar="N", help="that the videos' seeds come from (default: the recipe's seed)")
     parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="videos that are made at once")

@@ -205,6 +205,20 @@ def test_a_plan_needs_no_files(models: Path, capsys: pytest.CaptureFixture[str])
     assert "1.42 billion parameters in bfloat16; 81 frames of 480x832" in capsys.readouterr().out
 
 
+def test_a_published_adapter(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the command line, by name; and what is said of one that is not to be had."""
+    put(models, "self_forcing")
+    source = "hf://some-one/adapter/lora.pt"
+    command = ["self_forcing", *SMALL, "video.chunks=2", "--prompt", PROMPTS[0], "--lora", source]
+    assert run_command(generate.main, [*command, "--out", str(tmp_path / "none.mp4")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "hf download some-one/adapter lora.pt" in said[0]
+    published.write_lora(published.place(models, source))
+    assert run_command(generate.main, [*command, "--out", str(tmp_path / "with.mp4")]) == 0
+    assert run_command(generate.main, [*command[:-2], "--out", str(tmp_path / "without.mp4")]) == 0
+    assert (tmp_path / "with.mp4").read_bytes() != (tmp_path / "without.mp4").read_bytes()
+
+
 def test_a_missing_file_is_one_line_of_the_command(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = run_command(generate.main, ["causal_forcing", "--prompt", "x", "--out", str(tmp_path / "video.mp4")])
     said = capsys.readouterr().err.splitlines()
