@@ -44,8 +44,11 @@ def test_the_shape_stays_inside_and_follows_its_caption(latent_frames: int, flaw
     assert named == captions == [scene.caption for scene in scenes]
 
     # Independent of the renderer: the shape is where some channel is far above another one.
-    saturated = frames.amax(2) - frames.amin(2) > (0.3 if flaws else 0.4)  # [N, F, 64, 64]
-    assert not saturated[..., [0, -1], :].any() and not saturated[..., :, [0, -1]].any(), "touches the border"
+    saturation = frames.amax(2) - frames.amin(2)  # [N, F, 64, 64]
+    saturated = saturation > (0.3 if flaws else 0.4)
+    # A tint of the background alone has a saturation of up to 0.34, in 60 draws of all captions.
+    border = torch.cat([saturation[..., [0, -1], :].flatten(), saturation[..., :, [0, -1]].flatten()])
+    assert border.max() < (0.45 if flaws else 0.4), "touches the border"
     areas = saturated.sum(dim=(2, 3)).float()
     assert (areas > (80 if flaws else 120)).all() and (areas < (600 if flaws else 450)).all()
     x = torch.arange(64) + 0.5
