@@ -10,7 +10,6 @@ missing or damaged, or a test fails.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import platform
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from arcopo_fast.data.prompts import BENCH
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.registry import reward_files
 from arcopo_fast.runtime.memory import tune_for_cpu
+from arcopo_fast.runtime.versions import version_of
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors", "huggingface_hub", "av")
 MISSING = 1
@@ -63,12 +63,7 @@ def needs(config: Config) -> list[Need]:
 
 def environment() -> list[str]:
     """Lines about Python, packages and devices."""
-    versions = []
-    for name in PACKAGES:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"no {name}")
+    versions = [f"{name} {version}" if (version := version_of(name)) else f"no {name}" for name in PACKAGES]
     lines = [f"Python {platform.python_version()} on {platform.system()} {platform.machine()}", ", ".join(versions)]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)

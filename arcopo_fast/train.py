@@ -16,7 +16,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,7 @@ from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.report import write_report
 from arcopo_fast.runtime.results import DEVICE, TOTAL, Change, changes
 from arcopo_fast.runtime.run_dir import RunDirectory
+from arcopo_fast.runtime.versions import version_of
 from arcopo_fast.runtime.video import write_mp4
 
 
@@ -152,7 +152,7 @@ class Trainer:
         ceilings = measure_ceilings(model.device, model.dtype)
         name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else f"{platform.machine()} CPU"
         floor = floors(config, model.config, VAESizes.from_config(self.generator.decoder.vae.config), ceilings)
-        versions = {package: version(package) for package in ("torch", "arcopo_fast")}
+        versions = {package: version_of(package) for package in ("torch", "arcopo_fast")}
         return {"device": name, "versions": versions, "dtype": config.generator.dtype, **ceilings._asdict(), "floor": floor}
 
     def over_plan(self) -> str | None:

@@ -8,7 +8,6 @@ without the token (401), too large (413), more than what may wait (503, come aga
 from __future__ import annotations
 
 import hmac
-import importlib.metadata
 import ipaddress
 import json
 import re
@@ -25,12 +24,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from arcopo_fast.rewards import wire
 from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.runtime.versions import version_of
 
 CONNECTIONS = 1024
 SILENCE = 30.0  # seconds in which a client must have sent its headers, or the next piece of its body
@@ -212,7 +213,7 @@ class RewardServer(ThreadingHTTPServer):
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's own looks up the host's name, which may take long, for CGI scripts
 
-    def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+    def process_request(self, request: Any, client_address: Any) -> None:
         with self._changed:
             full = len(self._open) >= CONNECTIONS
             if not full:
@@ -221,9 +222,9 @@ class RewardServer(ThreadingHTTPServer):
         if full:
             self.shutdown_request(request)  # the client comes again
         else:
-            super().process_request(request, client_address)  # type: ignore[arg-type]
+            super().process_request(request, client_address)
 
-    def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
+    def shutdown_request(self, request: Any) -> None:
         with self._changed:
             self._open.discard(request)
             self._silent.pop(request, None)
@@ -252,10 +253,10 @@ class RewardServer(ThreadingHTTPServer):
             with suppress(OSError):
                 request.shutdown(socket.SHUT_RDWR)
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that left is not worth a traceback."""
         if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -293,7 +294,7 @@ class Handler(BaseHTTPRequestHandler):
         scorer = self.server.scorer
         document = {
             "rewards": list(scorer.rewards),
-            "version": _version(),
+            "version": version_of("arcopo_fast") or "unknown",
             "protocol": wire.PROTOCOL,
             "waiting": scorer.waiting,
             "max_bytes": self.server.max_bytes,
@@ -390,10 +391,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("arcopo_fast")
-    except importlib.metadata.PackageNotFoundError:  # on PYTHONPATH, not installed
-        return "unknown"

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ FACTOR = 4  # pixel frames of a latent frame
 
 
 def small_vae(dtype: torch.dtype = torch.float64) -> AutoencoderKLWan:
-    config = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True]}
-    vae = AutoencoderKLWan(**config, **STATISTICS, scale_factor_spatial=4).eval().requires_grad_(False)  # type: ignore[arg-type]
+    config: dict[str, Any] = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True]}
+    vae = AutoencoderKLWan(**config, **STATISTICS, scale_factor_spatial=4).eval().requires_grad_(False)
     for name, parameter in vae.named_parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, mean=float(name.endswith("gamma")), std=0.3)

@@ -16,6 +16,7 @@ from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.ceilings import Ceilings, measure_ceilings
 from arcopo_fast.runtime.report import write_report
 from arcopo_fast.runtime.results import DEVICE, stage_floors
+from arcopo_fast.runtime.versions import version_of
 from arcopo_fast.work import iteration
 
 
@@ -24,6 +25,11 @@ def test_ceilings_are_those_of_a_machine() -> None:
     ceilings = measure_ceilings(torch.device("cpu"), torch.float32)
     assert 1e8 < ceilings.bandwidth < 1e13 and 1e8 < ceilings.matmul < 1e15
     assert Ceilings(2.0, 10.0).seconds(30.0, 8.0) == 7.0
+
+
+def test_a_version_of_what_is_not_installed_is_none() -> None:
+    """As of this package itself, where it lies on PYTHONPATH."""
+    assert version_of("torch") == torch.__version__ and version_of("arcopo-fast-of-another-world") is None
 
 
 def test_floors_are_the_counted_work_at_the_ceilings() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -60,7 +61,7 @@ def write_tokenizer(directory: Path, *, end: bool = True, unused: int = 0) -> No
     (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
 
 
-def write_official(directory: Path, state: State, **tokenizer: object) -> Path:
-    write_tokenizer(directory / "google" / "umt5-xxl", **tokenizer)  # type: ignore[arg-type]
+def write_official(directory: Path, state: State, **tokenizer: Any) -> Path:
+    write_tokenizer(directory / "google" / "umt5-xxl", **tokenizer)
     torch.save(state, directory / "models_t5_umt5-xxl-enc-bf16.pth")
     return directory
