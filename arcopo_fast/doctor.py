@@ -9,15 +9,12 @@ missing or damaged, or a test fails.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from arcopo_fast import hub
 from arcopo_fast.assemble import UNTRAINED, base_files
@@ -73,20 +70,12 @@ def environment() -> list[str]:
     return lines
 
 
-def checksums(need: Need, path: Path) -> Iterator[tuple[Path, bool]]:
-    """Files of a need whose published SHA-256 is known, and whether it is theirs."""
+def damaged_files(need: Need, path: Path) -> list[Path]:
+    """Files of a need that are not what was published; reads all of those whose SHA-256 is known."""
     if not hub.is_published(need.source):
-        return
-    wanted = hub.Source.parse(need.source)
-    for file in [path / name for name in need.files] if path.is_dir() else [path]:
-        known = hub.FILES.get(f"{wanted.repository}/{Path(wanted.inside, *file.relative_to(path).parts)}")
-        if known and known.sha256:
-            digest = hashlib.sha256()
-            with file.open("rb") as opened, tqdm(total=known.size, desc=file.name, unit="B", unit_scale=True, leave=False) as bar:
-                while part := opened.read(1 << 24):
-                    digest.update(part)
-                    bar.update(len(part))
-            yield file, digest.hexdigest() == known.sha256
+        return []
+    known = hub.known_files(hub.Source.parse(need.source), path, need.files)
+    return [file for file, published in known if hub.sha256(file) != published.sha256]
 
 
 def examine(config: Config, *, verify: bool = False) -> tuple[list[str], bool]:
@@ -111,7 +100,7 @@ def examine(config: Config, *, verify: bool = False) -> tuple[list[str], bool]:
             damaged += 1
             lines.append(f"damaged  {need.key}: {error}")
             continue
-        bad = [file for file, intact in checksums(need, path) if not intact] if verify else []
+        bad = damaged_files(need, path) if verify else []
         damaged += len(bad)
         lines.append(f"{'found' if not bad else 'damaged':7}  {need.key}: {path}")
         lines += [f"         {file} is not what was published; get it again" for file in bad]

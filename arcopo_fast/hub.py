@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+from tqdm import tqdm
+
 from arcopo_fast.errors import UserError
 from arcopo_fast.runtime.run_dir import atomic_write
 
@@ -66,7 +68,7 @@ FILES = {
     ),
     "MizzenAI/HPSv3/HPSv3.safetensors": Published(16_500_000_000),
 }
-"""Large files that recipes and rewards name, as published: a copy of another size is not whole."""
+"""Large files that recipes and rewards name, as published. Where the SHA-256 is known, a copy of another size is not whole."""
 
 
 class Source(NamedTuple):
@@ -128,7 +130,7 @@ def find(source: str | Path, files: Sequence[str] = ()) -> Path:
     Args:
         source: a path, or one of the forms above.
         files: of a directory, names or patterns ("text_encoder/*.safetensors") relative to it that must be there; the others are not
-            downloaded. None: the source is a file, or a directory that is taken as it is.
+            downloaded. Empty: the source is a file, or a directory that is taken as it is.
 
     Raises:
         UserError: missing, and not to be had; or a file that is not whole.
@@ -257,11 +259,7 @@ def _verify(file: Path) -> None:
     blob = file.resolve()
     if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return
-    digest = hashlib.sha256()
-    with blob.open("rb") as opened:
-        while part := opened.read(1 << 22):
-            digest.update(part)
-    found = digest.hexdigest()
+    found = sha256(blob)
     if found != blob.name:
         blob.unlink()
         file.unlink(missing_ok=True)
@@ -270,10 +268,30 @@ def _verify(file: Path) -> None:
 
 def _check_sizes(wanted: Source, path: Path, files: Sequence[str]) -> None:
     """A copy that was cut short would fail much later, and less clearly."""
+    for file, known in known_files(wanted, path, files):
+        if (found := file.stat().st_size) != known.size:
+            raise UserError(f"{file} has {found} bytes, the published file {known.size}: the copy is not whole; get it again")
+
+
+def known_files(wanted: Source, path: Path, files: Sequence[str]) -> Iterator[tuple[Path, Published]]:
+    """Those of a source that was found at `path` whose size and SHA-256 are known."""
     for file in [path / name for name in files] if path.is_dir() else [path]:
         known = FILES.get(f"{wanted.repository}/{Path(wanted.inside, *file.relative_to(path).parts)}")
-        if known and known.sha256 and (found := file.stat().st_size) != known.size:
-            raise UserError(f"{file} has {found} bytes, the published file {known.size}: the copy is not whole; get it again")
+        if known and known.sha256:
+            yield file, known
+
+
+def sha256(file: Path) -> str:
+    """Of a file of any size, with a bar where there is a terminal."""
+    digest = hashlib.sha256()
+    with (
+        file.open("rb") as opened,
+        tqdm(total=file.stat().st_size, desc=file.name, unit="B", unit_scale=True, leave=False, disable=None) as bar,
+    ):
+        while part := opened.read(1 << 24):
+            digest.update(part)
+            bar.update(len(part))
+    return digest.hexdigest()
 
 
 def _absent(wanted: Source, files: Sequence[str], reason: str) -> str:
