@@ -12,7 +12,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -137,10 +137,17 @@ class RecipeParser(Parser):
         keys = "Keys, with the default they have where a recipe says nothing:"
         return f"{super().format_help()}\n{keys}\n\n{keys_help()}\n"
 
-    def read_config(self, arguments: Sequence[str], overrides: Callable[[Any], Sequence[str]] | None = None) -> tuple[Config, Any] | None:
+    def read_config(
+        self,
+        arguments: Sequence[str],
+        overrides: Callable[[Any], Sequence[str]] | None = None,
+        run_of: Callable[[Any], Path | None] | None = None,
+    ) -> tuple[Config, Any] | None:
         """The configuration and the options; None after `--help` or `--print-config`, which print what they say.
 
-        overrides: settings that options stand for, by the parsed options; they win over those on the command line.
+        Args:
+            overrides: settings that options stand for, by the parsed options; they win over those on the command line.
+            run_of: the run that options speak of, by the parsed options; its config.yaml, if it has one, is the recipe where none is named.
 
         Raises:
             UserError: anything that cannot be used.
@@ -151,12 +158,28 @@ class RecipeParser(Parser):
         words = [word for word in options.settings if not re.match(r"[^/=]*=", word)]
         if len(words) > 1:
             raise UserError(f"one recipe at a time, given {' and '.join(words)}{self.hint}, as in optimizer.lr=1e-4")
+        if not words and run_of is not None and (run := run_of(options)) is not None and (run / "config.yaml").is_file():
+            words = [str(run.absolute() / "config.yaml")]
         given = [word for word in options.settings if word not in words]
         config = load_config(words[0] if words else None, [*given, *(overrides(options) if overrides else ())])
         if options.print_config:
             print(resolved_yaml(config), end="")
             return None
         return config, options
+
+
+def run_subcommand(program: str, about: str | None, commands: Mapping[str, Callable[[list[str]], None]], arguments: list[str]) -> None:
+    """One of a command's own commands, by the first word; about: its module's docstring, for --help.
+
+    Raises:
+        UserError: there is no such command, or what it raises.
+    """
+    if arguments[:1] in (["-h"], ["--help"]):
+        print((about or "").strip())
+    elif not arguments or arguments[0] not in commands:
+        raise UserError(f"expected {program} {', '.join(commands)} or --help; given {' '.join(arguments) or 'nothing'}")
+    else:
+        commands[arguments[0]](arguments[1:])
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -185,6 +208,32 @@ def positive_int(text: str) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"expected a whole number, at least 1; given {text!r}")
     return int(text)
+
+
+def seed(text: str) -> int:
+    """For `type=` of an option: what a recipe's seed can be."""
+    if not re.fullmatch(r"[0-9]+", text) or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^32 - 1; given {text!r}")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """For `type=` of an option: a number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number; given {text!r}")
+    return value
+
+
+def shard(text: str) -> slice:
+    """For `type=` of an option: I/N, every N-th of a list from the I-th on."""
+    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, as in 0/4; given {text!r}")
+    return slice(int(match[1]), None, int(match[2]))
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 import torch
 
 from arcopo_fast.assemble import Generator, encode_ahead, load_generator, load_held_out, load_prompts, load_rewards, video_shape
-from arcopo_fast.commands import Parser, RecipeParser, positive_int, run_command
+from arcopo_fast.commands import Parser, RecipeParser, finite, positive_int, run_command, seed, shard
 from arcopo_fast.config import Config
 from arcopo_fast.data.prompts import Prompt, read_prompt_set
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import judge, videos_at_once
-from arcopo_fast.generate import default_recipe, finite, seed, sized_engine
+from arcopo_fast.generate import sized_engine
 from arcopo_fast.groups import weights_digest
 from arcopo_fast.hub import find
 from arcopo_fast.merge import Source, read_source
@@ -78,13 +78,6 @@ class Adapted(NamedTuple):
         if self.source is None:
             return None
         return {"sha256": self.source.sha256, "alpha": self.source.adapter.alpha, "scale": self.scale}
-
-
-class Shard(NamedTuple):
-    """Of all batches this process makes those whose number leaves the remainder `rank` when divided by `processes`."""
-
-    rank: int = 0
-    processes: int = 1
 
 
 class Evaluator:
@@ -139,7 +132,7 @@ def evaluate(
     out: Path,
     *,
     batch: int | None = None,
-    shard: Shard = Shard(),  # noqa: B008 - immutable
+    shard: slice = slice(None),
     keep: int | None = None,
 ) -> list[Result] | None:
     """Score what is not scored yet, then write the table. None: other processes have not scored all of the rest yet.
@@ -152,7 +145,7 @@ def evaluate(
         generators: of different names.
         out: see the module's docstring.
         batch: videos that are made at once; None: as an evaluation of a training run does.
-        shard: the part of the work that is this process's.
+        shard: the batches that are this process's.
         keep: prompts, from the first, of which videos are written; None: of all.
 
     Raises:
@@ -168,7 +161,7 @@ def evaluate(
     wanted = {video for part in parts for video in part}
     if known := len(wanted & scores.values.keys()):
         print(f"{known} of {len(wanted)} videos are scored already", file=sys.stderr)
-    mine = [part for part in parts[shard.rank :: shard.processes] if not scores.values.keys() >= {*part}]
+    mine = [part for part in parts[shard] if not scores.values.keys() >= {*part}]
     files = video_files(out, wanted - scores.values.keys(), prompts, keep)
     if mine:
         evaluator.make_room(max(map(len, mine)))
@@ -346,14 +339,6 @@ def adapter_option(text: str) -> AdapterOption:
     return AdapterOption(match[1], match[2], tuple(finite(scale) for scale in (match[3] or "1").split(",")))
 
 
-def shard_option(text: str) -> Shard:
-    """For `type=` of an option: I/N."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, as in 0/4; given {text!r}")
-    return Shard(int(match[1]), int(match[2]))
-
-
 def keep_option(text: str) -> int | None:
     """For `type=` of an option: all, none or a number."""
     if not re.fullmatch(r"all|none|\d+", text):
@@ -400,8 +385,8 @@ def command_line() -> RecipeParser:
     )
     parser.add_argument(
         "--shard",
-        type=shard_option,
-        default=Shard(),
+        type=shard,
+        default="0/1",
         metavar="I/N",
         help="of all batches, counted from 0, make I, I + N, I + 2 N ...: N processes with the same --batch share the work (default: 0/1)",
     )
@@ -471,12 +456,7 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["merge"]:
         merge(argv[1:])
         return
-    parser = command_line()
-    given = parser.read(argv)
-    if given is None:
-        return
-    first = Path(given.adapter[0].path) if given.adapter else None
-    command = parser.read_config([*argv, *default_recipe(first, given.settings)], settings_from)
+    command = command_line().read_config(argv, settings_from, lambda options: Path(options.adapter[0].path) if options.adapter else None)
     if command is None:
         return
     config, options = command

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from arcopo_fast.assemble import Generator, build_engine, encode_ahead, load_generator, pool_pages, video_shape
-from arcopo_fast.commands import RecipeParser, adapter_path, positive_int, run_command
+from arcopo_fast.commands import RecipeParser, adapter_path, finite, positive_int, run_command, seed
 from arcopo_fast.config import Config
 from arcopo_fast.data.prompts import read_prompts
 from arcopo_fast.errors import UserError
@@ -245,38 +245,12 @@ def output_files(out: Path, prompts: Sequence[str]) -> list[Path]:
     return [out / f"{index:0{digits}d}-{some}.mp4" for index, some in enumerate(words)]
 
 
-def default_recipe(adapter: Path | None, settings: Sequence[str]) -> list[str]:
-    """The words that name a recipe where the command line does not: the config.yaml of the run whose adapter is used, if there is one."""
-    if adapter is None or any("=" not in word.partition("/")[0] for word in settings):
-        return []
-    recipe = adapter.absolute() / "config.yaml"
-    return [str(recipe)] if recipe.is_file() else []
-
-
 def switch(text: str) -> Switch:
     """For `type=` of an option: FRAME:TEXT."""
     frame, colon, prompt = text.partition(":")
     if not colon or not re.fullmatch(r"0*[1-9][0-9]*", frame) or not prompt.strip():
         raise argparse.ArgumentTypeError(f"expected FRAME:TEXT with a frame from 1 on, as in '48:a dog runs'; given {text!r}")
     return Switch(int(frame), prompt.strip())
-
-
-def seed(text: str) -> int:
-    """For `type=` of an option: what a recipe's seed can be."""
-    if not re.fullmatch(r"[0-9]+", text) or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^32 - 1; given {text!r}")
-    return int(text)
-
-
-def finite(text: str) -> float:
-    """For `type=` of an option: a number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a number; given {text!r}")
-    return value
 
 
 def command_line() -> RecipeParser:
@@ -316,11 +290,7 @@ def command_line() -> RecipeParser:
 
 
 def main(argv: list[str]) -> None:
-    parser = command_line()
-    given = parser.read(argv)
-    if given is None:
-        return
-    command = parser.read_config([*argv, *default_recipe(given.lora, given.settings)])
+    command = command_line().read_config(argv, run_of=lambda options: options.lora)
     if command is None:
         return
     config, options = command

@@ -373,7 +373,7 @@ def main(argv: list[str]) -> None:
         merge(semi, on, options.scale[0], options.out, overwrite=options.overwrite)
         print(f"adapter: {options.out}")
         return
-    command = parser.read_config([*argv, *default_recipe(options.on, options.settings)])
+    command = parser.read_config(argv, run_of=on_policy_run)
     if command is None:
         return
     config, _ = command
@@ -385,14 +385,11 @@ def main(argv: list[str]) -> None:
         print(f"adapter: {options.out / ADAPTER}")
 
 
-def default_recipe(on: Path, settings: Sequence[str]) -> list[str]:
-    """The words that name a recipe where the command line does not: the config.yaml of the on-policy run."""
-    if any("=" not in word.partition("/")[0] for word in settings):
-        return []
-    recipe = on.absolute() / "config.yaml"
-    if not recipe.is_file():
-        raise UserError(f"{on} is not a run's directory (it has no config.yaml), so name the recipe by which the sweep evaluates")
-    return [str(recipe)]
+def on_policy_run(options: Any) -> Path:
+    """Whose recipe a sweep evaluates by, where the command line names none."""
+    if not (options.on / "config.yaml").is_file():
+        raise UserError(f"{options.on} is not a run's directory (it has no config.yaml), so name the recipe by which the sweep evaluates")
+    return options.on
 
 
 if __name__ == "__main__":

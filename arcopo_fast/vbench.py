@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,11 +30,11 @@ from typing import Any
 import torch
 
 from arcopo_fast.assemble import Generator, encode_ahead, load_generator, video_shape
-from arcopo_fast.commands import Parser, RecipeParser, adapter_path, positive_int, run_command
+from arcopo_fast.commands import Parser, RecipeParser, adapter_path, finite, positive_int, run_command, run_subcommand, shard
+from arcopo_fast.commands import seed as seed_option
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
-from arcopo_fast.generate import default_recipe, finite, load_scaled_adapter, sized_engine, stream_frames
-from arcopo_fast.generate import seed as seed_option
+from arcopo_fast.generate import load_scaled_adapter, sized_engine, stream_frames
 from arcopo_fast.groups import weights_digest
 from arcopo_fast.hub import find
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
@@ -128,11 +127,7 @@ def make_videos(config: Config, generator: Generator, videos: Sequence[Video], d
 
 
 def sample(argv: list[str]) -> None:
-    parser = sample_command_line()
-    given = parser.read(argv)
-    if given is None:
-        return
-    command = parser.read_config([*argv, *default_recipe(given.lora, given.settings)])
+    command = sample_command_line().read_config(argv, run_of=lambda options: options.lora)
     if command is None:
         return
     config, options = command
@@ -229,14 +224,6 @@ def dimensions(text: str) -> tuple[str, ...]:
     return names
 
 
-def shard(text: str) -> slice:
-    """For `type=` of an option: I/N."""
-    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, as in 0/4; given {text!r}")
-    return slice(int(match[1]), None, int(match[2]))
-
-
 def _add_dimensions(parser: Parser) -> None:
     parser.add_argument(
         "--dimensions", type=dimensions, default=",".join(DIMENSIONS), metavar="A,B", help="that videos are made for, or scored on"
@@ -295,12 +282,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {"sample": sample, "score": s
 
 
 def main(argv: list[str]) -> None:
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
-    elif not argv or argv[0] not in COMMANDS:
-        raise UserError(f"expected {PROGRAM} {', '.join(COMMANDS)} or --help; given {' '.join(argv) or 'nothing'}")
-    else:
-        COMMANDS[argv[0]](argv[1:])
+    run_subcommand(PROGRAM, __doc__, COMMANDS, argv)
 
 
 if __name__ == "__main__":

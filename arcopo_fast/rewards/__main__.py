@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from arcopo_fast.commands import Parser, positive_int, run_command
+from arcopo_fast.commands import Parser, positive_int, run_command, run_subcommand
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import wire
 from arcopo_fast.rewards.own import find
@@ -101,12 +101,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {"serve": serve, "list": show
 
 
 def main(argv: list[str]) -> None:
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__.strip())
-    elif not argv or argv[0] not in COMMANDS:
-        raise UserError(f"expected {PROGRAM} serve NAME ... or {PROGRAM} list; given {' '.join(argv) or 'nothing'}")
-    else:
-        COMMANDS[argv[0]](argv[1:])
+    run_subcommand(PROGRAM, __doc__, COMMANDS, argv)
 
 
 if __name__ == "__main__":
