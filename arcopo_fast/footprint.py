@@ -223,13 +223,13 @@ def _page_bytes(config: Config, sizes: GeneratorSizes) -> int:
 
 
 def _denoising(config: Config, sizes: GeneratorSizes, shape: VideoShape, branches: int, pages: int) -> int:
-    """The most that lives at once in a forward pass without gradient: inside the second layer of a block's feed-forward.
+    """The most that lives at once in a forward pass without gradient: inside a block's feed-forward.
 
-    Then there are seven tensors of the hidden size (two residual streams and what the block's names still hold) and of the inner size the
-    layer's output and the adapter's, before and after scaling. Pages that are cached un-roped are roped for one layer at a time.
+    Then there are seven tensors of the hidden size (two residual streams and what the block's names still hold) and two of the inner size,
+    before and after GELU. Pages that are cached un-roped are roped for one layer at a time.
     """
     model, width, tokens = sizes.transformer, _itemsize(config.generator.dtype), _frame_tokens(config, sizes)
-    token = model.dim * 7 * width + model.ffn_dim * 3 * width
+    token = (model.dim * 7 + model.ffn_dim * 2) * width
     roped = 0 if cache_policy(config).roped else pages * tokens * model.dim * width
     return branches * max(shape.chunk_frames) * tokens * token + roped
 
@@ -267,10 +267,10 @@ def _replay(config: Config, sizes: GeneratorSizes, shape: VideoShape, settings: 
     blocks = (model.num_layers + 1) * hidden + tokens * kept if settings.checkpoint else model.num_layers * tokens * kept + hidden
     text = model.num_layers * model.text_len * row
     visible = pool_pages(config, shape, videos=1)
-    # In the feed-forward the gradient of its inner tensor; in attention those of q, k and v, float32 sums of the first, and the dropped
-    # gradients of the prefix.
-    feed_forward = tokens * (model.ffn_dim * 2 * width + model.dim * width)
-    attention = tokens * model.dim * (6 * width + 4) + 2 * visible * frame * model.dim * width
+    # In the feed-forward the gradients of its inner tensor and its output; in attention those of q, k and v, float32 sums of the first, and
+    # the dropped gradients of the prefix, when what GELU kept is free again.
+    feed_forward = tokens * (model.ffn_dim + model.dim) * width
+    attention = tokens * model.dim * (6 * width + 4) + 2 * visible * frame * model.dim * width - tokens * model.ffn_dim * width
     roped = 0 if cache_policy(config).roped else model.num_layers * visible * frame * model.dim * width
     return blocks + text + max(feed_forward, attention) + roped
 

@@ -12,15 +12,14 @@ import torch
 from arcopo_kernels.dispatch import INTERPRETED
 from diffusers import AutoencoderKLWan
 from support.measure import LiveBytes, kept_for_backward
-from torch import Tensor
+from support.replay import Replay
 
 from arcopo_fast import collect, footprint
 from arcopo_fast.assemble import generator_sizes, pool_pages, shape_of
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.footprint import GB, SLACK, Settings, estimate, host_bytes
-from arcopo_fast.model.causal_wan import CachedRun, CausalWan, CausalWanConfig, ChunkContext
-from arcopo_fast.model.lora import adapter_parameters, add_lora
+from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes, transformer_parameters, vae_parameters
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.recipe import load_config
@@ -125,44 +124,6 @@ def test_replay_of_the_cost_model() -> None:
     assert close(gib(False), 10.8, 0.02) and close(gib(True), 0.76, 0.05)
 
 
-class Cached(ChunkContext):
-    """A prefix of two chunks."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.pages = like
-
-    def cached(self, layer: int) -> list[CachedRun]:
-        return [CachedRun(self.pages, self.pages)]
-
-
-class Replay:
-    """A network with adapters and the inputs of a micro-batch, as the fused operators compute it: in Triton's interpreter or, on the meta
-    device, not at all."""
-
-    def __init__(self, config: Config, sizes: GeneratorSizes, device: str) -> None:
-        self.model, video = sizes.transformer, config.video
-        dtype, frames, height, width = getattr(torch, config.generator.dtype), video.chunk_frames, video.latent_height, video.latent_width
-        with torch.device(device):
-            self.network = CausalWan(self.model).to(dtype)
-        add_lora(self.network, rank=config.lora.rank, alpha=8, targets=config.lora.targets, seed=0)
-        self.adapters = adapter_parameters(self.network.to(device))
-        self.network.requires_grad_(False)
-        for parameter in self.adapters:
-            parameter.requires_grad_()
-        tokens = 2 * frames * self.model.tokens_per_frame(height, width)
-        heads = (self.model.num_attention_heads, self.model.attention_head_dim)
-        self.context = Cached(torch.randn(1, tokens, *heads, device=device, dtype=dtype))
-        self.x = torch.randn(config.objective.micro_batch or 1, frames, self.model.in_channels, height, width, device=device)
-        self.t = torch.full((len(self.x), 1), 500.0, device=device)
-        self.text = torch.randn(1, self.model.text_len, self.model.text_dim, device=device)
-        self.constants = [*self.network.parameters(), self.context.pages, self.x, self.t, self.text]
-
-    def __call__(self, checkpoint: bool = False) -> Tensor:
-        flow = self.network(self.x, self.t, self.network.encode_text(self.text), self.context, checkpoint=checkpoint)
-        assert flow is not None
-        return flow
-
-
 SMALL = ["video.latent_height=4", "video.latent_width=8", "lora.rank=4", "generator.dtype=float32"]
 WIDE = GeneratorSizes(replace(FULL.transformer, num_layers=3))
 ALL, SOME = "lora.targets=[to_q, to_k, to_v, to_out.0, ffn.net.0.proj, ffn.net.2]", "lora.targets=[attn1.to_q, attn1.to_k, ffn.net.0.proj]"
@@ -202,7 +163,7 @@ def test_what_a_replay_keeps(sizes: GeneratorSizes, device: str, overrides: list
         if ALL in overrides:
             shape = shape_of(config, model.in_channels)
             predicted = footprint._denoising(config, sizes, shape, len(replay.x), 0)
-            assert close(live.peak, predicted, 2 * tolerance), (live.peak, predicted)
+            assert close(live.peak, predicted, 2.5 * tolerance), (live.peak, predicted)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts what the fused operators keep, in Triton's interpreter")

@@ -6,15 +6,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import arcopo_kernels
 import pytest
 import torch
+from arcopo_kernels.dispatch import INTERPRETED
+from support.measure import MovedBytes
 from support.models import SAMPLER, random_text, small_config, small_model
+from support.replay import Replay
 from torch.utils.flop_counter import FlopCounterMode
 
 from arcopo_fast import work as work_of
 from arcopo_fast.model.lora import adapter_parameters, add_lora
-from arcopo_fast.model.sizes import VAESizes
+from arcopo_fast.model.sizes import GeneratorSizes, VAESizes
 from arcopo_fast.objectives.copo import CopoSettings
+from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise
@@ -70,6 +75,23 @@ def test_a_replay_counts_what_pytorch_counts(pivot: int) -> None:
     one, text = work_of.replay(SMALL, frames, visible, STORED), work_of.text(SMALL, backward=True)
     assert flops == (one * 3 + text).flops
     assert without_gradient == (work_of.forward(SMALL, frames, visible) * 3 + work_of.text(SMALL)).flops
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts what the fused operators move, in Triton's interpreter")
+def test_what_lies_between_the_products_is_fused() -> None:
+    """At full size a block's passes are those that are counted and GELU's two, which are no product's epilogue; little else moves."""
+    config = load_config("bench_1_3b", ["objective.micro_batch=2"])
+    moved = {}
+    for layers in (1, 3):
+        one = Replay(config, GeneratorSizes(replace(FULL.model, num_layers=layers)), "meta")
+        with arcopo_kernels.use("triton"), torch.no_grad():
+            text, counter = one.network.encode_text(one.text), MovedBytes()
+            with counter:
+                one.network(one.x, one.t, text, one.context)
+        moved[layers] = counter.outside("mm", "attention", "linear")
+    hidden = 2 * 3 * FULL.frame_tokens * FULL.model.dim * 2
+    gelu = 2 * FULL.model.ffn_dim / FULL.model.dim
+    assert (moved[3] - moved[1]) / 2 / hidden == pytest.approx(work_of.BLOCK_PASSES + gelu, rel=0.02)
 
 
 def test_an_iterations_replay_is_made_of_its_items() -> None:

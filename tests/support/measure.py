@@ -1,8 +1,10 @@
-"""What a computation keeps and how much lives at once, in bytes of storage; works on the meta device, where nothing is computed."""
+"""What a computation keeps, how much lives at once and what it moves, in bytes; works on the meta device, where nothing is computed."""
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections import Counter
 from typing import Any, Callable, Iterable, TypeVar
 
 import torch
@@ -52,3 +54,37 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, address: int) -> None:
         self.now -= self._sizes.pop(address)
+
+
+class MovedBytes(TorchDispatchMode):
+    """While active, counts what operators read and write, by operator: each tensor once, views and new memory not.
+
+    What an operator of ours does inside counts as one pass. A tensor that is written in place is read and written, by copies only written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_operator: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+        storages = {tensor.untyped_storage()._cdata for tensor in given}
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.untyped_storage()._cdata not in storages]
+        named = {argument.name: value for argument, value in zip(function._schema.arguments, args)} | (kwargs or {})
+        written = [argument.name for argument in function._schema.arguments if argument.alias_info and argument.alias_info.is_write]
+        changed = [named[name] for name in written if isinstance(named.get(name), Tensor)]
+        if (made or changed) and not name.startswith(("aten::empty", "aten::new_empty")):
+            read = [] if name.endswith("_like") else [t for t in given if not (name == "aten::copy_" and t is changed[0])]
+            self.by_operator[name] += sum(map(_distinct, [*read, *made, *changed]))
+        return result
+
+    def outside(self, *kinds: str) -> int:
+        """By operators whose names contain none of `kinds`."""
+        return sum(moved for name, moved in self.by_operator.items() if not any(kind in name for kind in kinds))
+
+
+def _distinct(tensor: Tensor) -> int:
+    """Bytes of a tensor's distinct elements: an expanded dimension has one."""
+    return tensor.element_size() * math.prod(size for size, stride in zip(tensor.shape, tensor.stride()) if stride)
