@@ -14,7 +14,7 @@ SETUP := pyproject.toml setup.py
 # numpy, pytest, pytest-benchmark, peft, transformers, safetensors and pydantic will do, .venv's where there is one.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_STEPS := gpu-tests gpu-memcheck gpu-racecheck gpu-bench gpu-sweep gpu-iteration
-# make gpu-bench GPU_ARGS="--operator attention nft"; make gpu-iteration GPU_ARGS="--part engine-p1"
+# make gpu-bench GPU_ARGS="--operator attention nft"; make gpu-iteration GPU_ARGS="--part engine-p1"; make gpu GPU_ARGS="bench --within 300"
 GPU_ARGS ?=
 
 .PHONY: train test test-alignment clean gpu $(GPU_STEPS)

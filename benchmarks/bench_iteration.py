@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from arcopo_fast.runtime.memory import tune_for_cpu
-from benchmarks import iteration, results, shapes
+from benchmarks import iteration, results, shapes, tables
 from benchmarks.iteration import OurPath, ReferencePath, Samples, Scene
 from benchmarks.measure import Bench
 from benchmarks.results import OURS
@@ -70,7 +70,7 @@ def report(request: pytest.FixtureRequest, best: Ceilings) -> Iterator[list[dict
     cases: list[dict[str, Any]] = []
     yield cases
     if cases:
-        text = iteration.markdown({"environment": results.environment(shapes.DEVICE), "ceilings": best._asdict(), "cases": cases})
+        text = tables.markdown({"environment": results.environment(shapes.DEVICE), "ceilings": best._asdict(), "cases": cases})
         with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():  # type: ignore[union-attr]
             print(f"\n{text}")
         if name := request.config.option.results:

@@ -1,13 +1,16 @@
 """Everything that needs a GPU, in steps that each end within ten minutes.
 
-    python -m benchmarks.gpu [STEP ...] [--operator NAME ...] [--part NAME ...]      all steps, or some; of all operators and parts, or some
+    python -m benchmarks.gpu [STEP ...] [--within SECONDS] [--operator NAME ...] [--part NAME ...]
 
-    tests        the GPU tests of the kernels, pytest -m gpu tests/kernels, one process for each file
+    tests        the GPU tests of the kernels and the engine, pytest -m gpu, one process for each file
     memcheck     compute-sanitizer's search for bad memory accesses, over `every_kernel`, one process for each operator
     racecheck    the same for hazards in shared memory
     bench        the benchmarks, one process for each operator
     sweep        the benchmarks of other block sizes than the heuristics'
-    iteration    a whole iteration at full size: the engine's GPU tests, then the parts of `iteration.PARTS`, one process for each
+    iteration    a whole iteration at full size, the parts of `full_size.PARTS`, in one process
+
+All steps, or some, in the order given; of all operators and parts, or some. --within: all of them together, for a machine that is lent by
+the minute. Processes of the first three steps run side by side, --jobs of them: mostly they compile.
 
 Each step writes STEP.json to $OUT when that is set, else to benchmarks/results/<device>/, anew after each of its parts. Exit status 1 if
 something failed or did not end in time, 3 if nothing did, but a step could not run here (no GPU, no compute-sanitizer) and so says nothing.
@@ -28,8 +31,10 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Timer
 from time import monotonic
@@ -39,8 +44,7 @@ from xml.etree import ElementTree
 import torch
 from arcopo_kernels.aot import OPERATORS
 
-from benchmarks import iteration as full_size
-from benchmarks import results, shapes
+from benchmarks import full_size, results, shapes, tables
 
 REPOSITORY = results.ROOT.parent
 SECONDS = 570.0
@@ -50,6 +54,19 @@ SANITIZER_FOUND = 86
 """Exit status of compute-sanitizer when it has found something; the program's own statuses are smaller."""
 KEPT_LINES = 60
 """Of a part's output, in the step's file, when the part does not pass."""
+ENGINE_TESTS = "tests/rollout/test_gpu_engine.py"
+JOBS = max(1, min(8, (os.cpu_count() or 2) // 2))
+"""Processes that run side by side where nothing is timed: a GPU has room for some small tests at once."""
+
+
+class Chosen(NamedTuple):
+    """What of the steps is wanted. jobs: see `JOBS`; rounds: how often an iteration is timed."""
+
+    operators: Sequence[str] = OPERATORS
+    parts: Sequence[str] = full_size.PARTS
+    jobs: int = JOBS
+    rounds: int = 2
+
 
 Part = dict[str, Any]
 Parts = Iterator[tuple[Part, Mapping[str, Any]]]
@@ -70,48 +87,81 @@ class Outcome(NamedTuple):
         return {"name": name, "status": verdict, "seconds": round(self.seconds, 1), **more, **end}
 
 
-def run(command: Sequence[str], deadline: float, **variables: str) -> Outcome:
-    """Run a command from the root of the repository, printing what it prints; it and its children are killed at the deadline."""
-    start = monotonic()
-    if start >= deadline:
-        return Outcome(None, ["not started"], 0.0)
-    path = os.pathsep.join(filter(None, ["kernels", ".", os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **variables}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, **pipes)
-    late: list[bool] = []
+class Command:
+    """A command at work, from the root of the repository: iterating gives the lines that it prints, which are printed, `label` before each.
 
-    def kill() -> None:
-        late.append(True)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    It and its children are killed at the deadline. `outcome` is there once all lines are.
+    """
 
-    timer = Timer(deadline - start, kill)
-    timer.start()
-    lines: deque[str] = deque(maxlen=2000)
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line.rstrip())
-    status = process.wait()
-    timer.cancel()
-    return Outcome(None if late else status, list(lines), monotonic() - start)
+    outcome: Outcome
+
+    def __init__(self, command: Sequence[str], deadline: float, label: str = "", **variables: str) -> None:
+        self.command, self.deadline, self.label, self.variables = command, deadline, label, variables
+
+    def __iter__(self) -> Iterator[str]:
+        start = monotonic()
+        if start >= self.deadline:
+            self.outcome = Outcome(None, ["not started"], 0.0)
+            return
+        path = os.pathsep.join(filter(None, ["kernels", ".", os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **self.variables}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        process = subprocess.Popen(self.command, cwd=REPOSITORY, env=environment, start_new_session=True, **pipes)
+        late: list[bool] = []
+
+        def kill() -> None:
+            late.append(True)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        timer = Timer(self.deadline - start, kill)
+        timer.start()
+        lines: deque[str] = deque(maxlen=2000)
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(self.label + line, end="", flush=True)
+            lines.append(line.rstrip())
+            yield lines[-1]
+        status = process.wait()
+        timer.cancel()
+        self.outcome = Outcome(None if late else status, list(lines), monotonic() - start)
 
 
-def tests(deadline: float, operators: Sequence[str]) -> Parts:
-    for path in sorted((REPOSITORY / "tests" / "kernels").glob("test_*.py")):
-        if operators != OPERATORS and not any(operator in path.stem for operator in operators):
-            continue
-        if "gpu" not in path.read_text(encoding="utf-8"):  # nor need what such a file imports be there
-            continue
-        name = str(path.relative_to(REPOSITORY))
+def run(command: Sequence[str], deadline: float, label: str = "", **variables: str) -> Outcome:
+    """Run a `Command` to its end."""
+    running = Command(command, deadline, label, **variables)
+    for _ in running:
+        pass
+    return running.outcome
+
+
+def side_by_side(calls: Sequence[Callable[[], Part]], jobs: int) -> Iterator[Part]:
+    """What the calls return, as they end."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in as_completed([pool.submit(call) for call in calls]):
+            yield future.result()
+
+
+def tests(deadline: float, chosen: Chosen) -> Parts:
+    paths = sorted((REPOSITORY / "tests" / "kernels").glob("test_*.py"))
+    if chosen.operators == OPERATORS:
+        paths.append(REPOSITORY / ENGINE_TESTS)
+    else:
+        paths = [path for path in paths if any(operator in path.stem for operator in chosen.operators)]
+    # A file without a GPU test may need what is not installed here.
+    names = [str(path.relative_to(REPOSITORY)) for path in paths if "gpu" in path.read_text(encoding="utf-8")]
+
+    def test(name: str) -> Part:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.xml")
             command = [sys.executable, "-m", "pytest", name, "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-            outcome = run(command, deadline)
+            outcome = run(command, deadline, f"[{Path(name).stem}] ")
             counts = _counts(report)
         # pytest's status 5: the file has no such test.
-        yield outcome.part(name, PASSED if outcome.status == 5 else None, **counts), {}
+        return outcome.part(name, PASSED if outcome.status == 5 else None, **counts)
+
+    for part in side_by_side([partial(test, name) for name in names], chosen.jobs):
+        yield part, {}
 
 
 def _counts(report: Path) -> dict[str, Any]:
@@ -127,30 +177,26 @@ def _counts(report: Path) -> dict[str, Any]:
     return counts
 
 
-def memcheck(deadline: float, operators: Sequence[str]) -> Parts:
-    yield from _sanitizer("memcheck", deadline, operators)
+def memcheck(deadline: float, chosen: Chosen) -> Parts:
+    yield from _sanitizer("memcheck", deadline, chosen)
 
 
-def racecheck(deadline: float, operators: Sequence[str]) -> Parts:
-    yield from _sanitizer("racecheck", deadline, operators)
+def racecheck(deadline: float, chosen: Chosen) -> Parts:
+    yield from _sanitizer("racecheck", deadline, chosen)
 
 
-def _sanitizer(tool: str, deadline: float, operators: Sequence[str]) -> Parts:
+def _sanitizer(tool: str, deadline: float, chosen: Chosen) -> Parts:
     toolkit = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     path = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=toolkit)
     if path is None:
         yield {"name": "compute-sanitizer", "status": ABSENT, "output": [f"neither on the PATH nor in {toolkit}"]}, {}
         return
     program = [sys.executable, "-m", "benchmarks.every_kernel"]
-    outcome = run([*program, "--operator", *operators], deadline)
-    yield outcome.part("every kernel is launched, unwatched"), {}  # and compiled: under the sanitizer that would take longer
-    if outcome.status != 0:
-        return
 
     def watch(name: str, *arguments: str, planted: bool = False) -> Part:
         # One allocation for each tensor: in the caching allocator's blocks an access beyond the end of one would meet another.
         command = [path, "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND), *program, *arguments]
-        outcome = run(command, deadline, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        outcome = run(command, deadline, f"[{name}] ", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         found = [int(number) for number in re.findall(r"SUMMARY: (\d+)", "\n".join(outcome.lines))]
         if any("Device not supported" in line for line in outcome.lines):
             return outcome.part(name, ABSENT)
@@ -158,21 +204,25 @@ def _sanitizer(tool: str, deadline: float, operators: Sequence[str]) -> Parts:
             return outcome.part(name, PASSED if sum(found) else FAILED)
         return outcome.part(name, PASSED if outcome.status == 0 and found and not sum(found) else FAILED, found=sum(found))
 
+    def launch_then_watch(operator: str) -> Part:
+        outcome = run([*program, "--operator", operator], deadline, f"[{operator}] ")  # compiles: under the sanitizer that takes longer
+        return watch(operator, "--operator", operator) if outcome.status == 0 else outcome.part(operator)
+
     if tool == "memcheck":
         control = watch("a planted write out of bounds is found", "--plant", planted=True)
         yield control, {}
         if control["status"] != PASSED:
             return
-    for operator in operators:
-        yield watch(operator, "--operator", operator), {}
+    for part in side_by_side([partial(launch_then_watch, operator) for operator in chosen.operators], chosen.jobs):
+        yield part, {}
 
 
-def bench(deadline: float, operators: Sequence[str]) -> Parts:
-    yield from _benchmarks(deadline, operators)
+def bench(deadline: float, chosen: Chosen) -> Parts:
+    yield from _benchmarks(deadline, chosen.operators)
 
 
-def sweep(deadline: float, operators: Sequence[str]) -> Parts:
-    yield from _benchmarks(deadline, operators, "--sweep", "--seconds", "0.2")
+def sweep(deadline: float, chosen: Chosen) -> Parts:
+    yield from _benchmarks(deadline, chosen.operators, "--sweep", "--seconds", "0.2")
 
 
 def _benchmarks(deadline: float, operators: Sequence[str], *options: str) -> Parts:
@@ -185,27 +235,33 @@ def _benchmarks(deadline: float, operators: Sequence[str], *options: str) -> Par
         yield outcome.part(operator), measured
 
 
-ENGINE_TESTS = "tests/rollout/test_gpu_engine.py"
-
-
-def iteration(deadline: float, parts: Sequence[str]) -> Parts:
+def iteration(deadline: float, chosen: Chosen) -> Parts:
     """What it yields as measured is everything so far: of this run, and of earlier ones with the same sources and settings."""
     fingerprint = full_size.fingerprint()
     measured = _earlier(fingerprint)
-    command = [sys.executable, "-m", "pytest", ENGINE_TESTS, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    yield run(command, deadline).part(ENGINE_TESTS), _full_size_report(measured, fingerprint)
-    for name in full_size.PARTS:
-        if name in measured:
-            part = {"name": name, "status": PASSED, "seconds": 0.0, "measured": measured[name]["environment"]["date"]}
-        elif name in parts:
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder, "part.json")
-                part = run([sys.executable, "-m", "benchmarks.iteration", name, "--write", str(file)], deadline).part(name)
-                if part["status"] == PASSED:
-                    measured[name] = json.loads(file.read_text())
-        else:
-            continue
+    for name, before in measured.items():
+        part = {"name": name, "status": PASSED, "seconds": 0.0, "measured": before["environment"]["date"]}
         yield part, _full_size_report(measured, fingerprint)
+    left = [name for name in chosen.parts if name not in measured]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "parts.json")
+        options = ["--write", str(file), "--rounds", str(chosen.rounds)]
+        command = Command([sys.executable, "-m", "benchmarks.full_size", *left, *options], deadline)
+        begun, lines = monotonic(), list[str]()
+        for line in command if left else ():
+            lines.append(line)
+            if (end := full_size.ENDED.fullmatch(line)) is None:
+                continue
+            name, failed = end["part"], end["verdict"] == "failed"
+            output = {"output": lines[-KEPT_LINES:]} if failed else {}
+            part = {"name": name, "status": FAILED if failed else PASSED, "seconds": round(monotonic() - begun, 1), **output}
+            begun, lines = monotonic(), []
+            left.remove(name)
+            measured |= json.loads(file.read_text())
+            yield part, _full_size_report(measured, fingerprint)
+    for index, name in enumerate(left):  # the process was killed, or died
+        part = command.outcome.part(name, LATE if command.outcome.status is None else FAILED)
+        yield part if not index else {"name": name, "status": part["status"], "seconds": 0.0, "output": ["not started"]}, {}
 
 
 def _earlier(fingerprint: str) -> dict[str, Any]:
@@ -225,9 +281,10 @@ def _full_size_report(measured: Mapping[str, Any], fingerprint: str) -> dict[str
         return {}
     ordered = [measured[name] for name in full_size.PARTS if name in measured]
     fields = {"fingerprint": fingerprint, "measured": dict(measured), "ceilings": ordered[0]["ceilings"]}
-    fields["cases"] = full_size.merged([case for part in ordered for case in part["cases"]])
+    fields["cases"] = tables.merged([case for part in ordered for case in part["cases"]])
+    fields["kernels"] = {stage: rows for part in ordered for stage, rows in part.get("kernels", {}).items()}
     if fields["cases"]:
-        text = full_size.markdown({"environment": ordered[0]["environment"], **fields})
+        text = tables.markdown({"environment": ordered[0]["environment"], **fields})
         (results.folder(shapes.DEVICE) / "iteration.md").write_text(text)
     return fields
 
@@ -235,13 +292,13 @@ def _full_size_report(measured: Mapping[str, Any], fingerprint: str) -> dict[str
 STEPS = {step.__name__: step for step in (tests, memcheck, racecheck, bench, sweep, iteration)}
 
 
-def run_step(name: str, seconds: float, what: Sequence[str] = OPERATORS) -> str:
-    """Run one step, of these operators (or parts), write its file, and give its status: the worst of its parts."""
+def run_step(name: str, seconds: float, chosen: Chosen = Chosen()) -> str:  # noqa: B008 - immutable
+    """Run one step, of what is chosen, write its file, and give its status: the worst of its parts."""
     start = monotonic()
     environment = results.environment(shapes.DEVICE)
     path = results.folder(shapes.DEVICE) / f"{name}.json"
     report: dict[str, Any] = {"step": name, "status": FAILED, "environment": environment, "parts": []}
-    for part, measured in STEPS[name](start + seconds, what):
+    for part, measured in STEPS[name](start + seconds, chosen):
         report["parts"].append(part)
         if name == "iteration":
             report |= measured
@@ -257,9 +314,9 @@ def run_step(name: str, seconds: float, what: Sequence[str] = OPERATORS) -> str:
     print(f"\n{name}: {report['status']} in {monotonic() - start:.0f} s, written to {path}")
     for part in report["parts"]:
         counts = ", ".join(f"{part[key]} {key}" for key in ("passed", "failed", "skipped", "found") if key in part)
-        print(f"  {part['name']:44s} {part['status']:14s} {counts}".rstrip())
+        print(f"  {part['name']:44s} {part['status']:14s} {part['seconds']:6.1f} s  {counts}".rstrip())
     if report.get("cases"):
-        print(full_size.markdown(report) if name == "iteration" else "\n".join(results.table(report)), flush=True)
+        print(tables.markdown(report) if name == "iteration" else "\n".join(results.table(report)), flush=True)
     return str(report["status"])
 
 
@@ -271,16 +328,22 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)} (default: all)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that each step may take (default: %(default)s)")
+    parser.add_argument("--within", type=float, default=float("inf"), metavar="SECONDS", help="that all of them may take (default: any)")
     parser.add_argument("--operator", nargs="+", default=OPERATORS, choices=OPERATORS)
     parser.add_argument("--part", nargs="+", default=full_size.PARTS, choices=full_size.PARTS, help="of the full-size iteration")
+    parser.add_argument("--rounds", type=int, default=2, help="how often a full-size iteration is timed (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=JOBS, help="tests and sanitizers that run side by side (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.steps) - STEPS.keys():
         parser.error(f"unknown step {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
     if not torch.cuda.is_available():
         print("error: no GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 3
-    what = dict.fromkeys(STEPS, arguments.operator) | {"iteration": arguments.part}
-    statuses = {name: run_step(name, arguments.seconds, what[name]) for name in arguments.steps or STEPS}
+    end = monotonic() + arguments.within
+    chosen = Chosen(tuple(arguments.operator), tuple(arguments.part), arguments.jobs, arguments.rounds)
+    statuses = {}
+    for name in arguments.steps or STEPS:
+        statuses[name] = run_step(name, min(arguments.seconds, end - monotonic()), chosen)
     print("\n" + ", ".join(f"{name} {status}" for name, status in statuses.items()))
     return {PASSED: 0, ABSENT: 3}.get(_worst(list(statuses.values())), 1)
 

@@ -15,7 +15,7 @@ from arcopo_fast.model.sizes import PUBLISHED
 from arcopo_fast.planner import DEVICES, dry_run, plan, seconds
 from arcopo_fast.recipe import load_config
 from arcopo_fast.work import decode, forward
-from benchmarks import iteration
+from benchmarks import full_size
 
 FULL = PUBLISHED["1.3b"]
 REWARD_OF_2B = 2 * 2 * 10**9
@@ -52,8 +52,8 @@ def test_the_time_of_a_run_on_a_buffer() -> None:
         return seconds(bench(*BUFFERED, *overrides), FULL)
 
     rebuilt = 2 * of(*many, "rollout.pivot=7", "objective.updates=1") - of(*many, "rollout.pivot=7", "objective.updates=2")
-    work = forward(iteration.FULL, 3, 3) * 6  # linear layers and adapters do the same in every chunk
-    attention = sum((part := forward(iteration.FULL, 3, 3 * chunk)).self_attention + part.cross_attention for chunk in range(1, 7))
+    work = forward(full_size.FULL, 3, 3) * 6  # linear layers and adapters do the same in every chunk
+    attention = sum((part := forward(full_size.FULL, 3, 3 * chunk)).self_attention + part.cross_attention for chunk in range(1, 7))
     expected = work.linear / (planner.MATMUL[2] * planner.FILL[0][1]) + work.lora / planner.MATMUL[2] + attention / planner.ATTENTION[2]
     assert close(rebuilt, expected, 1e-3)
     evaluations = ["evaluation.prompts=4", "evaluation.videos_per_prompt=4", "train.iterations=10"]

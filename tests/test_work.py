@@ -24,7 +24,7 @@ from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.work import DENSE, STORED, Workload
-from benchmarks.iteration import FULL
+from benchmarks.full_size import FULL
 
 SHAPE = VideoShape.of(3, 2, 8, 4, 6)
 SMALL = Workload("small", small_config(), SHAPE, SAMPLER, group_size=3, lora_rank=4, lora_alpha=8, vae=None)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Barrier, Lock
 from time import monotonic
 from typing import Any
 
@@ -33,6 +34,53 @@ def test_a_command_is_killed_with_its_children_at_the_deadline() -> None:
     assert gpu.run(["never"], start).lines == ["not started"]
 
 
+def test_a_kernel_that_does_not_launch_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: Sequence[str], deadline: float, label: str = "", **variables: str) -> gpu.Outcome:
+        broken = "--tool" not in command and command[-1] == "nft"
+        return gpu.Outcome(int(broken), ["it broke"] if broken else [CLEAN], 0.0)
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: "compute-sanitizer")
+    parts = {part["name"]: part for part, _ in gpu.racecheck(0.0, gpu.Chosen(operators=("surrogate", "nft")))}
+    assert parts["surrogate"]["status"] == gpu.PASSED
+    assert parts["nft"]["status"] == gpu.FAILED and parts["nft"]["output"] == ["it broke"]
+
+
+def test_tests_run_side_by_side_and_the_engines_with_all_operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, most, ran, lock = 0, 0, set[str](), Lock()
+    both = Barrier(2)
+
+    def run(command: Sequence[str], deadline: float, label: str = "", **variables: str) -> gpu.Outcome:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+            ran.add(command[3])
+        if len(ran) <= 2:
+            both.wait(60)  # the second is there before the first has ended
+        with lock:
+            at_once -= 1
+        return gpu.Outcome(0, [], 0.0)
+
+    monkeypatch.setattr(gpu, "run", run)
+    parts = [part["name"] for part, _ in gpu.tests(0.0, gpu.Chosen(jobs=2))]
+    assert set(parts) == ran and gpu.ENGINE_TESTS in ran and most == 2
+    ran.clear()
+    both.reset()
+    assert [part["name"] for part, _ in gpu.tests(0.0, gpu.Chosen(operators=("nft", "surrogate"), jobs=2))]
+    assert ran == {"tests/kernels/test_nft.py", "tests/kernels/test_surrogate.py"}
+
+
+def test_all_steps_end_within_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[str, float]] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(gpu, "run_step", lambda name, seconds, chosen: given.append((name, seconds)) or gpu.PASSED)
+    assert gpu.main(["bench", "tests", "--within", "60"]) == 0
+    assert [name for name, _ in given] == ["bench", "tests"] and all(59 < seconds <= 60 for _, seconds in given)
+    given.clear()
+    assert gpu.main(["tests"]) == 0 and given == [("tests", gpu.SECONDS)]
+
+
 def test_a_command_sees_both_packages_and_its_status_counts() -> None:
     outcome = gpu.run([sys.executable, "-c", "import sys; print(sys.path[1:3]); sys.exit(4)"], monotonic() + 300)
     assert outcome.status == 4 and "kernels" in outcome.lines[0]
@@ -46,7 +94,7 @@ class Commands:
         self.planted = planted
         self.watched = watched
 
-    def __call__(self, command: Sequence[str], deadline: float, **variables: str) -> gpu.Outcome:
+    def __call__(self, command: Sequence[str], deadline: float, label: str = "", **variables: str) -> gpu.Outcome:
         if "--tool" not in command:
             return gpu.Outcome(0, [], 0.0)
         assert variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -57,12 +105,12 @@ class Commands:
 @pytest.mark.parametrize(
     ("commands", "statuses"),
     [
-        (Commands(), [gpu.PASSED] * (2 + len(OPERATORS))),
-        (Commands(watched=(gpu.SANITIZER_FOUND, FOUND)), [gpu.PASSED] * 2 + [gpu.FAILED] * len(OPERATORS)),
-        (Commands(watched=(0, FOUND)), [gpu.PASSED] * 2 + [gpu.FAILED] * len(OPERATORS)),
-        (Commands(watched=(0, "no summary")), [gpu.PASSED] * 2 + [gpu.FAILED] * len(OPERATORS)),
-        (Commands(planted=(0, CLEAN)), [gpu.PASSED, gpu.FAILED]),
-        (Commands(planted=(1, "========= Error: Device not supported")), [gpu.PASSED, gpu.ABSENT]),
+        (Commands(), [gpu.PASSED] * (1 + len(OPERATORS))),
+        (Commands(watched=(gpu.SANITIZER_FOUND, FOUND)), [gpu.PASSED] + [gpu.FAILED] * len(OPERATORS)),
+        (Commands(watched=(0, FOUND)), [gpu.PASSED] + [gpu.FAILED] * len(OPERATORS)),
+        (Commands(watched=(0, "no summary")), [gpu.PASSED] + [gpu.FAILED] * len(OPERATORS)),
+        (Commands(planted=(0, CLEAN)), [gpu.FAILED]),
+        (Commands(planted=(1, "========= Error: Device not supported")), [gpu.ABSENT]),
     ],
 )
 def test_the_sanitizer_is_believed_only_if_it_sees_a_planted_error(
@@ -70,17 +118,17 @@ def test_the_sanitizer_is_believed_only_if_it_sees_a_planted_error(
 ) -> None:
     monkeypatch.setattr(gpu, "run", commands)
     monkeypatch.setattr("shutil.which", lambda *_, **__: "compute-sanitizer")
-    assert [part["status"] for part, _ in gpu.memcheck(0.0, OPERATORS)] == statuses
+    assert [part["status"] for part, _ in gpu.memcheck(0.0, gpu.Chosen())] == statuses
 
 
 def test_a_sanitizer_that_is_not_there_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    ((part, _),) = gpu.racecheck(0.0, OPERATORS)
+    ((part, _),) = gpu.racecheck(0.0, gpu.Chosen())
     assert part["status"] == gpu.ABSENT
 
 
 def test_a_step_writes_what_its_parts_measured_and_its_worst_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def bench(command: Sequence[str], deadline: float, **variables: str) -> gpu.Outcome:
+    def bench(command: Sequence[str], deadline: float, label: str = "", **variables: str) -> gpu.Outcome:
         name = Path(command[3]).stem
         if name == "bench_nft":
             return gpu.Outcome(1, ["it broke"], 0.1)

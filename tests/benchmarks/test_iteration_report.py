@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from arcopo_fast.floor import workload_of
 from arcopo_fast.rollout.engine import VideoShape
 from arcopo_fast.work import Workload
-from benchmarks import gpu, iteration, results, shapes
+from benchmarks import full_size, gpu, iteration, results, shapes, tables
 from benchmarks.results import OURS
 from benchmarks.timing import Ceilings, Timer
 
@@ -71,10 +72,11 @@ def test_the_benchmark_runs_and_says_everything(tmp_path: Path) -> None:
 
 def tiny() -> Workload:
     """The full-size workload, but for its sizes."""
-    full = iteration.FULL
+    full = full_size.FULL
     model = replace(full.model, num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=40, text_dim=20, text_len=7)
     shape = VideoShape.of(full.shape.chunks, 1, 16, 4, 4)
-    return replace(full, model=model, shape=shape, group_size=4, lora_rank=2, dtype=torch.float32, vae=None)
+    small = replace(full, model=model, shape=shape, group_size=4, lora_rank=2, dtype=torch.float32, vae=None)
+    return full_size.cut_for(141, small)
 
 
 @pytest.fixture(scope="module")
@@ -82,28 +84,32 @@ def parts() -> dict[str, dict[str, Any]]:
     """Some parts of the full-size measurement, at a size at which they take no time."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(iteration, "find_spec", lambda name: None)  # diffusers, say, is not installed
-        scene = iteration.full(tiny(), torch.device("cpu"))
+        patch.setattr(full_size, "find_spec", lambda name: None)  # diffusers, say, is not installed
+        scene = full_size.full(tiny(), torch.device("cpu"))
     assert scene.vae is None
     timer, environment = Timer(torch.device("cpu")), results.environment(shapes.DEVICE)
-    names = ["engine-p1", "engine-p4", "reference-p4", "engine-p7", "reference-p7", "sweep-length"]
-    measured = {name: iteration.measure_part(name, scene, timer, CEILINGS, 1) for name in names}
-    return {name: {"environment": environment, "ceilings": CEILINGS._asdict(), "cases": cases} for name, cases in measured.items()}
+    names = ["engine-p1", "engine-p4", "reference-p4", "profile-p4", "engine-p7", "reference-p7", "within-80", "sweep-length"]
+    measured = {name: full_size.measure_part(name, scene, timer, CEILINGS, 1) for name in names}
+    return {name: {"environment": environment, "ceilings": CEILINGS._asdict(), **found} for name, found in measured.items()}
 
 
 def test_parts_become_one_table(parts: dict[str, dict[str, Any]]) -> None:
-    cases = iteration.merged([case for part in parts.values() for case in part["cases"]])
-    assert [case["pivot"] for case in cases[:3]] == [1, 4, 7] and len(cases) == 3 + 4
+    cases = tables.merged([case for part in parts.values() for case in part["cases"]])
+    assert [case["pivot"] for case in cases[:3]] == [1, 4, 7] and len(cases) == 3 + 2 + 4
     assert cases[0]["ratios"]["reference"] is None and cases[0]["variants"].keys() == {OURS}
     for case in cases[1:3]:
         check_stages(case, {OURS, "reference"})
         ours, theirs = (case["variants"][name]["median"] for name in (OURS, "reference"))
         assert case["ratios"]["reference"] == theirs / ours and case["extrapolated"]["measured_branches"] == 2
     assert cases[2]["memory"]["tail_pages"] == 0, "a group that forks at the last chunk needs no branch pages"
-    windowed = [case["memory"]["pages"] for case in cases[3:] if "window=4" in case["case"]]
-    assert max(windowed) < max(case["memory"]["pages"] for case in cases[3:])
+    within, swept = cases[3:5], cases[5:]
+    assert [case["case"] for case in within] == [f"Wan 1.3B within 80 GB p={pivot}" for pivot in (1, 7)]
+    assert within[0]["settings"] == {"branches_per_wave": 4, "decode_branches": 1, "micro_batch": 1} != cases[0]["settings"]
+    windowed = [case["memory"]["pages"] for case in swept if "window=4" in case["case"]]
+    assert max(windowed) < max(case["memory"]["pages"] for case in swept)
 
-    text = iteration.markdown({**parts["engine-p1"], "cases": cases})
+    text = tables.markdown({**parts["engine-p1"], "cases": cases, "kernels": parts["profile-p4"]["kernels"]})
+    assert "denoised 4 branches at a time, decoded 4, and replayed 4 (anchor, step) pairs together" in text
     assert "ran 2 of 4 branches" in text and "diffusers is not installed" in text
     assert "extrapolated, times 2; the others, *other* among them, are not scaled" in text
     rows = [line for line in text.splitlines() if line.startswith("| average")]
@@ -112,9 +118,22 @@ def test_parts_become_one_table(parts: dict[str, dict[str, Any]]) -> None:
         assert results.duration(case["variants"][OURS]["median"]) in text
 
 
+def test_the_profile_names_what_takes_long(parts: dict[str, dict[str, Any]]) -> None:
+    found = parts["profile-p4"]["kernels"]
+    assert found.keys() == {"rollout", "update"}, "nothing is decoded here"
+    for stage, rows in found.items():
+        seconds = [row["seconds"] for row in rows]
+        assert seconds == sorted(seconds, reverse=True) and min(seconds) > 0
+        assert len(rows) == full_size.KERNELS_KEPT and 0.5 < sum(row["share"] for row in rows) <= 1
+        assert not {row["name"] for row in rows} & {"denoise", "clean", "replay", "prefix"}, "stages are no kernels"
+        assert any("addmm" in row["name"] for row in rows), stage
+    text = tables.markdown({**parts["engine-p1"], "cases": parts["engine-p1"]["cases"], "kernels": found})
+    assert "## Kernels of the update" in text and found["update"][0]["name"] in text
+
+
 def test_the_reference_is_extrapolated_by_branch(parts: dict[str, dict[str, Any]]) -> None:
     """What is measured of 2 of 4 branches counts twice, the replay once."""
-    scene = replace(iteration.full(tiny(), torch.device("cpu")), vae=None)
+    scene = replace(full_size.full(tiny(), torch.device("cpu")), vae=None)
 
     class Steady(Timer):
         def sample(self, call: Any, host: float = 0.0) -> float:
@@ -126,59 +145,124 @@ def test_the_reference_is_extrapolated_by_branch(parts: dict[str, dict[str, Any]
             return {"prefix": 1.0, "denoise": 2.0, "replay": 3.0}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(iteration, "Samples", Recorded)
-        (case,) = iteration.measure_part("reference-p2", scene, Steady(torch.device("cpu")), CEILINGS, 1)
+        patch.setattr(full_size, "Samples", Recorded)
+        (case,) = full_size.measure_part("reference-p2", scene, Steady(torch.device("cpu")), CEILINGS, 1)["cases"]
     seconds = {row["stage"]: row["reference"] for row in case["stages"]}
     assert seconds == {"prefix": 2.0, "denoise": 4.0, "replay": 3.0, "other": 4.0}
     assert case["variants"]["reference"]["median"] == 13.0
 
 
-class Commands:
-    """Stands for `gpu.run`: writes what a part would have measured, or fails; `ran` are the parts that were started."""
+class Process:
+    """Stands for `gpu.Command`: writes what the parts would have measured, and says so; what is broken fails, at `killed` it ends."""
 
-    def __init__(self, parts: dict[str, dict[str, Any]], broken: Sequence[str] = ()) -> None:
-        self.parts, self.broken = parts, broken
+    def __init__(self, parts: dict[str, dict[str, Any]], broken: Sequence[str] = (), killed: str = "") -> None:
+        self.parts, self.broken, self.killed = parts, broken, killed
         self.ran: list[str] = []
 
-    def __call__(self, command: Sequence[str], deadline: float, **variables: str) -> gpu.Outcome:
-        if "pytest" in command:
-            return gpu.Outcome(0, [], 0.1)
-        name = command[command.index("benchmarks.iteration") + 1]
-        self.ran.append(name)
-        if name in self.broken:
-            return gpu.Outcome(1, ["it broke"], 0.1)
-        Path(command[command.index("--write") + 1]).write_text(json.dumps(self.parts[name]))
-        return gpu.Outcome(0, [], 0.1)
+    def __call__(self, command: Sequence[str], deadline: float) -> Process:
+        begin, end = command.index("benchmarks.full_size") + 1, command.index("--write")
+        self.names, self.file = command[begin:end], Path(command[end + 1])
+        assert command[end + 2 :] == ["--rounds", "1"]
+        return self
+
+    def __iter__(self) -> Iterator[str]:
+        measured = {}
+        for name in self.names:
+            if name == self.killed:
+                self.outcome = gpu.Outcome(None, ["at work"], 0.1)
+                return
+            self.ran.append(name)
+            yield f"at {name}"
+            if name not in self.broken:
+                measured[name] = self.parts[name]
+            self.file.write_text(json.dumps(measured))
+            yield f"{name}: {'failed' if name in self.broken else 'measured'}"
+        self.outcome = gpu.Outcome(int(bool(self.broken)), [], 0.1)
 
 
 def test_the_step_resumes_where_it_was(parts: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("benchmarks.iteration.PARTS", tuple(parts))
+    monkeypatch.setattr("benchmarks.full_size.PARTS", tuple(parts))
     monkeypatch.setenv("OUT", str(tmp_path))
 
-    def step(chosen: Sequence[str], *broken: str) -> tuple[str, list[str], dict[str, Any]]:
-        commands = Commands(parts, broken)
-        monkeypatch.setattr(gpu, "run", commands)
-        status = gpu.run_step("iteration", 60.0, chosen)
-        return status, commands.ran, json.loads((tmp_path / "iteration.json").read_text())
+    def step(chosen: Sequence[str], *broken: str, killed: str = "") -> tuple[str, list[str], dict[str, Any]]:
+        process = Process(parts, broken, killed)
+        monkeypatch.setattr(gpu, "Command", process)
+        status = gpu.run_step("iteration", 60.0, gpu.Chosen(parts=chosen, rounds=1))
+        return status, process.ran, json.loads((tmp_path / "iteration.json").read_text())
 
     everything = tuple(parts)
     assert step(["engine-p4"])[:2] == (gpu.PASSED, ["engine-p4"])
-    status, ran, report = step(everything, "engine-p7")
-    assert status == gpu.FAILED and ran == [name for name in everything if name != "engine-p4"]
-    assert report["measured"].keys() == set(everything) - {"engine-p7"}
+    status, ran, report = step(everything, "engine-p7", killed="reference-p7")
+    assert status == gpu.FAILED and ran == ["engine-p1", "reference-p4", "profile-p4", "engine-p7"]
+    states = {part["name"]: part["status"] for part in report["parts"]}
+    assert states["engine-p4"] == states["engine-p1"] == gpu.PASSED and states["engine-p7"] == gpu.FAILED
+    assert states["reference-p7"] == states["sweep-length"] == gpu.LATE
+    (failed,) = (part for part in report["parts"] if part["name"] == "engine-p7")
+    assert failed["output"] == ["at engine-p7", "engine-p7: failed"]
+    assert report["measured"].keys() == {"engine-p1", "engine-p4", "reference-p4", "profile-p4"}
     status, ran, report = step(everything)
-    assert status == gpu.PASSED and ran == ["engine-p7"] and report["measured"].keys() == set(everything)
+    assert status == gpu.PASSED and ran == ["engine-p7", "reference-p7", "within-80", "sweep-length"]
+    assert report["measured"].keys() == set(everything) and report["kernels"] == parts["profile-p4"]["kernels"]
     assert [case["pivot"] for case in report["cases"][:3]] == [1, 4, 7]
-    assert (tmp_path / "iteration.md").read_text() == iteration.markdown(report | {"environment": parts["engine-p1"]["environment"]})
+    assert (tmp_path / "iteration.md").read_text() == tables.markdown(report | {"environment": parts["engine-p1"]["environment"]})
     assert step(everything)[1] == []
-    monkeypatch.setattr("benchmarks.iteration.fingerprint", lambda *_: "of other sources")
+    monkeypatch.setattr("benchmarks.full_size.fingerprint", lambda *_: "of other sources")
     assert step(["engine-p1"])[1] == ["engine-p1"], "what other sources measured counts for nothing"
 
 
+def test_a_part_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def measure_part(name: str, *_: object) -> dict[str, Any]:
+        if name == "engine-p4":
+            raise torch.OutOfMemoryError("no room")
+        return {"cases": [name]}
+
+    monkeypatch.setattr(full_size, "measure_part", measure_part)
+    monkeypatch.setattr(full_size, "measure_ceilings", lambda timer: CEILINGS)
+    monkeypatch.setattr(full_size, "full", lambda: iteration.Scene(tiny(), None, None, ""))  # type: ignore[arg-type]
+    names, file = ["engine-p1", "engine-p4", "engine-p7"], tmp_path / "parts.json"
+    assert full_size.main([*names, "--write", str(file)]) == 1
+    out, err = capsys.readouterr()
+    verdicts = [match["verdict"] for line in out.splitlines() if (match := full_size.ENDED.fullmatch(line))]
+    assert verdicts == ["measured", "failed", "measured"] and "no room" in err
+    measured = json.loads(file.read_text())
+    assert measured.keys() == {"engine-p1", "engine-p7"} and measured["engine-p7"]["cases"] == ["engine-p7"]
+    assert full_size.main(["engine-p1", "--write", str(file)]) == 0
+
+
+def test_the_cuts_are_those_of_the_planner_and_the_recipe() -> None:
+    from arcopo_fast.assemble import generator_sizes
+    from arcopo_fast.footprint import GB, Settings
+    from arcopo_fast.planner import plan
+    from arcopo_fast.recipe import load_config
+
+    config = load_config("bench_1_3b")
+    planned = {24: plan(config, generator_sizes(config.generator.checkpoint), 24 * GB).settings, 80: Settings.of(config)}
+    for gigabytes, settings in planned.items():
+        assert settings == Settings(*full_size.CUTS[gigabytes][:3], checkpoint=False, offload=False)
+        cut = full_size.cut_for(gigabytes)
+        assert (cut.branches_per_wave, cut.decode_branches, cut.copo.micro_batch) == full_size.CUTS[gigabytes][:3]
+    assert full_size.CUTS[80].resident == 4 * 10**9, "a judge of two billion parameters in half precision"
+
+
+@pytest.mark.parametrize(("gib", "size"), [(23.6, 24), (31.4, 24), (79.1, 80), (94.5, 80), (139.8, 141), (178.0, 141), (11.8, 24)])
+def test_a_card_takes_the_largest_cut_that_it_has_the_memory_for(monkeypatch: pytest.MonkeyPatch, gib: float, size: int) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=int(gib * 2**30)))
+    assert full_size.card(torch.device("cuda")) == size
+
+
+def test_less_memory_than_the_cut_needs_is_no_measurement(parts: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that went on with smaller waves, or an update with smaller micro-batches, did not do what is reported."""
+    scene = replace(full_size.full(tiny(), torch.device("cpu")), vae=None)
+    monkeypatch.setattr(iteration.OurPath, "iteration", lambda path: setattr(path.engine, "largest_wave", 2))
+    with pytest.raises(AssertionError, match="waves of 2"):
+        full_size.measure_part("engine-p1", scene, Timer(torch.device("cpu")), CEILINGS, 1)
+
+
 def test_the_parts_are_those_of_the_issue() -> None:
-    assert {"engine-p1", "engine-p4", "engine-p7", "reference-p1", "reference-p4", "reference-p7"} <= set(iteration.PARTS)
-    assert {f"engine-p{pivot}" for pivot in range(1, 8)} <= set(iteration.PARTS), "the average is over all pivots"
-    assert {"sweep-group", "sweep-steps", "sweep-length", "sweep-resolution"} <= set(iteration.PARTS)
+    assert {"engine-p1", "engine-p4", "engine-p7", "reference-p1", "reference-p4", "reference-p7"} <= set(full_size.PARTS)
+    assert {f"engine-p{pivot}" for pivot in range(1, 8)} <= set(full_size.PARTS), "the average is over all pivots"
+    assert {"sweep-group", "sweep-steps", "sweep-length", "sweep-resolution", "within-80", "within-24"} <= set(full_size.PARTS)
+    assert full_size.PARTS[:2] == ("engine-p4", "reference-p4"), "what tells most comes first"
 
 
 def test_the_full_size_is_that_of_the_recipe() -> None:
@@ -186,7 +270,7 @@ def test_the_full_size_is_that_of_the_recipe() -> None:
     from arcopo_fast.recipe import load_config
 
     config = load_config("bench_1_3b")
-    recipe, full = workload_of(config, iteration.FULL.name, iteration.FULL.model, iteration.FULL.vae), iteration.FULL
+    recipe, full = workload_of(config, full_size.FULL.name, full_size.FULL.model, full_size.FULL.vae), full_size.FULL
     cut = {"branches_per_wave": None, "decode_branches": None}
     assert config.generator.checkpoint == "random:1.3b" and config.generator.vae_dtype == "bfloat16"
     whole = {"micro_batch": None}
@@ -196,11 +280,11 @@ def test_the_full_size_is_that_of_the_recipe() -> None:
 
 
 def test_the_fingerprint_knows_settings_and_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    once = iteration.fingerprint()
-    assert iteration.fingerprint() == once and iteration.fingerprint(replace(iteration.FULL, group_size=11)) != once
+    once = full_size.fingerprint()
+    assert full_size.fingerprint() == once and full_size.fingerprint(replace(full_size.FULL, group_size=11)) != once
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "arcopo_fast").mkdir()
     monkeypatch.setattr(results, "ROOT", tmp_path / "benchmarks")
-    empty = iteration.fingerprint()
+    empty = full_size.fingerprint()
     (tmp_path / "arcopo_fast" / "new.py").write_text("x = 1\n")
-    assert iteration.fingerprint() != empty
+    assert full_size.fingerprint() != empty

@@ -27,7 +27,7 @@ def run(code: str) -> None:
 
 
 def test_the_benchmarks() -> None:
-    run("import benchmarks.gpu, benchmarks.iteration, benchmarks.bench_iteration, benchmarks.every_kernel, benchmarks.sweep")
+    run("import benchmarks.gpu, benchmarks.full_size, benchmarks.bench_iteration, benchmarks.every_kernel, benchmarks.sweep")
 
 
 def test_the_gpu_tests() -> None:

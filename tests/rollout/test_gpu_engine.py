@@ -21,7 +21,8 @@ from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.rollout import graphs
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise
-from benchmarks.iteration import FULL, OurPath, Scene, memory
+from benchmarks.full_size import FULL
+from benchmarks.iteration import OurPath, Scene, memory
 from benchmarks.reference.iteration import Reference
 
 CUDA = torch.device("cuda")

@@ -1,0 +1,281 @@
+"""The full size: one AR-CoPO iteration of Wan2.1-1.3B at 480x832 on a GPU, measured in parts, each of which takes minutes.
+
+    python -m benchmarks.full_size PART [PART ...] --write FILE [--rounds N]
+
+    engine-pN, reference-pN    an iteration that forks at chunk N, by either path
+    profile-pN                 the kernels that it spends its time in, of the rollout, of judging, of the update
+    within-N                   with the memory of a card of N GB, and what else has to fit
+    sweep-WHAT                 other groups, steps, lengths, resolutions
+
+Weights are untrained. diffusers is not needed; without it nothing is decoded or judged, and the advantages are random numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from arcopo_fast.model.causal_wan import CausalWanConfig
+from arcopo_fast.model.lora import add_lora
+from arcopo_fast.model.sizes import VAESizes
+from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
+from arcopo_fast.rewards.simple import Sharpness, Steadiness
+from arcopo_fast.rollout.engine import SamplerSettings, VideoShape
+from arcopo_fast.runtime import profiling
+from arcopo_fast.work import Workload
+from benchmarks import results, shapes
+from benchmarks.iteration import PER_BRANCH, OurPath, ReferencePath, Samples, Scene, case, memory, random_advantages, sweep
+from benchmarks.results import OURS
+from benchmarks.timing import Ceilings, Timer, _timing, measure_ceilings
+
+FULL = Workload(
+    "Wan 1.3B",
+    CausalWanConfig(),
+    VideoShape.of(7, 3, 16, 60, 104),
+    SamplerSettings((1000, 750, 500, 250), warp=True, shift=5.0),
+    dtype=torch.bfloat16,
+)
+"""The sizes and numbers of the recipe bench_1_3b, all at once; how they are cut into parts depends on the device."""
+
+
+class Cut(NamedTuple):
+    """What trades memory for time: branches that are denoised and decoded together, (anchor, step) pairs that are replayed together.
+
+    resident: bytes of a reward model that stays on the device.
+    """
+
+    branches_per_wave: int
+    decode_branches: int
+    micro_batch: int
+    resident: int = 0
+
+
+CUTS = {
+    24: Cut(1, 1, 1),  # as `train bench_1_3b --dry-run` advises
+    80: Cut(4, 1, 1, resident=2 * 2 * 10**9),  # the recipe's own, beside a judge of two billion parameters
+    141: Cut(12, 4, 4),
+}
+"""By the GB of a card."""
+USABLE = 0.96
+"""Of a card's GB: cards fall short of their names, and CUDA's context takes some."""
+
+
+def cut_for(gigabytes: int, workload: Workload = FULL) -> Workload:
+    """The workload, cut for a card of so many GB."""
+    cut = CUTS[gigabytes]
+    copo = workload.copo.model_copy(update={"micro_batch": cut.micro_batch})
+    return replace(workload, copo=copo, branches_per_wave=cut.branches_per_wave, decode_branches=cut.decode_branches)
+
+
+def card(device: torch.device = shapes.DEVICE) -> int:
+    """The largest of `CUTS` that the device has the memory for; where there is no GPU, the largest."""
+    if device.type != "cuda":
+        return max(CUTS)
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return max((size for size in CUTS if size * USABLE <= total), default=min(CUTS))
+
+
+def full(workload: Workload | None = None, device: torch.device = shapes.DEVICE) -> Scene:
+    """An untrained generator, cut for the device; without its VAE where diffusers is not installed."""
+    workload = workload or cut_for(card(device))
+    model = untrained_wan(workload.model, dtype=workload.dtype, device=device, seed=0)
+    add_lora(model, rank=workload.lora_rank, alpha=workload.lora_alpha, seed=0)
+    prompt = "a paper boat drifts down a stream"
+    text = HashedText(workload.model.text_len, workload.model.text_dim)([prompt])
+    if find_spec("diffusers") is None:
+        return Scene(replace(workload, vae=None), model, text, prompt)
+    vae = untrained_vae(workload.vae or VAESizes(), dtype=workload.dtype, device=device, seed=0)
+    return Scene(
+        workload, model, text, prompt, vae, {"sharpness": Sharpness(), "steadiness": Steadiness()}, {"sharpness": 1.0, "steadiness": 1.0}
+    )
+
+
+# Parts -------------------------------------------------------------------------------------------------------------------------------
+
+REFERENCE_BRANCHES = 2
+"""Of the group, run by the reference path; the others are taken to cost the same."""
+FIRST, MIDDLE, LAST = 1, FULL.middle + 1, FULL.shape.chunks
+COMPARED = (MIDDLE, LAST, FIRST)
+"""Pivots, counted from 1, at which the reference path runs too."""
+PARTS = (
+    f"engine-p{MIDDLE}",
+    f"reference-p{MIDDLE}",
+    f"profile-p{MIDDLE}",
+    *(f"{path}-p{pivot}" for pivot in (LAST, FIRST) for path in ("engine", "reference")),
+    *(f"engine-p{pivot}" for pivot in range(FIRST, LAST + 1) if pivot not in COMPARED),
+    *(f"within-{gigabytes}" for gigabytes in sorted(CUTS, reverse=True)[1:]),
+    *(f"sweep-{name}" for name in sweep(FULL)),
+)
+"""What tells most comes first: a run that is cut short has measured that."""
+
+
+def measure_part(name: str, scene: Scene, timer: Timer, ceilings: Ceilings, rounds: int = 2) -> dict[str, Any]:
+    """The cases of one part, or its kernels; an iteration is measured `rounds` times after one that warms up (in a sweep once)."""
+    kind, _, what = name.partition("-")
+    if kind == "sweep":
+        varied = sweep(scene.workload)[what]
+        return {"cases": [_measure_ours(scene.resized(workload), workload.middle, timer, ceilings, 1, varied=what) for workload in varied]}
+    if kind == "within":
+        return {"cases": _measure_within(int(what), scene, timer, ceilings)}
+    pivot = int(what.removeprefix("p")) - 1
+    if kind == "engine":
+        return {"cases": [_measure_ours(scene, pivot, timer, ceilings, rounds)]}
+    if kind == "profile":
+        return {"cases": [], "kernels": kernels(scene, pivot)}
+    return {"cases": [_measure_reference(scene, pivot, timer, ceilings, rounds)]}
+
+
+def _measure_ours(scene: Scene, pivot: int, timer: Timer, ceilings: Ceilings, rounds: int, **more: Any) -> dict[str, Any]:
+    if scene.model.device.type == "cuda":
+        torch.cuda.empty_cache()  # the pool of the case before is of another size
+        torch.cuda.reset_peak_memory_stats()
+    samples = Samples(path := OurPath(scene, pivot))
+    timing = _timing(sample(samples, timer, rounds), 0.0)
+    wave, settings = path.engine.largest_wave, path.objective.settings
+    assert wave is None and settings == scene.workload.copo, f"it ran out of memory, and went on with waves of {wave} and {settings}"
+    return case(scene.workload, pivot, ceilings, {OURS: timing}, {OURS: samples.medians(rounds)}, memory=memory(path), **more)
+
+
+def _measure_reference(scene: Scene, pivot: int, timer: Timer, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
+    size = scene.workload.group_size
+    run = min(REFERENCE_BRANCHES, size)
+    samples = Samples(ReferencePath(scene, pivot, branches=run))
+    total = sample(samples, timer, rounds)
+    measured = samples.medians(rounds)
+    stages = {stage: seconds * (size / run if stage in PER_BRANCH else 1) for stage, seconds in measured.items()}
+    added = sum(stages.values()) - sum(measured.values())
+    timing = _timing([seconds + added for seconds in total], 0.0)
+    extrapolated = {"measured_branches": run, "of": size, "stages": PER_BRANCH}
+    return case(scene.workload, pivot, ceilings, {"reference": timing}, {"reference": stages}, extrapolated=extrapolated)
+
+
+def _measure_within(gigabytes: int, scene: Scene, timer: Timer, ceilings: Ceilings) -> list[dict[str, Any]]:
+    """As a card of so many GB would take it: the first pivot has the most keys and values of its own, the last the longest context.
+
+    Raises:
+        AssertionError, OutOfMemoryError: it does not fit.
+    """
+    workload = cut_for(gigabytes, replace(scene.workload, name=f"{scene.workload.name} within {gigabytes} GB"))
+    with limited(gigabytes, scene.model.device):
+        on_gpu = scene.model.device.type == "cuda"
+        resident = torch.empty(on_gpu * CUTS[gigabytes].resident, dtype=torch.uint8, device=scene.model.device)
+        pivots = (0, workload.shape.chunks - 1)
+        cases = [_measure_ours(scene.resized(workload), pivot, timer, ceilings, 1, varied="memory") for pivot in pivots]
+        del resident
+    return cases
+
+
+@contextmanager
+def limited(gigabytes: int, device: torch.device) -> Iterator[None]:
+    """On a GPU PyTorch gets no more memory than on a card of so many GB."""
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * USABLE * 2**30 / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def sample(call: Callable[[], object], timer: Timer, rounds: int) -> list[float]:
+    """Seconds of `rounds` calls, after one that warms up."""
+    call()
+    return [timer.sample(call) for _ in range(rounds)]
+
+
+KERNELS_KEPT = 25
+"""Of each stage, those that take most."""
+PROFILED_GROUP = 4
+"""Branches of the group that is profiled: more of the same tell nothing new, and a profiler keeps every launch."""
+
+
+def kernels(scene: Scene, pivot: int) -> dict[str, list[dict[str, Any]]]:
+    """Kernels (on a CPU: operators) by stage, the longest first: name, calls, seconds, share of the stage's seconds."""
+    path = OurPath(scene.resized(replace(scene.workload, group_size=min(PROFILED_GROUP, scene.workload.group_size))), pivot)
+    path.iteration()  # warm up
+    gpu = scene.model.device.type == "cuda"
+    found = {}
+
+    @contextmanager
+    def profiled(stage: str) -> Iterator[None]:
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
+            yield
+            if gpu:
+                torch.cuda.synchronize()
+        rows = []
+        for event in profiler.key_averages():
+            seconds = (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6
+            if seconds > 0 and event.key not in profiling.STAGES:
+                rows.append({"name": event.key, "calls": event.count, "seconds": seconds})
+        total = sum(row["seconds"] for row in rows)
+        rows.sort(key=lambda row: -row["seconds"])
+        found[stage] = [row | {"share": row["seconds"] / total} for row in rows[:KERNELS_KEPT]]
+
+    with profiled("rollout"):
+        group = path.rollout()
+    with group:
+        if path.decoder is not None:
+            with profiled("decoding and rewards"):
+                path.judge(group)
+        with profiled("update"):
+            path.update(group, random_advantages(path.scene.workload))
+    return found
+
+
+def fingerprint(workload: Workload | None = None) -> str:
+    """Of the settings and of every source file that a measurement depends on: what is the same need not be measured again."""
+    workload = workload or cut_for(card())
+    digest = hashlib.sha256(repr((workload, REFERENCE_BRANCHES, find_spec("diffusers") is not None)).encode())
+    root = results.ROOT.parent
+    for folder in ("arcopo_fast", "kernels/arcopo_kernels", "benchmarks"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+ENDED = re.compile(r"(?P<part>[\w-]+): (?P<verdict>measured|failed)")
+"""The line that is printed when a part has ended."""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("parts", nargs="+", metavar="PART", choices=PARTS, help=", ".join(PARTS))
+    parser.add_argument("--write", type=Path, required=True, help="the JSON file to write, anew after each part: what each measured")
+    parser.add_argument("--rounds", type=int, default=2, help="iterations that are timed (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    timer = Timer(shapes.DEVICE)
+    ceilings = measure_ceilings(timer)
+    scene = full()
+    if scene.vae is None:
+        print("without the VAE: diffusers is not installed; nothing is decoded, and advantages are random numbers", flush=True)
+    measured: dict[str, Any] = {}
+    for part in arguments.parts:
+        try:
+            found = measure_part(part, scene, timer, ceilings, arguments.rounds)
+            measured[part] = {"environment": results.environment(shapes.DEVICE), "ceilings": ceilings._asdict(), **found}
+        except Exception:  # whatever it is, the other parts can be measured
+            traceback.print_exc()
+        gc.collect()  # out here the error's frames are gone, and what they held
+        results.write(arguments.write, measured)
+        print(f"{part}: {'measured' if part in measured else 'failed'}", flush=True)
+    return 0 if measured.keys() >= {*arguments.parts} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
