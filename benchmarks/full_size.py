@@ -3,7 +3,7 @@
     python -m benchmarks.full_size PART [PART ...] --write FILE [--rounds N]
 
     engine-pN, reference-pN    an iteration that forks at chunk N, by either path
-    profile-pN                 the kernels that it spends its time in, of the rollout, of judging, of the update
+    profile-pN                 the kernels that it spends its time in, in the rollout, in judging, in the update; and is the GPU ever idle?
     within-N                   with the memory of a card of N GB, and what else has to fit
     sweep-WHAT                 other groups, steps, lengths, resolutions
 
@@ -134,7 +134,7 @@ def measure_part(name: str, scene: Scene, timer: Timer, ceilings: Ceilings, roun
     if kind == "engine":
         return {"cases": [_measure_ours(scene, pivot, timer, ceilings, rounds)]}
     if kind == "profile":
-        return {"cases": [], "kernels": kernels(scene, pivot)}
+        return {"cases": [], "kernels": kernels(scene, pivot, timer)}
     return {"cases": [_measure_reference(scene, pivot, timer, ceilings, rounds)]}
 
 
@@ -205,36 +205,36 @@ PROFILED_GROUP = 4
 """Branches of the group that is profiled: more of the same tell nothing new, and a profiler keeps every launch."""
 
 
-def kernels(scene: Scene, pivot: int) -> dict[str, list[dict[str, Any]]]:
-    """Kernels (on a CPU: operators) by stage, the longest first: name, calls, seconds, share of the stage's seconds."""
+def kernels(scene: Scene, pivot: int, timer: Timer) -> dict[str, dict[str, Any]]:
+    """By stage: seconds that it takes, share of them in which kernels run (on a CPU: operators), and the kernels that take most.
+
+    Each with its name, calls, seconds and share of all kernels' seconds. Where kernels run less than nearly all the time, the host is late.
+    """
     path = OurPath(scene.resized(replace(scene.workload, group_size=min(PROFILED_GROUP, scene.workload.group_size))), pivot)
     path.iteration()  # warm up
     gpu = scene.model.device.type == "cuda"
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
 
-    @contextmanager
-    def profiled(stage: str) -> Iterator[None]:
+    def profile(stage: str, call: Callable[[], object]) -> None:
+        seconds = timer.sample(call)  # first without the profiler, which keeps the host busy
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
-            yield
-            if gpu:
-                torch.cuda.synchronize()
+            call()
+            timer.synchronize()
         rows = []
         for event in profiler.key_averages():
-            seconds = (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6
-            if seconds > 0 and event.key not in profiling.STAGES:
-                rows.append({"name": event.key, "calls": event.count, "seconds": seconds})
+            own = (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6
+            if own > 0 and event.key not in profiling.STAGES:
+                rows.append({"name": event.key, "calls": event.count, "seconds": own})
         total = sum(row["seconds"] for row in rows)
         rows.sort(key=lambda row: -row["seconds"])
-        found[stage] = [row | {"share": row["seconds"] / total} for row in rows[:KERNELS_KEPT]]
+        longest = [row | {"share": row["seconds"] / total} for row in rows[:KERNELS_KEPT]]
+        found[stage] = {"seconds": seconds, "busy": total / seconds, "kernels": longest}
 
-    with profiled("rollout"):
-        group = path.rollout()
-    with group:
+    profile("rollout", lambda: path.rollout().release())
+    with path.rollout() as group:
         if path.decoder is not None:
-            with profiled("decoding and rewards"):
-                path.judge(group)
-        with profiled("update"):
-            path.update(group, random_advantages(path.scene.workload))
+            profile("decoding and rewards", lambda: path.judge(group))
+        profile("update", lambda: path.update(group, random_advantages(path.scene.workload)))
     return found
 
 

@@ -282,7 +282,7 @@ def _full_size_report(measured: Mapping[str, Any], fingerprint: str) -> dict[str
     ordered = [measured[name] for name in full_size.PARTS if name in measured]
     fields = {"fingerprint": fingerprint, "measured": dict(measured), "ceilings": ordered[0]["ceilings"]}
     fields["cases"] = tables.merged([case for part in ordered for case in part["cases"]])
-    fields["kernels"] = {stage: rows for part in ordered for stage, rows in part.get("kernels", {}).items()}
+    fields["kernels"] = {stage: found for part in ordered for stage, found in part.get("kernels", {}).items()}
     if fields["cases"]:
         text = tables.markdown({"environment": ordered[0]["environment"], **fields})
         (results.folder(shapes.DEVICE) / "iteration.md").write_text(text)

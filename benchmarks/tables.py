@@ -80,9 +80,12 @@ def markdown(report: Mapping[str, Any]) -> str:
                 f"| {one['case']} | {results.duration(ours)} | {rate:.4g} | {_percent(one['utilisation'])} | "
                 f"{_percent(one['of_floor'])} | {one['memory']['pages']} | {_gib(one['memory'].get('peak_bytes'))} |"
             )
-    for name, kernels in report.get("kernels", {}).items():
-        lines += ["", f"## Kernels of the {name}", "", "| kernel | calls | seconds | share |", "|---|---|---|---|"]
-        lines += [f"| `{row['name']}` | {row['calls']} | {results.duration(row['seconds'])} | {row['share']:.1%} |" for row in kernels]
+    for name, found in report.get("kernels", {}).items():
+        seconds = results.duration(found["seconds"])
+        lines += ["", f"## Kernels of the {name}", "", f"{seconds}, in {found['busy']:.1%} of which they run."]
+        lines += ["", "| kernel | calls | seconds | share |", "|---|---|---|---|"]
+        for row in found["kernels"]:
+            lines.append(f"| `{row['name']}` | {row['calls']} | {results.duration(row['seconds'])} | {row['share']:.1%} |")
     return "\n".join(lines) + "\n"
 
 

@@ -81,8 +81,9 @@ class AdaptedLinear(torch.autograd.Function):
         reduced = rows @ a.T
         out = functional.linear(rows, weight, bias)
         torch.addmm(out, reduced, b.T, alpha=scale, out=out)  # addmm_ by the name under which its FLOP are counted
-        ctx.save_for_backward(rows, reduced, weight, a, b)
-        ctx.scale, ctx.dtypes = scale, (down.dtype, up.dtype)
+        if ctx is not None:
+            ctx.save_for_backward(rows, reduced, weight, a, b)
+            ctx.scale, ctx.dtypes = scale, (down.dtype, up.dtype)
         return out.view(*x.shape[:-1], len(up))
 
     @staticmethod
@@ -110,7 +111,9 @@ def _layer_class() -> type[nn.Module]:
             if self.disable_adapters or self.merged or self.active_adapters != [_ADAPTER]:
                 return super().forward(x)
             base, (down, up) = self.get_base_layer(), _pair(self)
-            return AdaptedLinear.apply(x, base.weight, base.bias, down.weight, up.weight, self.scaling[_ADAPTER])
+            arguments = x, base.weight, base.bias, down.weight, up.weight, self.scaling[_ADAPTER]
+            # Without gradient a function of autograd would only take the host's time.
+            return AdaptedLinear.apply(*arguments) if torch.is_grad_enabled() else AdaptedLinear.forward(None, *arguments)
 
     return Layer
 

@@ -121,14 +121,16 @@ def test_parts_become_one_table(parts: dict[str, dict[str, Any]]) -> None:
 def test_the_profile_names_what_takes_long(parts: dict[str, dict[str, Any]]) -> None:
     found = parts["profile-p4"]["kernels"]
     assert found.keys() == {"rollout", "update"}, "nothing is decoded here"
-    for stage, rows in found.items():
+    for stage, profile in found.items():
+        rows = profile["kernels"]
         seconds = [row["seconds"] for row in rows]
+        assert profile["seconds"] > 0 and profile["busy"] > 0
         assert seconds == sorted(seconds, reverse=True) and min(seconds) > 0
         assert len(rows) == full_size.KERNELS_KEPT and 0.5 < sum(row["share"] for row in rows) <= 1
         assert not {row["name"] for row in rows} & {"denoise", "clean", "replay", "prefix"}, "stages are no kernels"
         assert any("addmm" in row["name"] for row in rows), stage
     text = tables.markdown({**parts["engine-p1"], "cases": parts["engine-p1"]["cases"], "kernels": found})
-    assert "## Kernels of the update" in text and found["update"][0]["name"] in text
+    assert "## Kernels of the update" in text and found["update"]["kernels"][0]["name"] in text
 
 
 def test_the_reference_is_extrapolated_by_branch(parts: dict[str, dict[str, Any]]) -> None:
