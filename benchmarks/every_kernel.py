@@ -55,7 +55,8 @@ def attention() -> None:
         prefixes = [Segment(new(1, tokens, 3, 16, dtype=dtype), new(1, tokens, 3, 16, dtype=dtype), frozen=True) for tokens in (37, 1)]
         out = segment_attention(query, [*prefixes, Segment(key, value)])
         torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
-        merge([out.detach()] * 3, [new(2, 3, 33)] * 3)
+        for parts in range(2, 7):
+            merge([out.detach()] * parts, [new(2, 3, 33)] * parts)
 
 
 def paging() -> None:

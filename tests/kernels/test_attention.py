@@ -283,7 +283,7 @@ def test_merge_where_queries_see_no_key() -> None:
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("parts", range(2, 8))
 def test_triton_merge(device: torch.device, dtype: torch.dtype, parts: int) -> None:
     from arcopo_kernels.attention import triton
 

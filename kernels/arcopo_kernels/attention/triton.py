@@ -13,7 +13,7 @@ measured; only `merge`, which moves bytes, is used by default on a GPU. Skipping
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -210,25 +210,52 @@ def _grad_key_value(
 
 
 @triton.jit
+def _lse_of(lse, batch, head, token, stride_batch, stride_head, inside):
+    """Of rows [BLOCK]; -inf, no weight, where there is no such part."""
+    if lse is None:
+        return tl.full(inside.shape, float("-inf"), tl.float32)
+    else:
+        return tl.load(lse + batch * stride_batch + head * stride_head + token, mask=inside, other=0.0)
+
+
+@triton.jit
+def _add_part(merged, part, weight, at, mask):
+    if part is None:
+        return merged
+    else:
+        return merged + tl.load(part + at, mask=mask, other=0.0).to(tl.float32) * weight[:, None]
+
+
+@triton.jit
 def _merge(
-    first, second, out, first_lse, second_lse, lse, rows, tokens, heads, first_batch, first_head, second_batch, second_head,
+    part_0, part_1, part_2, part_3, out, lse_0, lse_1, lse_2, lse_3, lse, rows, tokens, heads,
+    batch_0, head_0, batch_1, head_1, batch_2, head_2, batch_3, head_3,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of [B, Tq, H]
     inside = row < rows
     head, token, batch = row % heads, row // heads % tokens, row // heads // tokens
-    a = tl.load(first_lse + batch * first_batch + head * first_head + token, mask=inside, other=0.0)
-    b = tl.load(second_lse + batch * second_batch + head * second_head + token, mask=inside, other=0.0)
-    maximum = tl.maximum(a, b)
-    weight_a, weight_b = tl.exp(a - maximum), tl.exp(b - maximum)
-    total = weight_a + weight_b
+    a = _lse_of(lse_0, batch, head, token, batch_0, head_0, inside)
+    b = _lse_of(lse_1, batch, head, token, batch_1, head_1, inside)
+    c = _lse_of(lse_2, batch, head, token, batch_2, head_2, inside)
+    d = _lse_of(lse_3, batch, head, token, batch_3, head_3, inside)
+    maximum = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+    a, b, c, d = tl.exp(a - maximum), tl.exp(b - maximum), tl.exp(c - maximum), tl.exp(d - maximum)
+    total = (a + b) + (c + d)
     tl.store(lse + (batch * heads + head) * tokens + token, maximum + tl.log(total), mask=inside)
     dims = tl.arange(0, WIDTH)
     at = row.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
     mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
-    merged = tl.load(first + at, mask=mask, other=0.0).to(tl.float32) * (weight_a / total)[:, None]
-    merged += tl.load(second + at, mask=mask, other=0.0).to(tl.float32) * (weight_b / total)[:, None]
+    merged = tl.zeros([BLOCK, WIDTH], tl.float32)
+    merged = _add_part(merged, part_0, a / total, at, mask)
+    merged = _add_part(merged, part_1, b / total, at, mask)
+    merged = _add_part(merged, part_2, c / total, at, mask)
+    merged = _add_part(merged, part_3, d / total, at, mask)
     tl.store(out + at, merged.to(out.dtype.element_ty), mask=mask)
+
+
+MERGED = 4
+"""Parts that one launch merges: a sink, a window, what a branch has cached of its own, and its chunk."""
 
 
 class Blocks(NamedTuple):
@@ -311,24 +338,26 @@ def backward(
 
 @on_device_of_tensors
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """`reference.merge_attention` for parts that all see a key, two at a time; only the last step rounds to the parts' dtype.
+    """`reference.merge_attention` for parts that all see a key, up to `MERGED` in one pass; only the last pass rounds to the parts' dtype.
 
     outs: [B, Tq, H, D]; lses: [B, H, Tq]. Read in place where outs are contiguous and lses have stride 1 along Tq, else copied first.
     """
-    outs = [out.contiguous() for out in outs]
-    lses = [lse if lse.stride(2) == 1 else lse.contiguous() for lse in lses]
+    dtype = outs[0].dtype
+    parts = [(out.contiguous(), lse if lse.stride(2) == 1 else lse.contiguous()) for out, lse in zip(outs, lses)]
     batch, tokens, heads, head_dim = outs[0].shape
     rows, block = batch * tokens * heads, 32
-    merged, merged_lse = outs[0], lses[0]
-    for index, (out, lse) in enumerate(zip(outs[1:], lses[1:]), 2):
-        dtype = outs[0].dtype if index == len(outs) else torch.float32
-        first, first_lse, merged = merged, merged_lse, out.new_empty(out.shape, dtype=dtype)
-        merged_lse = out.new_empty((batch, heads, tokens), dtype=torch.float32)
+    while len(parts) > 1:
+        now, parts = parts[:MERGED], parts[MERGED:]
+        merged = torch.empty_like(now[0][0], dtype=torch.float32 if parts else dtype)
+        merged_lse = merged.new_empty((batch, heads, tokens), dtype=torch.float32)
+        absent = [None] * (MERGED - len(now))
+        strides = [stride for _, lse in now for stride in lse.stride()[:2]] + [0] * 2 * len(absent)
         _merge[(triton.cdiv(rows, block),)](
-            first, out, merged, first_lse, lse, merged_lse, rows, tokens, heads, *first_lse.stride()[:2], *lse.stride()[:2],
+            *(out for out, _ in now), *absent, merged, *(lse for _, lse in now), *absent, merged_lse, rows, tokens, heads, *strides,
             HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), BLOCK=block, num_warps=4,
         )  # fmt: skip
-    return merged, merged_lse
+        parts.insert(0, (merged, merged_lse))
+    return parts[0]
 
 
 def _aot_case(kernel: str, function: triton.JITFunction, head_dim: int, dtype: str) -> AotCase:
@@ -348,20 +377,17 @@ def _aot_case(kernel: str, function: triton.JITFunction, head_dim: int, dtype: s
     return AotCase(f"{kernel}[{head_dim}, {dtype}]", function, signature, constants, divisible, blocks.num_warps, blocks.num_stages)
 
 
+def _merge_case(parts: int) -> AotCase:
+    there = range(parts)
+    pointers = {f"part_{i}": "*bf16" for i in there} | {f"lse_{i}": "*fp32" for i in there} | {"out": "*bf16", "lse": "*fp32"}
+    integers = ["rows", "tokens", "heads", *(f"{name}_{i}" for i in range(MERGED) for name in ("batch", "head"))]
+    constants: dict[str, Any] = {"HEAD_DIM": 128, "WIDTH": 128, "BLOCK": 32}
+    constants |= dict.fromkeys(f"{name}_{i}" for i in range(parts, MERGED) for name in ("part", "lse"))
+    return AotCase(f"merge of {parts}[128, bf16]", _merge, pointers | dict.fromkeys(integers, "i32"), constants, [*pointers])
+
+
 AOT_CASES = [
     _aot_case(kernel, function, head_dim, dtype)
     for kernel, function in (("forward", _forward), ("grad_query", _grad_query), ("grad_key_value", _grad_key_value))
     for head_dim, dtype in ((64, "bf16"), (128, "bf16"), (64, "fp32"))
-] + [
-    AotCase(
-        "merge[128, bf16]",
-        _merge,
-        {
-            **dict.fromkeys(("first", "second", "out"), "*bf16"),
-            **dict.fromkeys(("first_lse", "second_lse", "lse"), "*fp32"),
-            **dict.fromkeys(("rows", "tokens", "heads", "first_batch", "first_head", "second_batch", "second_head"), "i32"),
-        },
-        {"HEAD_DIM": 128, "WIDTH": 128, "BLOCK": 32},
-        ("first", "second", "out", "first_lse", "second_lse", "lse"),
-    )
-]
+] + [_merge_case(parts) for parts in range(2, MERGED + 1)]
