@@ -285,17 +285,25 @@ def settings_of(options: Any) -> list[str]:
     return [f"train.{name}={value}" for name in ("mode", "buffer") if (value := getattr(options, name)) is not None]
 
 
+def run_to_resume(options: Any) -> RunDirectory | None:
+    """The run that --resume names.
+
+    Raises:
+        UserError: it cannot go on, or something else is asked for that its own config.yaml says.
+    """
+    if not options.resume:
+        return None
+    if options.settings or options.dry_run or settings_of(options):
+        raise UserError("--resume goes on with the run's own config.yaml; leave recipe, settings and --dry-run out")
+    return RunDirectory.open(options.resume)
+
+
 def main(argv: list[str]) -> None:
-    command = command_line().read_config(argv, settings_of)
+    command = command_line().read_config(argv, settings_of, lambda options: run.path if (run := run_to_resume(options)) else None)
     if command is None:
         return
     config, options = command
-    run = None
-    if options.resume:
-        if options.settings or options.dry_run or settings_of(options):
-            raise UserError("--resume goes on with the run's own config.yaml; leave recipe, settings and --dry-run out")
-        run = RunDirectory.open(options.resume)
-        config = run.config
+    run = run_to_resume(options)
     if options.device_memory and not options.dry_run:
         raise UserError("--device-memory only says what --dry-run is about; add --dry-run, or leave it out")
     if 0 in options.device_memory:

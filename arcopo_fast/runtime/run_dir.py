@@ -208,11 +208,6 @@ class RunDirectory:
             raise UserError(f"{path} is complete; for a longer run start one with a larger train.iterations")
         return cls(path, load_config(str(path / "config.yaml")).train.keep_checkpoints)
 
-    @property
-    def config(self) -> Config:
-        """What the run was told."""
-        return load_config(str(self.path / "config.yaml"))
-
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a file of the run, atomically; returns its path."""
         path = self.path / name

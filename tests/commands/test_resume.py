@@ -62,6 +62,18 @@ def stopped(directory: Path, monkeypatch: pytest.MonkeyPatch, *, at: int, how: s
     return directory / "toy"
 
 
+def test_a_resumed_runs_settings_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = stopped(tmp_path, monkeypatch, at=1, how="softly")
+    capsys.readouterr()
+    main(["--resume", str(run), "--print-config"])
+    assert capsys.readouterr().out == (run / "config.yaml").read_text()
+    for wrong in (["toy"], ["seed=3"], ["--dry-run"], ["--mode", "off_policy"]):
+        with pytest.raises(UserError, match="--resume goes on with the run's own config.yaml"):
+            main(["--resume", str(run), *wrong])
+    with pytest.raises(UserError, match="is not a run: it has no config.yaml"):
+        main(["--resume", str(tmp_path), "--print-config"])
+
+
 @pytest.mark.parametrize(("at", "how"), [(1, "softly"), (3, "softly"), (4, "rolling out"), (4, "updating")])
 def test_it_goes_on_where_it_was(
     whole: Path, at: int, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
