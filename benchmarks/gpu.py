@@ -5,7 +5,7 @@
     tests        the GPU tests of the kernels and the engine, pytest -m gpu, one process for each file
     memcheck     compute-sanitizer's search for bad memory accesses, over `every_kernel`, one process for each operator
     racecheck    the same for hazards in shared memory
-    bench        the benchmarks, one process for each operator
+    bench        the benchmarks, one process for each operator, and one for layers of an iteration
     sweep        the benchmarks of other block sizes than the heuristics'
     iteration    a whole iteration at full size, the parts of `full_size.PARTS`, in one process
 
@@ -57,15 +57,21 @@ KEPT_LINES = 60
 ENGINE_TESTS = "tests/rollout/test_gpu_engine.py"
 JOBS = max(1, min(8, (os.cpu_count() or 2) // 2))
 """Processes that run side by side where nothing is timed: a GPU has room for some small tests at once."""
+BENCHMARKS = (*OPERATORS, "layers")
 
 
 class Chosen(NamedTuple):
-    """What of the steps is wanted. jobs: see `JOBS`; rounds: how often an iteration is timed."""
+    """What of the steps is wanted. benchmarks: of all steps but the last; jobs: see `JOBS`; rounds: how often an iteration is timed."""
 
-    operators: Sequence[str] = OPERATORS
+    benchmarks: Sequence[str] = BENCHMARKS
     parts: Sequence[str] = full_size.PARTS
     jobs: int = JOBS
     rounds: int = 2
+
+    @property
+    def operators(self) -> list[str]:
+        """Those with kernels of their own."""
+        return [name for name in self.benchmarks if name in OPERATORS]
 
 
 Part = dict[str, Any]
@@ -144,7 +150,7 @@ def side_by_side(calls: Sequence[Callable[[], Part]], jobs: int) -> Iterator[Par
 
 def tests(deadline: float, chosen: Chosen) -> Parts:
     paths = sorted((REPOSITORY / "tests" / "kernels").glob("test_*.py"))
-    if chosen.operators == OPERATORS:
+    if chosen.operators == list(OPERATORS):
         paths.append(REPOSITORY / ENGINE_TESTS)
     else:
         paths = [path for path in paths if any(operator in path.stem for operator in chosen.operators)]
@@ -218,7 +224,7 @@ def _sanitizer(tool: str, deadline: float, chosen: Chosen) -> Parts:
 
 
 def bench(deadline: float, chosen: Chosen) -> Parts:
-    yield from _benchmarks(deadline, chosen.operators)
+    yield from _benchmarks(deadline, chosen.benchmarks)
 
 
 def sweep(deadline: float, chosen: Chosen) -> Parts:
@@ -329,7 +335,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)} (default: all)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that each step may take (default: %(default)s)")
     parser.add_argument("--within", type=float, default=float("inf"), metavar="SECONDS", help="that all of them may take (default: any)")
-    parser.add_argument("--operator", nargs="+", default=OPERATORS, choices=OPERATORS)
+    parser.add_argument("--operator", nargs="+", default=BENCHMARKS, choices=BENCHMARKS, help="layers: of an iteration, only benchmarks")
     parser.add_argument("--part", nargs="+", default=full_size.PARTS, choices=full_size.PARTS, help="of the full-size iteration")
     parser.add_argument("--rounds", type=int, default=2, help="how often a full-size iteration is timed (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=JOBS, help="tests and sanitizers that run side by side (default: %(default)s)")

@@ -72,6 +72,7 @@ class Bench:
         traffic: float,
         flops: float = 0.0,
         gradients: Sequence[Tensor] = (),
+        reference: Call | None = None,
         others: Mapping[str, Other | str] | None = None,
         alternatives: Mapping[str, Call] | None = None,
     ) -> None:
@@ -82,6 +83,7 @@ class Bench:
                 `dispatch.use("reference")` is the reference, and torch.compile of that the compiled one.
             traffic, flops: the bytes that must be moved (each input read once, each output written once), the FLOP that must be done.
             gradients: leaves to differentiate with respect to; the backward pass is then part of what is timed.
+            reference: another reference than that.
             others: what else to compare with, or why it cannot be.
             alternatives: the operator with other settings; measured and listed, but no competitors.
 
@@ -91,7 +93,7 @@ class Bench:
         mode = "forward+backward" if gradients else "forward"
         self.figures |= {"operator": operator, "mode": mode, "case": case}
         alternatives = alternatives or {}
-        calls, skipped = self._calls(call, gradients, others or {}, alternatives)
+        calls, skipped = self._calls(call, gradients, reference or call, others or {}, alternatives)
         errors = self._check(calls, skipped)
         implementation = dispatch.used(operator)
 
@@ -124,7 +126,12 @@ class Bench:
         }
 
     def _calls(
-        self, call: Call, gradients: Sequence[Tensor], others: Mapping[str, Other | str], alternatives: Mapping[str, Call]
+        self,
+        call: Call,
+        gradients: Sequence[Tensor],
+        reference: Call,
+        others: Mapping[str, Other | str],
+        alternatives: Mapping[str, Call],
     ) -> tuple[dict[str, Call], dict[str, str]]:
         """What is timed, by name, and why the rest is not."""
         upstream: list[Tensor] = []
@@ -148,10 +155,10 @@ class Bench:
         if self.swept:
             ours = using("triton", step(call, gradients))
             return {OURS: ours, **sweep.candidates(self.swept, ours)}, {}
-        calls = {OURS: step(call, gradients), "reference": step(using("reference", call), gradients)}
+        calls = {OURS: step(call, gradients), "reference": step(using("reference", reference), gradients)}
         if self.compiled:
             torch._dynamo.reset()  # the cases are different calls of the same code: none may find another's graph or its recompile limit
-            calls["compiled"] = step(using("reference", torch.compile(call, dynamic=False)), gradients)
+            calls["compiled"] = step(using("reference", torch.compile(reference, dynamic=False)), gradients)
         calls |= {name: step(alternative, gradients) for name, alternative in alternatives.items()}
         calls |= {name: step(other.call, other.gradients) for name, other in others.items() if isinstance(other, Other)}
         return calls, {name: reason for name, reason in others.items() if isinstance(reason, str)}

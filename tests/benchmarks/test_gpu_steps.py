@@ -41,7 +41,7 @@ def test_a_kernel_that_does_not_launch_is_not_watched(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr("shutil.which", lambda *_, **__: "compute-sanitizer")
-    parts = {part["name"]: part for part, _ in gpu.racecheck(0.0, gpu.Chosen(operators=("surrogate", "nft")))}
+    parts = {part["name"]: part for part, _ in gpu.racecheck(0.0, gpu.Chosen(benchmarks=("surrogate", "nft")))}
     assert parts["surrogate"]["status"] == gpu.PASSED
     assert parts["nft"]["status"] == gpu.FAILED and parts["nft"]["output"] == ["it broke"]
 
@@ -67,7 +67,7 @@ def test_tests_run_side_by_side_and_the_engines_with_all_operators_only(monkeypa
     assert set(parts) == ran and gpu.ENGINE_TESTS in ran and most == 2
     ran.clear()
     both.reset()
-    assert [part["name"] for part, _ in gpu.tests(0.0, gpu.Chosen(operators=("nft", "surrogate"), jobs=2))]
+    assert [part["name"] for part, _ in gpu.tests(0.0, gpu.Chosen(benchmarks=("nft", "surrogate"), jobs=2))]
     assert ran == {"tests/kernels/test_nft.py", "tests/kernels/test_surrogate.py"}
 
 
@@ -141,7 +141,7 @@ def test_a_step_writes_what_its_parts_measured_and_its_worst_status(monkeypatch:
     monkeypatch.setenv("OUT", str(tmp_path))
     assert gpu.run_step("bench", 60.0) == gpu.FAILED
     report: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
-    assert report["status"] == gpu.FAILED and len(report["parts"]) == len(OPERATORS) == len(report["cases"]) + 1
+    assert report["status"] == gpu.FAILED and len(report["parts"]) == len(gpu.BENCHMARKS) == len(report["cases"]) + 1
     (bad,) = (part for part in report["parts"] if part["status"] != gpu.PASSED)
     assert bad["name"] == "nft" and bad["output"] == ["it broke"]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from arcopo_kernels import copo_surrogate
 from arcopo_kernels.testing import assert_no_worse
 from support.models import small_config, small_model
 from torch import Tensor
@@ -18,7 +19,9 @@ from torch.utils._pytree import tree_leaves
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora
 from arcopo_fast.objectives.copo import CopoSettings
+from arcopo_fast.rewards.simple import Sharpness, Steadiness
 from arcopo_fast.rollout import graphs
+from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise
 from benchmarks.full_size import FULL
@@ -100,6 +103,40 @@ def test_a_copy_between_devices_would_be_seen(monkeypatch: pytest.MonkeyPatch) -
     model = small_model(torch.bfloat16, **vars(SIZES)).to("meta")
     with pytest.raises(AssertionError, match="copies between cpu and meta while denoising"):
         watched_rollout(engine_of(model), torch.randn(1, 20, 64), monkeypatch, SameDevice)
+
+
+class OnlyCopiesCross(SameDevice):
+    """As `SameDevice`, but for what GPU code may do outside of the denoising: copies, numbers on the host as indices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.aten.index):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_an_iteration_computes_on_one_device() -> None:
+    """On the meta device, which takes operands from anywhere without a word: rollout, replay, gradient, step, decoding, rewards."""
+    diffusers = pytest.importorskip("diffusers")
+    meta = torch.device("meta")
+    with meta:
+        vae = diffusers.AutoencoderKLWan(base_dim=8, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True])
+    scene = scene_of(torch.float32, meta)
+    scene.text = torch.randn(scene.text.shape)  # a prompt's embedding comes from the host
+    path = OurPath(replace(scene, vae=vae), pivot=1)
+    assert path.decoder is not None
+    with OnlyCopiesCross(), path.rollout() as group:
+        slices = decode_branches(path.decoder, group.latents, group.pivot, 2)
+        scores = [reward(frames, ["a boat"] * len(frames)) for frames in slices for reward in (Sharpness(), Steadiness())]
+        items = path.objective.draw_items(group, 0)
+        target = path.objective.target(group, torch.randn(5, dtype=torch.float64))
+        new = path.objective.predict(group, items, None)
+        steps = items.steps.to(meta)
+        loss = copo_surrogate(new, new.detach(), target.candidates, target.advantages, steps).loss
+        loss.sum().backward()
+        torch.nn.utils.clip_grad_norm_(path.parameters, 1.0)
+        path.optimizer.step()
+    assert {score.device.type for score in scores} == {p.grad.device.type for p in path.parameters if p.grad is not None} == {"meta"}
+    assert all(p.grad is not None for p in path.parameters)
 
 
 class NoWaiting:
