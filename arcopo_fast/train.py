@@ -129,11 +129,11 @@ class Trainer:
                 total = sum_rewards(judged.rewards, config.rewards)
                 failed += sum(int(values.isnan().sum()) for values in judged.rewards.values())
                 for name, values in ({"reward": total} | {f"reward/{name}": values for name, values in judged.rewards.items()}).items():
-                    values = values[values.isfinite()]
+                    values = values[values.isfinite()].double()
                     if not len(values):
                         continue
                     logged.setdefault(prefix + name, []).append(values.mean().item())
-                    logged.setdefault(f"{prefix}{name}_std", []).append(values.double().std(correction=0).item())
+                    logged.setdefault(f"{prefix}{name}_std", []).append(values.std(correction=0).item())
                 logged.setdefault("pivot", []).append(group.pivot + 1)
                 groups.append((group, self.advantages(judged)))
             lr = self.set_learning_rate(iteration)
