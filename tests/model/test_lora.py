@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 from support.measure import LiveBytes
@@ -153,6 +153,29 @@ def test_gradients_of_an_adapted_layer(shape: tuple[int, ...], bias: bool) -> No
         pairs = zip((ours, *torch.autograd.grad(ours, leaves, grad_out)), (theirs, *torch.autograd.grad(theirs, leaves, grad_out)))
         for one, other in pairs:
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_what_else_peft_does_with_a_layer_it_does() -> None:
+    """Merging into the base and back, another scaling, a second adapter beside the first."""
+    layer = nn.Sequential(nn.Linear(6, 5))
+    lora.add_lora(layer, rank=RANK, alpha=ALPHA, targets=["0"], seed=1)
+    down, up = lora.adapter_parameters(layer)
+    nn.init.normal_(up)
+    x, base = torch.randn(7, 6), layer[0].base_layer
+    change = ALPHA / RANK * x @ (up @ down).T
+    expected = (base(x) + change).detach()
+    layer[0].merge()
+    torch.testing.assert_close(layer(x), expected)
+    layer[0].unmerge()
+    torch.testing.assert_close(layer(x), expected)
+    layer[0].set_scale("default", 0.5)
+    torch.testing.assert_close(layer(x), base(x) + 0.5 * change)
+    layer[0].set_scale("default", 1.0)
+    second = LoraConfig(r=2, lora_alpha=2, target_modules=["0"], init_lora_weights=False)
+    inject_adapter_in_model(second, layer, adapter_name="second")
+    layer[0].set_adapter(["default", "second"])
+    other = x @ (layer[0].lora_B["second"].weight @ layer[0].lora_A["second"].weight).T
+    torch.testing.assert_close(layer(x), base(x) + change + other)
 
 
 def test_an_adapter_is_added_in_place() -> None:
