@@ -75,7 +75,8 @@ def tiny() -> Workload:
     full = full_size.FULL
     model = replace(full.model, num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=40, text_dim=20, text_len=7)
     shape = VideoShape.of(full.shape.chunks, 1, 16, 4, 4)
-    small = replace(full, model=model, shape=shape, group_size=4, lora_rank=2, dtype=torch.float32, vae=None)
+    fewer = {"sampler": replace(full.sampler, steps=(1000, 500)), "copo": full.copo.model_copy(update={"anchors_per_update": 2})}
+    small = replace(full, model=model, shape=shape, group_size=4, lora_rank=2, dtype=torch.float32, vae=None, **fewer)
     return full_size.cut_for(141, small)
 
 
