@@ -10,8 +10,8 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py
 
-# What needs a GPU, in steps of under ten minutes, each of which also runs by its name. They install nothing: an environment with torch, triton,
-# numpy, pytest, pytest-benchmark, peft, transformers, safetensors and pydantic will do, .venv's where there is one.
+# What needs a GPU, in steps of under ten minutes, each of which also runs by its name. They install nothing: .venv's environment where there is
+# one, else any with torch, triton, numpy, pytest and pytest-benchmark; peft, transformers, safetensors and pydantic for more than the kernels.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_STEPS := gpu-tests gpu-memcheck gpu-racecheck gpu-bench gpu-sweep gpu-iteration
 # make gpu-bench GPU_ARGS="--operator attention nft"; make gpu-iteration GPU_ARGS="--part engine-p1"; make gpu GPU_ARGS="bench --within 300"

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+pytest.importorskip("pydantic")
+pytest.importorskip("peft")
+
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.model.untrained import untrained_vae

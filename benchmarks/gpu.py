@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Timer
 from time import monotonic
@@ -44,7 +45,7 @@ from xml.etree import ElementTree
 import torch
 from arcopo_kernels.aot import OPERATORS
 
-from benchmarks import full_size, results, shapes, tables
+from benchmarks import results, shapes
 
 REPOSITORY = results.ROOT.parent
 SECONDS = 570.0
@@ -55,16 +56,21 @@ SANITIZER_FOUND = 86
 KEPT_LINES = 60
 """Of a part's output, in the step's file, when the part does not pass."""
 ENGINE_TESTS = "tests/rollout/test_gpu_engine.py"
+ENGINE_NEEDS = ("peft", "pydantic", "safetensors", "transformers")
+"""Beside what the kernels need."""
 JOBS = max(1, min(8, (os.cpu_count() or 2) // 2))
 """Processes that run side by side where nothing is timed: a GPU has room for some small tests at once."""
 BENCHMARKS = (*OPERATORS, "layers")
 
 
 class Chosen(NamedTuple):
-    """What of the steps is wanted. benchmarks: of all steps but the last; jobs: see `JOBS`; rounds: how often an iteration is timed."""
+    """What of the steps is wanted.
+
+    benchmarks: of all steps but `iteration`. parts: of that; none: all. jobs: see `JOBS`. rounds: how often an iteration is timed.
+    """
 
     benchmarks: Sequence[str] = BENCHMARKS
-    parts: Sequence[str] = full_size.PARTS
+    parts: Sequence[str] = ()
     jobs: int = JOBS
     rounds: int = 2
 
@@ -151,7 +157,11 @@ def side_by_side(calls: Sequence[Callable[[], Part]], jobs: int) -> Iterator[Par
 def tests(deadline: float, chosen: Chosen) -> Parts:
     paths = sorted((REPOSITORY / "tests" / "kernels").glob("test_*.py"))
     if chosen.operators == list(OPERATORS):
-        paths.append(REPOSITORY / ENGINE_TESTS)
+        if missing := [package for package in ENGINE_NEEDS if find_spec(package) is None]:
+            output = [f"not installed: {', '.join(missing)}"]
+            yield {"name": ENGINE_TESTS, "status": ABSENT, "seconds": 0.0, "output": output}, {}
+        else:
+            paths.append(REPOSITORY / ENGINE_TESTS)
     else:
         paths = [path for path in paths if any(operator in path.stem for operator in chosen.operators)]
     # A file without a GPU test may need what is not installed here.
@@ -238,17 +248,23 @@ def _benchmarks(deadline: float, operators: Sequence[str], *options: str) -> Par
             outcome = run([*command, "--benchmark-only", "--results", "part", *options], deadline, OUT=folder)
             report = Path(folder, "part.json")
             measured = json.loads(report.read_text()) if report.exists() else {}
-        yield outcome.part(operator), measured
+        # pytest's status 5: the file was skipped whole, for want of something.
+        yield outcome.part(operator, ABSENT if outcome.status == 5 else None), measured
 
 
 def iteration(deadline: float, chosen: Chosen) -> Parts:
     """What it yields as measured is everything so far: of this run, and of earlier ones with the same sources and settings."""
+    try:
+        from benchmarks import full_size  # the other steps need less
+    except ModuleNotFoundError as error:
+        yield {"name": "benchmarks.full_size", "status": ABSENT, "seconds": 0.0, "output": [str(error)]}, {}
+        return
     fingerprint = full_size.fingerprint()
     measured = _earlier(fingerprint)
     for name, before in measured.items():
         part = {"name": name, "status": PASSED, "seconds": 0.0, "measured": before["environment"]["date"]}
         yield part, _full_size_report(measured, fingerprint)
-    left = [name for name in chosen.parts if name not in measured]
+    left = [name for name in chosen.parts or full_size.PARTS if name not in measured]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "parts.json")
         options = ["--write", str(file), "--rounds", str(chosen.rounds)]
@@ -283,6 +299,8 @@ def _earlier(fingerprint: str) -> dict[str, Any]:
 
 def _full_size_report(measured: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
     """The fields of the step's file, and its tables in iteration.md."""
+    from benchmarks import full_size, tables
+
     if not measured:
         return {}
     ordered = [measured[name] for name in full_size.PARTS if name in measured]
@@ -321,8 +339,10 @@ def run_step(name: str, seconds: float, chosen: Chosen = Chosen()) -> str:  # no
     for part in report["parts"]:
         counts = ", ".join(f"{part[key]} {key}" for key in ("passed", "failed", "skipped", "found") if key in part)
         print(f"  {part['name']:44s} {part['status']:14s} {part['seconds']:6.1f} s  {counts}".rstrip())
-    if report.get("cases"):
-        print(tables.markdown(report) if name == "iteration" else "\n".join(results.table(report)), flush=True)
+    if report.get("cases") and name != "iteration":
+        print("\n".join(results.table(report)), flush=True)
+    elif report.get("cases"):
+        print((results.folder(shapes.DEVICE) / "iteration.md").read_text(), flush=True)
     return str(report["status"])
 
 
@@ -336,12 +356,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that each step may take (default: %(default)s)")
     parser.add_argument("--within", type=float, default=float("inf"), metavar="SECONDS", help="that all of them may take (default: any)")
     parser.add_argument("--operator", nargs="+", default=BENCHMARKS, choices=BENCHMARKS, help="layers: of an iteration, only benchmarks")
-    parser.add_argument("--part", nargs="+", default=full_size.PARTS, choices=full_size.PARTS, help="of the full-size iteration")
+    parser.add_argument("--part", nargs="+", default=(), help="of the full-size iteration (default: all)")
     parser.add_argument("--rounds", type=int, default=2, help="how often a full-size iteration is timed (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=JOBS, help="tests and sanitizers that run side by side (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.steps) - STEPS.keys():
         parser.error(f"unknown step {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
+    if arguments.part:
+        from benchmarks.full_size import PARTS
+
+        if unknown := set(arguments.part) - {*PARTS}:
+            parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if not torch.cuda.is_available():
         print("error: no GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 3

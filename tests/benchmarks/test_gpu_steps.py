@@ -67,6 +67,12 @@ def test_tests_run_side_by_side_and_the_engines_with_all_operators_only(monkeypa
     assert set(parts) == ran and gpu.ENGINE_TESTS in ran and most == 2
     ran.clear()
     both.reset()
+    with monkeypatch.context() as without:
+        without.setattr(gpu, "find_spec", lambda package: None if package == "pydantic" else package)
+        absent, *_ = (part for part, _ in gpu.tests(0.0, gpu.Chosen(jobs=2)))
+    assert absent["status"] == gpu.ABSENT and absent["output"] == ["not installed: pydantic"] and gpu.ENGINE_TESTS not in ran
+    ran.clear()
+    both.reset()
     assert [part["name"] for part, _ in gpu.tests(0.0, gpu.Chosen(benchmarks=("nft", "surrogate"), jobs=2))]
     assert ran == {"tests/kernels/test_nft.py", "tests/kernels/test_surrogate.py"}
 
