@@ -169,12 +169,11 @@ def _measure_within(gigabytes: int, scene: Scene, timer: Timer, ceilings: Ceilin
         AssertionError, OutOfMemoryError: it does not fit.
     """
     workload = cut_for(gigabytes, replace(scene.workload, name=f"{scene.workload.name} within {gigabytes} GB"))
-    with limited(gigabytes, scene.model.device):
-        on_gpu = scene.model.device.type == "cuda"
-        resident = torch.empty(on_gpu * CUTS[gigabytes].resident, dtype=torch.uint8, device=scene.model.device)
-        pivots = (0, workload.shape.chunks - 1)
+    device, pivots = scene.model.device, (0, workload.shape.chunks - 1)
+    with limited(gigabytes, device):
+        judge = torch.empty(CUTS[gigabytes].resident if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
         cases = [_measure_ours(scene.resized(workload), pivot, timer, ceilings, 1, varied="memory") for pivot in pivots]
-        del resident
+        del judge  # until here it takes its room
     return cases
 
 
