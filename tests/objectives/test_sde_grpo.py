@@ -233,8 +233,13 @@ def test_gradient_of_the_ratio() -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_first_gradient_is_that_of_the_weighted_log_probabilities(kernel: str) -> None:
-    """-mean over the drawn (member, step) pairs of A d log p: the ratio is 1 there, and nothing is clipped."""
-    objective = SdeGrpoObjective(adapted_engine(), settings_of(kernel, updates=1, anchors_per_update=4, micro_batch=3))
+    """-mean over the drawn (member, step) pairs of A d log p: the ratio is 1 there, and nothing is clipped.
+
+    A float64 model: the terms cancel to as little as a sixth of their norms, and a mean of "dance_sde" near sigma = 0 enlarges what the
+    model rounds. What is left is that predictions are kept in float32.
+    """
+    engine = adapted_engine(torch.float64)
+    objective = SdeGrpoObjective(engine, settings_of(kernel, updates=1, anchors_per_update=4, micro_batch=3))
     advantages = zscore(torch.randn(GROUP))
     with make_group(objective) as group:
         steps, anchors = objective.draw_items(group, 0)
@@ -244,7 +249,7 @@ def test_the_first_gradient_is_that_of_the_weighted_log_probabilities(kernel: st
         _, optimizer = update(objective, group, advantages)
     (gradients,) = optimizer.gradients
     ours, theirs = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (gradients, expected))
-    assert theirs.norm() > 0 and (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert theirs.norm() > 0 and (ours - theirs).norm() < 3e-6 * theirs.norm()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
