@@ -236,7 +236,7 @@ def test_the_first_gradient_is_that_of_the_weighted_log_probabilities(kernel: st
     """-mean over the drawn (member, step) pairs of A d log p: the ratio is 1 there, and nothing is clipped.
 
     A float64 model: the terms cancel to as little as a sixth of their norms, and a mean of "dance_sde" near sigma = 0 enlarges what the
-    model rounds. What is left is that predictions are kept in float32.
+    model rounds. What is left is what float32 adapters keep of their gradients.
     """
     engine = adapted_engine(torch.float64)
     objective = SdeGrpoObjective(engine, settings_of(kernel, updates=1, anchors_per_update=4, micro_batch=3))
