@@ -77,7 +77,7 @@ def judge(
     done = 0
     for some in latents.split(config.rollout.decode_branches or len(latents)):
         with resident(device, decoder.vae, offload=offload):
-            frames, _ = decoder.decode(some, decoder.start())
+            frames = decoder.decode(some, decoder.start())[0]  # what it would go on with is not kept: rewards need the memory
         with resident(device, *rewards.values(), offload=offload):
             scores = score(rewards, frames, [prompt.text for prompt in prompts[done : done + len(some)]], quarantine=True)
         yield frames, {name: values.cpu() for name, values in scores.items()}

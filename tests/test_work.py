@@ -22,6 +22,7 @@ from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.graphs import LAUNCHES_OF_A_BLOCK
 from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.work import DENSE, STORED, Workload
 from benchmarks.full_size import FULL
@@ -79,19 +80,22 @@ def test_a_replay_counts_what_pytorch_counts(pivot: int) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts what the fused operators move, in Triton's interpreter")
 def test_what_lies_between_the_products_is_fused() -> None:
-    """At full size a block's passes are those that are counted and GELU's two, which are no product's epilogue; little else moves."""
+    """At full size a block's passes are those that are counted and GELU's two, which are no product's epilogue; little else moves. So are
+    its launches."""
     config = load_config("bench_1_3b", ["objective.micro_batch=2"])
-    moved = {}
+    moved, calls = {}, {}
     for layers in (1, 3):
         one = Replay(config, GeneratorSizes(replace(FULL.model, num_layers=layers)), "meta")
         with arcopo_kernels.use("triton"), torch.no_grad():
             text, counter = one.network.encode_text(one.text), MovedBytes()
             with counter:
                 one.network(one.x, one.t, text, one.context)
-        moved[layers] = counter.outside("mm", "attention", "linear")
+        moved[layers], calls[layers] = counter.outside("mm", "attention", "linear"), counter.calls.total()
     hidden = 2 * 3 * FULL.frame_tokens * FULL.model.dim * 2
     gelu = 2 * FULL.model.ffn_dim / FULL.model.dim
     assert (moved[3] - moved[1]) / 2 / hidden == pytest.approx(work_of.BLOCK_PASSES + gelu, rel=0.02)
+    of_two_segments = 2  # beside the first one's: the second one's, and the merge
+    assert (calls[3] - calls[1]) / 2 + of_two_segments == LAUNCHES_OF_A_BLOCK
 
 
 def test_an_iterations_replay_is_made_of_its_items() -> None:

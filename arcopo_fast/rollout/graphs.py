@@ -4,8 +4,8 @@ A graph is bound to addresses. What stays where it is, the weights, adapters (up
 what changes from call to call, the noise and the prompt's keys and values, is copied to where the graph expects it, and what comes out is
 copied away. So a graph fits one shape, step list and set of visible pages. Such a place is captured when it is met for the second time.
 
-Worth it where launching the kernels takes longer than running them: small models, single branches. Predicted, not measured: at the sizes of
-Wan2.1-1.3B a launch is hidden behind the arithmetic, and "auto" leaves graphs off.
+Worth it where launching the kernels takes longer than running them: small models, single frames of single videos. Predicted, not measured:
+with chunks of three frames of Wan2.1-1.3B a launch is hidden behind the arithmetic, and "auto" leaves graphs off.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig, ChunkContex
 from arcopo_fast.model.lora import adapter_enabled
 from arcopo_fast.rollout.sampler import CONSISTENCY, Kernel, Steps, Trajectory, denoise
 
-LAUNCHES_OF_A_BLOCK = 45
-SECONDS_OF_A_LAUNCH = 5e-6
+LAUNCHES_OF_A_BLOCK = 52
+"""Without gradient, with an adapter, over two segments."""
+SECONDS_OF_A_LAUNCH = 2e-5
+"""Of eager PyTorch, with the Python between two launches. An assumption: on one core of a slow machine it was 7e-5."""
 FLOPS_OF_A_SECOND = 4e14
 """Of a GPU in half precision. With the two above, the rough estimate behind "auto"."""
 

@@ -171,6 +171,7 @@ def test_reasons_for_going_without() -> None:
 def test_small_models_are_launch_bound_and_large_ones_are_not() -> None:
     tiny = CausalWanConfig(num_attention_heads=4, attention_head_dim=32, ffn_dim=512, text_len=8)
     assert launch_bound(tiny, batch=12, tokens=32)
+    assert launch_bound(CausalWanConfig(), batch=1, tokens=1560)
     assert not launch_bound(CausalWanConfig(), batch=1, tokens=4680)
     assert not launch_bound(CausalWanConfig(), batch=12, tokens=4680)
 

@@ -57,7 +57,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class MovedBytes(TorchDispatchMode):
-    """While active, counts what operators read and write, by operator: each tensor once, views and new memory not.
+    """While active, counts calls of operators, and what they read and write, by operator: each tensor once, views and new memory not.
 
     What an operator of ours does inside counts as one pass. A tensor that is written in place is read and written, by copies only written.
     """
@@ -65,6 +65,7 @@ class MovedBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.by_operator: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -77,6 +78,7 @@ class MovedBytes(TorchDispatchMode):
         changed = [named[name] for name in written if isinstance(named.get(name), Tensor)]
         if (made or changed) and not name.startswith(("aten::empty", "aten::new_empty")):
             read = [] if name.endswith("_like") else [t for t in given if not (name == "aten::copy_" and t is changed[0])]
+            self.calls[name] += 1
             self.by_operator[name] += sum(map(_distinct, [*read, *made, *changed]))
         return result
 
