@@ -267,11 +267,11 @@ class Engine:
         return latents[:, latents.shape[1] - frames :]
 
     def _on_device(self, noise: Tensor) -> Tensor:
-        """Without waiting for the device, which a copy from pageable memory would."""
+        """Without waiting for the device, which a copy from pageable memory would. Videos with one noise in common still have one."""
         device = self.model.device
-        if device.type == "cuda" and noise.device.type == "cpu":
-            return noise.pin_memory().to(device, non_blocking=True)
-        return noise.to(device)
+        one = noise[:1] if noise.stride(0) == 0 else noise  # nothing can be copied to where several rows lie in one place, as pinning does
+        pinned = device.type == "cuda" and noise.device.type == "cpu"
+        return (one.pin_memory().to(device, non_blocking=True) if pinned else one.to(device)).expand_as(noise)
 
     def switch_prompt(self, stream: Stream, text: Tensor) -> None:
         """Go on with another prompt: the visible frames are cached again under it, all at once (LongLive's KV-recache).
@@ -372,6 +372,7 @@ class Engine:
         """
         if not 0 <= pivot < self.shape.chunks:
             raise ValueError(f"pivot {pivot} is not a chunk of this video; it has {self.shape.chunks}, counted from 0")
+        text = text.to(self.model.device)  # once, and not for every replay
         wave_size = min(branches_per_wave or branches, self.largest_wave or branches, branches)
         plan = self.plan(self.shape, self.policy, pivot, wave_size)
         prefix = self.start(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -275,3 +276,19 @@ def test_ode_rollouts_draw_no_noise() -> None:
     engine = small_engine(small_model(), sampler=replace(SAMPLER, kind="ode"))
     latents = engine.generate(random_text(2), Silent(SHAPE.chunk, seed=5))
     assert latents.shape == (2, *(SHAPE.frames, 8, 4, 6)) and latents.isfinite().all()
+
+
+@pytest.mark.parametrize("videos", [1, 3])
+@pytest.mark.parametrize("shared", [False, True])
+def test_noise_that_videos_share_is_pinned_once(videos: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU noise goes through pinned memory, where a tensor is copied with the strides it has: no two rows may be one."""
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned = torch.empty_strided(tensor.shape, tensor.stride())
+        return pinned.copy_(tensor)  # which PyTorch refuses for an expanded tensor, as the real one does
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", lambda tensor, device, non_blocking: tensor.clone())
+    on_a_gpu = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")))
+    noise = torch.randn(1 if shared else videos, *SHAPE.chunk(0)).expand(videos, *SHAPE.chunk(0))
+    assert torch.equal(Engine._on_device(on_a_gpu, noise), noise)  # type: ignore[arg-type]
