@@ -114,10 +114,11 @@ class Generation:
         decoder, rollout = self.generator.decoder, self.config.rollout
         with resident(self.generator.model.device, decoder.vae, offload=self.config.generator.offload):
             for frames in decode_branches(decoder, latents, pivot, rollout.decode_branches):
-                base = frames[:1, first:] if base is None else base
+                base = frames[:1, first:].clone() if base is None else base
                 changes.append(mean_squared_change(255 * torch.cat([base, frames[:, first:]])))
                 small = max(1, min(frames.shape[-2:]) // FRAME_SIDE)
                 sheet.append(functional.avg_pool2d(frames[:, times].flatten(0, 1), small).unflatten(0, (len(frames), -1)).cpu())
+                del frames  # the next ones need the memory
         return torch.cat(changes)[1:], torch.cat(sheet)
 
     def _start(self, chunk: int) -> int:

@@ -122,6 +122,7 @@ class Evaluator:
                 if video in files:
                     files[video].parent.mkdir(parents=True, exist_ok=True)
                     write_mp4(files[video], frames[row], self.config.video.fps)
+            del frames  # the next ones need the memory
         return values
 
 

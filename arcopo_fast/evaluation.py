@@ -54,7 +54,6 @@ def videos_at_once(config: Config, shape: VideoShape) -> int:
     return max(1, min(BATCH, videos, pool_pages(config, shape) // pool_pages(config, shape, videos=1)))
 
 
-@torch.no_grad()
 def judge(
     config: Config,
     generator: Generator,
@@ -77,10 +76,11 @@ def judge(
     done = 0
     for some in latents.split(config.rollout.decode_branches or len(latents)):
         with resident(device, decoder.vae, offload=offload):
-            frames = decoder.decode(some, decoder.start())[0]  # what it would go on with is not kept: rewards need the memory
-        with resident(device, *rewards.values(), offload=offload):
+            frames = decoder.decode(some, decoder.start())[0]  # what it would go on with is not kept
+        with resident(device, *rewards.values(), offload=offload), torch.no_grad():
             scores = score(rewards, frames, [prompt.text for prompt in prompts[done : done + len(some)]], quarantine=True)
         yield frames, {name: values.cpu() for name, values in scores.items()}
+        del frames  # the next ones need the memory
         done += len(some)
 
 
@@ -106,7 +106,8 @@ def evaluate(
         for frames, judged in judge(config, generator, engine, part, groups, {**rewards, **held_out}):
             for name, values in judged.items():
                 scores.setdefault(name, []).append(values)
-            shown.append(frames[: max(0, config.evaluation.sample_videos - sum(map(len, shown)))].cpu())
+            shown.append(frames[: max(0, config.evaluation.sample_videos - sum(map(len, shown)))].to("cpu", copy=True))
+            del frames
     joined = {name: torch.cat(values) for name, values in scores.items()}
     total = torch.stack([config.rewards[name] * joined[name] for name in rewards]).sum(dim=0)
     return Evaluation({"reward": total} | joined, [prompt.text for prompt in every], torch.cat(shown)[: config.evaluation.sample_videos])

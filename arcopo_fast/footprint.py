@@ -157,28 +157,30 @@ def estimate(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) ->
     else:
         components |= {
             "denoising a wave": _denoising(config, sizes, shape, branches, branches * worst.tail + worst.prefix),
-            "decoder caches": (1 + settings.decode_branches) * cache,  # the prefix's stays
+            "decoder cache of the prefix": cache,
+            "decoder caches of a slice": settings.decode_branches * cache,
             "decoding": settings.decode_branches * (decoding + video),
             "frames of a slice": (settings.decode_branches + 1) * video,  # the shared frames stand alone as well
         }
         # The prefix's frames and its place in the decoder stay until the last slice is judged.
         stages = {
             "rollout": (*making, "denoising a wave"),
-            "decode": (*decoder, "decoder caches", "decoding", "frames of a slice"),
-            "reward": (*judges, "decoder caches", "frames of a slice", "copies while judging"),
+            "decode": (*decoder, "decoder cache of the prefix", "decoder caches of a slice", "decoding", "frames of a slice"),
+            "reward": (*judges, "decoder cache of the prefix", "frames of a slice", "copies while judging"),
         }
     components |= {
         "copies while judging": 2 * video,  # of the one video that is looked at
         "replay and its gradient": _replay(config, sizes, shape, settings),
         "evaluation: denoising": _denoising(config, sizes, shape, videos, videos * whole),
         "evaluation: decoding": at_once * (decoding + video),
-        "evaluation: caches and frames": at_once * (cache + video),
+        "evaluation: caches": at_once * cache,
+        "evaluation: frames": at_once * video,
     }
     stages |= {
         "update": (*network, "replay and its gradient"),
         "evaluation: rollout": (*evaluating, "evaluation: denoising"),
-        "evaluation: decode": (*decoder, "evaluation: decoding", "evaluation: caches and frames"),
-        "evaluation: reward": (*judges, "evaluation: caches and frames", "copies while judging"),
+        "evaluation: decode": (*decoder, "evaluation: decoding", "evaluation: caches", "evaluation: frames"),
+        "evaluation: reward": (*judges, "evaluation: frames", "copies while judging"),
     }
     return Estimate(components, stages)
 

@@ -149,6 +149,7 @@ class OurPath:
                 return {name: torch.cat([part[name] for part in parts]) for name in self.scene.rewards}
             with profiling.stage("reward"):
                 parts.append(score(self.scene.rewards, frames, [self.scene.prompt] * len(frames)))
+            del frames  # the next ones need the memory
 
 
 class ReferencePath:

@@ -264,7 +264,8 @@ def test_the_stages_of_a_run_on_a_buffer(offload: bool) -> None:
     assert [*needs.stages] == ["prefix", "update", "evaluation: rollout", "evaluation: decode", "evaluation: reward"]
     assert on_policy.components.keys() - needs.components.keys() == {
         "denoising a wave",
-        "decoder caches",
+        "decoder cache of the prefix",
+        "decoder caches of a slice",
         "decoding",
         "frames of a slice",
         "keys and values of the branches",

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 
-@torch.no_grad()
 def decode_branches(
     decoder: StreamingDecoder, latents: Sequence[Tensor], pivot: int, branches_at_once: int | None = None
 ) -> Iterator[Tensor]:
     """Frames of a group's latents, some branches after the other: the prefix decoded once, the decoder's causal cache forked at the pivot.
+
+    No slice is held here while the next one is made, as one with a name would be, or in a generator under a decorator like `no_grad`.
 
     Args:
         decoder: of the VAE to use.
@@ -40,8 +41,12 @@ def decode_branches(
         shared, cache = decoder.decode(torch.cat(list(latents[:pivot]), dim=1), cache)
     tails = torch.cat(list(latents[pivot:]), dim=1)
     for part in tails.split(branches_at_once or len(tails)):
-        own, _ = decoder.decode(part, fork(cache, len(part)))
-        yield own if shared is None else torch.cat([shared.expand(len(part), *shared.shape[1:]), own], dim=1)
+        yield _whole(shared, decoder.decode(part, fork(cache, len(part)))[0])
+
+
+def _whole(shared: Tensor | None, own: Tensor) -> Tensor:
+    """Frames of some branches, those before the pivot included."""
+    return own if shared is None else torch.cat([shared.expand(len(own), *shared.shape[1:]), own], dim=1)
 
 
 def decode_group(decoder: StreamingDecoder, latents: Sequence[Tensor], pivot: int, branches_at_once: int | None = None) -> Tensor:
