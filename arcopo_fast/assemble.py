@@ -124,6 +124,8 @@ def device_of(name: str) -> torch.device:
         raise UserError(f"generator.device is {name!r}; expected auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"generator.device is {name!r}, but PyTorch sees no GPU here; use generator.device=cpu")
+    if device.type == "cuda" and device.index is not None and device.index >= (count := torch.cuda.device_count()):
+        raise UserError(f"generator.device is {name!r}, but PyTorch sees {count} GPUs here, counted from 0; use one of them")
     return device
 
 
@@ -153,6 +155,8 @@ def load_generator(config: Config) -> Generator:
     """Transformer, text encoder and VAE: from one directory, from a checkpoint and its base, or untrained, of a published size."""
     settings = config.generator
     device = device_of(settings.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events, streams and graphs are the current device's
     dtype, vae_dtype = getattr(torch, settings.dtype), getattr(torch, settings.vae_dtype)
     if settings.checkpoint.startswith(UNTRAINED):
         sizes = generator_sizes(settings.checkpoint)

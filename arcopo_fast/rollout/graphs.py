@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -140,7 +141,7 @@ class ChunkGraphs:
 
     def _captured(self, run: Callable[..., list[Tensor]], noise: Tensor, fresh: Sequence[Tensor], text: TextContext) -> _Captured | str:
         ours, ours_fresh, ours_text = noise.clone(), [tensor.clone() for tensor in fresh], self._text(text)
-        capture = self._capture or _cuda_capture
+        capture = self._capture or partial(_cuda_capture, device=noise.device)
         try:
             outputs, replay = capture(lambda: run(ours, ours_fresh, ours_text))
         except RuntimeError as error:  # whatever an operator does that a graph cannot hold
@@ -162,11 +163,17 @@ class ChunkGraphs:
 _pool: Any = None
 
 
-def _cuda_capture(function: Function) -> tuple[Sequence[Tensor], Callable[[], object]]:
+def _cuda_capture(function: Function, device: torch.device) -> tuple[Sequence[Tensor], Callable[[], object]]:
     """One memory pool serves all graphs: their outputs are copied away before another one runs."""
     global _pool
-    _pool = _pool or torch.cuda.graph_pool_handle()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool, capture_error_mode="thread_local"):
-        outputs = function()
+    with torch.cuda.device(device):  # a capture records a stream of the current device, whatever device the work is on
+        _pool = _pool or torch.cuda.graph_pool_handle()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=_pool, capture_error_mode="thread_local"):
+                outputs = function()
+        except BaseException:  # a capture that fails at its end leaves its stream the current one, and may leave its pool recording
+            torch.cuda.set_stream(stream)
+            _pool = None
+            raise
     return outputs, graph.replay

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from statistics import median
 from typing import NamedTuple
 
@@ -33,8 +34,9 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     left, right = torch.randn(2, side, side, device=device, dtype=dtype)
     source = torch.randn(size // 4, device=device)
     target, out = torch.empty_like(source), torch.empty_like(left)
-    copied = _seconds(lambda: target.copy_(source), gpu)
-    multiplied = _seconds(lambda: torch.mm(left, right, out=out), gpu)
+    with torch.cuda.device(device) if gpu else nullcontext():  # whose stream the events mark
+        copied = _seconds(lambda: target.copy_(source), gpu)
+        multiplied = _seconds(lambda: torch.mm(left, right, out=out), gpu)
     return Ceilings(bandwidth=2 * size / copied, matmul=2 * side**3 / multiplied)
 
 

@@ -27,8 +27,9 @@ STAGES = ("prefix", "fork", "denoise", "clean", "reencode", "decode", "reward", 
 class _Recorder:
     """Sums up the outermost stages. `marks` are (stage, start, end): times, or events that are read when all is done."""
 
-    def __init__(self, on_gpu: bool) -> None:
-        self.on_gpu = on_gpu
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
         self.depth = 0
         self.marks: list[tuple[str, Any, Any]] = []
 
@@ -36,12 +37,12 @@ class _Recorder:
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def seconds(self) -> dict[str, float]:
         if self.on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         sums: dict[str, float] = {}
         for name, start, end in self.marks:
             sums[name] = sums.get(name, 0.0) + (start.elapsed_time(end) / 1000 if self.on_gpu else end - start)
@@ -59,7 +60,7 @@ def record(device: torch.device) -> Iterator[dict[str, float]]:
     if _recorder is not None:
         raise RuntimeError("stages are being recorded already")
     seconds: dict[str, float] = {}
-    _recorder = recorder = _Recorder(device.type == "cuda")
+    _recorder = recorder = _Recorder(device)
     try:
         yield seconds
     finally:

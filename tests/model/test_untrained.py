@@ -10,7 +10,7 @@ import torch
 from support.models import small_config
 from torch import nn
 
-from arcopo_fast.assemble import load_generator, load_held_out, load_prompts
+from arcopo_fast.assemble import device_of, load_generator, load_held_out, load_prompts
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
@@ -92,3 +92,11 @@ def test_the_recipe_runs_on_an_untrained_generator(tmp_path: Path, monkeypatch: 
     assert line["update1/ratio_max"] == 0 and 0 < line["reward/sharpness"] < 1 and line["gradient_norm"] > 0
     generator = load_generator(load_config("bench_1_3b", ["generator.checkpoint=random:tiny", "generator.device=cpu"]))
     assert load_held_out(generator) == {} and generator.model.dtype == generator.decoder.vae.dtype == torch.bfloat16
+
+
+def test_devices_of_which_there_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="'cuda:2', but PyTorch sees 2 GPUs here, counted from 0"):
+        device_of("cuda:2")
