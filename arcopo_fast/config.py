@@ -51,7 +51,9 @@ class GeneratorConfig(Section):
         min_length=1,
         description="an adapter that is part of the generator: folded into its weights before anything else; path or hf://",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen base; the adapter is always float32")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the frozen base; the adapter is always float32. float16 generates, but cannot be trained"
+    )
     vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the decoder; bfloat16 is fast on a GPU")
     offload: bool = Field(False, description="decoder and rewards wait in host memory, each until its turn: less memory, more time")
     device: str = Field("auto", description='"auto": the GPU if there is one; else cpu, cuda or cuda:N')

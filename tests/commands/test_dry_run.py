@@ -42,6 +42,7 @@ def test_options_anywhere_on_the_line() -> None:
         (["--device-memory", "0", "--dry-run"], "above 0"),
         (["--device-memory", "24"], "add --dry-run"),
         (["--profile", "2", "--dry-run"], "leave one out"),
+        (["generator.dtype=float16", "--dry-run"], "cannot be trained"),
         (["--dryrun"], "the options are --help, --print-config, --dry-run, --device-memory, --profile"),
         (["--dry-run=yes"], "--dry-run: ignored explicit argument 'yes'"),
     ],

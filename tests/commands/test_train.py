@@ -189,6 +189,7 @@ BAD = {
     "unknown reward": (["toy", "rewards={beauty: 1.0}"], "beauty"),
     "unwritable run directory": (["toy", "run.directory=/proc/runs"], "/proc/runs"),
     "too many evaluation prompts": (["toy", "evaluation.prompts=5000"], "5000"),
+    "a dtype whose gradients vanish": (["toy", "generator.dtype=float16"], "use generator.dtype=bfloat16"),
     "no such target": (["toy", "lora.targets=[to_z]"], "to_z"),
 }
 
