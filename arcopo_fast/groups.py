@@ -100,7 +100,7 @@ class Rollouts:
         return group, prompt
 
     def judge(self, group: Group, prompt: Prompt) -> dict[str, Tensor]:
-        """Every reward's scores [G] of a group's videos, decoded and judged as many at a time as the recipe says."""
+        """Every reward's scores [G] of a group's videos, on the CPU, decoded and judged as many at a time as the recipe says."""
         device, offload = self.generator.model.device, self.config.generator.offload
         decoder = self.generator.decoder
         parts: list[dict[str, Tensor]] = []
@@ -111,7 +111,8 @@ class Rollouts:
                 frames = next(slices)
             with profiling.stage("reward"), resident(device, *self.rewards.values(), offload=offload):
                 parts.append(score(self.rewards, frames, [prompt.text] * len(frames), quarantine=True))
-        return {name: torch.cat([part[name] for part in parts]) for name in self.rewards}
+            del frames  # the next ones need the memory
+        return {name: torch.cat([part[name].cpu() for part in parts]) for name in self.rewards}
 
 
 class BufferedGroups:
@@ -170,7 +171,7 @@ def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objec
     with. Its `latents` end at the pivot."""
     about, device = entry.metadata, engine.model.device
     pivot, prompt = about["pivot"], _prompt_in(about)
-    text = generator.encode_text([prompt.for_generator])
+    text = generator.encode_text([prompt.for_generator]).to(device)
     sizes = engine.shape.chunk_frames[:pivot]
     latents = [part.to(device) for part in entry.tensors["prefix"][None].split(sizes, dim=1)] if pivot else []
     with adapter_disabled(engine.model):

@@ -62,10 +62,20 @@ from arcopo_fast.runtime.versions import version_of
 from arcopo_fast.runtime.video import write_mp4
 
 
+def check_trainable(config: Config) -> None:
+    """Raises UserError for what can generate videos, but cannot be trained."""
+    if config.generator.dtype == "float16":
+        raise UserError(
+            "generator.dtype=float16 cannot be trained: the gradient of one latent's element is about 1e-8, which float16 rounds to 0; "
+            "use generator.dtype=bfloat16, or float32"
+        )
+
+
 class Trainer:
     """What a run trains and with what: the generator with its adapter, the source of groups, the objective, the optimiser."""
 
     def __init__(self, config: Config) -> None:
+        check_trainable(config)
         self.config = config
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
@@ -169,7 +179,7 @@ class Trainer:
     def restore(self, directory: Path) -> int:
         """Go back to what `save` wrote; returns its iteration."""
         load_adapter(self.generator.model, directory / "adapter")
-        state = torch.load(directory / "trainer.pt", map_location=self.generator.model.device, weights_only=True)
+        state = torch.load(directory / "trainer.pt", map_location="cpu", weights_only=True)  # where AdamW counts its steps; the rest moves
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.moved = True
         return state["iteration"]
@@ -311,6 +321,7 @@ def main(argv: list[str]) -> None:
     if options.profile and options.dry_run:
         raise UserError("--profile traces a run, and --dry-run starts none; leave one out")
     if options.dry_run:
+        check_trainable(config)
         print(dry_run(config, options.device_memory))
         return
     tune_for_cpu()

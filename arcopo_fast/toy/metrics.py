@@ -159,7 +159,8 @@ class CaptionAccuracy:
 
     @torch.no_grad()
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        named = torch.stack([logits.argmax(1) for logits in self.classifier(self.classifier.select(frames))], dim=1)
+        stills = self.classifier.select(frames).to(next(self.classifier.parameters()).device)
+        named = torch.stack([logits.argmax(1) for logits in self.classifier(stills)], dim=1)
         return (named == self.classifier.labels(prompts).to(named.device)).float().mean(1)
 
 
