@@ -6,7 +6,7 @@ The budget of a precision is twice the error of PyTorch's own attention at that 
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from arcopo_kernels import Segment, dispatch, segment_attention
 from arcopo_kernels.attention import backends, merge_attention, op
 from arcopo_kernels.testing import ROUNDING, assert_close, assert_no_worse
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 needs_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="triton is not installed")
 gpu = pytest.mark.gpu
@@ -450,6 +451,36 @@ def test_gpu_expanded_keys(backend: str) -> None:
     assert_no_worse("output", *outs, slack=1e-3)
     for name, *each in zip(("query", "key", "value"), *gradients):
         assert_no_worse(f"gradient of {name}", *each, slack=1e-3)
+
+
+FINE = {"version": 91900, "capability": (9, 0), "queries": 130, "keys": 4680, "differentiated": True}
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        ({}, None),
+        ({"queries": 1}, "one query"),
+        ({"version": 91002}, "9.15.1"),
+        ({"keys": 12480}, "before cuDNN 9.26"),
+        ({"keys": 12480, "differentiated": False}, None),
+        ({"keys": 12480, "capability": (10, 0)}, None),
+        ({"keys": 12480, "version": 92600}, None),
+    ],
+)
+def test_known_faults_of_cudnn_are_avoided(call: dict[str, Any], said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", raising=False)
+    reason = backends.cudnn_fault(**{**FINE, **call})
+    assert reason is None if said is None else said in str(reason)
+    monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
+    assert backends.cudnn_fault(**FINE) is not None
+
+
+def test_a_kernel_that_does_not_pad_says_so() -> None:
+    """A head_dim that PyTorch's own function would pad, on a GPU that need not be there."""
+    with FakeTensorMode():
+        query = torch.empty(2, 37, 1, 20, dtype=torch.bfloat16, device="cuda")
+        assert "head_dim 20 is not a multiple of 8" in str(backends.BACKENDS["flash"].unsupported(query, query, query))
 
 
 @gpu

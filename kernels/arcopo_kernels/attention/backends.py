@@ -12,6 +12,7 @@ PyTorch's own operators get [B, H, T, D] views.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -123,9 +124,32 @@ def _cudnn_unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     reason = _half_on_nvidia(query)
     if reason is None and torch.cuda.get_device_capability(query.device) < (9, 0):
         reason = "it is the faster one from compute capability 9.0 on only"
-    if reason is None and query.shape[1] == 1:
-        reason = "its backward returns NaN for one query in some versions"  # NVIDIA/cudnn-frontend issue 1072
+    reason = reason or cudnn_fault(
+        version=torch.backends.cudnn.version() or 0,
+        capability=torch.cuda.get_device_capability(query.device),
+        queries=query.shape[1],
+        keys=key.shape[1],
+        differentiated=query.requires_grad,
+    )
     return reason or _sdpa_refuses(torch.backends.cuda.can_use_cudnn_attention, query, key, value)
+
+
+def cudnn_fault(*, version: int, capability: tuple[int, int], queries: int, keys: int, differentiated: bool) -> str | None:
+    """The known fault of cuDNN's attention, or of PyTorch's way to it, that a call would meet; None if it meets none.
+
+    version: as `torch.backends.cudnn.version()` gives it, 91900 for 9.19.0.
+    """
+    if queries == 1:
+        return "its backward returns NaN for one query in some versions"  # NVIDIA/cudnn-frontend issue 1072
+    if version <= 91500:
+        # pytorch/pytorch issue 169849; PyTorch itself prefers it from 9.15.1 on, but does not refuse it before
+        return f"cuDNN {version} may read past the end of sequences that are no multiple of 128 long; 9.15.1 does not"
+    if differentiated and capability == (9, 0) and version < 92600 and keys % 128 == 64:
+        return "a gradient is NaN for some numbers of keys before cuDNN 9.26"  # pytorch/pytorch issue 196678
+    if os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1":
+        # pytorch/pytorch pull request 155958
+        return "TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1 makes PyTorch expect log-sum-exps in another layout"
+    return None
 
 
 def _cudnn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -138,8 +162,7 @@ def _cudnn_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, trained: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     # PyTorch caches cuDNN's plans by shapes and by the strides of q, k and v, in some versions not of out and grad_out: those two are
-    # always contiguous [B, Tq, H, D] here, as the query is. Seed and offset are read by dropout only. A known fault: some versions return
-    # NaN where Tk % 128 == 64 and all scores of a query are below -88 (pytorch/pytorch issue 196678); normalised q and k stay far above.
+    # always contiguous [B, Tq, H, D] here, as the query is. Seed and offset are read by dropout only.
     unused = torch.empty((), dtype=torch.int64, device=query.device)
     tokens, keys = query.shape[1], key.shape[1]
     grad_out, query, key, value, out = _heads_first(grad_out, query, key, value, out)
@@ -147,6 +170,11 @@ def _cudnn_backward(
     rest = (unused, unused, None, None, None, tokens, keys, 0.0, False)  # seed, offset, bias, ragged lengths, lengths, dropout, causal
     grad_query, grad_key, grad_value = _heads_first(*backward(grad_out, query, key, value, out, lse.unsqueeze(-1), *rest, scale=scale))
     return grad_query, grad_key, grad_value
+
+
+def _unpadded(query: Tensor) -> str | None:
+    # The functions that users call pad; those beneath, which are called here, raise.
+    return f"head_dim {query.shape[-1]} is not a multiple of 8" if query.shape[-1] % 8 else None
 
 
 def _flash_unsupported(implementation: str | None, majors: Sequence[int] = ()) -> Callable[[Tensor, Tensor, Tensor], str | None]:
@@ -160,6 +188,7 @@ def _flash_unsupported(implementation: str | None, majors: Sequence[int] = ()) -
             reason = f"PyTorch's flash operator is {active or 'FlashAttention 2'} in this process; call torch.nn.attention.{wanted} first"
         if reason is None and majors and torch.cuda.get_device_capability(query.device)[0] not in majors:
             reason = f"it needs compute capability {' or '.join(f'{major}.x' for major in majors)}"
+        reason = reason or _unpadded(query)
         return reason or _sdpa_refuses(torch.backends.cuda.can_use_flash_attention, query, key, value)
 
     return unsupported
@@ -199,9 +228,7 @@ def _flash_attn_unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | 
         import flash_attn.flash_attn_interface  # noqa: F401
     except ImportError as error:
         return f"flash_attn cannot be imported ({error})"
-    if query.shape[-1] % 8:
-        return f"head_dim {query.shape[-1]} is not a multiple of 8"
-    return _half_on_nvidia(query)
+    return _unpadded(query) or _half_on_nvidia(query)
 
 
 def _flash_attn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
