@@ -126,7 +126,8 @@ def interpreted() -> None:
         pytest.param(2, 5, [PREFIX, Run(0, False, False), WINDOW, OWN], id="three segments and an empty one"),
         pytest.param(5, 11, [Run(1, True, True), Run(1, False, False)], id="one-token segments"),
         pytest.param(64, 3, [PREFIX, Run(2, False, False)], id="64 branches"),
-        pytest.param(2, 1, [PREFIX, OWN], id="one query"),
+        # Several branches: the rounding of one log-sum-exp goes into all of its query's gradients.
+        pytest.param(16, 1, [PREFIX, OWN], id="one query"),
     ],
 )
 def test_error_is_at_most_twice_that_of_plain_attention(
@@ -453,7 +454,7 @@ def test_gpu_expanded_keys(backend: str) -> None:
         assert_no_worse(f"gradient of {name}", *each, slack=1e-3)
 
 
-FINE = {"version": 91900, "capability": (9, 0), "queries": 130, "keys": 4680, "differentiated": True}
+FINE = {"version": 91900, "capability": (9, 0), "queries": 130, "keys": 4680}
 
 
 @pytest.mark.parametrize(
@@ -463,7 +464,6 @@ FINE = {"version": 91900, "capability": (9, 0), "queries": 130, "keys": 4680, "d
         ({"queries": 1}, "one query"),
         ({"version": 91002}, "9.15.1"),
         ({"keys": 12480}, "before cuDNN 9.26"),
-        ({"keys": 12480, "differentiated": False}, None),
         ({"keys": 12480, "capability": (10, 0)}, None),
         ({"keys": 12480, "version": 92600}, None),
     ],

@@ -129,13 +129,14 @@ def _cudnn_unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         capability=torch.cuda.get_device_capability(query.device),
         queries=query.shape[1],
         keys=key.shape[1],
-        differentiated=query.requires_grad,
     )
     return reason or _sdpa_refuses(torch.backends.cuda.can_use_cudnn_attention, query, key, value)
 
 
-def cudnn_fault(*, version: int, capability: tuple[int, int], queries: int, keys: int, differentiated: bool) -> str | None:
+def cudnn_fault(*, version: int, capability: tuple[int, int], queries: int, keys: int) -> str | None:
     """The known fault of cuDNN's attention, or of PyTorch's way to it, that a call would meet; None if it meets none.
+
+    Whether a gradient is wanted makes no difference: a prediction with and one without must come from the same kernel to be compared.
 
     version: as `torch.backends.cudnn.version()` gives it, 91900 for 9.19.0.
     """
@@ -144,7 +145,7 @@ def cudnn_fault(*, version: int, capability: tuple[int, int], queries: int, keys
     if version <= 91500:
         # pytorch/pytorch issue 169849; PyTorch itself prefers it from 9.15.1 on, but does not refuse it before
         return f"cuDNN {version} may read past the end of sequences that are no multiple of 128 long; 9.15.1 does not"
-    if differentiated and capability == (9, 0) and version < 92600 and keys % 128 == 64:
+    if capability == (9, 0) and version < 92600 and keys % 128 == 64:
         return "a gradient is NaN for some numbers of keys before cuDNN 9.26"  # pytorch/pytorch issue 196678
     if os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1":
         # pytorch/pytorch pull request 155958
