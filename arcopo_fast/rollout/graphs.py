@@ -25,7 +25,7 @@ from arcopo_fast.rollout.sampler import CONSISTENCY, Kernel, Steps, Trajectory, 
 LAUNCHES_OF_A_BLOCK = 52
 """Without gradient, with an adapter, over two segments."""
 SECONDS_OF_A_LAUNCH = 2e-5
-"""Of eager PyTorch, with the Python between two launches. An assumption: on one core of a slow machine it was 7e-5."""
+"""Of eager PyTorch, with the Python between two launches. An assumption: one core of a slow machine took 1e-4."""
 FLOPS_OF_A_SECOND = 4e14
 """Of a GPU in half precision. With the two above, the rough estimate behind "auto"."""
 
