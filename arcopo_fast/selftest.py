@@ -18,7 +18,7 @@ from arcopo_fast.config import Config
 from arcopo_fast.groups import JudgedGroup, Rollouts
 from arcopo_fast.model.lora import adapter_disabled, adapter_state, load_adapter_state
 from arcopo_fast.model.sizes import VAESizes
-from arcopo_fast.objectives.base import Items, RatioNotOne
+from arcopo_fast.objectives.base import GradientNotFinite, Items, RatioNotOne
 from arcopo_fast.rewards.base import score
 from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.runtime.memory import resident
@@ -169,10 +169,13 @@ def _update(check: Check) -> Iterator[Finding]:
         except RatioNotOne as error:
             yield Finding("the ratio", False, str(error))
             return
+        except GradientNotFinite as error:
+            yield Finding("the gradient", False, str(error))
+            return
         if factor == 1:
             yield Finding("the ratio", statistics["update1/ratio_max"] == 0, "exactly 1 before the first update")
             norm = statistics["gradient_norm"]
-            yield Finding("the gradient", 0 < norm < float("inf"), f"of the adapter: norm {norm:.3g}")
+            yield Finding("the gradient", norm > 0, f"of the adapter: norm {norm:.3g}")
         after = _surrogate(check, target, items, before.predictions)
         rose = before.loss - after.loss
         if rose > 0:

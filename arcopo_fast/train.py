@@ -14,6 +14,7 @@ import math
 import platform
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -71,6 +72,10 @@ def check_trainable(config: Config) -> None:
         )
 
 
+class NoScores(UserError):
+    """Not one video of an iteration got all its scores. Nothing can be learnt from it, nor, by all signs, from the next one."""
+
+
 class Trainer:
     """What a run trains and with what: the generator with its adapter, the source of groups, the objective, the optimiser."""
 
@@ -98,8 +103,12 @@ class Trainer:
         add_lora(self.generator.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
         self.parameters = adapter_parameters(self.generator.model)
         optimizer = config.optimizer
-        self.updating = False  # an iteration that ends here leaves weights between two
         self.optimizer = torch.optim.AdamW(self.parameters, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay)
+        self.stepped = False  # in the iteration at hand: the weights are no longer those of the one before
+        self.optimizer.register_step_pre_hook(self._steps)
+
+    def _steps(self, *unused: Any) -> None:
+        self.stepped = True
 
     def evaluate(self) -> Evaluation:
         return evaluate(self.config, self.generator, self.engine, self.prompts.evaluation, self.rewards, self.held_out)
@@ -126,18 +135,23 @@ class Trainer:
         return group["lr"]
 
     def iteration(self, iteration: int) -> dict[str, Any]:
-        """Groups with their rewards, advantages, update; returns what metrics.jsonl keeps."""
+        """Groups with their rewards, advantages, update; returns what metrics.jsonl keeps.
+
+        Raises:
+            NoScores: rewards failed for every video.
+        """
+        self.stepped = False
         config = self.config
         groups: list[tuple[Group, Tensor]] = []
         logged: dict[str, list[float]] = {}
-        failed = 0
+        unscored = Counter[str]()  # videos by the reward that failed
         prefix = "" if config.train.buffer is None else "buffer/"  # what a buffer was rewarded says nothing of the policy
         with profiling.record(self.generator.model.device) as seconds, ExitStack() as stack:
             for index in range(config.rollout.prompts_per_iteration):
                 judged = self.source.draw(iteration, index)
                 group = stack.enter_context(judged.group)
                 total = sum_rewards(judged.rewards, config.rewards)
-                failed += sum(int(values.isnan().sum()) for values in judged.rewards.values())
+                unscored.update({name: int(values.isnan().sum()) for name, values in judged.rewards.items()})
                 for name, values in ({"reward": total} | {f"reward/{name}": values for name, values in judged.rewards.items()}).items():
                     values = values[values.isfinite()].double()
                     if not len(values):
@@ -146,15 +160,17 @@ class Trainer:
                     logged.setdefault(f"{prefix}{name}_std", []).append(values.std(correction=0).item())
                 logged.setdefault("pivot", []).append(group.pivot + 1)
                 groups.append((group, self.advantages(judged)))
+            if prefix + "reward" not in logged:
+                videos = config.rollout.prompts_per_iteration * config.rollout.group_size
+                without = ", ".join(f"{number} of {name!r}" for name, number in unscored.items() if number)
+                raise NoScores(f"not one of the {videos} videos of iteration {iteration} got all its scores; without one: {without}")
             lr = self.set_learning_rate(iteration)
             draw = () if config.train.buffer is None else (config.seed, iteration)
-            self.updating = True
             statistics = self.objective.update(
                 groups, self.optimizer, self.parameters, gradient_clip=config.optimizer.gradient_clip, draw=draw
             )
-            self.updating = False
         means = {name: sum(values) / len(values) for name, values in logged.items()}
-        return means | statistics | {"failed_scores": failed, "lr": lr, "time": seconds}
+        return means | statistics | {"failed_scores": unscored.total(), "lr": lr, "time": seconds}
 
     def device(self) -> dict[str, Any]:
         """What device.json says: the device, what it reaches at best, and by pivot the seconds below which no stage gets."""
@@ -240,10 +256,10 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
             try:
                 record = trainer.iteration(iteration)
             except BaseException as error:
-                if iteration - 1 > saved and not trainer.updating:  # while groups are made, the weights are those of the iteration before
+                if iteration - 1 > saved and not trainer.stepped:
                     trainer.save(run, iteration - 1)
-                if isinstance(error, RewardServerError):
-                    raise RewardServerError(f"{error}; go on with python -m arcopo_fast.train --resume {run.path}") from None
+                if isinstance(error, RewardServerError | NoScores):
+                    raise type(error)(f"{error}; go on with python -m arcopo_fast.train --resume {run.path}") from None
                 raise
             trace.step()
             metrics.write(iteration, record)

@@ -16,6 +16,7 @@ the larger micro-batch.
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
@@ -71,6 +72,10 @@ class _Lesson:
 
 class RatioNotOne(RuntimeError):
     """Before the first update the ratio was not exactly 1: replay is not reproducible, and training on it would be training on noise."""
+
+
+class GradientNotFinite(RuntimeError):
+    """The gradient of an update holds NaN or infinity: a step would make every weight it trains NaN. None was taken."""
 
 
 class Objective(ABC, Generic[S]):
@@ -138,6 +143,7 @@ class Objective(ABC, Generic[S]):
 
         Raises:
             RatioNotOne: the ratio before the first update was not exactly 1.
+            GradientNotFinite: the step of that update and those after it were not taken.
             UserError: not even one pair at a time, with checkpointing, fits the device's memory.
         """
         settings, statistics = self.settings, dict[str, list[float]]()
@@ -153,8 +159,13 @@ class Objective(ABC, Generic[S]):
             for ratio_minus_one, live in ratios:
                 self._record(statistics, update, ratio_minus_one, live)
             with stage("optimiser"):
-                norm = nn.utils.clip_grad_norm_(parameters, gradient_clip)
-                statistics.setdefault("gradient_norm", []).append(norm.item())
+                norm = nn.utils.clip_grad_norm_(parameters, gradient_clip).item()
+                if not math.isfinite(norm):
+                    raise GradientNotFinite(
+                        f"the gradient of update {update + 1} of {settings.updates} has the norm {norm}: no step was taken; a smaller "
+                        "optimizer.lr, or generator.dtype=float32, tells whether the weights had gone too far or a number was too large"
+                    )
+                statistics.setdefault("gradient_norm", []).append(norm)
                 optimizer.step()
             self.moved = True
         optimizer.zero_grad(set_to_none=True)

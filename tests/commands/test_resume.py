@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from arcopo_fast.commands import run_command
 from arcopo_fast.errors import UserError
+from arcopo_fast.objectives.base import GradientNotFinite
 from arcopo_fast.runtime.interrupt import Interruption
 from arcopo_fast.runtime.metrics import read_metrics
 from arcopo_fast.train import Trainer, main
@@ -47,7 +49,7 @@ def stopped(directory: Path, monkeypatch: pytest.MonkeyPatch, *, at: int, how: s
     def iteration(self: Trainer, number: int) -> dict[str, object]:
         if number == at:
             if how != "softly":
-                self.updating = how == "updating"
+                self.stepped = how == "updating"
                 raise RuntimeError("the machine went away")
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, number)
@@ -93,6 +95,25 @@ def test_it_goes_on_where_it_was(
     assert (run / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
     ours, theirs = (load_file(directory / "adapter" / "adapter_model.safetensors") for directory in (run, whole))
     assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+@pytest.mark.parametrize(("update", "kept"), [(1, ["step-2"]), (2, [])])
+def test_a_gradient_that_is_not_finite_ends_a_run_whose_weights_are_kept(
+    update: int, kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless a step of its iteration has been taken already: the weights are then of no iteration."""
+    original = Trainer.iteration
+
+    def iteration(self: Trainer, number: int) -> dict[str, object]:
+        calls = iter(range(1, 100))
+        if number == 3:
+            self.parameters[0].register_hook(lambda gradient: gradient * math.nan if next(calls) == update else gradient)
+        return original(self, number)
+
+    monkeypatch.setattr(Trainer, "iteration", iteration)
+    with pytest.raises(GradientNotFinite, match=f"the gradient of update {update} of 2 has the norm nan"):
+        main([*SMALL, "train.save_every=0", f"run.directory={tmp_path}"])
+    assert [path.name for path in (tmp_path / "toy").glob("checkpoints/*")] == kept
 
 
 def test_what_cannot_be_resumed(whole: Path, tmp_path: Path) -> None:

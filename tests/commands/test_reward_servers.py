@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +102,27 @@ def test_failed_scores_are_counted_and_left_out(tmp_path: Path, monkeypatch: pyt
     (line,) = read_metrics(tmp_path / "toy")
     assert line["failed_scores"] == 2 and 0 < line["reward"] == line["reward/my_rewards:sometimes"] < 1
     assert len(seen) == 2 and all(one[1] == 0 and one[[0, 2, 3]].abs().min() > 0 and one.sum().abs() < 1e-9 for one in seen)
+
+
+def test_a_run_whose_every_score_fails_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would go on without ever learning. What it had learnt by then is kept, and it goes on once the reward is mended."""
+    module = tmp_path / "breaks.py"
+    healthy = "class Breaks:\n    calls = 0\n    def __call__(self, frames, prompts):\n        return frames.mean((1, 2, 3, 4))\n"
+    module.write_text(
+        healthy.replace("        return", "        self.calls += len(frames) == 4\n        return [None] * 4 if self.calls > 4 else")
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = ['rewards={"breaks:Breaks": 1.0, toy_vq: 0.5}', "rollout.prompts_per_iteration=2", f"run.directory={tmp_path}"]
+    with pytest.warns(UserWarning, match="not finite"):
+        assert run_command(main, [*SMALL, *settings]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: not one of the 8 videos of iteration 3 got all its scores; without one: 8 of 'breaks:Breaks'; go on with")
+    run = tmp_path / "toy"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"] and len(untimed(run)) == 2
+    module.write_text(healthy)
+    importlib.reload(sys.modules["breaks"])
+    main(["--resume", str(run)])
+    assert [line["failed_scores"] for line in untimed(run)] == [0, 0, 0]
 
 
 def test_evaluation_leaves_failed_scores_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

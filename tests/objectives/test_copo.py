@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.models import SHAPE, random_text, small_engine, small_model
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
-from arcopo_fast.objectives.base import Items, RatioNotOne
+from arcopo_fast.objectives.base import GradientNotFinite, Items, RatioNotOne
 from arcopo_fast.objectives.copo import CopoObjective, CopoSettings
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.noise import KeyedNoise
@@ -173,3 +175,22 @@ def test_a_replay_that_is_not_reproducible_is_refused() -> None:
     with make_group(engine) as group, pytest.raises(RatioNotOne, match="must be exactly 0"):
         optimizer = torch.optim.SGD(parameters, lr=1.0)
         objective.update([(group, zscore(torch.randn(GROUP)))], optimizer, parameters, gradient_clip=1.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("update", [1, 2])
+def test_no_step_is_taken_along_a_gradient_that_is_not_finite(update: int, bad: float) -> None:
+    """One element of one gradient is enough to make every weight NaN: clipping divides all of them by the norm."""
+    engine, calls = adapted_engine(), iter(range(1, 100))
+    objective, parameters = CopoObjective(engine, CopoSettings(micro_batch=None)), adapter_parameters(engine.model)
+    spoil = torch.zeros_like(parameters[3])
+    spoil.view(-1)[-1] = bad
+    parameters[3].register_hook(lambda gradient: gradient + spoil if next(calls) == update else gradient)
+    steps: list[list[Tensor]] = []
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    optimizer.register_step_post_hook(lambda *_: steps.append([parameter.detach().clone() for parameter in parameters]))
+    before = [parameter.detach().clone() for parameter in parameters]
+    with make_group(engine) as group, pytest.raises(GradientNotFinite, match=f"of update {update} of 2 has the norm (nan|inf): no step"):
+        objective.update([(group, zscore(torch.randn(GROUP)))], optimizer, parameters, gradient_clip=1.0)
+    assert len(steps) == update - 1
+    assert all(torch.equal(now, then) and now.isfinite().all() for now, then in zip(parameters, [before, *steps][-1]))
