@@ -123,13 +123,15 @@ def estimate(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) ->
     else:
         stored = group * (2 * 2 * _steps(config) + shape.chunks) + (updates - 1) * pairs_of(config)
 
+    texts = 2 * model.num_layers * model.text_len * model.dim * width  # of one prompt, in every layer
+
     components = {
         "generator weights": width * transformer_parameters(model),
         "adapters, float32": adapters,
         "optimiser and gradients": 3 * adapters,  # two moments
         "keys and values of the prefix": (pages - tails) * _page_bytes(config, sizes),
         f"keys and values of {'evaluations' if buffered else 'the branches'}": tails * _page_bytes(config, sizes),
-        "keys and values of the text": 2 * model.num_layers * model.text_len * model.dim * width,
+        "keys and values of the text": texts,
         "latents of the group": prompts * stored * _chunk(shape),
         "decoder weights": _itemsize(config.generator.vae_dtype) * vae_parameters(sizes.vae),
         "rewards": reward_bytes + bytes_of(name for name in config.rewards if name not in config.reward_servers.addresses),
@@ -171,6 +173,7 @@ def estimate(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) ->
     components |= {
         "copies while judging": 2 * video,  # of the one video that is looked at
         "replay and its gradient": _replay(config, sizes, shape, settings),
+        "evaluation: keys and values of the texts": (videos - 1) * texts,  # each video has a prompt of its own
         "evaluation: denoising": _denoising(config, sizes, shape, videos, videos * whole),
         "evaluation: decoding": at_once * (decoding + video),
         "evaluation: caches": at_once * cache,
@@ -178,7 +181,7 @@ def estimate(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) ->
     }
     stages |= {
         "update": (*network, "replay and its gradient"),
-        "evaluation: rollout": (*evaluating, "evaluation: denoising"),
+        "evaluation: rollout": (*evaluating, "evaluation: keys and values of the texts", "evaluation: denoising"),
         "evaluation: decode": (*decoder, "evaluation: decoding", "evaluation: caches", "evaluation: frames"),
         "evaluation: reward": (*judges, "evaluation: frames", "copies while judging"),
     }

@@ -111,3 +111,4 @@ def test_iteration(bench: Bench, best: Ceilings, report: list[dict[str, Any]], s
     stages = {name: samples[name].medians(timing.rounds) for name, timing in timings.items()}
     bench.figures |= iteration.case(scene.workload, pivot, best, timings, stages, memory=iteration.memory(ours), **more)
     report.append(bench.figures)
+    assert not iteration.problems(ours)

@@ -68,7 +68,7 @@ def timer() -> Timer:
 @pytest.fixture(scope="session")
 def ceilings(timer: Timer, request: pytest.FixtureRequest) -> Ceilings:
     measured = measure_ceilings(timer)
-    request.config.stash[MEASURED]["ceilings"] = measured._asdict()
+    request.config.stash[MEASURED] |= {"environment": results.environment(shapes.DEVICE), "ceilings": measured._asdict()}
     return measured
 
 
@@ -90,6 +90,7 @@ def bench(benchmark: Any, timer: Timer, ceilings: Ceilings, request: pytest.Fixt
     yield one
     if one.figures.keys() & {"variants", "failed"}:
         request.config.stash[MEASURED]["cases"].append(one.figures)
+        _write(request.config)
     if gpu:
         torch.cuda.empty_cache()
 
@@ -108,11 +109,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     measured = config.stash[MEASURED]
     if not measured["cases"]:
         return
-    report = {"environment": results.environment(shapes.DEVICE), **measured}
     terminalreporter.section("operators")
-    for line in results.table(report):
+    for line in results.table(measured):
         terminalreporter.write_line(line)
-    if config.option.results:
-        path = results.folder(shapes.DEVICE) / f"{config.option.results}.json"
-        results.write(path, report)
+    if path := _write(config):
         terminalreporter.write_line(f"written: {path}")
+
+
+def _write(config: pytest.Config) -> Path | None:
+    """What was measured so far, where --results names a file: a session that is killed leaves what it had."""
+    if not config.option.results:
+        return None
+    path = results.folder(shapes.DEVICE) / f"{config.option.results}.json"
+    measured: dict[str, Any] = config.stash[MEASURED]
+    results.write(path, measured)
+    return path

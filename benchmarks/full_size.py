@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ from arcopo_fast.rollout.engine import SamplerSettings, VideoShape
 from arcopo_fast.runtime import profiling
 from arcopo_fast.work import Workload
 from benchmarks import results, shapes
-from benchmarks.iteration import PER_BRANCH, OurPath, ReferencePath, Samples, Scene, case, memory, random_advantages, sweep
+from benchmarks.iteration import PER_BRANCH, OurPath, ReferencePath, Samples, Scene, case, memory, problems, random_advantages, sweep
 from benchmarks.results import OURS
 from benchmarks.timing import Ceilings, Timer, _timing, measure_ceilings
 
@@ -49,6 +50,19 @@ FULL = Workload(
     dtype=torch.bfloat16,
 )
 """The sizes and numbers of the recipe bench_1_3b, all at once; how they are cut into parts depends on the device."""
+
+
+@cache
+def has_diffusers() -> bool:
+    """Whether it can be imported; why not, if it is there, is printed."""
+    if find_spec("diffusers") is None:
+        return False
+    try:
+        from diffusers import AutoencoderKLWan  # noqa: F401 - some of its modules load when they are named
+    except Exception as error:  # whatever a package of another version, or a half of one, raises
+        print(f"diffusers cannot be imported: {type(error).__name__}: {error}", flush=True)
+        return False
+    return True
 
 
 class Cut(NamedTuple):
@@ -95,7 +109,7 @@ def full(workload: Workload | None = None, device: torch.device = shapes.DEVICE)
     add_lora(model, rank=workload.lora_rank, alpha=workload.lora_alpha, seed=0)
     prompt = "a paper boat drifts down a stream"
     text = HashedText(workload.model.text_len, workload.model.text_dim)([prompt])
-    if find_spec("diffusers") is None:
+    if not has_diffusers():
         return Scene(replace(workload, vae=None), model, text, prompt)
     vae = untrained_vae(workload.vae or VAESizes(), dtype=workload.dtype, device=device, seed=0)
     return Scene(
@@ -113,8 +127,11 @@ COMPARED = (MIDDLE, LAST, FIRST)
 PARTS = (
     f"engine-p{MIDDLE}",
     f"reference-p{MIDDLE}",
+    f"engine-p{LAST}",
+    f"reference-p{LAST}",
     f"profile-p{MIDDLE}",
-    *(f"{path}-p{pivot}" for pivot in (LAST, FIRST) for path in ("engine", "reference")),
+    f"engine-p{FIRST}",
+    f"reference-p{FIRST}",
     *(f"engine-p{pivot}" for pivot in range(FIRST, LAST + 1) if pivot not in COMPARED),
     *(f"within-{gigabytes}" for gigabytes in sorted(CUTS, reverse=True)[1:]),
     *(f"sweep-{name}" for name in sweep(FULL)),
@@ -123,19 +140,23 @@ PARTS = (
 
 
 def measure_part(name: str, scene: Scene, timer: Timer, ceilings: Ceilings, rounds: int = 2) -> dict[str, Any]:
-    """The cases of one part, or its kernels; an iteration is measured `rounds` times after one that warms up (in a sweep once)."""
+    """The cases of one part, or its kernels; an iteration is measured `rounds` times after one that warms up (in a sweep once).
+
+    "problems": what its cases did other than planned. They were measured, and the part has failed.
+    """
     kind, _, what = name.partition("-")
     if kind == "sweep":
         varied = sweep(scene.workload)[what]
-        return {"cases": [_measure_ours(scene.resized(workload), workload.middle, timer, ceilings, 1, varied=what) for workload in varied]}
-    if kind == "within":
-        return {"cases": _measure_within(int(what), scene, timer, ceilings)}
-    pivot = int(what.removeprefix("p")) - 1
-    if kind == "engine":
-        return {"cases": [_measure_ours(scene, pivot, timer, ceilings, rounds)]}
-    if kind == "profile":
-        return {"cases": [], "kernels": kernels(scene, pivot, timer)}
-    return {"cases": [_measure_reference(scene, pivot, timer, ceilings, rounds)]}
+        cases = [_measure_ours(scene.resized(workload), workload.middle, timer, ceilings, 1, varied=what) for workload in varied]
+    elif kind == "within":
+        cases = _measure_within(int(what), scene, timer, ceilings)
+    else:
+        pivot = int(what.removeprefix("p")) - 1
+        if kind == "profile":
+            return {"cases": [], "kernels": kernels(scene, pivot, timer), "problems": []}
+        measure = _measure_ours if kind == "engine" else _measure_reference
+        cases = [measure(scene, pivot, timer, ceilings, rounds)]
+    return {"cases": cases, "problems": [f"{one['case']}: {problem}" for one in cases for problem in one.get("problems", [])]}
 
 
 def _measure_ours(scene: Scene, pivot: int, timer: Timer, ceilings: Ceilings, rounds: int, **more: Any) -> dict[str, Any]:
@@ -144,9 +165,8 @@ def _measure_ours(scene: Scene, pivot: int, timer: Timer, ceilings: Ceilings, ro
         torch.cuda.reset_peak_memory_stats()
     samples = Samples(path := OurPath(scene, pivot))
     timing = _timing(sample(samples, timer, rounds), 0.0)
-    wave, settings = path.engine.largest_wave, path.objective.settings
-    assert wave is None and settings == scene.workload.copo, f"it ran out of memory, and went on with waves of {wave} and {settings}"
-    return case(scene.workload, pivot, ceilings, {OURS: timing}, {OURS: samples.medians(rounds)}, memory=memory(path), **more)
+    figures = {"memory": memory(path), "problems": problems(path), **more}
+    return case(scene.workload, pivot, ceilings, {OURS: timing}, {OURS: samples.medians(rounds)}, **figures)
 
 
 def _measure_reference(scene: Scene, pivot: int, timer: Timer, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
@@ -166,7 +186,7 @@ def _measure_within(gigabytes: int, scene: Scene, timer: Timer, ceilings: Ceilin
     """As a card of so many GB would take it: the first pivot has the most keys and values of its own, the last the longest context.
 
     Raises:
-        AssertionError, OutOfMemoryError: it does not fit.
+        OutOfMemoryError: it does not fit, in whatever small pieces.
     """
     workload = cut_for(gigabytes, replace(scene.workload, name=f"{scene.workload.name} within {gigabytes} GB"))
     device, pivots = scene.model.device, (0, workload.shape.chunks - 1)
@@ -240,7 +260,7 @@ def kernels(scene: Scene, pivot: int, timer: Timer) -> dict[str, dict[str, Any]]
 def fingerprint(workload: Workload | None = None) -> str:
     """Of the settings and of every source file that a measurement depends on: what is the same need not be measured again."""
     workload = workload or cut_for(card())
-    digest = hashlib.sha256(repr((workload, REFERENCE_BRANCHES, find_spec("diffusers") is not None)).encode())
+    digest = hashlib.sha256(repr((workload, REFERENCE_BRANCHES, has_diffusers())).encode())
     root = results.ROOT.parent
     for folder in ("arcopo_fast", "kernels/arcopo_kernels", "benchmarks"):
         for path in sorted((root / folder).rglob("*.py")):
@@ -248,8 +268,8 @@ def fingerprint(workload: Workload | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-ENDED = re.compile(r"(?P<part>[\w-]+): (?P<verdict>measured|failed)")
-"""The line that is printed when a part has ended."""
+SAID = re.compile(r"(?P<part>[\w-]+): (?P<verdict>begun|measured|failed)")
+"""The line that is printed when a part has begun, and when it has ended."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -264,16 +284,24 @@ def main(argv: Sequence[str]) -> int:
     if scene.vae is None:
         print("without the VAE: diffusers is not installed; nothing is decoded, and advantages are random numbers", flush=True)
     measured: dict[str, Any] = {}
+    failed = False
     for part in arguments.parts:
+        print(f"{part}: begun", flush=True)
+        complaints = []
         try:
             found = measure_part(part, scene, timer, ceilings, arguments.rounds)
             measured[part] = {"environment": results.environment(shapes.DEVICE), "ceilings": ceilings._asdict(), **found}
-        except Exception:  # whatever it is, the other parts can be measured
+            complaints = found["problems"]
+        except Exception as error:  # whatever it is, the other parts can be measured
             traceback.print_exc()
+            complaints = [f"{type(error).__name__}: {error}"]
         gc.collect()  # out here the error's frames are gone, and what they held
         results.write(arguments.write, measured)
-        print(f"{part}: {'measured' if part in measured else 'failed'}", flush=True)
-    return 0 if measured.keys() >= {*arguments.parts} else 1
+        print(*complaints, f"{part}: {'failed' if complaints else 'measured'}", sep="\n", flush=True)
+        failed = failed or bool(complaints)
+        if complaints:
+            timer.synchronize()  # raises where the device answers nothing any more: the parts left need a new process
+    return int(failed)
 
 
 if __name__ == "__main__":

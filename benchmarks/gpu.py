@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -55,24 +56,32 @@ SANITIZER_FOUND = 86
 """Exit status of compute-sanitizer when it has found something; the program's own statuses are smaller."""
 KEPT_LINES = 60
 """Of a part's output, in the step's file, when the part does not pass."""
-ENGINE_TESTS = "tests/rollout/test_gpu_engine.py"
+ENGINE_TESTS = ("tests/rollout/test_gpu_engine.py", "tests/rollout/test_graphs.py", "tests/rewards/test_clip.py")
+"""Beside those of the kernels: every other file that has GPU tests."""
 ENGINE_NEEDS = ("peft", "pydantic", "safetensors", "transformers")
 """Beside what the kernels need."""
+KERNEL_TESTS_ON_A_CPU = ("test_paging_properties.py",)
+"""Has no GPU test, and needs hypothesis."""
+LONGEST = 180.0
+"""Seconds that the tests of one file, or the benchmark of one operator, may take: one that hangs leaves time for the others."""
 JOBS = max(1, min(8, (os.cpu_count() or 2) // 2))
 """Processes that run side by side where nothing is timed: a GPU has room for some small tests at once."""
-BENCHMARKS = (*OPERATORS, "layers")
+BENCHMARKS = ("layers", "attention", *(operator for operator in OPERATORS if operator != "attention"))
+"""What an iteration spends most of its time in comes first."""
 
 
 class Chosen(NamedTuple):
     """What of the steps is wanted.
 
     benchmarks: of all steps but `iteration`. parts: of that; none: all. jobs: see `JOBS`. rounds: how often an iteration is timed.
+    compiled: whether `bench` measures torch.compile too, as its option --compiled says it.
     """
 
     benchmarks: Sequence[str] = BENCHMARKS
     parts: Sequence[str] = ()
     jobs: int = JOBS
     rounds: int = 2
+    compiled: str = "auto"
 
     @property
     def operators(self) -> list[str]:
@@ -156,28 +165,31 @@ def side_by_side(calls: Sequence[Callable[[], Part]], jobs: int) -> Iterator[Par
 
 def tests(deadline: float, chosen: Chosen) -> Parts:
     paths = sorted((REPOSITORY / "tests" / "kernels").glob("test_*.py"))
-    if chosen.operators == list(OPERATORS):
+    names = [str(path.relative_to(REPOSITORY)) for path in paths if path.name not in KERNEL_TESTS_ON_A_CPU]
+    if {*chosen.operators} == {*OPERATORS}:
         if missing := [package for package in ENGINE_NEEDS if find_spec(package) is None]:
-            output = [f"not installed: {', '.join(missing)}"]
-            yield {"name": ENGINE_TESTS, "status": ABSENT, "seconds": 0.0, "output": output}, {}
+            for name in ENGINE_TESTS:
+                yield _absent(name, f"not installed: {', '.join(missing)}"), {}
         else:
-            paths.append(REPOSITORY / ENGINE_TESTS)
+            names = [*ENGINE_TESTS, *names]  # they take longest
     else:
-        paths = [path for path in paths if any(operator in path.stem for operator in chosen.operators)]
-    # A file without a GPU test may need what is not installed here.
-    names = [str(path.relative_to(REPOSITORY)) for path in paths if "gpu" in path.read_text(encoding="utf-8")]
+        names = [name for name in names if any(operator in Path(name).stem for operator in chosen.operators)]
 
     def test(name: str) -> Part:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.xml")
-            command = [sys.executable, "-m", "pytest", name, "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-            outcome = run(command, deadline, f"[{Path(name).stem}] ")
+            command = [sys.executable, "-m", "pytest", name, "-m", "gpu", "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
+            outcome = run(command, min(deadline, monotonic() + LONGEST), f"[{Path(name).stem}] ")
             counts = _counts(report)
         # pytest's status 5: the file has no such test.
         return outcome.part(name, PASSED if outcome.status == 5 else None, **counts)
 
     for part in side_by_side([partial(test, name) for name in names], chosen.jobs):
         yield part, {}
+
+
+def _absent(name: str, why: str) -> Part:
+    return {"name": name, "status": ABSENT, "seconds": 0.0, "output": [why]}
 
 
 def _counts(report: Path) -> dict[str, Any]:
@@ -205,7 +217,7 @@ def _sanitizer(tool: str, deadline: float, chosen: Chosen) -> Parts:
     toolkit = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     path = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=toolkit)
     if path is None:
-        yield {"name": "compute-sanitizer", "status": ABSENT, "output": [f"neither on the PATH nor in {toolkit}"]}, {}
+        yield _absent("compute-sanitizer", f"neither on the PATH nor in {toolkit}"), {}
         return
     program = [sys.executable, "-m", "benchmarks.every_kernel"]
 
@@ -234,7 +246,7 @@ def _sanitizer(tool: str, deadline: float, chosen: Chosen) -> Parts:
 
 
 def bench(deadline: float, chosen: Chosen) -> Parts:
-    yield from _benchmarks(deadline, chosen.benchmarks)
+    yield from _benchmarks(deadline, chosen.benchmarks, "--compiled", chosen.compiled)
 
 
 def sweep(deadline: float, chosen: Chosen) -> Parts:
@@ -245,7 +257,8 @@ def _benchmarks(deadline: float, operators: Sequence[str], *options: str) -> Par
     for operator in operators:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "pytest", f"benchmarks/bench_{operator}.py", "-q", "-p", "no:cacheprovider"]
-            outcome = run([*command, "--benchmark-only", "--results", "part", *options], deadline, OUT=folder)
+            arguments = ["--benchmark-only", "--results", "part", *options]
+            outcome = run([*command, *arguments], min(deadline, monotonic() + LONGEST), OUT=folder)
             report = Path(folder, "part.json")
             measured = json.loads(report.read_text()) if report.exists() else {}
         # pytest's status 5: the file was skipped whole, for want of something.
@@ -257,33 +270,50 @@ def iteration(deadline: float, chosen: Chosen) -> Parts:
     try:
         from benchmarks import full_size  # the other steps need less
     except ModuleNotFoundError as error:
-        yield {"name": "benchmarks.full_size", "status": ABSENT, "seconds": 0.0, "output": [str(error)]}, {}
+        yield _absent("benchmarks.full_size", str(error)), {}
         return
     fingerprint = full_size.fingerprint()
     measured = _earlier(fingerprint)
     for name, before in measured.items():
-        part = {"name": name, "status": PASSED, "seconds": 0.0, "measured": before["environment"]["date"]}
-        yield part, _full_size_report(measured, fingerprint)
+        part = {"name": name, "seconds": 0.0, "measured": before["environment"]["date"]}
+        yield part | _verdict(before.get("problems", [])), _full_size_report(measured, fingerprint)
     left = [name for name in chosen.parts or full_size.PARTS if name not in measured]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "parts.json")
-        options = ["--write", str(file), "--rounds", str(chosen.rounds)]
-        command = Command([sys.executable, "-m", "benchmarks.full_size", *left, *options], deadline)
-        begun, lines = monotonic(), list[str]()
-        for line in command if left else ():
-            lines.append(line)
-            if (end := full_size.ENDED.fullmatch(line)) is None:
-                continue
-            name, failed = end["part"], end["verdict"] == "failed"
-            output = {"output": lines[-KEPT_LINES:]} if failed else {}
-            part = {"name": name, "status": FAILED if failed else PASSED, "seconds": round(monotonic() - begun, 1), **output}
-            begun, lines = monotonic(), []
-            left.remove(name)
-            measured |= json.loads(file.read_text())
-            yield part, _full_size_report(measured, fingerprint)
-    for index, name in enumerate(left):  # the process was killed, or died
-        part = command.outcome.part(name, LATE if command.outcome.status is None else FAILED)
-        yield part if not index else {"name": name, "status": part["status"], "seconds": 0.0, "output": ["not started"]}, {}
+    while left:
+        progress, at_work = len(left), ""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "parts.json")
+            options = ["--write", str(file), "--rounds", str(chosen.rounds)]
+            command = Command([sys.executable, "-m", "benchmarks.full_size", *left, *options], deadline)
+            begun, lines = monotonic(), list[str]()
+            for line in command:
+                lines.append(line)
+                said = full_size.SAID.fullmatch(line)
+                if said is None:
+                    continue
+                if said["verdict"] == "begun":
+                    begun, lines, at_work = monotonic(), [line], said["part"]
+                    continue
+                name, failed, at_work = said["part"], said["verdict"] == "failed", ""
+                part = {"name": name, "seconds": round(monotonic() - begun, 1), **_verdict(lines if failed else [])}
+                lines = []
+                left.remove(name)
+                if file.exists():
+                    measured |= json.loads(file.read_text())
+                yield part, _full_size_report(measured, fingerprint)
+        ended = command.outcome
+        if ended.status is not None and at_work:  # it died in this part
+            left.remove(at_work)
+            yield ended.part(at_work, FAILED) | {"seconds": round(monotonic() - begun, 1)}, {}
+        if ended.status is not None and len(left) < progress:  # the rest in a new process
+            continue
+        for index, name in enumerate(left):
+            part = ended.part(name, FAILED)
+            yield part if not index else {"name": name, "status": part["status"], "seconds": 0.0, "output": ["not started"]}, {}
+        return
+
+
+def _verdict(problems: Sequence[str]) -> Part:
+    return {"status": FAILED, "output": problems[-KEPT_LINES:]} if problems else {"status": PASSED}
 
 
 def _earlier(fingerprint: str) -> dict[str, Any]:
@@ -322,7 +352,7 @@ def run_step(name: str, seconds: float, chosen: Chosen = Chosen()) -> str:  # no
     environment = results.environment(shapes.DEVICE)
     path = results.folder(shapes.DEVICE) / f"{name}.json"
     report: dict[str, Any] = {"step": name, "status": FAILED, "environment": environment, "parts": []}
-    for part, measured in STEPS[name](start + seconds, chosen):
+    for part, measured in _all_parts(name, start + seconds, chosen):
         report["parts"].append(part)
         if name == "iteration":
             report |= measured
@@ -346,6 +376,16 @@ def run_step(name: str, seconds: float, chosen: Chosen = Chosen()) -> str:  # no
     return str(report["status"])
 
 
+def _all_parts(name: str, deadline: float, chosen: Chosen) -> Parts:
+    """Those of a step; an error of ours is a part that failed, and the steps after it run."""
+    try:
+        yield from STEPS[name](deadline, chosen)
+    except Exception as error:
+        traceback.print_exc()
+        lines = traceback.format_exception(error)
+        yield {"name": f"the step {name} itself", "seconds": 0.0, **_verdict("".join(lines).splitlines())}, {}
+
+
 def _worst(statuses: Sequence[str]) -> str:
     return next((status for status in (FAILED, LATE, ABSENT) if status in statuses), PASSED if statuses else FAILED)
 
@@ -358,6 +398,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--operator", nargs="+", default=BENCHMARKS, choices=BENCHMARKS, help="layers: of an iteration, only benchmarks")
     parser.add_argument("--part", nargs="+", default=(), help="of the full-size iteration (default: all)")
     parser.add_argument("--rounds", type=int, default=2, help="how often a full-size iteration is timed (default: %(default)s)")
+    parser.add_argument("--compiled", choices=("auto", "never"), default="auto", help="never: bench without torch.compile")
     parser.add_argument("--jobs", type=int, default=JOBS, help="tests and sanitizers that run side by side (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.steps) - STEPS.keys():
@@ -371,7 +412,7 @@ def main(argv: Sequence[str]) -> int:
         print("error: no GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 3
     end = monotonic() + arguments.within
-    chosen = Chosen(tuple(arguments.operator), tuple(arguments.part), arguments.jobs, arguments.rounds)
+    chosen = Chosen(tuple(arguments.operator), tuple(arguments.part), arguments.jobs, arguments.rounds, arguments.compiled)
     statuses = {}
     for name in arguments.steps or STEPS:
         statuses[name] = run_step(name, min(arguments.seconds, end - monotonic()), chosen)

@@ -289,8 +289,20 @@ def memory(path: OurPath) -> dict[str, Any]:
     figures |= {"kv_bytes": pool.keys.nbytes + pool.values.nbytes, "planned_kv_bytes": max(1, plan.pages) * pool.page_bytes}
     if path.engine.model.device.type == "cuda":
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
-    assert pool.peak_in_use == plan.pages, f"the engine held {pool.peak_in_use} pages, planned were {plan.pages}"
     return figures
+
+
+def problems(path: OurPath) -> list[str]:
+    """What the path did other than planned, since its first iteration; what was measured of it is not what its case says."""
+    engine, settings, planned = path.engine, path.objective.settings, path.scene.workload.copo
+    found = []
+    if engine.pool.peak_in_use != path.plan.pages:
+        found.append(f"the engine held {engine.pool.peak_in_use} pages, planned were {path.plan.pages}")
+    if engine.largest_wave is not None:
+        found.append(f"a rollout ran out of memory, and went on with waves of {engine.largest_wave} branches")
+    if settings != planned:
+        found.append(f"an update ran out of memory, and went on with {settings}, not {planned}")
+    return found
 
 
 def sweep(workload: Workload) -> dict[str, list[Workload]]:

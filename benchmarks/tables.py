@@ -62,6 +62,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"The reference path ran {note['measured_branches']} of {note['of']} branches. Of its stages, {', '.join(note['stages'])} are",
         ]
         lines += [f"extrapolated, times {note['of'] / note['measured_branches']:g}; the others, *other* among them, are not scaled."]
+    for one in cases:
+        lines += [line for problem in one.get("problems", []) for line in ("", f"**Not as planned**, {one['case']}: {problem}.")]
     if "decode" not in {row["stage"] for row in cases[0]["stages"]}:
         lines += ["", "Without the VAE and the rewards: diffusers is not installed here. Advantages were random numbers."]
     if agreements := [case["agreement"] for case in pivoted if "agreement" in case]:

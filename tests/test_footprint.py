@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import arcopo_kernels
 import pytest
@@ -228,6 +229,30 @@ def test_a_reward_that_says_what_it_takes_is_counted(monkeypatch: pytest.MonkeyP
     assert estimate(bench("rewards={steadiness: 1.0}"), FULL).components["rewards"] == 0
     served = bench("rewards={sharpness: 1.0}", "reward_servers.addresses={sharpness: http://127.0.0.1:1}")
     assert estimate(served, FULL).components["rewards"] == 0, "it takes another process's memory"
+
+
+def test_every_video_of_an_evaluation_has_a_text_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [
+        "evaluation.prompts=3",
+        "evaluation.videos_per_prompt=1",
+        "evaluation.sample_videos=1",
+        "video.chunks=2",
+        "rollout.group_size=3",
+        "lora.rank=4",
+    ]
+    config, held = load_config("toy", [*some, "objective.anchors_per_update=2"]), set[int]()
+    original = Engine.extend
+
+    def extend(engine: Engine, stream: Any, *rest: Any, **more: Any) -> Any:
+        held.add(sum(tensor.nbytes for tensor in [*stream.text.keys, *stream.text.values]))
+        return original(engine, stream, *rest, **more)
+
+    monkeypatch.setattr(Engine, "extend", extend)
+    Trainer(config).evaluate()
+    needs = estimate(config, generator_sizes("toy"))
+    alone, others = needs.components["keys and values of the text"], needs.components["evaluation: keys and values of the texts"]
+    assert held == {alone + others} and others == 2 * alone > 0
+    assert "evaluation: keys and values of the texts" in needs.stages["evaluation: rollout"]
 
 
 # A run on a buffer ------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 A graph is bound to addresses. What stays where it is, the weights, adapters (updated in place) and pages of the pool, is used in place;
 what changes from call to call, the noise and the prompt's keys and values, is copied to where the graph expects it, and what comes out is
-copied away. So a graph fits one shape, step list and set of visible pages. Such a place is captured when it is met for the second time.
+copied away. So a graph fits one shape, step list and set of visible pages. Such a place is captured when it is met for the second time, if
+there is room; a graph makes room for another once it has not been of use for long, so that more places than graphs never capture in turn.
 
 Worth it where launching the kernels takes longer than running them: small models, single frames of single videos. Predicted, not measured:
 with chunks of three frames of Wan2.1-1.3B a launch is hidden behind the arithmetic, and "auto" leaves graphs off.
@@ -29,6 +30,9 @@ SECONDS_OF_A_LAUNCH = 2e-5
 FLOPS_OF_A_SECOND = 4e14
 """Of a GPU in half precision. With the two above, the rough estimate behind "auto"."""
 
+PLACES_REMEMBERED = 4096
+"""That have been met, and have no graph. Windows over long videos can meet new ones without end."""
+
 Function = Callable[[], Sequence[Tensor]]
 Capture = Callable[[Function], tuple[Sequence[Tensor], Callable[[], object]]]
 """Runs a function while recording it: its outputs, and what runs it again into the same outputs."""
@@ -53,22 +57,29 @@ class _Captured(NamedTuple):
 
 
 class ChunkGraphs:
-    """Captured loops by place, the least recently used dropped first.
+    """Captured loops by place.
 
     Args:
         mode: "on"; "auto", by `launch_bound`; "off".
         limit: graphs kept. A chunk of Wan2.1-1.3B takes tens of MiB of launches and one working set that all share.
+        patience: the graph that has not been used for longest makes room, if that was more than so many calls ago for each graph kept.
         capture: how; None: as CUDA graphs, where there is a GPU.
 
     `reason` says why the last call ran without a graph; None if it ran as one.
     """
 
-    def __init__(self, mode: Literal["auto", "on", "off"] = "auto", limit: int = 32, capture: Capture | None = None) -> None:
+    def __init__(
+        self, mode: Literal["auto", "on", "off"] = "auto", limit: int = 32, capture: Capture | None = None, patience: int = 8
+    ) -> None:
         self.mode = mode
         self.limit = limit
+        self.patience = patience
         self.reason: str | None = None
         self._capture = capture
-        self._graphs: OrderedDict[Hashable, _Captured | str | None] = OrderedDict()  # a string: why there is none; None: met once
+        self._calls = 0
+        self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()  # the least recently used first
+        self._used: dict[Hashable, int] = {}  # the call that used a graph last
+        self._met: OrderedDict[Hashable, str | None] = OrderedDict()  # places without a graph; a string: why one cannot be captured
         self._texts: dict[Hashable, tuple[TextContext, TextContext]] = {}  # by shape: where graphs read it, and whose copy lies there
 
     def denoise(
@@ -91,7 +102,8 @@ class ChunkGraphs:
         place = context.place()
         self.reason = self._unsuitable(model, noise, place)
         if self.reason is None:
-            key = (place, tuple(noise.shape), noise.dtype, steps, kernel, tuple(text.keys[0].shape), adapter_enabled(model))
+            shapes = tuple(tuple(tensor.shape) for tensor in (noise, *fresh, text.keys[0]))
+            key = (place, shapes, noise.dtype, steps, kernel, adapter_enabled(model))
             outputs = self._outputs(key, run, noise, fresh, text)
         else:
             outputs = run(noise, fresh, text)
@@ -115,18 +127,14 @@ class ChunkGraphs:
     def _outputs(
         self, key: Hashable, run: Callable[..., list[Tensor]], noise: Tensor, fresh: Sequence[Tensor], text: TextContext
     ) -> Sequence[Tensor]:
+        self._calls += 1
         if key not in self._graphs:
-            self._remember(key, None)
-            self.reason = "this place is met for the first time"
-            return run(noise, fresh, text)  # which also warms up what must not be set up while a graph is captured
-        self._graphs.move_to_end(key)
+            self.reason = self._new(key, run, noise, fresh, text)
+            if self.reason is not None:
+                return run(noise, fresh, text)  # which also warms up what must not be set up while a graph is captured
         graph = self._graphs[key]
-        if graph is None:
-            graph = self._captured(run, noise, fresh, text)
-            self._remember(key, graph)
-        if isinstance(graph, str):
-            self.reason = graph
-            return run(noise, fresh, text)
+        self._graphs.move_to_end(key)
+        self._used[key] = self._calls
         graph.noise.copy_(noise)
         for ours, given in zip(graph.fresh, fresh):
             ours.copy_(given)
@@ -134,12 +142,32 @@ class ChunkGraphs:
         graph.replay()
         return [output.clone() for output in graph.outputs]
 
-    def _remember(self, key: Hashable, graph: _Captured | str | None) -> None:
+    def _new(
+        self, key: Hashable, run: Callable[..., list[Tensor]], noise: Tensor, fresh: Sequence[Tensor], text: TextContext
+    ) -> str | None:
+        """Capture a place; or why not."""
+        if key not in self._met:
+            self._met[key] = None
+            if len(self._met) > PLACES_REMEMBERED:
+                self._met.popitem(last=False)
+            return "this place is met for the first time"
+        self._met.move_to_end(key)
+        if (failure := self._met[key]) is not None:
+            return failure
+        if len(self._graphs) >= self.limit:
+            oldest = next(iter(self._graphs))
+            if self._calls - self._used[oldest] <= self.patience * self.limit:
+                return f"all {self.limit} graphs are in use"
+            del self._graphs[oldest], self._used[oldest]
+        graph = self._captured(run, noise, fresh, text)
+        if isinstance(graph, str):
+            self._met[key] = graph
+            return graph
         self._graphs[key] = graph
-        while len(self._graphs) > self.limit:
-            self._graphs.popitem(last=False)
+        return None
 
     def _captured(self, run: Callable[..., list[Tensor]], noise: Tensor, fresh: Sequence[Tensor], text: TextContext) -> _Captured | str:
+        """A graph, or why there is none."""
         ours, ours_fresh, ours_text = noise.clone(), [tensor.clone() for tensor in fresh], self._text(text)
         capture = self._capture or partial(_cuda_capture, device=noise.device)
         try:

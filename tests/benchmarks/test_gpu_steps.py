@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,17 +66,56 @@ def test_tests_run_side_by_side_and_the_engines_with_all_operators_only(monkeypa
 
     monkeypatch.setattr(gpu, "run", run)
     parts = [part["name"] for part, _ in gpu.tests(0.0, gpu.Chosen(jobs=2))]
-    assert set(parts) == ran and gpu.ENGINE_TESTS in ran and most == 2
+    assert set(parts) == ran > {*gpu.ENGINE_TESTS} and most == 2
     ran.clear()
     both.reset()
     with monkeypatch.context() as without:
         without.setattr(gpu, "find_spec", lambda package: None if package == "pydantic" else package)
-        absent, *_ = (part for part, _ in gpu.tests(0.0, gpu.Chosen(jobs=2)))
-    assert absent["status"] == gpu.ABSENT and absent["output"] == ["not installed: pydantic"] and gpu.ENGINE_TESTS not in ran
+        absent = [part for part, _ in gpu.tests(0.0, gpu.Chosen(benchmarks=gpu.BENCHMARKS[::-1], jobs=2))][: len(gpu.ENGINE_TESTS)]
+    assert [part["name"] for part in absent] == [*gpu.ENGINE_TESTS] and not ran & {*gpu.ENGINE_TESTS}
+    assert all(part["status"] == gpu.ABSENT and part["output"] == ["not installed: pydantic"] for part in absent)
     ran.clear()
     both.reset()
     assert [part["name"] for part, _ in gpu.tests(0.0, gpu.Chosen(benchmarks=("nft", "surrogate"), jobs=2))]
     assert ran == {"tests/kernels/test_nft.py", "tests/kernels/test_surrogate.py"}
+
+
+def test_every_gpu_test_is_in_a_file_that_the_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(gpu, "run", lambda command, *_, **__: ran.append(command[3]) or gpu.Outcome(0, [], 0.0))
+    list(gpu.tests(0.0, gpu.Chosen(jobs=1)))
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=gpu.REPOSITORY, env=environment, capture_output=True, text=True)
+    files = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert done.returncode == 0 and "tests/kernels/test_swaps.py" in files, done.stdout[-2000:]
+    assert files <= {*ran}
+
+
+@pytest.mark.parametrize("step", ["tests", "bench"])
+def test_what_hangs_leaves_time_for_the_others(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(gpu, "run", lambda command, deadline, *_, **__: given.append(deadline - monotonic()) or gpu.Outcome(0, [], 0.0))
+    list(gpu.STEPS[step](monotonic() + 10 * gpu.LONGEST, gpu.Chosen(jobs=1)))
+    assert len(given) > 7 and all(gpu.LONGEST - 60 < seconds <= gpu.LONGEST for seconds in given)
+    given.clear()
+    list(gpu.STEPS[step](monotonic() + 1.0, gpu.Chosen(jobs=1)))
+    assert max(given) <= 1
+
+
+def test_an_error_of_the_driver_ends_its_step_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def breaks(deadline: float, chosen: gpu.Chosen) -> gpu.Parts:
+        yield {"name": "first", "status": gpu.PASSED, "seconds": 0.0}, {}
+        raise KeyError("seconds")
+
+    monkeypatch.setitem(gpu.STEPS, "memcheck", breaks)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main(["memcheck", "racecheck"]) == 1
+    first, itself = json.loads((tmp_path / "memcheck.json").read_text())["parts"]
+    assert first["status"] == gpu.PASSED and itself["status"] == gpu.FAILED and itself["output"][-1] == "KeyError: 'seconds'"
+    assert json.loads((tmp_path / "racecheck.json").read_text())["status"] == gpu.ABSENT
 
 
 def test_all_steps_end_within_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def parts() -> dict[str, dict[str, Any]]:
     """Some parts of the full-size measurement, at a size at which they take no time."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(full_size, "find_spec", lambda name: None)  # diffusers, say, is not installed
+        patch.setattr(full_size, "has_diffusers", lambda: False)
         scene = full_size.full(tiny(), torch.device("cpu"))
     assert scene.vae is None
     timer, environment = Timer(torch.device("cpu")), results.environment(shapes.DEVICE)
@@ -156,16 +156,21 @@ def test_the_reference_is_extrapolated_by_branch(parts: dict[str, dict[str, Any]
 
 
 class Process:
-    """Stands for `gpu.Command`: writes what the parts would have measured, and says so; what is broken fails, at `killed` it ends."""
+    """Stands for `gpu.Command`: writes what the parts would have measured, and says so; what is broken fails, at `killed` it ends.
 
-    def __init__(self, parts: dict[str, dict[str, Any]], broken: Sequence[str] = (), killed: str = "") -> None:
-        self.parts, self.broken, self.killed = parts, broken, killed
+    deadly: at such a part the process dies; after such as are both, it does once it has said that they failed. started: how many processes.
+    """
+
+    def __init__(self, parts: dict[str, dict[str, Any]], broken: Sequence[str] = (), killed: str = "", deadly: Sequence[str] = ()) -> None:
+        self.parts, self.broken, self.killed, self.deadly = parts, broken, killed, deadly
         self.ran: list[str] = []
+        self.started = 0
 
     def __call__(self, command: Sequence[str], deadline: float) -> Process:
         begin, end = command.index("benchmarks.full_size") + 1, command.index("--write")
         self.names, self.file = command[begin:end], Path(command[end + 1])
         assert command[end + 2 :] == ["--rounds", "1"]
+        self.started += 1
         return self
 
     def __iter__(self) -> Iterator[str]:
@@ -175,11 +180,18 @@ class Process:
                 self.outcome = gpu.Outcome(None, ["at work"], 0.1)
                 return
             self.ran.append(name)
+            yield f"{name}: begun"
             yield f"at {name}"
-            if name not in self.broken:
+            if name in self.deadly and name not in self.broken:
+                self.outcome = gpu.Outcome(-11, ["a fault"], 0.1)
+                return
+            if name not in self.broken or self.parts[name].get("problems"):
                 measured[name] = self.parts[name]
             self.file.write_text(json.dumps(measured))
             yield f"{name}: {'failed' if name in self.broken else 'measured'}"
+            if name in self.deadly:
+                yield "the device answers no more"
+                break
         self.outcome = gpu.Outcome(int(bool(self.broken)), [], 0.1)
 
 
@@ -187,13 +199,14 @@ def test_the_step_resumes_where_it_was(parts: dict[str, dict[str, Any]], monkeyp
     monkeypatch.setattr("benchmarks.full_size.PARTS", tuple(parts))
     monkeypatch.setenv("OUT", str(tmp_path))
 
-    def step(chosen: Sequence[str], *broken: str, killed: str = "") -> tuple[str, list[str], dict[str, Any]]:
-        process = Process(parts, broken, killed)
+    def step(chosen: Sequence[str], *broken: str, killed: str = "", deadly: Sequence[str] = ()) -> tuple[str, list[str], dict[str, Any]]:
+        nonlocal process
+        process = Process(parts, broken, killed, deadly)
         monkeypatch.setattr(gpu, "Command", process)
         status = gpu.run_step("iteration", 60.0, gpu.Chosen(parts=chosen, rounds=1))
         return status, process.ran, json.loads((tmp_path / "iteration.json").read_text())
 
-    everything = tuple(parts)
+    everything, process = tuple(parts), Process({})
     assert step(["engine-p4"])[:2] == (gpu.PASSED, ["engine-p4"])
     status, ran, report = step(everything, "engine-p7", killed="reference-p7")
     assert status == gpu.FAILED and ran == ["engine-p1", "reference-p4", "profile-p4", "engine-p7"]
@@ -201,23 +214,61 @@ def test_the_step_resumes_where_it_was(parts: dict[str, dict[str, Any]], monkeyp
     assert states["engine-p4"] == states["engine-p1"] == gpu.PASSED and states["engine-p7"] == gpu.FAILED
     assert states["reference-p7"] == states["sweep-length"] == gpu.LATE
     (failed,) = (part for part in report["parts"] if part["name"] == "engine-p7")
-    assert failed["output"] == ["at engine-p7", "engine-p7: failed"]
+    assert failed["output"] == ["engine-p7: begun", "at engine-p7", "engine-p7: failed"]
     assert report["measured"].keys() == {"engine-p1", "engine-p4", "reference-p4", "profile-p4"}
+    status, ran, report = step(everything, "engine-p7", deadly=["engine-p7", "within-80"])
+    assert status == gpu.FAILED and ran == ["engine-p7", "reference-p7", "within-80", "sweep-length"] and process.started == 3
+    states = {part["name"]: part["status"] for part in report["parts"]}
+    assert [name for name in states if states[name] != gpu.PASSED] == ["engine-p7", "within-80"]
+    (died,) = (part for part in report["parts"] if part["name"] == "within-80")
+    assert died["exit"] == -11 and died["output"] == ["a fault"]
+    assert report["measured"].keys() == set(everything) - {"engine-p7", "within-80"}
     status, ran, report = step(everything)
-    assert status == gpu.PASSED and ran == ["engine-p7", "reference-p7", "within-80", "sweep-length"]
+    assert status == gpu.PASSED and ran == ["engine-p7", "within-80"] and process.started == 1
     assert report["measured"].keys() == set(everything) and report["kernels"] == parts["profile-p4"]["kernels"]
     assert [case["pivot"] for case in report["cases"][:3]] == [1, 4, 7]
     assert (tmp_path / "iteration.md").read_text() == tables.markdown(report | {"environment": parts["engine-p1"]["environment"]})
-    assert step(everything)[1] == []
+    assert step(everything)[1] == [] and process.started == 0
     monkeypatch.setattr("benchmarks.full_size.fingerprint", lambda *_: "of other sources")
     assert step(["engine-p1"])[1] == ["engine-p1"], "what other sources measured counts for nothing"
+
+
+def test_a_process_that_never_gets_to_work_is_not_started_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Broken(Process):
+        def __iter__(self) -> Iterator[str]:
+            yield "ImportError: no such thing"
+            self.outcome = gpu.Outcome(1, ["ImportError: no such thing"], 0.1)
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(gpu, "Command", process := Broken({}))
+    assert gpu.run_step("iteration", 60.0, gpu.Chosen(parts=["engine-p1", "engine-p4"], rounds=1)) == gpu.FAILED and process.started == 1
+    first, second = json.loads((tmp_path / "iteration.json").read_text())["parts"]
+    assert first["output"] == ["ImportError: no such thing"] and second["output"] == ["not started"]
+
+
+def test_what_was_measured_other_than_planned_stays_a_failure(
+    parts: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing is thrown away, and nobody takes it for what was asked for, this time or the next."""
+    problem = "it held 9 pages"
+    (case,) = parts["engine-p1"]["cases"]
+    other = {**parts["engine-p1"], "cases": [case | {"problems": [problem]}], "problems": [problem]}
+    monkeypatch.setenv("OUT", str(tmp_path))
+    for again in (False, True):
+        monkeypatch.setattr(gpu, "Command", process := Process({"engine-p1": other}, ["engine-p1"]))
+        assert gpu.run_step("iteration", 60.0, gpu.Chosen(parts=["engine-p1"], rounds=1)) == gpu.FAILED
+        report = json.loads((tmp_path / "iteration.json").read_text())
+        assert report["parts"][0]["status"] == gpu.FAILED and process.started == int(not again)
+        assert report["parts"][0]["output"] == ([problem] if again else ["engine-p1: begun", "at engine-p1", "engine-p1: failed"])
+        assert report["measured"]["engine-p1"]["problems"] == [problem]
+        assert f"**Not as planned**, {case['case']}: {problem}." in (tmp_path / "iteration.md").read_text()
 
 
 def test_a_part_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def measure_part(name: str, *_: object) -> dict[str, Any]:
         if name == "engine-p4":
             raise torch.OutOfMemoryError("no room")
-        return {"cases": [name]}
+        return {"cases": [name], "problems": ["it held 9 pages"] if name == "engine-p7" else []}
 
     monkeypatch.setattr(full_size, "measure_part", measure_part)
     monkeypatch.setattr(full_size, "measure_ceilings", lambda timer: CEILINGS)
@@ -225,8 +276,9 @@ def test_a_part_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tm
     names, file = ["engine-p1", "engine-p4", "engine-p7"], tmp_path / "parts.json"
     assert full_size.main([*names, "--write", str(file)]) == 1
     out, err = capsys.readouterr()
-    verdicts = [match["verdict"] for line in out.splitlines() if (match := full_size.ENDED.fullmatch(line))]
-    assert verdicts == ["measured", "failed", "measured"] and "no room" in err
+    verdicts = [match["verdict"] for line in out.splitlines() if (match := full_size.SAID.fullmatch(line))]
+    assert verdicts == ["begun", "measured", "begun", "failed", "begun", "failed"] and "no room" in err
+    assert out.splitlines()[-2:] == ["it held 9 pages", "engine-p7: failed"]
     measured = json.loads(file.read_text())
     assert measured.keys() == {"engine-p1", "engine-p7"} and measured["engine-p7"]["cases"] == ["engine-p7"]
     assert full_size.main(["engine-p1", "--write", str(file)]) == 0
@@ -253,12 +305,21 @@ def test_a_card_takes_the_largest_cut_that_it_has_the_memory_for(monkeypatch: py
     assert full_size.card(torch.device("cuda")) == size
 
 
-def test_less_memory_than_the_cut_needs_is_no_measurement(parts: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_less_memory_than_the_cut_needs_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that went on with smaller waves, or an update with smaller micro-batches, did not do what is reported."""
     scene = replace(full_size.full(tiny(), torch.device("cpu")), vae=None)
-    monkeypatch.setattr(iteration.OurPath, "iteration", lambda path: setattr(path.engine, "largest_wave", 2))
-    with pytest.raises(AssertionError, match="waves of 2"):
-        full_size.measure_part("engine-p1", scene, Timer(torch.device("cpu")), CEILINGS, 1)
+    original = iteration.OurPath.iteration
+
+    def falls_back(path: iteration.OurPath, advantages: Any = None) -> Any:
+        path.engine.largest_wave = 2
+        path.objective.settings = path.objective.settings.model_copy(update={"micro_batch": 1})
+        return original(path)
+
+    monkeypatch.setattr(iteration.OurPath, "iteration", falls_back)
+    found = full_size.measure_part("engine-p1", scene, Timer(torch.device("cpu")), CEILINGS, 1)
+    pages, wave, settings = found["problems"]
+    assert "held 12 pages, planned were 24" in pages and "waves of 2 branches" in wave and "micro_batch=1" in settings
+    assert found["cases"][0]["variants"][OURS]["median"] > 0, "and yet it was measured"
 
 
 def test_the_parts_are_those_of_the_issue() -> None:

@@ -53,6 +53,27 @@ def test_the_suite_runs_on_a_cpu(tmp_path: Path) -> None:
     assert compare.main([str(path), str(path)]) == 0
 
 
+def test_a_session_that_is_killed_leaves_what_it_measured(tmp_path: Path) -> None:
+    (tmp_path / "bench_dies.py").write_text(
+        "import os\n"
+        "import torch\n"
+        "def test_one(bench):\n"
+        "    x = torch.randn(100)\n"
+        "    bench('exponential', 'N=100', lambda: x.exp(), traffic=800.0)\n"
+        "def test_two(bench):\n"
+        "    os._exit(9)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"OUT": str(tmp_path), "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}"}
+    command = [sys.executable, "-m", "pytest", str(tmp_path / "bench_dies.py"), "-p", "benchmarks.conftest", "--benchmark-only"]
+    options = ["--seconds", "0.005", "--compiled", "never", "--results", "part", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 9, done.stdout + done.stderr
+    report = json.loads((tmp_path / "part.json").read_text())
+    assert [case["operator"] for case in report["cases"]] == ["exponential"] and report["ceilings"]["matmul"] > 0
+    assert any("N=100" in line for line in results.table(report)), "and what is left is a whole report"
+
+
 def test_every_kernel_is_launched(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton")
     from benchmarks import every_kernel

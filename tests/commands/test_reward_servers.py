@@ -116,7 +116,7 @@ def test_a_run_whose_every_score_fails_ends(tmp_path: Path, monkeypatch: pytest.
     with pytest.warns(UserWarning, match="not finite"):
         assert run_command(main, [*SMALL, *settings]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: not one of the 8 videos of iteration 3 got all its scores; without one: 8 of 'breaks:Breaks'; go on with")
+    assert said.startswith("error: not one of the 8 videos of iteration 3 got all its scores; without one: 8 of 'breaks:Breaks'; go on")
     run = tmp_path / "toy"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"] and len(untimed(run)) == 2
     module.write_text(healthy)

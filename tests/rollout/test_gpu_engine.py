@@ -25,7 +25,7 @@ from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise
 from benchmarks.full_size import FULL
-from benchmarks.iteration import OurPath, Scene, memory
+from benchmarks.iteration import OurPath, Scene, memory, problems
 from benchmarks.reference.iteration import Reference
 
 CUDA = torch.device("cuda")
@@ -203,7 +203,8 @@ def test_an_iteration_keeps_to_its_plan(pivot: int) -> None:
     path = OurPath(scene_of(torch.bfloat16), pivot)
     before = torch.cuda.memory_allocated()
     statistics = path.iteration().statistics
-    figures = memory(path)  # which compares the peak of pages in use with the plan
+    figures = memory(path)
+    assert not problems(path) and figures["pages"] == path.plan.pages
     assert figures["kv_bytes"] == figures["planned_kv_bytes"] <= before
     assert statistics["update1/ratio_max"] == 0, "before the first update the ratio is exactly 1"
     assert path.engine.pool.pages_in_use == 0

@@ -7,6 +7,7 @@ graph does. So a replay is right only if everything that changes is copied in or
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from arcopo_fast.model.causal_wan import CausalWanConfig
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora
+from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings
+from arcopo_fast.rollout import graphs
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.graphs import ChunkGraphs, Function, launch_bound
@@ -134,16 +137,56 @@ def test_a_place_is_pages_and_positions() -> None:
     stream.cache.release()
 
 
-def test_the_least_recently_used_graph_is_dropped() -> None:
-    graphed, _, captures = engines(limit=2)
+def test_more_places_than_graphs_do_not_capture_in_turn() -> None:
+    """Each of the graphs there is room for is captured once, and used from then on; the other places run without."""
+    graphed, plain, captures = engines(limit=2, patience=3)
+    text = random_text()
+    for _ in range(5):
+        group = rollout(graphed, text, 0, 0)
+    assert captures.captured == len(graphed.graphs._graphs) == 2 and captures.replayed == 2 * 4
+    assert graphed.graphs.reason == "all 2 graphs are in use"
+    assert torch.equal(group.predictions, rollout(plain, text, 0, 0).predictions)
+    graphed.graphs.limit = 32
+    rollout(graphed, text, 0, 0)
+    assert captures.captured == SHAPE.chunks == 4
+
+
+def test_a_graph_without_use_makes_room() -> None:
+    graphed, _, captures = engines(limit=SHAPE.chunks, patience=3)
+    text = random_text()
+    for _ in range(2):
+        rollout(graphed, text, 0, 0)
+    former = [*graphed.graphs._graphs]
+    assert captures.captured == len(former) == 4
+    add_lora(graphed.model, rank=2, alpha=4, targets=["to_q"], seed=0)  # another network: other places
+    for _ in range(2):
+        rollout(graphed, text, 0, 0)
+    assert captures.captured == 4 and graphed.graphs.reason == "all 4 graphs are in use", "at most eleven calls ago"
+    for _ in range(2):
+        rollout(graphed, text, 0, 0)
+    assert captures.captured == 8 and not {*former} & {*graphed.graphs._graphs} and graphed.graphs.reason is None
+
+
+def test_places_met_are_forgotten_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "PLACES_REMEMBERED", 2)
+    graphed, _, captures = engines()
     text = random_text()
     for _ in range(3):
-        rollout(graphed, text, 0, 0)  # more places than the limit: none comes back in time
-    assert captures.captured == 0 and len(graphed.graphs._graphs) == 2
-    graphed.graphs.limit = 32
-    for _ in range(3):
-        rollout(graphed, text, 0, 0)
-    assert captures.captured == SHAPE.chunks
+        rollout(graphed, text, 0, 0)  # four places, of which none is remembered until it comes back
+    assert captures.captured == 0 and len(graphed.graphs._met) == 2
+
+
+def test_the_steps_noise_may_be_shared_or_each_branchs_own() -> None:
+    """A window of one chunk leaves the last chunk where a chunk before it lay: what differs is the noise alone."""
+    graphed, plain, captures = engines(CachePolicy(window=2))
+    kernel, text = SdeGrpoObjective(graphed, SdeGrpoSettings()).kernel, random_text()
+    for iteration, pivot in product(range(3), range(SHAPE.chunks)):
+        noise = KeyedNoise(SHAPE.chunk, seed=7, iteration=iteration)
+        groups = [engine.rollout(text, noise, pivot=pivot, branches=GROUP, sigma=0.5, kernel=kernel) for engine in (graphed, plain)]
+        with groups[0] as ours, groups[1] as theirs:
+            assert torch.equal(ours.predictions, theirs.predictions)
+            assert all(torch.equal(a, b) for a, b in zip(ours.latents, theirs.latents))
+    assert captures.replayed
 
 
 def test_a_failed_capture_is_said_and_costs_nothing_but_time() -> None:
@@ -162,10 +205,10 @@ def test_a_failed_capture_is_said_and_costs_nothing_but_time() -> None:
 
 def test_reasons_for_going_without() -> None:
     graphed, _, captures = engines()
-    for graphs, said in ((ChunkGraphs("off", capture=captures), "off"), (ChunkGraphs("on"), "on cpu, not on a GPU")):
-        graphed.graphs = graphs
+    for one, said in ((ChunkGraphs("off", capture=captures), "off"), (ChunkGraphs("on"), "on cpu, not on a GPU")):
+        graphed.graphs = one
         rollout(graphed, random_text(), 0, 1)
-        assert graphs.reason is not None and said in graphs.reason
+        assert one.reason is not None and said in one.reason
 
 
 def test_small_models_are_launch_bound_and_large_ones_are_not() -> None:
