@@ -158,10 +158,11 @@ def load_generator(config: Config) -> Generator:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # events, streams and graphs are the current device's
     dtype, vae_dtype = getattr(torch, settings.dtype), getattr(torch, settings.vae_dtype)
+    waits_on = torch.device("cpu") if settings.offload else device  # the decoder, for its turn
     if settings.checkpoint.startswith(UNTRAINED):
         sizes = generator_sizes(settings.checkpoint)
         model = untrained_wan(sizes.transformer, dtype=dtype, device=device, seed=config.seed)
-        vae = channels_last(untrained_vae(sizes.vae, dtype=vae_dtype, device=device, seed=config.seed))
+        vae = channels_last(untrained_vae(sizes.vae, dtype=vae_dtype, device=device, seed=config.seed)).to(waits_on)
         stand_in = HashedText(sizes.transformer.text_len, sizes.transformer.text_dim)
         return Generator(model, stand_in, StreamingDecoder(vae, config.video.decode_frames), None)
     path = checkpoint_path(settings.checkpoint)
@@ -175,7 +176,7 @@ def load_generator(config: Config) -> Generator:
         raise UserError(f"{base} has no VAE; expected vae/, or {OFFICIAL_VAE}, beside a text encoder")
     lora = hub.find(settings.lora) if settings.lora else None
     model = load_model(path, dtype=dtype, device=device, weights=settings.weights, lora=lora)
-    vae = channels_last(load_vae(vae_path, vae_dtype)).to(device)
+    vae = channels_last(load_vae(vae_path, vae_dtype)).to(waits_on)
     text = load_text(base, model.config.text_len, device)
     return Generator(model, text, StreamingDecoder(vae, config.video.decode_frames), base)
 

@@ -96,6 +96,7 @@ class Reference:
         self, text: Tensor, prompt: str, noise: KeyedNoise, pivot: int, *, advantages: Tensor | None = None, branches: int | None = None
     ) -> Result:
         """Roll out, decode, reward, update. branches: run so many of the G branches only, and let them stand for all."""
+        text = text.to(self.wan.model.device)  # once: every video and every replay encodes it
         candidates = self.rollout(text, noise, pivot, branches)
         rewards: dict[str, Tensor] = {}
         if self.vae is not None:

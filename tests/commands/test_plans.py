@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from arcopo_fast import assemble
 from arcopo_fast.groups import Rollouts
 from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.recipe import load_config
@@ -54,6 +55,13 @@ def test_little_memory_gives_the_same_iteration(tmp_path: Path) -> None:
     scale = max(gradient.abs().max().item() for gradient in gradients)
     for ours, theirs in zip(small_gradients, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3 * scale)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_the_decoder_waits_in_host_memory_from_the_start(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assemble, "device_of", lambda name: torch.device("meta"))
+    generator = assemble.load_generator(load_config("toy", [f"generator.offload={str(offload).lower()}"]))
+    assert generator.model.device.type == "meta" and generator.decoder.vae.device.type == ("cpu" if offload else "meta")
 
 
 @pytest.mark.parametrize("offload", [True, False])

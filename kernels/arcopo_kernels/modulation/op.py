@@ -76,7 +76,9 @@ def gated_residual_layer_norm_modulate(
     bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """h = `gated_residual`(x, y, gate) and `layer_norm_modulate`(h, ...) in one pass, bit for bit; the arguments are theirs.
+    """h = `gated_residual`(x, y, gate) and `layer_norm_modulate`(h, ...) in one pass; the arguments are theirs.
+
+    Bit for bit what the two give, where all tensors have one dtype.
 
     Returns:
         h and its norm, both [B, F, T, E].

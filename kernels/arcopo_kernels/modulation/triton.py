@@ -1,8 +1,9 @@
 """Gated residual, LayerNorm and modulation in one pass over the rows, and its backward.
 
 A program holds the E elements of one token in registers. Computed in float32; the residual sum and the result are rounded once each. The
-norm sees the residual sum as it is stored, so the fused operator equals its two halves bit for bit, and the backward pass, which recomputes
-mean and variance from the stored sum, differentiates exactly what was computed.
+norm sees the residual sum as it is stored, so the backward pass, which recomputes mean and variance from the stored sum, differentiates
+what was computed. The fused operator equals its two halves bit for bit where all tensors have one dtype; where dtypes are mixed, a GPU may
+add the elements of a row in another order.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
