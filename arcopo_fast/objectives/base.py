@@ -258,7 +258,8 @@ class Objective(ABC, Generic[S]):
                     prefix.cache.release()
 
     def _known(self, group: Group, items: Items, prefix: Stream | None) -> Tensor:
-        """`predict`; of a reference policy, which never changes, once for each item: kept on the host."""
+        """`predict`; of a reference policy, which never changes, once for each item: kept on the host, with the rounding of the
+        micro-batch that it was first met in."""
         if not self.reference:
             return self.predict(group, items, prefix)
         noise = group.noise

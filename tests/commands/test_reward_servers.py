@@ -109,20 +109,21 @@ def test_a_run_whose_every_score_fails_ends(tmp_path: Path, monkeypatch: pytest.
     module = tmp_path / "breaks.py"
     healthy = "class Breaks:\n    calls = 0\n    def __call__(self, frames, prompts):\n        return frames.mean((1, 2, 3, 4))\n"
     module.write_text(
-        healthy.replace("        return", "        self.calls += len(frames) == 4\n        return [None] * 4 if self.calls > 4 else")
+        healthy.replace("        return", "        self.calls += len(frames) == 4\n        return [None] * 4 if self.calls > 2 else")
     )
     monkeypatch.syspath_prepend(tmp_path)
-    settings = ['rewards={"breaks:Breaks": 1.0, toy_vq: 0.5}', "rollout.prompts_per_iteration=2", f"run.directory={tmp_path}"]
+    rewards, shorter = 'rewards={"breaks:Breaks": 1.0, toy_vq: 0.5}', ["rollout.prompts_per_iteration=2", "train.iterations=2"]
+    settings = [rewards, *shorter, f"run.directory={tmp_path}"]
     with pytest.warns(UserWarning, match="not finite"):
         assert run_command(main, [*SMALL, *settings]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: not one of the 8 videos of iteration 3 got all its scores; without one: 8 of 'breaks:Breaks'; go on")
+    assert said.startswith("error: not one of the 8 videos of iteration 2 got all its scores; without one: 8 of 'breaks:Breaks'; go on")
     run = tmp_path / "toy"
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"] and len(untimed(run)) == 2
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"] and len(untimed(run)) == 1
     module.write_text(healthy)
     importlib.reload(sys.modules["breaks"])
     main(["--resume", str(run)])
-    assert [line["failed_scores"] for line in untimed(run)] == [0, 0, 0]
+    assert [line["failed_scores"] for line in untimed(run)] == [0, 0]
 
 
 def test_evaluation_leaves_failed_scores_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
