@@ -72,8 +72,12 @@ def check_trainable(config: Config) -> None:
         )
 
 
+IN_VAIN = 3
+"""Iterations in a row without one score that end a run: of one, its prompts alone may be to blame."""
+
+
 class NoScores(UserError):
-    """Not one video of an iteration got all its scores. Nothing can be learnt from it, nor, by all signs, from the next one."""
+    """Not one video of `IN_VAIN` iterations in a row got all its scores: nothing was learnt, nor, by all signs, will be."""
 
 
 class Trainer:
@@ -106,6 +110,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay)
         self.stepped = False  # in the iteration at hand: the weights are no longer those of the one before
         self.optimizer.register_step_pre_hook(self._steps)
+        self.in_vain = 0  # iterations in a row without one score
 
     def _steps(self, *unused: Any) -> None:
         self.stepped = True
@@ -138,7 +143,7 @@ class Trainer:
         """Groups with their rewards, advantages, update; returns what metrics.jsonl keeps.
 
         Raises:
-            NoScores: rewards failed for every video.
+            NoScores: rewards failed for every video, as in the iterations before.
         """
         self.stepped = False
         config = self.config
@@ -160,10 +165,11 @@ class Trainer:
                     logged.setdefault(f"{prefix}{name}_std", []).append(values.std(correction=0).item())
                 logged.setdefault("pivot", []).append(group.pivot + 1)
                 groups.append((group, self.advantages(judged)))
-            if prefix + "reward" not in logged:
+            self.in_vain = 0 if prefix + "reward" in logged else self.in_vain + 1
+            if self.in_vain == IN_VAIN:
                 videos = config.rollout.prompts_per_iteration * config.rollout.group_size
-                without = ", ".join(f"{number} of {name!r}" for name, number in unscored.items() if number)
-                raise NoScores(f"not one of the {videos} videos of iteration {iteration} got all its scores; without one: {without}")
+                failed = ", ".join(f"{name!r} failed for {number}" for name, number in unscored.items() if number)
+                raise NoScores(f"not one video of {IN_VAIN} iterations in a row got all its scores: of the last one's {videos}, {failed}")
             lr = self.set_learning_rate(iteration)
             draw = () if config.train.buffer is None else (config.seed, iteration)
             statistics = self.objective.update(
