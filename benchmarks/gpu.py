@@ -139,12 +139,17 @@ class Command:
         timer.start()
         lines: deque[str] = deque(maxlen=2000)
         assert process.stdout is not None
-        for line in process.stdout:
-            print(self.label + line, end="", flush=True)
-            lines.append(line.rstrip())
-            yield lines[-1]
-        status = process.wait()
-        timer.cancel()
+        try:
+            for line in process.stdout:
+                print(self.label + line, end="", flush=True)
+                lines.append(line.rstrip())
+                yield lines[-1]
+            status = process.wait()
+        finally:  # whoever reads may have had enough: nothing may go on beside what is timed next
+            timer.cancel()
+            if process.poll() is None:
+                kill()
+                process.wait()
         self.outcome = Outcome(None if late else status, list(lines), monotonic() - start)
 
 
@@ -197,7 +202,11 @@ def _counts(report: Path) -> dict[str, Any]:
     if not report.exists():
         return {}
     counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": {}}
-    for test in ElementTree.parse(report).iter("testcase"):
+    try:
+        tree = ElementTree.parse(report)
+    except ElementTree.ParseError:  # pytest was killed while it wrote
+        return {}
+    for test in tree.iter("testcase"):
         bad = next((child for child in test if child.tag in ("failure", "error")), None)
         counts["skipped" if test.find("skipped") is not None else "passed" if bad is None else "failed"] += 1
         if bad is not None:
@@ -273,11 +282,15 @@ def iteration(deadline: float, chosen: Chosen) -> Parts:
         yield _absent("benchmarks.full_size", str(error)), {}
         return
     fingerprint = full_size.fingerprint()
-    measured = _earlier(fingerprint)
-    for name, before in measured.items():
-        part = {"name": name, "seconds": 0.0, "measured": before["environment"]["date"]}
-        yield part | _verdict(before.get("problems", [])), _full_size_report(measured, fingerprint)
-    left = [name for name in chosen.parts or full_size.PARTS if name not in measured]
+    wanted, measured = chosen.parts or full_size.PARTS, _earlier(fingerprint)
+    for name in chosen.parts:
+        if measured.get(name, {}).get("problems"):
+            del measured[name]  # asked for by its name, it is measured anew
+    for name in wanted:
+        if name in measured:
+            part = {"name": name, "seconds": 0.0, "measured": measured[name]["environment"]["date"]}
+            yield part | _verdict(measured[name].get("problems", [])), _full_size_report(measured, fingerprint)
+    left = [name for name in wanted if name not in measured]
     while left:
         progress, at_work = len(left), ""
         with tempfile.TemporaryDirectory() as folder:
@@ -303,12 +316,14 @@ def iteration(deadline: float, chosen: Chosen) -> Parts:
         ended = command.outcome
         if ended.status is not None and at_work:  # it died in this part
             left.remove(at_work)
-            yield ended.part(at_work, FAILED) | {"seconds": round(monotonic() - begun, 1)}, {}
+            yield ended.part(at_work, FAILED) | {"seconds": round(monotonic() - begun, 1)}, _full_size_report(measured, fingerprint)
         if ended.status is not None and len(left) < progress:  # the rest in a new process
             continue
         for index, name in enumerate(left):
             part = ended.part(name, FAILED)
-            yield part if not index else {"name": name, "status": part["status"], "seconds": 0.0, "output": ["not started"]}, {}
+            if index:
+                part = {"name": name, "status": part["status"], "seconds": 0.0, "output": ["not started"]}
+            yield part, _full_size_report(measured, fingerprint)
         return
 
 
@@ -338,7 +353,10 @@ def _full_size_report(measured: Mapping[str, Any], fingerprint: str) -> dict[str
     fields["cases"] = tables.merged([case for part in ordered for case in part["cases"]])
     fields["kernels"] = {stage: found for part in ordered for stage, found in part.get("kernels", {}).items()}
     if fields["cases"]:
-        text = tables.markdown({"environment": ordered[0]["environment"], **fields})
+        try:
+            text = tables.markdown({"environment": ordered[0]["environment"], **fields})
+        except Exception:  # what took minutes to measure is not lost for a table
+            text = traceback.format_exc()
         (results.folder(shapes.DEVICE) / "iteration.md").write_text(text)
     return fields
 

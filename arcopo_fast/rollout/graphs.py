@@ -3,7 +3,8 @@
 A graph is bound to addresses. What stays where it is, the weights, adapters (updated in place) and pages of the pool, is used in place;
 what changes from call to call, the noise and the prompt's keys and values, is copied to where the graph expects it, and what comes out is
 copied away. So a graph fits one shape, step list and set of visible pages. Such a place is captured when it is met for the second time, if
-there is room; a graph makes room for another once it has not been of use for long, so that more places than graphs never capture in turn.
+there is room; a graph makes room for another once it has not been of use for long, nor since that place was met last. So more places than
+graphs never capture in turn.
 
 Worth it where launching the kernels takes longer than running them: small models, single frames of single videos. Predicted, not measured:
 with chunks of three frames of Wan2.1-1.3B a launch is hidden behind the arithmetic, and "auto" leaves graphs off.
@@ -62,7 +63,8 @@ class ChunkGraphs:
     Args:
         mode: "on"; "auto", by `launch_bound`; "off".
         limit: graphs kept. A chunk of Wan2.1-1.3B takes tens of MiB of launches and one working set that all share.
-        patience: the graph that has not been used for longest makes room, if that was more than so many calls ago for each graph kept.
+        patience: the graph that has not been used for longest makes room, if that was more than so many calls ago for each graph kept, and
+            the place that needs it has been met since.
         capture: how; None: as CUDA graphs, where there is a GPU.
 
     `reason` says why the last call ran without a graph; None if it ran as one.
@@ -79,7 +81,8 @@ class ChunkGraphs:
         self._calls = 0
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()  # the least recently used first
         self._used: dict[Hashable, int] = {}  # the call that used a graph last
-        self._met: OrderedDict[Hashable, str | None] = OrderedDict()  # places without a graph; a string: why one cannot be captured
+        self._met: OrderedDict[Hashable, int] = OrderedDict()  # the call that met a place last when it had no graph
+        self._failed: dict[Hashable, str] = {}  # why a place that was met cannot be captured
         self._texts: dict[Hashable, tuple[TextContext, TextContext]] = {}  # by shape: where graphs read it, and whose copy lies there
 
     def denoise(
@@ -146,22 +149,24 @@ class ChunkGraphs:
         self, key: Hashable, run: Callable[..., list[Tensor]], noise: Tensor, fresh: Sequence[Tensor], text: TextContext
     ) -> str | None:
         """Capture a place; or why not."""
-        if key not in self._met:
-            self._met[key] = None
+        met_before = self._met.pop(key, None)
+        self._met[key] = self._calls
+        if met_before is None:
             if len(self._met) > PLACES_REMEMBERED:
-                self._met.popitem(last=False)
+                forgotten, _ = self._met.popitem(last=False)
+                self._failed.pop(forgotten, None)
             return "this place is met for the first time"
-        self._met.move_to_end(key)
-        if (failure := self._met[key]) is not None:
-            return failure
+        if key in self._failed:
+            return self._failed[key]
         if len(self._graphs) >= self.limit:
             oldest = next(iter(self._graphs))
-            if self._calls - self._used[oldest] <= self.patience * self.limit:
+            used = self._used[oldest]
+            if met_before < used or self._calls - used <= self.patience * self.limit:
                 return f"all {self.limit} graphs are in use"
             del self._graphs[oldest], self._used[oldest]
         graph = self._captured(run, noise, fresh, text)
         if isinstance(graph, str):
-            self._met[key] = graph
+            self._failed[key] = graph
             return graph
         self._graphs[key] = graph
         return None

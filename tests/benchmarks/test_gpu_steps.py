@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Barrier, Lock
+from threading import Barrier, Lock, Timer
+from threading import enumerate as enumerate_threads
 from time import monotonic
 from typing import Any
 
@@ -32,6 +34,17 @@ def test_a_command_is_killed_with_its_children_at_the_deadline() -> None:
     assert outcome.status is None and monotonic() - start < 300
     assert outcome.part("part")["status"] == gpu.LATE
     assert gpu.run(["never"], start).lines == ["not started"]
+
+
+def test_a_command_that_nobody_reads_on_is_ended() -> None:
+    lines = iter(gpu.Command([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"], monotonic() + 300))
+    process = int(next(lines))
+    lines.close()  # as where an error ends the loop over it
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+    assert not [
+        thread for thread in enumerate_threads() if isinstance(thread, Timer) and thread.is_alive() and not thread.finished.is_set()
+    ]
 
 
 def test_a_kernel_that_does_not_launch_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +210,8 @@ def test_counts_of_a_report(tmp_path: Path) -> None:
     )
     assert gpu._counts(report) == {"passed": 1, "failed": 2, "skipped": 1, "failures": {"b": "wrong", "d": "broken"}}
     assert gpu._counts(tmp_path / "none.xml") == {}
+    report.write_text(report.read_text()[:100])
+    assert gpu._counts(report) == {}, "of a process that was killed"
 
 
 def test_the_worst_status_of_the_parts_stands_for_all() -> None:

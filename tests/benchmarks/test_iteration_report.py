@@ -254,14 +254,21 @@ def test_what_was_measured_other_than_planned_stays_a_failure(
     (case,) = parts["engine-p1"]["cases"]
     other = {**parts["engine-p1"], "cases": [case | {"problems": [problem]}], "problems": [problem]}
     monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr("benchmarks.full_size.PARTS", ("engine-p1",))
     for again in (False, True):
         monkeypatch.setattr(gpu, "Command", process := Process({"engine-p1": other}, ["engine-p1"]))
-        assert gpu.run_step("iteration", 60.0, gpu.Chosen(parts=["engine-p1"], rounds=1)) == gpu.FAILED
+        assert gpu.run_step("iteration", 60.0, gpu.Chosen(rounds=1)) == gpu.FAILED
         report = json.loads((tmp_path / "iteration.json").read_text())
         assert report["parts"][0]["status"] == gpu.FAILED and process.started == int(not again)
         assert report["parts"][0]["output"] == ([problem] if again else ["engine-p1: begun", "at engine-p1", "engine-p1: failed"])
         assert report["measured"]["engine-p1"]["problems"] == [problem]
         assert f"**Not as planned**, {case['case']}: {problem}." in (tmp_path / "iteration.md").read_text()
+    monkeypatch.setattr("benchmarks.full_size.PARTS", ("engine-p1", "engine-p4"))
+    monkeypatch.setattr(gpu, "Command", Process(parts))
+    assert gpu.run_step("iteration", 60.0, gpu.Chosen(parts=["engine-p4"], rounds=1)) == gpu.PASSED, "which has no problems"
+    assert json.loads((tmp_path / "iteration.json").read_text())["measured"].keys() == {"engine-p1", "engine-p4"}
+    assert gpu.run_step("iteration", 60.0, gpu.Chosen(parts=["engine-p1"], rounds=1)) == gpu.PASSED, "by its name it is measured anew"
+    assert json.loads((tmp_path / "iteration.json").read_text())["measured"].keys() == {"engine-p1", "engine-p4"}
 
 
 def test_a_part_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from arcopo_kernels import PagePool
 from support.models import SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 
-from arcopo_fast.model.causal_wan import CausalWanConfig
+from arcopo_fast.model.causal_wan import CausalWanConfig, TextContext
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings
 from arcopo_fast.rollout import graphs
@@ -149,6 +149,20 @@ def test_more_places_than_graphs_do_not_capture_in_turn() -> None:
     graphed.graphs.limit = 32
     rollout(graphed, text, 0, 0)
     assert captures.captured == SHAPE.chunks == 4
+
+
+@pytest.mark.parametrize("places", [3, 20, 40])
+def test_places_in_a_cycle_keep_the_graphs_they_have(places: int) -> None:
+    """However long the cycle is beside limit and patience."""
+    captures = Captures()
+    graphed = ChunkGraphs("on", limit=4, patience=2, capture=captures)
+    noise, text = torch.randn(2), TextContext([torch.randn(1)], [torch.randn(1)])
+    for _ in range(5):
+        for place in range(places):
+            (output,) = graphed._outputs(place, lambda noise, fresh, text, place=place: [noise + place], noise, [], text)
+            assert torch.equal(output, noise + place)
+    kept = min(places, 4)
+    assert captures.captured == kept and captures.replayed == 4 * kept
 
 
 def test_a_graph_without_use_makes_room() -> None:
