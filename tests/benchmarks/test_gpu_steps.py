@@ -37,14 +37,13 @@ def test_a_command_is_killed_with_its_children_at_the_deadline() -> None:
 
 
 def test_a_command_that_nobody_reads_on_is_ended() -> None:
+    others = {*enumerate_threads()}
     lines = iter(gpu.Command([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"], monotonic() + 300))
     process = int(next(lines))
     lines.close()  # as where an error ends the loop over it
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
-    assert not [
-        thread for thread in enumerate_threads() if isinstance(thread, Timer) and thread.is_alive() and not thread.finished.is_set()
-    ]
+    assert all(thread.finished.is_set() for thread in {*enumerate_threads()} - others if isinstance(thread, Timer))
 
 
 def test_a_kernel_that_does_not_launch_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,8 +136,11 @@ def test_frames_that_are_not_looked_at_do_not_matter(reward: CLIPScore) -> None:
     unseen = [index for index in range(81) if index not in seen.tolist()]
     changed[:, unseen] = torch.rand_like(changed[:, unseen])
     torch.testing.assert_close(reward(changed, PROMPTS[:1]), reward(frames, PROMPTS[:1]), rtol=0, atol=ROUNDING)
-    changed[:, seen[-1]] = torch.rand_like(changed[:, seen[-1]])
-    assert (reward(changed, PROMPTS[:1]) - reward(frames, PROMPTS[:1])).abs() > 10 * ROUNDING
+    differences = []
+    for _ in range(4):  # the score of one frame can come out the same by chance
+        changed[:, seen[-1]] = torch.rand_like(changed[:, seen[-1]])
+        differences.append((reward(changed, PROMPTS[:1]) - reward(frames, PROMPTS[:1])).abs())
+    assert max(differences) > 10 * ROUNDING
 
 
 def test_prompts_end_after_77_tokens(reward: CLIPScore) -> None:
