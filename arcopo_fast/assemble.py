@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Literal, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -45,12 +45,21 @@ from arcopo_fast.toy.text import ToyTextEncoder
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-TextEncoder = Callable[[Sequence[str]], Tensor]
-
 UNTRAINED = "random:"
 """Begins a `generator.checkpoint` that names a size instead of a place."""
 
 OFFICIAL_VAE = "Wan2.1_VAE.pth"
+
+
+class TextEncoder(Protocol):
+    """Prompts -> embeddings [B, text_len, text_dim] fp32 on the CPU."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from every encoder that gives other embeddings."""
+        ...
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor: ...
 
 
 @dataclass

@@ -34,7 +34,7 @@ def collect(config: Config, path: str, groups: int) -> Buffer:
     encode_ahead(generator.encode_text, (prompt_of(config.seed, prompts.training, index, 0).for_generator for index in range(groups)))
     engine = build_engine(config, generator.model, video_shape(config, generator), vae=generator.decoder.vae)
     objective = build_objective(config, engine)
-    buffer = Buffer.create(path, policy_of(config, generator.model, objective), recipe_of(config, prompts), groups=groups)
+    buffer = Buffer.create(path, policy_of(config, generator, objective), recipe_of(config, prompts, rewards), groups=groups)
     source = Rollouts(config, generator, engine, objective, prompts, rewards)
 
     def waiting(others: list[int]) -> None:

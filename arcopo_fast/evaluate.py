@@ -40,7 +40,9 @@ from arcopo_fast.merge import Source, read_source
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import adapter_state, add_lora, load_adapter_state
 from arcopo_fast.model.sizes import VAESizes
+from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.client import RewardServerError
+from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.runtime.interrupt import Interrupted, Interruption
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.paired import Result, as_json, as_markdown, compare, with_total
@@ -93,7 +95,7 @@ class Evaluator:
         self.generator = load_generator(config)
         self.held_out = load_held_out(self.generator)
         self.shape = video_shape(config, self.generator)
-        self.settings = settings_of(config, self.generator, self.held_out)
+        self.settings = settings_of(config, self.generator, {**self.rewards, **self.held_out})
         self.adapters = {one.name: one.identity for one in generators}
         self._current: str | None = None
         prepare_adapters(self.generator.model, [one.source for one in generators if one.source])
@@ -262,18 +264,19 @@ def name_of(file: Path) -> str:
 # What is made, and what its scores depend on ---------------------------------------------------------------------------------------
 
 
-def settings_of(config: Config, generator: Generator, held_out: Iterable[str]) -> dict[str, Any]:
-    """What every score depends on, by dotted keys. The generator has no adapter yet."""
+def settings_of(config: Config, generator: Generator, judges: Mapping[str, Reward]) -> dict[str, Any]:
+    """What every score depends on, by dotted keys. The generator has no adapter yet. judges: rewards and held-out metrics."""
     settings: dict[str, Any] = {
         "seed": config.evaluation.seed,
         "videos_per_prompt": config.evaluation.videos_per_prompt,  # a video's noise depends on it
         "weights": weights_digest(generator.model),
         "vae_weights": weights_digest(generator.decoder.vae),
-        "held_out": sorted(held_out),
+        "text_encoder": generator.encode_text.fingerprint,
         "reward_servers.frames": config.reward_servers.frames,
     }
     sections = config.model_dump(mode="json", include={"video", "sampler", "cache", "rewards"})
     sections["generator"] = config.generator.model_dump(include={"dtype", "vae_dtype"})  # its weights are above, its name may differ
+    sections["code_and_weights"] = {name: fingerprint_of(judge) for name, judge in judges.items()}
     for name, section in sections.items():
         settings |= {f"{name}.{key}": value for key, value in section.items()}
     del settings["video.decode_frames"]  # says how, not what

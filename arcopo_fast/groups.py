@@ -13,17 +13,17 @@ from itertools import product
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arcopo_fast.assemble import Generator, cache_policy
 from arcopo_fast.config import Config
 from arcopo_fast.data.buffer import Buffer, Entry, all_metadata
 from arcopo_fast.data.prompts import Prompt, Prompts, digest
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import adapter_disabled
 from arcopo_fast.objectives.base import Objective
 from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.noise import KeyedNoise
@@ -194,8 +194,8 @@ def _prompt_in(about: Mapping[str, Any]) -> Prompt:
 # What a buffer is of ---------------------------------------------------------------------------------------------------------------
 
 
-def weights_digest(model: CausalWan) -> str:
-    """SHA-256 of a generator's weights, names and dtypes included. The model must have no adapter."""
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, names and dtypes included. The model must have no adapter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -203,12 +203,13 @@ def weights_digest(model: CausalWan) -> str:
     return digest.hexdigest()
 
 
-def policy_of(config: Config, model: CausalWan, objective: Objective[Any]) -> dict[str, Any]:
-    """What the groups of a buffer were drawn from; training must agree with every value. The model must have no adapter."""
+def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -> dict[str, Any]:
+    """What the groups of a buffer were drawn from; training must agree with every value. The generator must have no adapter."""
     kernel = objective.kernel
     reencoded = {"vae_dtype": config.generator.vae_dtype} if cache_policy(config).reencoded else {}
     return reencoded | {
-        "weights": weights_digest(model),
+        "weights": weights_digest(generator.model),
+        "text_encoder": generator.encode_text.fingerprint,
         "video": config.video.model_dump(exclude={"fps", "decode_frames"}),
         "sampler": config.sampler.model_dump(),
         "cache": config.cache.model_dump(),
@@ -218,12 +219,12 @@ def policy_of(config: Config, model: CausalWan, objective: Objective[Any]) -> di
     }
 
 
-def recipe_of(config: Config, prompts: Prompts) -> dict[str, Any]:
+def recipe_of(config: Config, prompts: Prompts, rewards: Mapping[str, Reward]) -> dict[str, Any]:
     """What else made the entries of a buffer what they are; whoever adds to one must agree with it."""
     return {
         "seed": config.seed,
         "prompts": digest(prompts.training),
-        "rewards": sorted(config.rewards),
+        "rewards": {name: fingerprint_of(reward) for name, reward in rewards.items()},
         "pivot": config.rollout.pivot,
         "dtype": config.generator.dtype,
         "vae_dtype": config.generator.vae_dtype,

@@ -101,7 +101,7 @@ class Trainer:
         if config.train.buffer is None:
             self.source = Rollouts(config, self.generator, self.engine, self.objective, self.prompts, self.rewards)
         else:
-            buffer = Buffer.open(config.train.buffer, policy_of(config, self.generator.model, self.objective))
+            buffer = Buffer.open(config.train.buffer, policy_of(config, self.generator, self.objective))
             self.source = BufferedGroups(config, self.generator, self.engine, self.objective, buffer)
         lora = config.lora
         add_lora(self.generator.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)

@@ -68,6 +68,8 @@ def sampling_of(config: Config, generator: Generator, prompts: str) -> dict[str,
     """What makes the videos what they are. prompts: the manifest. The adapter, if any, is loaded."""
     return {
         "weights": weights_digest(generator.model),
+        "vae_weights": weights_digest(generator.decoder.vae),
+        "text_encoder": generator.encode_text.fingerprint,
         "manifest": hashlib.sha256(prompts.encode()).hexdigest(),
         "video": config.video.model_dump(exclude={"decode_frames"}),
         "sampler": config.sampler.model_dump(),

@@ -62,6 +62,11 @@ class HashedText:
         self.text_len = text_len
         self.text_dim = text_dim
 
+    @property
+    def fingerprint(self) -> str:
+        """What its embeddings depend on."""
+        return f"hashed {self.text_len} {self.text_dim}"
+
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """[B, text_len, text_dim] float32 on the CPU."""
         embeddings = torch.zeros(len(prompts), self.text_len, self.text_dim)

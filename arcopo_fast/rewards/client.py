@@ -28,6 +28,7 @@ _SAY_FIRST, _SAY_EVERY = 2.0, 60.0  # seconds
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
 _MAX_ANSWER = 64 << 20
 _AGAIN = (408, 503)
+UNKNOWN = "unknown"
 
 
 class RewardServerError(UserError):
@@ -190,6 +191,15 @@ class RemoteReward:
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
         return self.client.score(frames, prompts)[self.name]
+
+    def fingerprint(self) -> str:
+        """See `fingerprint.fingerprint_of`.
+
+        Raises:
+            RewardServerError: see there.
+        """
+        said = self.client.health().get("fingerprints")
+        return str(said.get(self.name, UNKNOWN)) if isinstance(said, dict) else UNKNOWN
 
 
 def remote_rewards(addresses: Mapping[str, str], **settings: Any) -> dict[str, Reward]:

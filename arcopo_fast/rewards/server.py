@@ -31,6 +31,7 @@ from torch import Tensor
 
 from arcopo_fast.rewards import wire
 from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.runtime.versions import version_of
 
 CONNECTIONS = 1024
@@ -73,6 +74,7 @@ class Scorer:
 
     def __init__(self, rewards: Mapping[str, Reward], *, batch: int, waiting_bytes: int, device: torch.device) -> None:
         self.rewards = dict(rewards)
+        self.fingerprints = {name: fingerprint_of(reward) for name, reward in rewards.items()}
         self.batch = batch
         self.waiting_bytes = waiting_bytes
         self.device = device
@@ -294,6 +296,7 @@ class Handler(BaseHTTPRequestHandler):
         scorer = self.server.scorer
         document = {
             "rewards": list(scorer.rewards),
+            "fingerprints": scorer.fingerprints,
             "version": version_of("arcopo_fast") or "unknown",
             "protocol": wire.PROTOCOL,
             "waiting": scorer.waiting,

@@ -1,6 +1,7 @@
 """What a reward's client and server say to each other: safetensors over HTTP. No pickle; nothing is read before its size is known.
 
-    GET  /health   -> JSON: rewards, version, protocol, waiting (videos), max_bytes (of a request), fps (null: the rewards need no rate)
+    GET  /health   -> JSON: rewards, fingerprints (of the rewards, by name), version, protocol, waiting (videos), max_bytes (of a request),
+                   fps (null: the rewards need no rate)
     POST /score    frames [N, F, 3, H, W] float32, or uint8 for [0, 1] in steps of 1/255, with the metadata rewards and prompts, two JSON
                    lists of texts -> scores [N] float32, under each reward's name
 

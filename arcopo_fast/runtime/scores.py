@@ -217,7 +217,7 @@ class ScoreWriter:
 
 def check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any], where: str) -> None:
     """Raise `UserError` if settings differ. where: the second ones are."""
-    if differing := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
+    if differing := [key for key in {**there, **here} if there.get(key) != here.get(key)]:
         key, others = differing[0], f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
         one, other = (str(settings.get(key, "absent"))[:40] for settings in (there, here))
         raise UserError(f"{path} holds scores with {key} {one}, and {where} it is {other}{others}; give another --out")

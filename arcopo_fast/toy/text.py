@@ -5,6 +5,7 @@ Knows nothing of the captions' grammar; any sentence of known words is encoded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -67,6 +68,13 @@ class ToyTextEncoder:
                 raise UserError(f"the prompt {prompt!r} has {len(words)} words; the toy text encoder takes at most {self.text_len}")
             rows[: len(words)] = self.table[[self._row[word] for word in words]]
         return embeddings
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the vocabulary, the table and the number of rows."""
+        digest = hashlib.sha256(json.dumps([self.vocabulary, self.text_len, list(self.table.shape)]).encode())
+        digest.update(self.table.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the table (fp16) and the vocabulary to one safetensors file in `directory`."""

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from arcopo_fast import evaluate
-from arcopo_fast.assemble import build_engine, load_generator, load_held_out, load_prompts, load_rewards, video_shape
+from arcopo_fast.assemble import build_engine, checkpoint_path, load_generator, load_held_out, load_prompts, load_rewards, video_shape
 from arcopo_fast.commands import run_command
 from arcopo_fast.evaluation import evaluate as evaluate_once
 from arcopo_fast.evaluation import videos_at_once
@@ -458,6 +460,44 @@ def test_what_does_not_belong_together(
     status, said, _ = command(capsys, "merge", evaluated, other, "--out", tmp_path / "merged")
     assert status == 2 and len(said) == 1 and "seed 1234" in said[0]
     assert {path: path.read_bytes() for path in evaluated.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("part", ["text", "vae", "classifier"])
+def test_other_weights_beside_the_generators_are_another_evaluation(
+    part: str, evaluated: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when a text encoder, a decoder or a judge was updated in its place."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint_path("toy"), checkpoint)
+    call = [*SMALL, *THREE, f"generator.checkpoint={checkpoint}", "--adapter", adapters["on"], "--out", evaluated]
+    known = scores_in(evaluated).values
+    assert command(capsys, *call)[0] == 0 and scores_in(evaluated).values.keys() == known.keys(), "a copy is the same"
+    (file,) = (checkpoint / part).glob("*.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    name = random.choice([name for name in tensors if tensors[name].abs().max() > 0])
+    save_file(tensors | {name: tensors[name] * 1.5}, file, metadata=metadata)
+    status, said, printed = command(capsys, *call)
+    key = {"text": "text_encoder ", "vae": "vae_weights ", "classifier": "code_and_weights.caption_accuracy "}[part]
+    assert status == 2 and not printed and len(said) == 1, said
+    assert f"{evaluated} holds scores with {key}" in said[0] and "and here it is" in said[0] and said[0].endswith("; give another --out")
+    assert "more)" not in said[0], "nothing else differs"
+
+
+def test_a_reward_that_was_edited_is_another_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = "def brightness(frames, prompts):\n    return frames.mean((1, 2, 3, 4))\n"
+    file, out = tmp_path / "edited_reward.py", tmp_path / "out"
+    call = [sys.executable, "-m", "arcopo_fast.evaluate", *SMALL, 'rewards={"edited_reward:brightness": 1}', *THREE]
+    call += ["--keep-videos", "none", "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    for content, status in ((source, 0), (source.replace("return", "return 2 *"), 2), (source, 0)):
+        file.write_text(content)
+        done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == status, done.stderr
+        if status:
+            assert f"{out} holds scores with code_and_weights.edited_reward:brightness " in done.stderr
+    assert len(lines_in(out)) == 6
 
 
 def test_help_and_print_config(adapters: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor
 
 from arcopo_fast import collect
+from arcopo_fast.assemble import checkpoint_path
 from arcopo_fast.data.buffer import Buffer, Entry
 from arcopo_fast.errors import UserError
 from arcopo_fast.groups import BufferedGroups, Rollouts, restore
 from arcopo_fast.recipe import load_config
+from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.toy.text import ToyTextEncoder
 from arcopo_fast.train import Trainer, main
 
 SMALL = [
@@ -118,7 +122,7 @@ def test_every_entry_is_drawn_once_in_a_pass(buffer: Path) -> None:
     assert sorted(seen[:GROUPS]) == sorted(seen[GROUPS:]) == list(range(GROUPS))
 
 
-def test_what_does_not_fit_is_refused(buffer: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(buffer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"another policy \([0-9a-f]{16} here, [0-9a-f]{16} in the buffer\): sampler.steps"):
         trainer(buffer, "sampler.steps=[1000, 400, 200, 100]")
     with pytest.raises(UserError, match=r"noise_strength: 0.5 here, 0.85 in the buffer"):
@@ -131,6 +135,16 @@ def test_what_does_not_fit_is_refused(buffer: Path, tmp_path: Path) -> None:
         load_config("toy", ["train.mode=off_policy"])
     with pytest.raises(UserError, match="another recipe"):
         collect.main(["toy", *SMALL, "seed=1", "--buffer", str(buffer), "--groups", "6"])
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint_path("toy"), checkpoint)
+    trainer(buffer, f"generator.checkpoint={checkpoint}")
+    text = ToyTextEncoder.from_pretrained(checkpoint / "text")
+    ToyTextEncoder(text.vocabulary, 2 * text.table, text_len=text.text_len).save_pretrained(checkpoint / "text")
+    with pytest.raises(UserError, match=r"another policy .* in the buffer\): text_encoder: \S+ here, \S+ in the buffer; use"):
+        trainer(buffer, f"generator.checkpoint={checkpoint}")
+    monkeypatch.setattr("arcopo_fast.groups.fingerprint_of", lambda reward: fingerprint_of(reward)[::-1])  # as if it were edited
+    with pytest.raises(UserError, match=r"another recipe .* in the buffer\): rewards.toy_mq: \S+ here, \S+ in the buffer; rewards.toy_ta"):
+        collect.main(["toy", *SMALL, "--buffer", str(buffer), "--groups", "6"])
     with pytest.raises(UserError, match="--buffer is missing"):
         collect.main(["toy"])
     assert len(entries(buffer)) == GROUPS

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import sys
@@ -20,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from arcopo_fast import vbench
@@ -352,12 +355,21 @@ def test_other_videos_need_another_directory(tmp_path: Path, capsys: pytest.Capt
     record = json.loads((out / "sampling.json").read_text())
     assert record["sources"]["prompts"]["path"] == str(tmp_path / "info.json") and record["sources"]["extended"] is None
     lora = ["--lora", tmp_path / "adapter"]
+    updated = {part: tmp_path / f"another_{part}" for part in ("vae", "text")}
+    for part, checkpoint in updated.items():
+        shutil.copytree(checkpoint_path("toy"), checkpoint)
+        (file,) = (checkpoint / part).glob("*.safetensors")
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, metadata=metadata)
     for arguments, differing in [
         (["--seed", 1], "manifest"),
         (["--extended", tmp_path / "extended.txt"], "manifest"),
         (["video.chunks=2"], "video"),
         (["sampler.steps=[900]"], "sampler"),
         (lora, "weights"),
+        ([f"generator.checkpoint={updated['vae']}"], "vae_weights"),
+        ([f"generator.checkpoint={updated['text']}"], "text_encoder"),
     ]:
         status, said = sample(capsys, out, *one, *arguments)
         assert status == 2 and f"its {differing} differ" in said[-1] and contents(out) == before, arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from html import escape
 from html.parser import HTMLParser
@@ -61,8 +62,9 @@ def test_difference_is_paired_by_seed_and_video() -> None:
     for _, after in second:
         after["reward"]["values"] = [value - 0.25 for value in after["reward"]["values"]]
     gap = claims.difference(first, second, ["reward"])
-    expected = sum(0.25 / before["reward"]["std"] for before, _ in first) / 3
-    assert gap.mean == pytest.approx(expected) and gap.direction == 1 and gap.error < 0.05
+    expected = [0.25 / before["reward"]["std"] for before, _ in first]
+    assert gap.by_seed == pytest.approx(expected) and gap.mean == pytest.approx(statistics.mean(expected)) and gap.direction == 1
+    assert gap.error == pytest.approx(statistics.stdev(expected) / 3**0.5, rel=1e-6), "videos change alike"
     assert claims.difference(first, first, ["reward"]).mean == 0
 
 
