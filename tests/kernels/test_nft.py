@@ -81,6 +81,8 @@ def test_loss_and_gradient(
     weight = torch.randn(shape[0], device=device)
     (actual,) = torch.autograd.grad((out.loss * weight).sum(), pred)
     assert actual.dtype == pred.dtype and actual.shape == pred.shape
+    if implementation == "reference":  # what is left, near a reward of one half, of two gradients that point against each other
+        tolerance *= float(weight.norm() / (weight * (2 * reward - 1)).norm())
     assert_close("gradient", actual.flatten(1), weight[:, None] * gradient / size, max(tolerance, ROUNDING[pred.dtype]))
 
 
