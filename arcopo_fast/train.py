@@ -37,6 +37,7 @@ from arcopo_fast.assemble import (
 from arcopo_fast.commands import RecipeParser, numbers, positive_int, run_command
 from arcopo_fast.config import Config
 from arcopo_fast.data.buffer import Buffer
+from arcopo_fast.data.prompts import digest
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import Evaluation, evaluate
 from arcopo_fast.floor import floors
@@ -47,9 +48,11 @@ from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
 from arcopo_fast.planner import dry_run, over_plan
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.client import RewardServerError
+from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.runtime import profiling
 from arcopo_fast.runtime.ceilings import measure_ceilings
+from arcopo_fast.runtime.inputs import check_inputs, sampled_digest
 from arcopo_fast.runtime.interrupt import Interrupted, Interruption
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.metrics import MetricsWriter
@@ -103,6 +106,8 @@ class Trainer:
         else:
             buffer = Buffer.open(config.train.buffer, policy_of(config, self.generator, self.objective))
             self.source = BufferedGroups(config, self.generator, self.engine, self.objective, buffer)
+        self.made_of = self._made_of()
+        self.judges = {name: fingerprint_of(judge) for name, judge in {**self.rewards, **self.held_out}.items()}
         lora = config.lora
         add_lora(self.generator.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
         self.parameters = adapter_parameters(self.generator.model)
@@ -111,6 +116,16 @@ class Trainer:
         self.stepped = False  # in the iteration at hand: the weights are no longer those of the one before
         self.optimizer.register_step_pre_hook(self._steps)
         self.in_vain = 0  # iterations in a row without one score
+
+    def _made_of(self) -> dict[str, str]:
+        """What every video depends on, see `check_inputs`. The generator has no adapter yet."""
+        generator = self.generator
+        return {
+            "transformer": sampled_digest(generator.model.state_dict().items()),
+            "VAE": sampled_digest(generator.decoder.vae.state_dict().items()),
+            "text encoder": generator.encode_text.fingerprint,
+            "set of prompts": digest([*self.prompts.training, *self.prompts.evaluation]),
+        }
 
     def _steps(self, *unused: Any) -> None:
         self.stepped = True
@@ -248,10 +263,11 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
     trainer = Trainer(config)
     trace = Trace(profile, of=config.train.iterations)
     run = resume or RunDirectory.create(config)
+    done = saved = trainer.restore(run.checkpoints()[-1]) if run.checkpoints() else 0
+    check_inputs(run.path, trainer.made_of, trainer.judges, done=done)
     run.write(DEVICE, json.dumps(trainer.device(), indent=2) + "\n")
     with adapter_disabled(trainer.generator.model):  # bit for bit what the fresh adapter, which adds zeros, gives
         before = trainer.evaluate()
-    done = saved = trainer.restore(run.checkpoints()[-1]) if run.checkpoints() else 0
     with (
         MetricsWriter(run.path, after=done, tensorboard=config.run.tensorboard) as metrics,
         Progress(config.train.iterations, done) as progress,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
+import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from arcopo_fast.assemble import checkpoint_path
 from arcopo_fast.commands import run_command
 from arcopo_fast.errors import UserError
 from arcopo_fast.objectives.base import GradientNotFinite
@@ -42,7 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "toy"
 
 
-def stopped(directory: Path, monkeypatch: pytest.MonkeyPatch, *, at: int, how: str) -> Path:
+def stopped(directory: Path, monkeypatch: pytest.MonkeyPatch, *settings: str, at: int, how: str) -> Path:
     """A run that is interrupted in iteration `at`: "softly", or by an error, before or in the midst of its update."""
     original = Trainer.iteration
 
@@ -58,9 +63,9 @@ def stopped(directory: Path, monkeypatch: pytest.MonkeyPatch, *, at: int, how: s
         patched.setattr(Trainer, "iteration", iteration)
         if how != "softly":
             with pytest.raises(RuntimeError, match="went away"):
-                main([*SMALL, f"run.directory={directory}"])
+                main([*SMALL, *settings, f"run.directory={directory}"])
         else:
-            assert run_command(main, [*SMALL, f"run.directory={directory}"]) == 130
+            assert run_command(main, [*SMALL, *settings, f"run.directory={directory}"]) == 130
     return directory / "toy"
 
 
@@ -114,6 +119,47 @@ def test_a_gradient_that_is_not_finite_ends_a_run_whose_weights_are_kept(
     with pytest.raises(GradientNotFinite, match=f"the gradient of update {update} of 2 has the norm nan"):
         main([*SMALL, "train.save_every=0", f"run.directory={tmp_path}"])
     assert [path.name for path in (tmp_path / "toy").glob("checkpoints/*")] == kept
+
+
+@pytest.mark.parametrize("part", ["transformer", "VAE", "text encoder", "set of prompts"])
+def test_a_run_goes_on_with_what_it_was_begun_with(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint, or a file of prompts, that was replaced by another one of the same name."""
+    checkpoint, prompts = tmp_path / "checkpoint", tmp_path / "prompts.txt"
+    shutil.copytree(checkpoint_path("toy"), checkpoint)
+    lines = ["a red circle moving left", "a blue square moving up", "a green cross moving right", "a red cross moving up"]
+    prompts.write_text("\n".join(lines))
+    settings = [f"generator.checkpoint={checkpoint}", f"prompts={prompts}"]
+    run = stopped(tmp_path, monkeypatch, *settings, at=1, how="softly")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    if part == "set of prompts":
+        prompts.write_text("\n".join([*lines, "a green circle moving left"]))
+    else:
+        (file,) = (checkpoint / {"VAE": "vae", "text encoder": "text"}.get(part, part)).glob("*.safetensors")
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, metadata=metadata)
+    with pytest.raises(UserError, match=rf"{run} was begun with another {part} than is here now, .* start a new run$"):
+        main(["--resume", str(run)])
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_reward_may_be_mended_while_a_run_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "def brightness(frames, prompts):\n    return frames.mean((1, 2, 3, 4))\n"
+    file = tmp_path / "mended_while_stopped.py"
+    file.write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = stopped(tmp_path, monkeypatch, 'rewards={"mended_while_stopped:brightness": 1, toy_vq: 1}', at=2, how="softly")
+    file.write_text(source.replace("return", "return 2 *"))
+    monkeypatch.delitem(sys.modules, "mended_while_stopped")
+    importlib.invalidate_caches()
+    capsys.readouterr()
+    main(["--resume", str(run)])
+    said = f"mended_while_stopped:brightness: another code or other weights than when {run} was last running; its curves are of the earlier"
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{said} one up to iteration 2, and")]
+    rewards = [line["reward/mended_while_stopped:brightness"] for line in read_metrics(run)]
+    assert min(rewards[2:]) > max(rewards[:2]), "the mended one counts from there on"
 
 
 def test_what_cannot_be_resumed(whole: Path, tmp_path: Path) -> None:
