@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from arcopo_fast.runtime.inputs import sampled_digest
 
 
 def fingerprint_of(reward: Reward) -> str:
-    """16 hexadecimal digits: a digest of the file that the reward's code is in, and of samples of its weights and other tensors.
+    """16 hexadecimal digits: a digest of the file that the reward's code is in, of the module that names it, and of samples of its tensors.
 
-    Tensors are found in a torch module's state, and in modules that are an object's attributes. Not covered: the files that a reward's file
-    imports, and what it reads at a call. Of a served reward it is what the server says, "unknown" if it says nothing.
+    Tensors are found in a torch module's state, and in modules that are an object's attributes. Not covered: what those files import, and
+    what a reward reads at a call. Of a served reward it is what the server says, "unknown" if it says nothing.
 
     Raises:
         RewardServerError: see there.
@@ -28,15 +29,18 @@ def fingerprint_of(reward: Reward) -> str:
         return reward.fingerprint()
     judge = reward.function if isinstance(reward, OwnReward) else reward
     code = judge if inspect.isroutine(judge) else type(judge)
+    sources = [_source(code)]
+    if isinstance(reward, OwnReward):
+        sources.append(_source(sys.modules.get(reward.name.partition(":")[0])))
     name = f"{getattr(code, '__module__', '')}:{getattr(code, '__qualname__', '')}\n"
-    return sampled_digest(_tensors(judge), name.encode() + _source(code))
+    return sampled_digest(_tensors(judge.__self__ if inspect.ismethod(judge) else judge), name.encode() + b"".join(sources))
 
 
 def _source(code: Any) -> bytes:
-    """The file that a class or function is written in; nothing for one that has none, such as one in C."""
+    """The file that a module, class or function is written in; nothing for one that has none, such as one in C."""
     try:
         file = Path(inspect.getsourcefile(inspect.unwrap(code)) or "")
-    except TypeError:
+    except (TypeError, OSError):
         return b""
     return file.read_bytes() if file.is_file() else b""
 

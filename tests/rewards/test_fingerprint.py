@@ -23,6 +23,8 @@ from arcopo_fast.rewards.server import RewardServer, Scorer
 
 MODULE = "judges_that_are_edited"
 SOURCE = """
+import functools
+import operator
 import torch
 
 def brightness(frames, prompts):
@@ -42,6 +44,10 @@ class Weighted(torch.nn.Module):
 
     def forward(self, frames, prompts):
         return self.scalar * frames.mean((1, 2, 3, 4))
+
+made = functools.partial(operator.setitem, [2])
+weighted = Weighted()
+method = weighted.forward
 
 class Holds:
     def __init__(self):
@@ -71,7 +77,8 @@ def module(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-NAMES = [f"{MODULE}:{name}" for name in ("brightness", "other", "Weighted", "Holds")] + ["toy_vq", "toy_mq", "sharpness", "steadiness"]
+OWN = [f"{MODULE}:{name}" for name in ("brightness", "other", "Weighted", "Holds", "made", "method")]
+NAMES = [*OWN, "toy_vq", "toy_mq", "sharpness", "steadiness"]
 
 
 def test_every_reward_has_its_own_and_keeps_it(tmp_path: Path) -> None:
@@ -80,21 +87,26 @@ def test_every_reward_has_its_own_and_keeps_it(tmp_path: Path) -> None:
     with module_of(tmp_path / "two", SOURCE):  # the same file at another place
         assert {name: fingerprint_of(load_reward(name)) for name in NAMES} == first
     assert len({*first.values()}) == len(NAMES) and all(re.fullmatch("[0-9a-f]{16}", one) for one in first.values())
-    with module_of(tmp_path / "three", SOURCE.replace("* 1.0", "* 2.0")):
-        edited = {name: fingerprint_of(load_reward(name)) for name in NAMES}
-    assert [name for name in NAMES if edited[name] == first[name]] == NAMES[4:]
+    for change in ("* 1.0", "* 2.0"), ("[2]", "[3]"):
+        with module_of(tmp_path / change[1], SOURCE.replace(*change)):
+            edited = {name: fingerprint_of(load_reward(name)) for name in NAMES}
+        assert [name for name in NAMES if edited[name] == first[name]] == NAMES[len(OWN) :]
 
 
-@pytest.mark.parametrize("name", ["Weighted", "Holds"])
+@pytest.mark.parametrize("name", ["Weighted", "Holds", "method"])
 def test_any_trained_tensor_is_seen(module: None, name: str) -> None:
     seen = set()
     for changed in [None, "layer.weight", "layer.bias", "scalar", "mean"]:
         reward = load_reward(f"{MODULE}:{name}")
-        judge = next(one for one in (reward.function, getattr(reward.function, "judge", None)) if isinstance(one, nn.Module))
+        function = reward.function
+        owners = function, getattr(function, "judge", None), getattr(function, "__self__", None)
+        judge = next(one for one in owners if isinstance(one, nn.Module))
+        state = {key: value.clone() for key, value in judge.state_dict().items()}
         if changed:
             with torch.no_grad():
                 judge.state_dict()[changed].mul_(1 + random.choice([-1, 1]) * 2.0**-6)
         seen.add(fingerprint_of(reward))
+        judge.load_state_dict(state)  # `method` has one object for all
     assert len(seen) == 5
     assert fingerprint_of(load_reward(f"{MODULE}:{name}")) in seen
     reward.to(torch.float64)
