@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -462,9 +463,8 @@ def test_what_does_not_belong_together(
     assert {path: path.read_bytes() for path in evaluated.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("part", ["text", "vae", "classifier"])
 def test_other_weights_beside_the_generators_are_another_evaluation(
-    part: str, evaluated: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    evaluated: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As when a text encoder, a decoder or a judge was updated in its place."""
     checkpoint = tmp_path / "checkpoint"
@@ -472,31 +472,35 @@ def test_other_weights_beside_the_generators_are_another_evaluation(
     call = [*SMALL, *THREE, f"generator.checkpoint={checkpoint}", "--adapter", adapters["on"], "--out", evaluated]
     known = scores_in(evaluated).values
     assert command(capsys, *call)[0] == 0 and scores_in(evaluated).values.keys() == known.keys(), "a copy is the same"
-    (file,) = (checkpoint / part).glob("*.safetensors")
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(file)
-    name = random.choice([name for name in tensors if tensors[name].abs().max() > 0])
-    save_file(tensors | {name: tensors[name] * 1.5}, file, metadata=metadata)
-    status, said, printed = command(capsys, *call)
-    key = {"text": "text_encoder ", "vae": "vae_weights ", "classifier": "code_and_weights.caption_accuracy "}[part]
-    assert status == 2 and not printed and len(said) == 1, said
-    assert f"{evaluated} holds scores with {key}" in said[0] and "and here it is" in said[0] and said[0].endswith("; give another --out")
-    assert "more)" not in said[0], "nothing else differs"
+    for part, key in {"text": "text_encoder", "vae": "vae_weights", "classifier": "code_and_weights.caption_accuracy"}.items():
+        (file,) = (checkpoint / part).glob("*.safetensors")
+        original, tensors = file.read_bytes(), load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        name = random.choice([name for name in tensors if tensors[name].abs().max() > 0])
+        save_file(tensors | {name: tensors[name] * 1.5}, file, metadata=metadata)
+        status, said, printed = command(capsys, *call)
+        assert status == 2 and not printed and len(said) == 1, said
+        assert f"{evaluated} holds scores with {key} " in said[0] and "and here it is" in said[0]
+        assert said[0].endswith("; give another --out") and "more)" not in said[0], "nothing else differs"
+        file.write_bytes(original)
 
 
-def test_a_reward_that_was_edited_is_another_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reward_that_was_edited_is_another_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = "def brightness(frames, prompts):\n    return frames.mean((1, 2, 3, 4))\n"
     file, out = tmp_path / "edited_reward.py", tmp_path / "out"
-    call = [sys.executable, "-m", "arcopo_fast.evaluate", *SMALL, 'rewards={"edited_reward:brightness": 1}', *THREE]
-    call += ["--keep-videos", "none", "--out", str(out)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    for content, status in ((source, 0), (source.replace("return", "return 2 *"), 2), (source, 0)):
+    monkeypatch.syspath_prepend(tmp_path)
+    call = [*SMALL, 'rewards={"edited_reward:brightness": 1}', *THREE, "--keep-videos", "none", "--out", out]
+    for content, expected in ((source, 0), (source.replace("return", "return 2 *"), 2), (source, 0)):
         file.write_text(content)
-        done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == status, done.stderr
+        importlib.invalidate_caches()
+        status, said, _ = command(capsys, *call)
+        assert status == expected, said
         if status:
-            assert f"{out} holds scores with code_and_weights.edited_reward:brightness " in done.stderr
+            assert f"{out} holds scores with code_and_weights.edited_reward:brightness " in said[-1]
+        monkeypatch.delitem(sys.modules, "edited_reward")  # a new process imports it again
     assert len(lines_in(out)) == 6
 
 

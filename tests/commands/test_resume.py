@@ -121,25 +121,26 @@ def test_a_gradient_that_is_not_finite_ends_a_run_whose_weights_are_kept(
     assert [path.name for path in (tmp_path / "toy").glob("checkpoints/*")] == kept
 
 
-@pytest.mark.parametrize("part", ["transformer", "VAE", "text encoder", "set of prompts"])
-def test_a_run_goes_on_with_what_it_was_begun_with(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint, or a file of prompts, that was replaced by another one of the same name."""
+def test_a_run_goes_on_with_what_it_was_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not with a checkpoint, or a file of prompts, that was replaced by another one of the same name."""
     checkpoint, prompts = tmp_path / "checkpoint", tmp_path / "prompts.txt"
     shutil.copytree(checkpoint_path("toy"), checkpoint)
-    lines = ["a red circle moving left", "a blue square moving up", "a green cross moving right", "a red cross moving up"]
-    prompts.write_text("\n".join(lines))
-    settings = [f"generator.checkpoint={checkpoint}", f"prompts={prompts}"]
-    run = stopped(tmp_path, monkeypatch, *settings, at=1, how="softly")
+    prompts.write_text("a red circle moving left\na blue square moving up\na green cross moving right")
+    run = stopped(tmp_path, monkeypatch, f"generator.checkpoint={checkpoint}", f"prompts={prompts}", at=1, how="softly")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    if part == "set of prompts":
-        prompts.write_text("\n".join([*lines, "a green circle moving left"]))
-    else:
-        (file,) = (checkpoint / {"VAE": "vae", "text encoder": "text"}.get(part, part)).glob("*.safetensors")
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata()
-        save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, metadata=metadata)
-    with pytest.raises(UserError, match=rf"{run} was begun with another {part} than is here now, .* start a new run$"):
-        main(["--resume", str(run)])
+    places = {"transformer": checkpoint / "transformer", "VAE": checkpoint / "vae", "text encoder": checkpoint / "text"}
+    files = {name: next(place.glob("*.safetensors")) for name, place in places.items()} | {"set of prompts": prompts}
+    for name, file in files.items():
+        original = file.read_bytes()
+        if file == prompts:
+            prompts.write_text("a red circle moving left\na blue square moving up\na green cross moving down")
+        else:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata()
+            save_file({key: tensor * 1.5 for key, tensor in load_file(file).items()}, file, metadata=metadata)
+        with pytest.raises(UserError, match=rf"{run} was begun with another {name} than is here now, .* start a new run$"):
+            main(["--resume", str(run)])
+        file.write_bytes(original)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
