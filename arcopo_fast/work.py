@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -196,6 +197,7 @@ def decode(sizes: VAESizes, height: int, width: int, frames: int, *, start: bool
     return Work(vae=first * _decode_frame(sizes, height, width, True) + (frames - first) * _decode_frame(sizes, height, width, False))
 
 
+@cache
 def _decode_frame(sizes: VAESizes, height: int, width: int, first: bool) -> float:
     """A video's first latent frame gives one pixel frame: no temporal upsampler, a convolution over 3 frames, has anything to do."""
     pixels, top = height * width, decoder_convolutions(sizes)[0].outputs
