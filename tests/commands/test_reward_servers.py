@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
+from support.servers import serving
 from torch import Tensor
 
 from arcopo_fast.assemble import load_rewards
@@ -20,7 +19,7 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.recipe import load_config, resolved_yaml
 from arcopo_fast.rewards.client import RewardServerError
 from arcopo_fast.rewards.registry import load_reward
-from arcopo_fast.rewards.server import RewardServer, Scorer
+from arcopo_fast.rewards.server import RewardServer
 from arcopo_fast.runtime.metrics import read_metrics
 from arcopo_fast.runtime.results import read_run
 from arcopo_fast.train import Trainer, main
@@ -40,16 +39,8 @@ SMALL = [
 ]
 
 
-@contextmanager
-def serving(port: int = 0) -> Iterator[RewardServer]:
-    rewards = {name: load_reward(name) for name in ("toy_vq", "toy_mq")}
-    scorer = Scorer(rewards, batch=8, waiting_bytes=1 << 30, device=torch.device("cpu"))
-    server = RewardServer(("127.0.0.1", port), scorer, token=None, max_bytes=1 << 30)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.stop()
+def serving_toys(port: int = 0) -> AbstractContextManager[RewardServer]:
+    return serving(named={name: load_reward(name) for name in ("toy_vq", "toy_mq")}, port=port, max_bytes=1 << 30, waiting_bytes=1 << 30)
 
 
 def untimed(run: Path) -> list[dict[str, object]]:
@@ -61,7 +52,7 @@ def test_a_server_scores_as_well_as_we_do_and_its_death_loses_no_iteration(
 ) -> None:
     main([*SMALL, f"run.directory={tmp_path}/here"])
     here = tmp_path / "here" / "toy"
-    with serving() as server:
+    with serving_toys() as server:
         addresses = f"{{toy_vq: {server.url}, toy_mq: {server.url}}}"
         arguments = [*SMALL, f"reward_servers.addresses={addresses}", "reward_servers.give_up_after=0.5", f"run.directory={tmp_path}/there"]
         iteration = Trainer.iteration
@@ -78,7 +69,7 @@ def test_a_server_scores_as_well_as_we_do_and_its_death_loses_no_iteration(
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: the reward server at") and f"go on with python -m arcopo_fast.train --resume {there}" in said
     assert [path.name for path in (there / "checkpoints").iterdir()] == ["step-2"], "though none was due"
-    with serving(server.server_address[1]):
+    with serving_toys(server.server_address[1]):
         main(["--resume", str(there)])
     assert untimed(there) == untimed(here)
     assert all(line["failed_scores"] == 0 for line in untimed(here))
@@ -175,17 +166,12 @@ def test_a_reward_that_goes_by_seconds_is_told_the_rate(tmp_path: Path, monkeypa
     name, frames = "rated:Reward", torch.rand(2, 3, 3, 8, 8)
     recipe = f"rewards={json.dumps({name: 1.0})}"
     assert load_rewards(load_config("toy", [recipe, "video.fps=24"]))[name](frames, ["a", "b"]).tolist() == [24, 24]
-    scorer = Scorer({name: load_reward(name, fps=12)}, batch=8, waiting_bytes=1 << 30, device=torch.device("cpu"))
-    server = RewardServer(("127.0.0.1", 0), scorer, token=None, max_bytes=1 << 30, fps=12)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
+    with serving(named={name: load_reward(name, fps=12)}, fps=12) as server:
         remote = [recipe, f"reward_servers.addresses={json.dumps({name: server.url})}", "reward_servers.give_up_after=0.5"]
         rewards = load_rewards(load_config("toy", [*remote, "video.fps=12"]))
         assert rewards[name](frames, ["a", "b"]).tolist() == [12, 12]
         with pytest.raises(RewardServerError, match=r"as of 12 frames per second, and these have 24; start it with --fps 24"):
             load_rewards(load_config("toy", [*remote, "video.fps=24"]))
-    finally:
-        server.stop()
 
 
 def test_addresses_are_of_rewards() -> None:

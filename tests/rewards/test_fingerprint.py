@@ -6,20 +6,18 @@ import importlib
 import random
 import re
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from support.servers import serving
 from torch import Tensor, nn
 
-from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.client import RewardClient, remote_rewards
 from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.rewards.registry import load_reward
-from arcopo_fast.rewards.server import RewardServer, Scorer
 
 MODULE = "judges_that_are_edited"
 SOURCE = """
@@ -127,21 +125,8 @@ def test_what_has_no_source_or_attributes(module: None) -> None:
     assert fingerprint_of(torch.nn.Identity()) != fingerprint_of(torch.nn.Flatten())  # type: ignore[arg-type]
 
 
-@contextmanager
-def serving(rewards: dict[str, Reward]) -> Iterator[RewardServer]:
-    scorer = Scorer(rewards, batch=8, waiting_bytes=1 << 24, device=torch.device("cpu"))
-    server = RewardServer(("127.0.0.1", 0), scorer, token=None, max_bytes=1 << 20)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join(30)
-
-
 def test_a_served_reward_has_the_fingerprint_that_it_has_here(module: None) -> None:
-    with serving({name: load_reward(name) for name in NAMES}) as server:
+    with serving(named={name: load_reward(name) for name in NAMES}) as server:
         served = remote_rewards(dict.fromkeys(NAMES, server.url), give_up_after=30.0)
         assert {name: fingerprint_of(one) for name, one in served.items()} == {name: fingerprint_of(load_reward(name)) for name in NAMES}
 

@@ -8,27 +8,27 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save
+from support.servers import SECONDS, serving
 from torch import Tensor
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import server as server_module
 from arcopo_fast.rewards import wire
-from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rewards.base import score
 from arcopo_fast.rewards.client import RewardClient, RewardServerError, remote_rewards
 from arcopo_fast.rewards.own import OwnReward
 from arcopo_fast.rewards.registry import load_reward
-from arcopo_fast.rewards.server import Handler, RewardServer, Scorer
+from arcopo_fast.rewards.server import Handler, RewardServer
 
 TOKEN = f"{random.SystemRandom().getrandbits(128):032x}"
-SECONDS = 60  # nothing here takes so long, unless it hangs
 
 
 class FirstPixel:
@@ -52,22 +52,6 @@ class FirstPixel:
         if "raise" in prompts:
             raise KeyError("secret")
         return frames[:, 0, 0, 0, 0].where(torch.tensor([prompt != "nan" for prompt in prompts]), torch.nan)
-
-
-@contextmanager
-def serving(
-    *rewards: Reward, port: int = 0, token: str | None = None, batch: int = 8, max_bytes: int = 1 << 20, waiting_bytes: int = 1 << 24
-) -> Iterator[RewardServer]:
-    scorer = Scorer({one.name: one for one in rewards}, batch=batch, waiting_bytes=waiting_bytes, device=torch.device("cpu"))
-    server = RewardServer(("127.0.0.1", port), scorer, token=token, max_bytes=max_bytes)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join(SECONDS)
-        assert not thread.is_alive()
 
 
 def kill(server: RewardServer) -> None:
