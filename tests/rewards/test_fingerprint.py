@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import random
 import re
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from arcopo_fast.rewards.client import RewardClient, remote_rewards
 from arcopo_fast.rewards.fingerprint import fingerprint_of
+from arcopo_fast.rewards.own import OwnReward
 from arcopo_fast.rewards.registry import load_reward
 
 MODULE = "judges_that_are_edited"
@@ -121,8 +123,9 @@ def test_what_has_no_source_or_attributes(module: None) -> None:
             return frames.mean((1, 2, 3, 4))
 
     assert fingerprint_of(Slots()) == fingerprint_of(Slots())
-    assert fingerprint_of(len) != fingerprint_of(sum)  # type: ignore[arg-type]
-    assert fingerprint_of(torch.nn.Identity()) != fingerprint_of(torch.nn.Flatten())  # type: ignore[arg-type]
+    for one, other in ((operator.eq, operator.ne), (nn.CosineSimilarity(), nn.PairwiseDistance())):
+        fingerprints = [fingerprint_of(OwnReward("_operator:name", function)) for function in (one, one, other)]
+        assert fingerprints[0] == fingerprints[1] != fingerprints[2], "by their names alone"
 
 
 def test_a_served_reward_has_the_fingerprint_that_it_has_here(module: None) -> None:
