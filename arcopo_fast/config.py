@@ -157,7 +157,13 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate; the others fall to 0")
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = Field((0.9, 0.999), description="Adam's two decays")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
-    gradient_clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
+    eps: PositiveFloat = Field(
+        1e-8, description="Adam's, relative to the root mean square of the gradient's elements: the loss's scale does not matter"
+    )
+    gradient_clip: PositiveFloat | None = Field(1.0, description="largest norm of the gradient; null: no limit")
+    relative_clip: PositiveFloat | None = Field(
+        None, description="largest norm of the gradient in units of the running norm of earlier updates, so at any scale; null: no limit"
+    )
 
 
 class TrainConfig(Section):
@@ -285,6 +291,11 @@ class Config(Section):
             )
         if strangers := [name for name in self.reward_servers.addresses if name not in self.rewards]:
             raise ValueError(f"reward_servers.addresses has {strangers[0]!r}, which is not among the rewards {', '.join(self.rewards)}")
+        if objective.anchors == "split" and objective.anchors_per_update < objective.updates:
+            raise ValueError(
+                f"objective.anchors split deals objective.anchors_per_update {objective.anchors_per_update} anchors over objective.updates "
+                f"{objective.updates}: give at least one for each update"
+            )
         if objective.anchors_per_update > rollout.group_size:
             raise ValueError(
                 f"objective.anchors_per_update {objective.anchors_per_update} is more than rollout.group_size {rollout.group_size}: "
@@ -323,9 +334,9 @@ def objective_class(kind: str) -> Any:
 
 
 def objectives() -> list[str]:
-    """Names of the objectives in the package."""
-    found = [entry.name.removesuffix(".py") for entry in (files("arcopo_fast") / "objectives").iterdir() if entry.name.endswith(".py")]
-    return sorted(name for name in found if name not in ("__init__", "base", "advantage"))
+    """Names of the objectives in the package: its modules that define OBJECTIVE. None is imported."""
+    modules = [entry for entry in (files("arcopo_fast") / "objectives").iterdir() if entry.name.endswith(".py")]
+    return sorted(entry.name.removesuffix(".py") for entry in modules if "\nOBJECTIVE = " in entry.read_text(encoding="utf-8"))
 
 
 @cache

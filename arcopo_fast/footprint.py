@@ -214,7 +214,7 @@ def pairs_of(config: Config) -> int:
     objective, steps = config.objective, _steps(config)
     available = steps - (objective.skip_last_step and steps > 1)
     chosen = available if objective.steps == "all" else max(1, round(objective.steps * available))
-    return objective.anchors_per_update * chosen
+    return objective.largest_update * chosen
 
 
 def _frame_tokens(config: Config, sizes: GeneratorSizes) -> int:

@@ -18,7 +18,8 @@ from arcopo_fast.config import Config
 from arcopo_fast.groups import JudgedGroup, Rollouts
 from arcopo_fast.model.lora import adapter_disabled, adapter_state, load_adapter_state
 from arcopo_fast.model.sizes import VAESizes
-from arcopo_fast.objectives.base import GradientNotFinite, Items, RatioNotOne
+from arcopo_fast.objectives.base import Items, RatioNotOne
+from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
 from arcopo_fast.rewards.base import score
 from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.runtime.memory import resident
@@ -160,12 +161,9 @@ def _update(check: Check) -> Iterator[Finding]:
     before = _surrogate(check, target, items, None)
     for factor in LARGER_STEPS:
         load_adapter_state(trainer.generator.model, start)
-        rate = factor * trainer.config.optimizer.lr
-        optimizer = torch.optim.AdamW(trainer.parameters, lr=rate, betas=trainer.config.optimizer.betas)
+        optimizer = torch.optim.AdamW(trainer.parameters, lr=factor * trainer.config.optimizer.lr, betas=trainer.config.optimizer.betas)
         try:
-            statistics = objective.update(
-                [(group, check.advantages)], optimizer, trainer.parameters, gradient_clip=trainer.config.optimizer.gradient_clip
-            )
+            statistics = objective.update([(group, check.advantages)], Stepper(optimizer, eps=trainer.config.optimizer.eps))
         except RatioNotOne as error:
             yield Finding("the ratio", False, str(error))
             return

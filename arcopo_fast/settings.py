@@ -29,13 +29,24 @@ class ObjectiveSettings(Section):
     )
     skip_last_step: bool = Field(False, description="never train the last denoising step")
     anchors_per_update: Positive = Field(4, description="A: candidates that are replayed in one update, drawn without replacement")
-    updates: Positive = Field(2, description="optimiser steps of an iteration, each with fresh anchors")
+    updates: Positive = Field(2, description="optimiser steps of an iteration")
+    anchors: Literal["fresh", "same", "split"] = Field(
+        "fresh", description="of an iteration's updates: A new ones for each, the same A for all, or A in all, dealt over the updates"
+    )
     old_prediction: Literal["replay"] = Field("replay", description="the old prediction is made by the replay path under the old weights")
     context: Literal["rollout", "recompute"] = Field("rollout", description="h_{p-1}: the rollout's, or recomputed under new weights")
     advantage: Literal["zscore", "quasi_norm"] = Field("zscore", description="A_i from the rewards of a group")
     quasi_norm_p: PositiveFloat = Field(0.8, description="p of the quasi-norm")
+    advantage_std: Literal["population", "sample"] = Field(
+        "population", description="divide by the square root of the mean square, or of the sum over G - 1, as DanceGRPO does"
+    )
     advantage_std_floor: float = Field(0.0, ge=0, description="smallest spread of a group's rewards that advantages are divided by")
     advantage_max: PositiveFloat | None = Field(None, description="largest |A_i|; null: no limit")
     reward_combine: Literal["sum", "per_reward_zscore"] = Field("sum", description="sum, then advantage; or the reverse")
     micro_batch: Positive | None = Field(None, description="(anchor, step) pairs of one backward pass: less memory; null: all")
     checkpoint: bool = Field(False, description="activation checkpointing of the pivot chunk, block by block: less memory, more time")
+
+    @property
+    def largest_update(self) -> int:
+        """Anchors that one update replays, at most."""
+        return -(-self.anchors_per_update // self.updates) if self.anchors == "split" else self.anchors_per_update

@@ -14,7 +14,7 @@ import math
 import platform
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,6 +45,7 @@ from arcopo_fast.groups import BufferedGroups, GroupSource, JudgedGroup, Rollout
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter, save_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
+from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.planner import dry_run, over_plan
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.client import RewardServerError
@@ -62,6 +63,7 @@ from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.report import write_report
 from arcopo_fast.runtime.results import DEVICE, TOTAL, Change, changes
 from arcopo_fast.runtime.run_dir import RunDirectory
+from arcopo_fast.runtime.stall import PATIENCE, notice, stalled_since
 from arcopo_fast.runtime.versions import version_of
 from arcopo_fast.runtime.video import write_mp4
 
@@ -113,6 +115,9 @@ class Trainer:
         self.parameters = adapter_parameters(self.generator.model)
         optimizer = config.optimizer
         self.optimizer = torch.optim.AdamW(self.parameters, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay)
+        self.stepper = Stepper(
+            self.optimizer, eps=optimizer.eps, gradient_clip=optimizer.gradient_clip, relative_clip=optimizer.relative_clip
+        )
         self.stepped = False  # in the iteration at hand: the weights are no longer those of the one before
         self.optimizer.register_step_pre_hook(self._steps)
         self.in_vain = 0  # iterations in a row without one score
@@ -143,6 +148,7 @@ class Trainer:
             kind=objective.advantage,
             p=objective.quasi_norm_p,
             std_floor=objective.advantage_std_floor,
+            std=objective.advantage_std,
             largest=objective.advantage_max,
         )
 
@@ -187,9 +193,7 @@ class Trainer:
                 raise NoScores(f"not one video of {IN_VAIN} iterations in a row got all its scores: of the last one's {videos}, {failed}")
             lr = self.set_learning_rate(iteration)
             draw = () if config.train.buffer is None else (config.seed, iteration)
-            statistics = self.objective.update(
-                groups, self.optimizer, self.parameters, gradient_clip=config.optimizer.gradient_clip, draw=draw
-            )
+            statistics = self.objective.update(groups, self.stepper, draw=draw)
         means = {name: sum(values) / len(values) for name, values in logged.items()}
         return means | statistics | {"failed_scores": unscored.total(), "lr": lr, "time": seconds}
 
@@ -266,6 +270,7 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
     done = saved = trainer.restore(run.checkpoints()[-1]) if run.checkpoints() else 0
     check_inputs(run.path, trainer.made_of, trainer.judges, done=done)
     run.write(DEVICE, json.dumps(trainer.device(), indent=2) + "\n")
+    recent: deque[dict[str, Any]] = deque(maxlen=PATIENCE)
     with adapter_disabled(trainer.generator.model):  # bit for bit what the fresh adapter, which adds zeros, gives
         before = trainer.evaluate()
     with (
@@ -285,6 +290,10 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
                 raise
             trace.step()
             metrics.write(iteration, record)
+            recent.append({"step": iteration} | record)
+            if len(recent) == recent.maxlen and (since := stalled_since(recent)) is not None:
+                warnings.warn(notice(since), stacklevel=1)
+                recent.clear()  # say it again only after as many more
             progress.update(record.get("reward"), live=record.get(f"update{config.objective.updates}/live", 0.0))
             last = iteration == config.train.iterations
             if (last or iteration == 1) and (said := trainer.over_plan()):

@@ -44,7 +44,7 @@ class Workload:
     lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
-    gradient_clip: float = 1.0
+    gradient_clip: float | None = 1.0
     advantage_std_floor: float = 0.0
     dtype: torch.dtype = torch.float32
     branches_per_wave: int | None = None
@@ -224,7 +224,7 @@ def iteration(workload: Workload, pivot: int) -> dict[str, Work]:
 
     last = shape.chunks - 1
     frames, visible = shape.chunk_frames[pivot], visible_frames(workload, pivot)
-    items = min(copo.anchors_per_update, group) * steps_of(workload, pivot)
+    items = min(copo.largest_update, group) * steps_of(workload, pivot)
     prompts = -(-items // (copo.micro_batch or items))  # the prompt is encoded once for each micro-batch
     train = replay(workload, frames, visible) * items + text(workload, backward=True) * prompts
     old = forward(workload, frames, visible) * items + text(workload) * prompts

@@ -21,6 +21,7 @@ from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
 from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.objectives.copo import CopoObjective
+from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.decode import decode_branches
@@ -105,6 +106,7 @@ class OurPath:
         self.objective = CopoObjective(self.engine, workload.copo)
         self.parameters = adapter_parameters(scene.model)
         self.optimizer = workload.optimizer(self.parameters)
+        self.stepper = Stepper(self.optimizer, gradient_clip=workload.gradient_clip)
         self.decoder: StreamingDecoder | None = None
         if scene.vae is not None:
             self.decoder = StreamingDecoder(channels_last(copy.deepcopy(scene.vae)), workload.decode_frames)
@@ -134,8 +136,7 @@ class OurPath:
         )
 
     def update(self, group: Group, advantages: Tensor) -> dict[str, float]:
-        clip = self.scene.workload.gradient_clip
-        return self.objective.update([(group, advantages)], self.optimizer, self.parameters, gradient_clip=clip)
+        return self.objective.update([(group, advantages)], self.stepper)
 
     def judge(self, group: Group) -> dict[str, Tensor]:
         """Rewards [G] by name, decoded and judged as many branches at a time as the workload says."""

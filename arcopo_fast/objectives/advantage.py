@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 
-def zscore(rewards: Tensor, std_floor: float = 0.0) -> Tensor:
-    """(r - mean r) / max(std r, std_floor) over a group [G], in float64; zeros for a group without variance, which can teach nothing.
+def zscore(rewards: Tensor, std_floor: float = 0.0, std: Literal["population", "sample"] = "population") -> Tensor:
+    """Return (r - mean r) / max(std r, std_floor) over a group [G], in float64; zeros for a group without variance: it teaches nothing.
 
-    A floor above 0 keeps groups whose members are as good as equal from shouting as loudly as the others.
+    A floor above 0 keeps a group whose members are as good as equal from getting full-size advantages out of noise.
+
+    std: "population" divides the sum of squares by G, "sample" by G - 1.
     """
     rewards = rewards.double()
     centred = rewards - rewards.mean()
@@ -19,6 +21,8 @@ def zscore(rewards: Tensor, std_floor: float = 0.0) -> Tensor:
     # Equal float32 rewards can differ by rounding of their mean: below that, the group has no variance.
     if deviation <= 1e-7 * max(1.0, rewards.abs().max().item()):
         return torch.zeros_like(centred)
+    if std == "sample":
+        deviation *= (len(rewards) / (len(rewards) - 1)) ** 0.5
     return centred / max(deviation.item(), std_floor)
 
 
@@ -36,6 +40,7 @@ def group_advantages(
     kind: Literal["zscore", "quasi_norm"] = "zscore",
     p: float = 0.8,
     std_floor: float = 0.0,
+    std: Literal["population", "sample"] = "population",
     largest: float | None = None,
 ) -> Tensor:
     """Advantages [G] float64 of one group.
@@ -47,7 +52,7 @@ def group_advantages(
         weights: their weights.
         combine: "sum" z-scores the weighted sum; "per_reward_zscore" sums the z-scores, so that a reward's spread does not weigh.
         kind: "quasi_norm" normalises the result as Neighbor GRPO does, with exponent p.
-        std_floor: see `zscore`.
+        std_floor, std: see `zscore`.
         largest: |A_i| is cut off there.
     """
     total = sum_rewards(components, weights)
@@ -56,9 +61,9 @@ def group_advantages(
     if not scored.any():
         return everyone
     if combine == "sum":
-        advantages = zscore(total[scored], std_floor)
+        advantages = zscore(total[scored], std_floor, std)
     else:
-        advantages = sum_rewards({name: zscore(reward[scored], std_floor) for name, reward in components.items()}, weights)
+        advantages = sum_rewards({name: zscore(reward[scored], std_floor, std) for name, reward in components.items()}, weights)
     advantages = quasi_norm(advantages, p) if kind == "quasi_norm" else advantages
     everyone[scored] = advantages if largest is None else advantages.clamp(-largest, largest)
     return everyone

@@ -16,7 +16,6 @@ the larger micro-batch.
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
@@ -25,10 +24,11 @@ from functools import partial
 from typing import Any, Callable, ClassVar, Generic, NamedTuple, Sequence, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import adapter_disabled
+from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
 from arcopo_fast.rollout.engine import Engine, Group, Stream
 from arcopo_fast.rollout.noise import generator
 from arcopo_fast.rollout.sampler import Kernel
@@ -72,10 +72,6 @@ class _Lesson:
 
 class RatioNotOne(RuntimeError):
     """Before the first update the ratio was not exactly 1: replay is not reproducible, and training on it would be training on noise."""
-
-
-class GradientNotFinite(RuntimeError):
-    """The gradient of an update holds NaN or infinity: a step would make every weight it trains NaN. None was taken."""
 
 
 class Objective(ABC, Generic[S]):
@@ -128,15 +124,13 @@ class Objective(ABC, Generic[S]):
     def update(
         self,
         groups: Sequence[tuple[Group, Tensor]],
-        optimizer: torch.optim.Optimizer,
-        parameters: Sequence[nn.Parameter],
+        stepper: Stepper,
         *,
-        gradient_clip: float,
         draw: tuple[int | str, ...] = (),
     ) -> dict[str, float]:
-        """All policy updates of an iteration over (group, advantages [G]) pairs; returns statistics.
+        """Do all policy updates of an iteration over (group, advantages [G]) pairs; return statistics.
 
-        Groups without variance contribute nothing. If no group has any, no step is taken.
+        Groups without variance contribute nothing. If no group has any, or the gradient is exactly zero, no step is taken.
 
         Args:
             draw: goes into the name of the draw of anchors: a group out of a buffer is met again, with other anchors.
@@ -155,36 +149,44 @@ class Objective(ABC, Generic[S]):
         pairs = max((len(items.steps) for lesson in lessons for items in lesson.items), default=0)
         for update in range(settings.updates if lessons else 0):
             with stage("replay"):
-                ratios = self._until_it_fits(partial(self._gradient, lessons, update, optimizer), pairs)
+                ratios = self._until_it_fits(partial(self._gradient, lessons, update, stepper.optimizer), pairs)
             for ratio_minus_one, live in ratios:
                 self._record(statistics, update, ratio_minus_one, live)
             with stage("optimiser"):
-                norm = nn.utils.clip_grad_norm_(parameters, gradient_clip).item()
-                if not math.isfinite(norm):
+                try:
+                    step = stepper.take()
+                except GradientNotFinite as error:
                     raise GradientNotFinite(
-                        f"the gradient of update {update + 1} of {settings.updates} has the norm {norm}: no step was taken; a smaller "
+                        f"the gradient of update {update + 1} of {settings.updates} {error}: no step was taken; a smaller "
                         "optimizer.lr, or generator.dtype=float32, tells whether the weights had gone too far or a number was too large"
-                    )
-                statistics.setdefault("gradient_norm", []).append(norm)
-                optimizer.step()
-            self.moved = True
-        optimizer.zero_grad(set_to_none=True)
+                    ) from None
+            self.moved |= step.taken
+            logged = {"gradient_norm": step.norm, "clipped": step.clipped, "below_eps": step.below_eps, "steps": step.taken}
+            for name, value in logged.items():
+                statistics.setdefault(name, []).append(float(value))
+        stepper.optimizer.zero_grad(set_to_none=True)
         means = {name: sum(values) / len(values) for name, values in statistics.items()}
+        means["steps"] = sum(statistics.get("steps", []), 0.0)
         return means | {"zero_variance_groups": float(len(groups) - len(lessons))}
 
     def draw_items(self, group: Group, update: int, draw: tuple[int | str, ...] = ()) -> Items:
-        """Anchors without replacement, each with all its steps (or a random fraction of them), drawn by key."""
+        """Draw the anchors of one update by key, without replacement, each with all its steps (or a random fraction of them).
+
+        `settings.anchors` says how those of an iteration's updates belong together: see there.
+        """
         settings, noise = self.settings, group.noise
-        random = generator(noise.seed, noise.iteration, noise.group, *draw, "anchors", update)
+        drawn_for = update if settings.anchors == "fresh" else 0
+        random = generator(noise.seed, noise.iteration, noise.group, *draw, "anchors", drawn_for)
         anchors = random.choice(group.size, size=min(settings.anchors_per_update, group.size), replace=False)
         available = min(self.trainable_steps(group), max(1, len(group.steps) - settings.skip_last_step))
         pairs: list[tuple[int, int]] = []
-        for anchor in anchors.tolist():
+        for place, anchor in enumerate(anchors.tolist()):
             chosen = list(range(available))
             if settings.steps != "all":
                 count = max(1, round(settings.steps * available))
                 chosen = sorted(random.choice(available, size=count, replace=False).tolist())
-            pairs += [(step, anchor) for step in chosen]
+            if settings.anchors != "split" or place % settings.updates == update:
+                pairs += [(step, anchor) for step in chosen]
         return Items(*torch.tensor(pairs).unbind(1))
 
     def _until_it_fits(self, attempt: Callable[[], R], pairs: int) -> R:

@@ -50,6 +50,12 @@ HEALTH = (
     ),
     Statistic("Spread of the ratios", "Standard deviation of ratio − 1 over anchors, steps and candidates.", "ratio_std", each_update=True),
     Statistic("Gradient norm", "Before it is clipped.", "gradient_norm"),
+    Statistic(
+        "Gradient below 10 eps",
+        "Share of the elements that are not zero. There Adam's step is shortened: lower optimizer.eps.",
+        "below_eps",
+        if_any=True,
+    ),
     Statistic("Groups without variance", "Groups whose candidates all had the same reward.", "zero_variance_groups", if_any=True),
 )
 

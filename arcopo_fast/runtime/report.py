@@ -13,9 +13,10 @@ from arcopo_fast.recipe import resolved_yaml
 from arcopo_fast.runtime.charts import line_chart
 from arcopo_fast.runtime.curves import HEALTH, REWARD, Statistic, logs, reward_statistics, updates
 from arcopo_fast.runtime.hacking import verdict
-from arcopo_fast.runtime.page import figures, give_or_take, page, plain, section, signed, table, video
+from arcopo_fast.runtime.page import figures, give_or_take, page, plain, section, signed, table, video, warning
 from arcopo_fast.runtime.results import Change, Record, Run, number, points, read_run, stage_floors, stage_seconds
 from arcopo_fast.runtime.run_dir import atomic_write
+from arcopo_fast.runtime.stall import notice, stalled_since
 
 _CHANGE_NOTE = (
     "The same prompts and the same noise before and after. The interval is one standard error over videos; the last column is the change "
@@ -38,6 +39,7 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
     settings = f"<details><summary>config.yaml</summary><pre>{escape(resolved_yaml(run.config))}</pre></details>"
     parts = [
         _headline(run, bool(videos)),
+        _stall(run),
         verdict({"": [run]}) if run.changes else "",
         section("Before and after", _change_table(run.changes), _CHANGE_NOTE) if run.changes else "",
         section("Videos", videos, _VIDEO_NOTE) if videos else "",
@@ -86,6 +88,12 @@ def _headline(run: Run, videos: bool) -> str:
         f"<header><h1>{escape(config.name)}</h1>{result}"
         f'<p class="facts">{escape(" · ".join(facts))}<br>rewards: {escape(weights)}</p>{missing}</header>'
     )
+
+
+def _stall(run: Run) -> str:
+    """A warning if the run's last iterations taught it nothing."""
+    since = stalled_since(run.records)
+    return "" if since is None else warning("The run stopped learning", f"<p>{escape(notice(since).capitalize())}.</p>")
 
 
 def _change_table(changes: Sequence[Change]) -> str:

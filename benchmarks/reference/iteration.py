@@ -7,6 +7,7 @@ chunk are written at every step; every chunk gets a clean pass, the last include
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -221,7 +222,7 @@ class Reference:
                     (loss / len(pairs)).backward()
                     ratios.append(ratio)
             with stage("optimiser"):
-                norm = nn.utils.clip_grad_norm_(self.parameters, self.workload.gradient_clip)
+                norm = nn.utils.clip_grad_norm_(self.parameters, self.workload.gradient_clip or math.inf)
                 statistics.setdefault("gradient_norm", []).append(norm.item())
                 self.optimizer.step()
             for name, value in ratio_statistics(torch.stack(ratios), advantages, settings.clip).items():

@@ -72,6 +72,29 @@ def test_every_shipped_recipe_is_read_and_survives_a_round_trip(recipe: str, tmp
     assert load_config(write(tmp_path / "config.yaml", resolved_yaml(config))) == config
 
 
+PUBLISHED = [name for name in recipes() if not name.startswith(("toy", "bench"))]
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_recipes_of_published_generators_agree_where_the_paper_speaks_of_all(recipe: str) -> None:
+    """Recipes are self-contained, so nothing but this keeps their common part in common."""
+    one, other = load_config("self_forcing").model_dump(), load_config(recipe).model_dump()
+    for section in ("objective", "optimizer", "lora", "rewards"):
+        own = {"checkpoint": None, "skip_last_step": None}  # memory; Krea has its reason beside it
+        assert {**other[section], **own} == {**one[section], **own}, section
+    assert other["rollout"]["group_size"] == 12 and other["train"]["iterations"] == 100
+    assert other["optimizer"]["relative_clip"] is not None, "an absolute limit of 1 never acts at this size"
+    assert set(other["rewards"]) == {"videoalign_vq_raw", "videoalign_mq_raw", "videoalign_ta_raw"}, "the paper's scores are raw"
+
+
+@pytest.mark.parametrize(
+    "problem", [("objective.anchors=split", "objective.anchors_per_update=2", "objective.updates=3"), ("objective.anchors=all",)]
+)
+def test_anchors_that_cannot_be_dealt_are_refused(problem: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="at least one for each update|fresh, same or split"):
+        load_config("toy", problem)
+
+
 def test_a_random_configuration_survives_a_round_trip(tmp_path: Path) -> None:
     steps = sorted({round(random.uniform(1, 999), 4) for _ in range(4)}, reverse=True)
     text = random.choice(['"1e-5"', '"null"', '"true"', '"12"', '"1:30"', '"# x"', '"a: b"', "Ä/ß", '"2026-11-21"', "yes", '" x "'])

@@ -11,6 +11,7 @@ from torch import Tensor
 from arcopo_fast import assemble
 from arcopo_fast.groups import Rollouts
 from arcopo_fast.objectives.advantage import group_advantages
+from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.train import Trainer
@@ -39,7 +40,7 @@ def iteration(directory: Path, *overrides: str) -> tuple[list[Tensor], dict[str,
     with group:
         scores = trainer.source.judge(group, prompt)
         advantages = group_advantages(scores, config.rewards)
-        statistics = trainer.objective.update([(group, advantages)], trainer.optimizer, trainer.parameters, gradient_clip=1e9)
+        statistics = trainer.objective.update([(group, advantages)], Stepper(trainer.optimizer))
         assert statistics["update1/ratio_max"] == 0
     return group.latents, scores, gradients
 

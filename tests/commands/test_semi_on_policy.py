@@ -95,6 +95,17 @@ def test_training_on_a_buffer(buffer: Path, mode: str, tmp_path: Path) -> None:
     assert (min(live) == 1) == (mode == "off_policy"), "only off-policy training has no clip"
 
 
+def test_a_run_whose_every_ratio_is_clipped_says_so(buffer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A step far beyond the clip, and groups that come back: from then on no favourable ratio has a gradient."""
+    monkeypatch.setattr("arcopo_fast.runtime.stall.PATIENCE", 2)
+    monkeypatch.setattr("arcopo_fast.train.PATIENCE", 2)
+    settings = ["train.iterations=4", "objective.clip=1.0e-12", "objective.reward_combine=sum", f"run.directory={tmp_path}"]
+    monkeypatch.setattr("arcopo_fast.runtime.stall.LIVE", 0.9)  # about half of the ratios move the unfavourable way, and stay live
+    with pytest.warns(UserWarning, match=r"has learned nothing since iteration \d: .* objective.clip"):
+        main(["toy", *SMALL, *settings, "--mode", "semi_on_policy", "--buffer", str(buffer)])
+    assert "The run stopped learning" in (tmp_path / "toy" / "report.html").read_text()
+
+
 def test_the_old_policy_is_the_generator_without_adapter_asked_once(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = trainer(buffer, "objective.anchors_per_update=3", "objective.updates=1")
     objective, asked = trained.objective, []

@@ -25,6 +25,15 @@ def test_a_floor_quietens_groups_of_equals_only() -> None:
     torch.testing.assert_close(zscore(0.5 * rewards, 0.1), zscore(0.5 * rewards), rtol=0, atol=1e-12)
 
 
+def test_the_samples_spread_is_larger_by_what_it_is_divided_by() -> None:
+    rewards = {"a": torch.randn(12), "b": torch.randn(12)}
+    for combine in ("sum", "per_reward_zscore"):
+        population = group_advantages(rewards, {"a": 1.0, "b": 1.0}, combine=combine)
+        sample = group_advantages(rewards, {"a": 1.0, "b": 1.0}, combine=combine, std="sample")
+        torch.testing.assert_close(sample, population * (11 / 12) ** 0.5)
+    torch.testing.assert_close(zscore(rewards["a"], std="sample").std(correction=1).item(), 1.0)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e6])
 def test_a_group_without_variance_teaches_nothing(value: float) -> None:
     assert not zscore(torch.full((12,), value)).any()

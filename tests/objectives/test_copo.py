@@ -11,8 +11,9 @@ from torch import Tensor
 
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
-from arcopo_fast.objectives.base import GradientNotFinite, Items, RatioNotOne
+from arcopo_fast.objectives.base import Items, RatioNotOne
 from arcopo_fast.objectives.copo import CopoObjective, CopoSettings
+from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.noise import KeyedNoise
 
@@ -38,7 +39,7 @@ def make_group(engine: Engine, pivot: int = 1) -> Group:
 def run_update(engine: Engine, settings: CopoSettings, group: Group, advantages: Tensor, lr: float = 1e-2) -> dict[str, float]:
     parameters = adapter_parameters(engine.model)
     optimizer = torch.optim.AdamW(parameters, lr=lr)
-    return CopoObjective(engine, settings).update([(group, advantages)], optimizer, parameters, gradient_clip=1.0)
+    return CopoObjective(engine, settings).update([(group, advantages)], Stepper(optimizer, gradient_clip=1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,7 +123,7 @@ def test_no_variance_no_step() -> None:
     before = [parameter.detach().clone() for parameter in adapter_parameters(engine.model)]
     with make_group(engine) as group:
         statistics = run_update(engine, CopoSettings(), group, torch.zeros(GROUP, dtype=torch.float64))
-    assert statistics == {"zero_variance_groups": 1.0}
+    assert statistics == {"steps": 0.0, "zero_variance_groups": 1.0}
     assert all(torch.equal(a, b) for a, b in zip(before, adapter_parameters(engine.model)))
 
 
@@ -174,7 +175,7 @@ def test_a_replay_that_is_not_reproducible_is_refused() -> None:
     parameters = adapter_parameters(engine.model)
     with make_group(engine) as group, pytest.raises(RatioNotOne, match="must be exactly 0"):
         optimizer = torch.optim.SGD(parameters, lr=1.0)
-        objective.update([(group, zscore(torch.randn(GROUP)))], optimizer, parameters, gradient_clip=1.0)
+        objective.update([(group, zscore(torch.randn(GROUP)))], Stepper(optimizer, gradient_clip=1.0))
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
@@ -191,6 +192,6 @@ def test_no_step_is_taken_along_a_gradient_that_is_not_finite(update: int, bad: 
     optimizer.register_step_post_hook(lambda *_: steps.append([parameter.detach().clone() for parameter in parameters]))
     before = [parameter.detach().clone() for parameter in parameters]
     with make_group(engine) as group, pytest.raises(GradientNotFinite, match=f"of update {update} of 2 has the norm (nan|inf): no step"):
-        objective.update([(group, zscore(torch.randn(GROUP)))], optimizer, parameters, gradient_clip=1.0)
+        objective.update([(group, zscore(torch.randn(GROUP)))], Stepper(optimizer, gradient_clip=1.0))
     assert len(steps) == update - 1
     assert all(torch.equal(now, then) and now.isfinite().all() for now, then in zip(parameters, [before, *steps][-1]))

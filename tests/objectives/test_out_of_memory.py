@@ -14,6 +14,7 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.copo import CopoObjective, CopoSettings
+from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.rollout.engine import Engine, Group, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise
 
@@ -86,7 +87,7 @@ class World:
             for parameter, value in zip(self.parameters, self.start):
                 parameter.copy_(value)
         optimizer = torch.optim.SGD(self.parameters, lr=1.0)  # AdamW's first steps would magnify what is only rounding
-        statistics = objective.update(self.groups, optimizer, self.parameters, gradient_clip=1.0)
+        statistics = objective.update(self.groups, Stepper(optimizer, gradient_clip=1.0))
         return [parameter.detach().clone() for parameter in self.parameters], statistics
 
     def objective(self, **settings: Any) -> CopoObjective:

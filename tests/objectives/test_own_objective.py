@@ -17,6 +17,7 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.copo import CopoObjective
+from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective
 from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.noise import KeyedNoise
@@ -89,10 +90,10 @@ def test_it_does_what_it_says(recipe: str) -> None:
 
         before = margin()
         free = own(engine, own.Settings(kind=KIND, clip=None, updates=6))
-        statistics = free.update([(group, advantages)], torch.optim.AdamW(parameters, lr=3e-3), parameters, gradient_clip=1.0)
+        statistics = free.update([(group, advantages)], Stepper(torch.optim.AdamW(parameters, lr=3e-3), gradient_clip=1.0))
         assert margin() > before and statistics["update6/live"] == 1
         clipped = own(engine, own.Settings(kind=KIND, clip=1e-9, updates=2, anchors_per_update=6))
-        statistics = clipped.update([(group, advantages)], torch.optim.AdamW(parameters, lr=3e-3), parameters, gradient_clip=1.0)
+        statistics = clipped.update([(group, advantages)], Stepper(torch.optim.AdamW(parameters, lr=3e-3), gradient_clip=1.0))
         assert statistics["update1/live"] == 1 and statistics["update2/live"] < 1
 
 

@@ -18,6 +18,7 @@ from arcopo_fast.groups import JudgedGroup
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.base import Items
+from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings, log_probability_ratio
 from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.engine import Engine, Group, SamplerSettings, Stream
@@ -77,7 +78,7 @@ class Recorder(torch.optim.SGD):
 def update(objective: SdeGrpoObjective, group: Group, advantages: Tensor, lr: float = 0.1) -> tuple[dict[str, float], Recorder]:
     parameters = adapter_parameters(objective.engine.model)
     optimizer = Recorder(parameters, lr)
-    return objective.update([(group, advantages)], optimizer, parameters, gradient_clip=1e9), optimizer
+    return objective.update([(group, advantages)], Stepper(optimizer, gradient_clip=1e9)), optimizer
 
 
 # The group -------------------------------------------------------------------------------------------------------------------------
