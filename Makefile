@@ -8,7 +8,10 @@ ARGS ?=
 JOBS ?= 2
 
 BIN := $(VENV)/bin
-SETUP := pyproject.toml setup.py
+SETUP := pyproject.toml setup.py constraints.txt
+# What versions are installed: those that the tests are known to pass with.
+VERSIONS ?= --constraint constraints.txt
+INSTALL = -m pip install --quiet --disable-pip-version-check $(VERSIONS) --editable
 
 # What needs a GPU, in steps of under ten minutes, each of which also runs by its name. They install nothing: .venv's environment where there is
 # one, else any with torch, triton, numpy, pytest and pytest-benchmark; peft, transformers, safetensors and pydantic for more than the kernels.
@@ -17,7 +20,7 @@ GPU_STEPS := gpu-tests gpu-memcheck gpu-racecheck gpu-bench gpu-sweep gpu-iterat
 # make gpu-bench GPU_ARGS="--operator attention nft"; make gpu-iteration GPU_ARGS="--part engine-p1"; make gpu GPU_ARGS="bench --within 300"
 GPU_ARGS ?=
 
-.PHONY: train test test-alignment clean gpu $(GPU_STEPS)
+.PHONY: train test test-newest test-alignment clean gpu $(GPU_STEPS)
 
 train: $(VENV)/.installed
 	$(BIN)/python -m arcopo_fast.train $(ARGS)
@@ -27,6 +30,11 @@ test: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+# The same on the newest releases that resolve, in an environment of its own that is upgraded first.
+test-newest:
+	rm -f .venv-newest/.installed-test
+	$(MAKE) test VENV=.venv-newest VERSIONS="--upgrade --upgrade-strategy eager"
 
 # The promise of `make train`, measured: three seeds of the default recipe, a quarter of an hour.
 test-alignment: $(VENV)/.installed-test
@@ -40,7 +48,7 @@ $(GPU_STEPS):
 	PYTHONPATH="kernels:.:$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-newest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
@@ -48,9 +56,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 
 $(VENV)/.installed: $(BIN)/python $(SETUP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python $(INSTALL) .
 	@touch $@
 
 $(VENV)/.installed-test: $(BIN)/python $(SETUP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python $(INSTALL) '.[test]'
 	@touch $(VENV)/.installed $@
