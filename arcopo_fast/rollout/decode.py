@@ -57,8 +57,8 @@ def decode_group(decoder: StreamingDecoder, latents: Sequence[Tensor], pivot: in
 class Reencoder:
     """Encodes a pixel frame of a video as an image of its own, as Krea realtime does with the first frame of its context.
 
-    A pixel frame depends on all latents before it, so a video is decoded along, one latent frame at a time: however it is cut into chunks,
-    the result is the same, bit for bit. Videos go one after the other: a batch changes nothing, and one at a time needs memory to work in.
+    A pixel frame depends on all latents before it, so a video is decoded along, one latent frame at a time and one video after the other:
+    the VAE's calls are the same however videos are cut into chunks and batched, and so is the result, bit for bit.
 
     Args:
         at_work: entered while the VAE works; for one that waits elsewhere than on the device of the latents.
