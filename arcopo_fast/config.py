@@ -124,8 +124,12 @@ class RolloutConfig(Section):
         "shared", description="p: shared: one random chunk an iteration; per_group: one a group; a number: always that chunk, from 1"
     )
     prompts_per_iteration: Positive = Field(1, description="groups of an iteration")
-    branches_per_wave: Positive | None = Field(None, description="finish so many branches at once: less memory, equal up to rounding; null: all")
-    decode_branches: Positive | None = Field(None, description="decode so many branches at once: less memory, equal up to rounding; null: all")
+    branches_per_wave: Positive | None = Field(
+        None, description="finish so many branches at once: less memory, equal up to rounding; null: all"
+    )
+    decode_branches: Positive | None = Field(
+        None, description="decode so many branches at once: less memory, equal up to rounding; null: all"
+    )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         "auto", description="replay the denoising steps of a chunk as one CUDA graph; auto: where launches, not arithmetic, take the time"
     )

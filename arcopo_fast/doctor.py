@@ -117,7 +117,7 @@ def command_line() -> RecipeParser:
     parser.add_argument(
         "--self-test",
         action="store_true",
-        help="try the method on one small group of the recipe's generator and rewards, at its sizes, on its device; nothing is written",
+        help="try the method on one group of the recipe's generator and rewards, at its sizes, on its device; nothing is written",
     )
     return parser
 
@@ -134,13 +134,20 @@ def main(argv: list[str]) -> int:
         from arcopo_fast.selftest import self_test
 
         tune_for_cpu()
-        print("\nIts method, on one small group:")
+        print("\nIts method, on one group:")
+        holds = promising = True
         for finding in self_test(config):
-            well = well and finding.well is not False
-            print(f"{ {True: 'holds', False: 'FAILS', None: 'note'}[finding.well]:7}  {finding.what}: {finding.detail}", flush=True)
-        print(
-            "everything holds" if well else "something does not hold: what a run teaches the generator would not be what the method means"
-        )
+            verdicts = {None: "note"} | ({True: "good", False: "POOR"} if finding.forecast else {True: "holds", False: "FAILS"})
+            print(f"{verdicts[finding.well]:7}  {finding.what}: {finding.detail}", flush=True)
+            holds &= finding.well is not False or finding.forecast
+            promising &= finding.well is not False or not finding.forecast
+        if not holds:
+            print("something does not hold: what a run teaches the generator would not be what the method means")
+        elif not promising:
+            print("the method holds, but a run would learn little: see what is POOR, and its remedy")
+        else:
+            print("everything holds")
+        well = holds and promising
     return 0 if well else MISSING
 
 
