@@ -47,8 +47,7 @@ from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.planner import dry_run, over_plan
-from arcopo_fast.rewards.base import Reward
-from arcopo_fast.rewards.client import RewardServerError
+from arcopo_fast.rewards.base import Reward, RewardError
 from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.runtime import profiling
@@ -81,7 +80,7 @@ IN_VAIN = 3
 """Iterations in a row without one score that end a run: of one, its prompts alone may be to blame."""
 
 
-class NoScores(UserError):
+class NoScores(RewardError):
     """Not one video of `IN_VAIN` iterations in a row got all its scores: nothing was learnt, nor, by all signs, will be."""
 
 
@@ -285,7 +284,7 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
             except BaseException as error:
                 if iteration - 1 > saved and not trainer.stepped:
                     trainer.save(run, iteration - 1)
-                if isinstance(error, RewardServerError | NoScores):
+                if isinstance(error, RewardError):
                     raise type(error)(f"{error}; go on with python -m arcopo_fast.train --resume {run.path}") from None
                 raise
             trace.step()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import wire
-from arcopo_fast.rewards.base import Reward
+from arcopo_fast.rewards.base import Reward, RewardError
 
 _SAY_FIRST, _SAY_EVERY = 2.0, 60.0  # seconds
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
@@ -31,7 +31,7 @@ _AGAIN = (408, 503)
 UNKNOWN = "unknown"
 
 
-class RewardServerError(UserError):
+class RewardServerError(RewardError):
     """A reward server was away for too long, or does not do what is asked of it. The message says which, where and what to do."""
 
 
