@@ -44,7 +44,7 @@ from arcopo_fast.floor import floors
 from arcopo_fast.groups import BufferedGroups, GroupSource, JudgedGroup, Rollouts, policy_of, training_prompts
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter, save_adapter
 from arcopo_fast.model.sizes import VAESizes
-from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
+from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.planner import dry_run, over_plan
 from arcopo_fast.rewards.base import Reward, RewardError
@@ -65,6 +65,7 @@ from arcopo_fast.runtime.run_dir import RunDirectory
 from arcopo_fast.runtime.stall import PATIENCE, notice, stalled_since
 from arcopo_fast.runtime.versions import version_of
 from arcopo_fast.runtime.video import write_mp4
+from arcopo_fast.total import weighted_total
 
 
 def check_trainable(config: Config) -> None:
@@ -175,7 +176,7 @@ class Trainer:
             for index in range(config.rollout.prompts_per_iteration):
                 judged = self.source.draw(iteration, index)
                 group = stack.enter_context(judged.group)
-                total = sum_rewards(judged.rewards, config.rewards)
+                total = weighted_total(judged.rewards, config.rewards)
                 unscored.update({name: int(values.isnan().sum()) for name, values in judged.rewards.items()})
                 for name, values in ({"reward": total} | {f"reward/{name}": values for name, values in judged.rewards.items()}).items():
                     values = values[values.isfinite()].double()

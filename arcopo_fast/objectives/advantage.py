@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from arcopo_fast.total import weighted_total
+
 
 def zscore(rewards: Tensor, std_floor: float = 0.0, std: Literal["population", "sample"] = "population") -> Tensor:
     """Return (r - mean r) / max(std r, std_floor) over a group [G], in float64; zeros for a group without variance: it teaches nothing.
@@ -55,7 +57,7 @@ def group_advantages(
         std_floor, std: see `zscore`.
         largest: |A_i| is cut off there.
     """
-    total = sum_rewards(components, weights)
+    total = weighted_total(components, weights)
     scored = total.isfinite()
     everyone = torch.zeros_like(total)
     if not scored.any():
@@ -63,12 +65,7 @@ def group_advantages(
     if combine == "sum":
         advantages = zscore(total[scored], std_floor, std)
     else:
-        advantages = sum_rewards({name: zscore(reward[scored], std_floor, std) for name, reward in components.items()}, weights)
+        advantages = weighted_total({name: zscore(reward[scored], std_floor, std) for name, reward in components.items()}, weights)
     advantages = quasi_norm(advantages, p) if kind == "quasi_norm" else advantages
     everyone[scored] = advantages if largest is None else advantages.clamp(-largest, largest)
     return everyone
-
-
-def sum_rewards(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """The weighted sum [G] float64; NaN where a reward that has a weight is. Without a weight, a reward is only watched."""
-    return torch.stack([weights[name] * reward.double() for name, reward in components.items() if weights[name]]).sum(dim=0)
