@@ -62,7 +62,7 @@ def test_a_watched_reward_that_fails_costs_no_total(user: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("combine", ["sum", "per_reward_zscore"])
-def test_nor_an_advantage(combine: Any) -> None:
+def test_a_watched_reward_that_fails_costs_no_advantage(combine: Any) -> None:
     components = {name: torch.randn(6) for name in WEIGHTS}
     components["watched"][:] = math.nan
     whole = {"sum": components, "per_reward_zscore": {name: zscore(values) for name, values in components.items()}}[combine]

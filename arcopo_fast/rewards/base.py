@@ -95,7 +95,7 @@ def score(rewards: Mapping[str, Reward], frames: Tensor, prompts: list[str], *, 
 def _check_finite(frames: Tensor, prompts: list[str]) -> None:
     if all(bound.isfinite() for bound in frames.aminmax()):  # NaN is both; needs no memory, as `isfinite` of all frames would
         return
-    video = next(index for index, own in enumerate(frames) if not own.isfinite().all())
+    video = next(index for index, its_frames in enumerate(frames) if not its_frames.isfinite().all())
     raise FramesNotFinite(
         f"video {video} of {len(frames)} ({prompts[video]!r}) has frames that are not finite, so nothing can judge it: the adapter has "
         "gone too far (take an earlier checkpoint, or a smaller scale, and train with a smaller optimizer.lr), or a number was too large "

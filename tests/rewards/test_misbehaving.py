@@ -38,8 +38,8 @@ def first_pixels(frames: Tensor, prompts: list[str]) -> Tensor:
 # What it is given ------------------------------------------------------------------------------------------------------------------
 
 
-def swap(array: Any, one: Any, other: Any) -> None:
-    array[one], array[other] = np.array(array[other]), np.array(array[one])
+def swap(array: Any, first: Any, second: Any) -> None:
+    array[first], array[second] = np.array(array[second]), np.array(array[first])
 
 
 CHANGES: dict[str, Callable[[Tensor], object]] = {
@@ -189,7 +189,9 @@ def test_anything_else_is_one_line(kind: str) -> None:
     with pytest.raises(RewardError) as raised:
         judged(lambda frames, prompts: returned, quarantine=True)
     line = str(raised.value)
-    assert line.startswith("reward 'mine' returned ") and described in line and "\n" not in line, line
+    assert isinstance(raised.value, UserError) and line.startswith("reward 'mine' returned ") and described in line and "\n" not in line, (
+        line
+    )
     assert "expected [4], one number for each video" in line
 
 

@@ -257,8 +257,8 @@ def test_a_slow_server_is_told_so_and_not_asked_again() -> None:
     assert reward.batches == [3, 1]
 
 
-def test_nor_one_that_does_not_even_say_how_it_is() -> None:
-    """Its reward keeps the interpreter to itself, say: it may yet be well, and then it is told."""
+def test_a_server_that_answers_nothing_is_not_asked_for_scores_again() -> None:
+    """Its reward may keep the interpreter to itself. As soon as it answers anything, it is known to be slow."""
     asked: list[bytes] = []
     health = json.dumps({"rewards": ["it"], "protocol": wire.PROTOCOL, "max_bytes": 1 << 20}).encode()
 
