@@ -181,7 +181,7 @@ class TrainConfig(Section):
 
 
 class RewardServersConfig(Section):
-    """Rewards in processes of their own, `python -m arcopo_fast.rewards serve`. ARCOPO_REWARD_TOKEN goes to a loopback or ARCOPO_REWARD_HOSTS."""
+    """Rewards in processes of their own, `python -m arcopo_fast.rewards serve`. ARCOPO_REWARD_HOSTS alone get ARCOPO_REWARD_TOKEN."""
 
     addresses: dict[str, str] = Field(default_factory=dict, description="by the reward's name, as in {toy_vq: http://127.0.0.1:8123}")
     frames: Literal["float32", "uint8"] = Field(

@@ -37,7 +37,7 @@ def trainer_of(scores: Iterable[dict[str, Tensor]], iterations: int, *settings: 
     made.source = SimpleNamespace(draw=lambda iteration, index: SimpleNamespace(group=group, rewards=next(groups)))
     made.objective = SimpleNamespace(update=lambda *unused, **more: {})
     made.optimizer = SimpleNamespace(param_groups=[{}])
-    made.parameters = []
+    made.stepper = None
     made.unscored = made.alike = 0
     return made
 
@@ -135,7 +135,7 @@ def test_a_run_says_so_keeps_what_it_has_and_goes_on(
     module = tmp_path / "says_little.py"
     module.write_text("def length(frames, prompts):\n    return [len(prompt) for prompt in prompts]\n")
     monkeypatch.syspath_prepend(tmp_path)
-    small = ["evaluation.prompts=2", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=0", "lora.rank=4", "lora.alpha=8"]
+    small = ["evaluation.prompts=1", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=0", "lora.rank=4", "lora.alpha=8"]
     shape = ["train.iterations=2", "train.save_every=0", "rollout.group_size=2", "objective.anchors_per_update=2"]
     assert run_command(main, ["toy", 'rewards={"says_little:length": 1.0, toy_vq: 0}', *small, *shape, f"run.directory={tmp_path}"]) == 2
     said, run = capsys.readouterr().err.splitlines()[-1], tmp_path / "toy"
