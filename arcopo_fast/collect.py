@@ -17,9 +17,9 @@ from arcopo_fast.commands import RecipeParser, positive_int, run_command
 from arcopo_fast.config import Config
 from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.groups import Rollouts, policy_of, prompt_of, recipe_of, store
-from arcopo_fast.objectives.advantage import sum_rewards
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.progress import Progress
+from arcopo_fast.total import weighted_total
 
 
 def collect(config: Config, path: str, groups: int) -> Buffer:
@@ -45,7 +45,7 @@ def collect(config: Config, path: str, groups: int) -> Buffer:
             judged = source.draw(index, 0)
             with judged.group:
                 buffer.write(index, *store(judged))
-            progress.update(sum_rewards(judged.rewards, config.rewards).nanmean().item())
+            progress.update(weighted_total(judged.rewards, config.rewards).nanmean().item())
     return buffer
 
 

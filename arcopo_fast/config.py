@@ -185,13 +185,13 @@ class TrainConfig(Section):
 
 
 class RewardServersConfig(Section):
-    """Rewards in processes of their own, `python -m arcopo_fast.rewards serve`. Their token, if any, is ARCOPO_REWARD_TOKEN's."""
+    """Rewards in processes of their own, `python -m arcopo_fast.rewards serve`. ARCOPO_REWARD_HOSTS alone get ARCOPO_REWARD_TOKEN."""
 
     addresses: dict[str, str] = Field(default_factory=dict, description="by the reward's name, as in {toy_vq: http://127.0.0.1:8123}")
     frames: Literal["float32", "uint8"] = Field(
         "float32", description="on their way to a server; uint8: a quarter of the bytes, in steps of 1/255; float32: the score is the same"
     )
-    timeout: PositiveFloat = Field(600.0, description="seconds until an answer must come; then the server counts as away")
+    timeout: PositiveFloat = Field(600.0, description="seconds until an answer must come; a server that is well, and slower, ends the run")
     give_up_after: PositiveFloat = Field(3600.0, description="seconds that a run waits for a server before it ends; it can be resumed")
 
 

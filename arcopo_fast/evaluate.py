@@ -40,8 +40,7 @@ from arcopo_fast.merge import Source, read_source
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import adapter_state, add_lora, load_adapter_state
 from arcopo_fast.model.sizes import VAESizes
-from arcopo_fast.rewards.base import Reward
-from arcopo_fast.rewards.client import RewardServerError
+from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError
 from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.runtime.interrupt import Interrupted, Interruption
 from arcopo_fast.runtime.memory import tune_for_cpu
@@ -109,7 +108,7 @@ class Evaluator:
         """The scores of a batch, of one generator's videos; those that have a file are written to it.
 
         Raises:
-            RewardServerError: a reward's server was away for too long.
+            RewardError, FramesNotFinite: see `rewards.base.score`.
         """
         if self._current != videos[0].generator:
             self._current = videos[0].generator
@@ -175,8 +174,10 @@ def evaluate(
                 raise Interrupted(f"{done} of {len(mine)} batches are scored and kept; the same command goes on")
             try:
                 values = evaluator.score(part, files)
-            except RewardServerError as error:
-                raise RewardServerError(f"{error}; what is scored is kept, and the same command goes on") from None
+            except RewardError as error:
+                raise type(error)(f"{error}; what is scored is kept, and the same command goes on") from None
+            except FramesNotFinite as error:
+                raise FramesNotFinite(f"{part[0].generator}: {error}; what is scored is kept") from None
             new = [(video, prompts[video.prompt], values[video]) for video in part if video not in scores.values]
             writer.append(new, evaluator.adapters)
             progress.update(torch.tensor([with_total(one, config.rewards)[TOTAL] for one in values.values()]).nanmean().item())

@@ -20,6 +20,8 @@ from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
 from arcopo_fast.runtime.memory import resident
+from arcopo_fast.runtime.results import TOTAL
+from arcopo_fast.total import weighted_total
 
 BATCH = 8
 
@@ -41,9 +43,11 @@ class Evaluation:
 
 
 def _summary(values: Tensor) -> dict[str, Any]:
-    there = values[values.isfinite()]
+    there = values[values.isfinite()].double()
     mean, std = (there.mean().item(), there.std(correction=0).item()) if len(there) else (None, None)
-    listed = [round(value, 6) if math.isfinite(value) else None for value in values.tolist()]
+    if len(there) and there.max() == there.min():  # whose standard deviation may be that of a rounded mean
+        std = 0.0
+    listed = [float(f"{value:.9g}") if math.isfinite(value) else None for value in values.tolist()]
     failed = {"failed": len(values) - len(there)} if len(there) < len(values) else {}
     return {"mean": mean, "std": std, "values": listed, **failed}
 
@@ -109,5 +113,5 @@ def evaluate(
             shown.append(frames[: max(0, config.evaluation.sample_videos - sum(map(len, shown)))].to("cpu", copy=True))
             del frames
     joined = {name: torch.cat(values) for name, values in scores.items()}
-    total = torch.stack([config.rewards[name] * joined[name] for name in rewards]).sum(dim=0)
-    return Evaluation({"reward": total} | joined, [prompt.text for prompt in every], torch.cat(shown)[: config.evaluation.sample_videos])
+    total = weighted_total(joined, config.rewards)
+    return Evaluation({TOTAL: total} | joined, [prompt.text for prompt in every], torch.cat(shown)[: config.evaluation.sample_videos])

@@ -44,11 +44,10 @@ from arcopo_fast.floor import floors
 from arcopo_fast.groups import BufferedGroups, GroupSource, JudgedGroup, Rollouts, policy_of, training_prompts
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter, save_adapter
 from arcopo_fast.model.sizes import VAESizes
-from arcopo_fast.objectives.advantage import group_advantages, sum_rewards
+from arcopo_fast.objectives.advantage import group_advantages, zscore
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.planner import dry_run, over_plan
-from arcopo_fast.rewards.base import Reward
-from arcopo_fast.rewards.client import RewardServerError
+from arcopo_fast.rewards.base import Reward, RewardError
 from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.runtime import profiling
@@ -66,6 +65,7 @@ from arcopo_fast.runtime.run_dir import RunDirectory
 from arcopo_fast.runtime.stall import PATIENCE, notice, stalled_since
 from arcopo_fast.runtime.versions import version_of
 from arcopo_fast.runtime.video import write_mp4
+from arcopo_fast.total import weighted_total
 
 
 def check_trainable(config: Config) -> None:
@@ -77,12 +77,10 @@ def check_trainable(config: Config) -> None:
         )
 
 
-IN_VAIN = 3
+UNSCORED = 3
 """Iterations in a row without one score that end a run: of one, its prompts alone may be to blame."""
-
-
-class NoScores(UserError):
-    """Not one video of `IN_VAIN` iterations in a row got all its scores: nothing was learnt, nor, by all signs, will be."""
+ALIKE = 10
+"""Iterations in a row without a group whose members differ that end a run: scores in whole numbers may agree by chance for a while."""
 
 
 class Trainer:
@@ -120,7 +118,7 @@ class Trainer:
         )
         self.stepped = False  # in the iteration at hand: the weights are no longer those of the one before
         self.optimizer.register_step_pre_hook(self._steps)
-        self.in_vain = 0  # iterations in a row without one score
+        self.unscored = self.alike = 0  # iterations in a row without one score, and without a group whose members differ
 
     def _made_of(self) -> dict[str, str]:
         """What every video depends on, see `check_inputs`. The generator has no adapter yet."""
@@ -164,38 +162,61 @@ class Trainer:
         """Groups with their rewards, advantages, update; returns what metrics.jsonl keeps.
 
         Raises:
-            NoScores: rewards failed for every video, as in the iterations before.
+            RewardError: of a reward, see `score`; or rewards gave nothing to learn from, as in the iterations before.
         """
         self.stepped = False
         config = self.config
         groups: list[tuple[Group, Tensor]] = []
         logged: dict[str, list[float]] = {}
         unscored = Counter[str]()  # videos by the reward that failed
+        telling = set[str]()  # rewards that tell members of a group apart
         prefix = "" if config.train.buffer is None else "buffer/"  # what a buffer was rewarded says nothing of the policy
         with profiling.record(self.generator.model.device) as seconds, ExitStack() as stack:
             for index in range(config.rollout.prompts_per_iteration):
                 judged = self.source.draw(iteration, index)
                 group = stack.enter_context(judged.group)
-                total = sum_rewards(judged.rewards, config.rewards)
+                total = weighted_total(judged.rewards, config.rewards)
                 unscored.update({name: int(values.isnan().sum()) for name, values in judged.rewards.items()})
                 for name, values in ({"reward": total} | {f"reward/{name}": values for name, values in judged.rewards.items()}).items():
                     values = values[values.isfinite()].double()
                     if not len(values):
                         continue
+                    if zscore(values).any():
+                        telling.add(name.removeprefix("reward/"))
                     logged.setdefault(prefix + name, []).append(values.mean().item())
                     logged.setdefault(f"{prefix}{name}_std", []).append(values.std(correction=0).item())
                 logged.setdefault("pivot", []).append(group.pivot + 1)
                 groups.append((group, self.advantages(judged)))
-            self.in_vain = 0 if prefix + "reward" in logged else self.in_vain + 1
-            if self.in_vain == IN_VAIN:
-                videos = config.rollout.prompts_per_iteration * config.rollout.group_size
-                failed = ", ".join(f"{name!r} failed for {number}" for name, number in unscored.items() if number)
-                raise NoScores(f"not one video of {IN_VAIN} iterations in a row got all its scores: of the last one's {videos}, {failed}")
+            self.unscored = 0 if prefix + "reward" in logged else self.unscored + 1
+            self.alike = 0 if any(advantages.any() for _, advantages in groups) else self.alike + 1
+            self._check_rewards(unscored, telling)
             lr = self.set_learning_rate(iteration)
             draw = () if config.train.buffer is None else (config.seed, iteration)
             statistics = self.objective.update(groups, self.stepper, draw=draw)
         means = {name: sum(values) / len(values) for name, values in logged.items()}
         return means | statistics | {"failed_scores": unscored.total(), "lr": lr, "time": seconds}
+
+    def _check_rewards(self, unscored: Counter[str], telling: set[str]) -> None:
+        """End a run that its rewards teach nothing.
+
+        unscored: videos of the last iteration by the reward that failed. telling: the rewards that told members of a group apart.
+
+        Raises:
+            RewardError: so it is, by all signs; the message names the rewards.
+        """
+        config = self.config
+        failed = ", ".join(f"{name!r} failed for {number}" for name, number in unscored.items() if number)
+        videos = f"of the last one's {config.rollout.prompts_per_iteration * config.rollout.group_size}, {failed}"
+        if self.unscored == min(UNSCORED, config.train.iterations):
+            raise RewardError(f"not one video of {self.unscored} iterations in a row got all its scores: {videos}")
+        if self.alike == min(ALIKE, config.train.iterations):
+            alike = ", ".join(repr(name) for name, weight in config.rewards.items() if weight and name not in telling)
+            advice = "raise rollout.noise_strength or rollout.group_size" if config.train.buffer is None else "collect another buffer"
+            raise RewardError(
+                f"nothing was learnt in {self.alike} iterations in a row, for the members of each group had the same reward: in the last "
+                f"one {alike or 'the weighted sum of the rewards'} did not tell them apart{f' ({videos})' if failed else ''}; take a "
+                f"reward that does, or {advice}"
+            )
 
     def device(self) -> dict[str, Any]:
         """What device.json says: the device, what it reaches at best, and by pivot the seconds below which no stage gets."""
@@ -285,7 +306,7 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
             except BaseException as error:
                 if iteration - 1 > saved and not trainer.stepped:
                     trainer.save(run, iteration - 1)
-                if isinstance(error, RewardServerError | NoScores):
+                if isinstance(error, RewardError):
                     raise type(error)(f"{error}; go on with python -m arcopo_fast.train --resume {run.path}") from None
                 raise
             trace.step()

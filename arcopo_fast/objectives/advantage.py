@@ -7,23 +7,33 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from arcopo_fast.total import weighted_total
 
-def zscore(rewards: Tensor, std_floor: float = 0.0, std: Literal["population", "sample"] = "population") -> Tensor:
+
+def zscore(
+    rewards: Tensor, std_floor: float = 0.0, std: Literal["population", "sample"] = "population", *, rounding: float | None = None
+) -> Tensor:
     """Return (r - mean r) / max(std r, std_floor) over a group [G], in float64; zeros for a group without variance: it teaches nothing.
 
     A floor above 0 keeps a group whose members are as good as equal from getting full-size advantages out of noise.
 
-    std: "population" divides the sum of squares by G, "sample" by G - 1.
+    Args:
+        std: "population" divides the sum of squares by G, "sample" by G - 1.
+        rounding: a standard deviation of at most this is no variance; None: that of the rewards themselves, see `rounding_of`.
     """
     rewards = rewards.double()
     centred = rewards - rewards.mean()
     deviation = centred.square().mean().sqrt()
-    # Equal float32 rewards can differ by rounding of their mean: below that, the group has no variance.
-    if deviation <= 1e-7 * max(1.0, rewards.abs().max().item()):
+    if rewards.max() == rewards.min() or deviation <= (rounding_of(rewards) if rounding is None else rounding):
         return torch.zeros_like(centred)
     if std == "sample":
         deviation *= (len(rewards) / (len(rewards) - 1)) ** 0.5
     return centred / max(deviation.item(), std_floor)
+
+
+def rounding_of(rewards: Tensor) -> float:
+    """Return by how much scores [G] that were float32 may differ without meaning it: its epsilon times the largest; 0 if all are equal."""
+    return torch.finfo(torch.float32).eps * rewards.abs().max().item() if rewards.max() > rewards.min() else 0.0
 
 
 def quasi_norm(advantages: Tensor, p: float) -> Tensor:
@@ -55,20 +65,18 @@ def group_advantages(
         std_floor, std: see `zscore`.
         largest: |A_i| is cut off there.
     """
-    total = sum_rewards(components, weights)
+    total = weighted_total(components, weights)
     scored = total.isfinite()
     everyone = torch.zeros_like(total)
     if not scored.any():
         return everyone
     if combine == "sum":
-        advantages = zscore(total[scored], std_floor, std)
+        # Of each reward, not of their sum: a large constant must not hide what a small reward says.
+        roundings = {name: rounding_of(reward[scored]) for name, reward in components.items()}
+        rounding = weighted_total(roundings, {name: abs(weight) for name, weight in weights.items()})
+        advantages = zscore(total[scored], std_floor, std, rounding=rounding)
     else:
-        advantages = sum_rewards({name: zscore(reward[scored], std_floor, std) for name, reward in components.items()}, weights)
+        advantages = weighted_total({name: zscore(reward[scored], std_floor, std) for name, reward in components.items()}, weights)
     advantages = quasi_norm(advantages, p) if kind == "quasi_norm" else advantages
     everyone[scored] = advantages if largest is None else advantages.clamp(-largest, largest)
     return everyone
-
-
-def sum_rewards(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """The weighted sum [G] float64; NaN where a reward that has a weight is. Without a weight, a reward is only watched."""
-    return torch.stack([weights[name] * reward.double() for name, reward in components.items() if weights[name]]).sum(dim=0)

@@ -22,7 +22,7 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import wire
 from arcopo_fast.rewards.own import find
 from arcopo_fast.rewards.registry import REWARDS, goes_by_seconds, load_reward
-from arcopo_fast.rewards.server import RewardServer, Scorer, is_loopback
+from arcopo_fast.rewards.server import RewardServer, Scorer
 from arcopo_fast.runtime.interrupt import Interruption
 from arcopo_fast.runtime.memory import tune_for_cpu
 
@@ -53,7 +53,7 @@ def serve(argv: list[str]) -> None:
     if options is None:
         return
     token = wire.read_token(options.token_file)
-    if token is None and not is_loopback(options.host):
+    if token is None and not wire.is_loopback(options.host):
         advice = f"give --token-file or {wire.TOKEN_VARIABLE}, or listen at 127.0.0.1"
         raise UserError(f"--host {options.host} can be reached from other machines, and there is no token; {advice}")
     device = _device(options.device)

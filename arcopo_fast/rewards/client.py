@@ -22,7 +22,7 @@ from torch import Tensor
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import wire
-from arcopo_fast.rewards.base import Reward
+from arcopo_fast.rewards.base import Reward, RewardError
 
 _SAY_FIRST, _SAY_EVERY = 2.0, 60.0  # seconds
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
@@ -31,12 +31,16 @@ _AGAIN = (408, 503)
 UNKNOWN = "unknown"
 
 
-class RewardServerError(UserError):
+class RewardServerError(RewardError):
     """A reward server was away for too long, or does not do what is asked of it. The message says which, where and what to do."""
 
 
 class _Away(Exception):
     """No answer this time."""
+
+
+class _Slow(_Away):
+    """No answer in time, to a request that the server has got."""
 
 
 class RewardClient:
@@ -45,11 +49,14 @@ class RewardClient:
     Args:
         address: such as http://127.0.0.1:8123.
         rewards: names of the rewards, as the server knows them.
-        token: what the server wants to see.
+        token: what the server wants to see. It is sent to hosts that `wire.token_may_go_to`, and no other.
         dtype: of the frames on their way: float32 gives the scores that the reward would give here, uint8 takes a quarter of the bytes.
         fps: frames per second of the videos, which the server's rewards must have been told; None: not checked.
-        connect_timeout, timeout: seconds until a connection, and until an answer; then the server counts as away.
+        connect_timeout, timeout: seconds until a connection, and until an answer. A server that is well, and slower, is not asked again.
         give_up_after: seconds that a request may wait for a server that is away.
+
+    Raises:
+        UserError: the address cannot be used, or the token must not go there.
     """
 
     def __init__(
@@ -66,6 +73,11 @@ class RewardClient:
     ) -> None:
         self.address = address.rstrip("/")
         self.host, self.port, self._connection = _parse(address)
+        if token is not None and not wire.token_may_go_to(self.host, self.port):
+            raise UserError(
+                f"{wire.TOKEN_VARIABLE} would be sent to {self.host}, an address of the recipe's: if it is yours, say so with "
+                f"{wire.HOSTS_VARIABLE}={self.host}, or unset the token"
+            )
         self.rewards = list(rewards)
         self.token = token
         self.dtype = dtype
@@ -133,11 +145,19 @@ class RewardClient:
     def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """The answer to a request, whenever the server can give it."""
         begun = time.monotonic()
-        say_at, said, pause = begun + _SAY_FIRST, False, _SHORTEST_PAUSE
+        say_at, said, pause, slow = begun + _SAY_FIRST, False, _SHORTEST_PAUSE, False
         while True:
             try:
+                if slow:
+                    self._try("GET", "/health", None)
+                    raise self._error(
+                        f"is well, but has not scored in {_minutes(self.timeout)}, reward_servers.timeout: raise that setting, let it "
+                        "judge fewer videos at once (rollout.decode_branches), or look whether one of its rewards hangs"
+                    )
                 answer = self._try(method, path, body)
             except _Away as away:
+                # What is there and has not scored in time would not be faster if it had to score the same videos again.
+                slow = isinstance(away, _Slow) and body is not None
                 now = time.monotonic()
                 left = begun + self.give_up_after - now
                 if left <= 0:
@@ -158,8 +178,10 @@ class RewardClient:
         headers = {"Content-Type": wire.CONTENT} if body else {}
         if self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
+        connected = False
         try:
             connection.connect()
+            connected = True
             connection.sock.settimeout(self.timeout)
             with suppress(BrokenPipeError, ConnectionResetError):  # refused while we were sending: the answer may say why
                 connection.request(method, path, body, headers)
@@ -167,6 +189,10 @@ class RewardClient:
             content = response.read(_MAX_ANSWER)
             if response.length:  # `read` with a limit does not say so
                 raise HTTPException("its answer was cut short")
+        except TimeoutError:
+            if connected:
+                raise _Slow(f"no answer in {_minutes(self.timeout)}, reward_servers.timeout") from None
+            raise _Away(f"no connection in {_minutes(self.connect_timeout)}") from None
         except (OSError, HTTPException) as error:
             raise _Away(str(error) or type(error).__name__) from None
         finally:
@@ -220,7 +246,7 @@ def remote_rewards(addresses: Mapping[str, str], **settings: Any) -> dict[str, R
     return {name: RemoteReward(name, clients[address.rstrip("/")]) for name, address in addresses.items()}
 
 
-def _parse(address: str) -> tuple[str, int | None, type[HTTPConnection]]:
+def _parse(address: str) -> tuple[str, int, type[HTTPConnection]]:
     """Host, port and kind of connection of an address."""
     try:
         parts = urlsplit(address)
@@ -229,7 +255,7 @@ def _parse(address: str) -> tuple[str, int | None, type[HTTPConnection]]:
         parts, host, port = urlsplit(""), None, None
     if parts.scheme not in ("http", "https") or not host or parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
         raise UserError(f"{address!r} is not the address of a reward server; expected something like http://127.0.0.1:8123")
-    return host, port, HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    return (host, port or 443, HTTPSConnection) if parts.scheme == "https" else (host, port or 80, HTTPConnection)
 
 
 def _line(content: bytes) -> str:
@@ -242,4 +268,4 @@ def _line(content: bytes) -> str:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.0f} min"

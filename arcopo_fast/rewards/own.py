@@ -15,20 +15,19 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.rewards.base import as_scores, exit_told
 
 
 class OwnReward(nn.Module):
     """A function of (frames, prompts) as a reward. A module, so that one inside it goes where it is sent.
 
-    function: returns a tensor, an array or a list of N numbers; in a list, None for a video that could not be scored.
+    function: returns a tensor, an array or a list of N numbers; in a list, None for a video that could not be scored. See `as_scores`.
     """
 
     def __init__(self, name: str, function: Callable[[Tensor, list[str]], Any]) -> None:
@@ -37,13 +36,7 @@ class OwnReward(nn.Module):
         self.function = function
 
     def forward(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        scores = self.function(frames, prompts)
-        if isinstance(scores, (list, tuple)):
-            scores = [math.nan if one is None else one for one in scores]
-        try:
-            return torch.as_tensor(scores, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"reward {self.name!r} returned a {type(scores).__name__}; expected one number for each video") from None
+        return as_scores(self.name, self.function(frames, prompts), len(frames))
 
 
 def find(path: str, what: str) -> Any:
@@ -60,6 +53,8 @@ def find(path: str, what: str) -> Any:
         raise UserError(f"{what} {path!r} is not a path; expected package.module:function")
     try:
         found: Any = importlib.import_module(place)
+    except SystemExit as error:
+        raise UserError(f"{what} {path!r}: when it is imported, {place} {exit_told(error)}; let it define things, and no more") from error
     except ImportError as error:
         here = isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}.")
         advice = "is its directory on PYTHONPATH?" if here else "install what it needs, or serve it from an environment that has it"
@@ -81,7 +76,10 @@ def load_own(path: str) -> OwnReward:
     found = find(path, "reward")
     if isinstance(found, type):
         _check_arguments(path, found, "it is made without arguments")
-        found = found()
+        try:
+            found = found()
+        except SystemExit as error:
+            raise UserError(f"reward {path!r} {exit_told(error)} when it was made") from error
     if not callable(found):
         raise UserError(f"reward {path!r} is a {type(found).__name__}; expected a function, or a class whose objects can be called")
     _check_arguments(path, found, "it is called with (frames, prompts)", None, None)

@@ -1,16 +1,16 @@
 """A reward in a process of its own, behind HTTP: `wire` says what is spoken, `client` is the other side.
 
 A thread for each connection reads a request; one thread scores, because models are not thread-safe. Requests that have come together while
-it was busy are scored together, as long as their videos have the same shape. Whoever is refused is refused before the body is read:
-without the token (401), too large (413), more than what may wait (503, come again later).
+it was busy are scored together, as long as their videos have the same shape. Nothing is scored for a client that has left. Whoever is
+refused is refused before the body is read: without the token (401), too large (413), more than what may wait (503, come again later).
 """
 
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import json
 import re
+import selectors
 import socket
 import socketserver
 import sys
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from arcopo_fast.rewards import wire
-from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError, score
 from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.runtime.versions import version_of
 
@@ -56,6 +57,8 @@ class Job:
     rewards: tuple[str, ...]
     prompts: list[str]
     frames: Tensor
+    has_left: Callable[[], bool] = lambda: False
+    """Says whether the client is gone, so that nobody will read the scores."""
     scores: Future[dict[str, Tensor]] = field(default_factory=Future)
 
     def joins(self, other: Job) -> bool:
@@ -152,23 +155,32 @@ class Scorer:
                     videos += len(job.prompts)
             return jobs
 
+    def _waits(self, job: Job) -> bool:
+        """Whether a request's client still waits for its scores; if it does not, the request is done with."""
+        if not job.has_left():
+            return True
+        job.scores.set_exception(Refusal(HTTPStatus.REQUEST_TIMEOUT, "the client has left"))
+        return False
+
     def _run(self, jobs: list[Job]) -> None:
+        jobs = [job for job in jobs if self._waits(job)]
+        if not jobs:
+            return
         prompts = [prompt for job in jobs for prompt in job.prompts]
+        parts: list[dict[str, Tensor]] = []
         try:
             frames = jobs[0].frames if len(jobs) == 1 else torch.cat([job.frames for job in jobs])
-            parts = [
-                self._judge(jobs[0].rewards, some, prompts[start : start + self.batch])
-                for start, some in zip(range(0, len(frames), self.batch), frames.split(self.batch))
-            ]
+            for start, some in zip(range(0, len(frames), self.batch), frames.split(self.batch)):
+                if start and not self._waits(jobs[0]):  # more than a batch are of a single request
+                    return
+                parts.append(self._judge(jobs[0].rewards, some, prompts[start : start + self.batch]))
             scores = {name: torch.cat([part[name] for part in parts]) for name in jobs[0].rewards}
         except BaseException as error:  # SystemExit, too: a user's code must not end the thread and leave everybody waiting
             if len(jobs) > 1:  # one of them may be at fault: the others shall not suffer
                 for job in jobs:
                     self._run([job])
                 return
-            traceback.print_exception(error)
-            line = f"a reward raised {type(error).__name__}; the server's own output says where"
-            jobs[0].scores.set_exception(Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, line))
+            jobs[0].scores.set_exception(_refusal(error))
             return
         start = 0
         for job in jobs:
@@ -180,6 +192,15 @@ class Scorer:
         frames = wire.to_float32(frames.to(self.device))
         scores = score({name: self.rewards[name] for name in names}, frames, prompts, quarantine=True)
         return {name: values.cpu() for name, values in scores.items()}
+
+
+def _refusal(error: BaseException) -> Refusal:
+    """What a client is told of an exception; the server's own output says more."""
+    if isinstance(error, FramesNotFinite):
+        return Refusal(HTTPStatus.BAD_REQUEST, "not a request for scores: the frames are not finite")
+    traceback.print_exception(error)
+    line = str(error) if isinstance(error, RewardError) else f"a reward raised {type(error).__name__}; the server's own output says where"
+    return Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, line)
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -338,7 +359,8 @@ class Handler(BaseHTTPRequestHandler):
         if any(name not in known for name in header.rewards):
             raise Refusal(HTTPStatus.NOT_FOUND, f"this server's rewards are {', '.join(known)}")
         body = self._receive(size - 8 - length, deadline)
-        return Job(header.rewards, header.prompts, torch.frombuffer(body, dtype=header.dtype).view(header.shape))
+        frames = torch.frombuffer(body, dtype=header.dtype).view(header.shape)
+        return Job(header.rewards, header.prompts, frames, partial(_has_left, self.connection))
 
     def _receive(self, size: int, deadline: float) -> bytearray:
         content = bytearray(size)
@@ -389,8 +411,11 @@ class Handler(BaseHTTPRequestHandler):
         """Requests are not logged."""
 
 
-def is_loopback(host: str) -> bool:
+def _has_left(connection: socket.socket) -> bool:
+    """Return whether the client has closed its end of a connection. Does not wait, and leaves what it sent unread."""
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        with selectors.DefaultSelector() as selector:
+            selector.register(connection, selectors.EVENT_READ)
+            return bool(selector.select(0)) and not connection.recv(1, socket.MSG_PEEK)
+    except (OSError, ValueError):  # reset by the client, or closed here
+        return True

@@ -11,6 +11,7 @@ Every other status than 200 comes with JSON, {"status": 413, "error": "one line"
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from arcopo_fast.errors import UserError
 PROTOCOL = 1
 CONTENT = "application/octet-stream"
 TOKEN_VARIABLE = "ARCOPO_REWARD_TOKEN"
+HOSTS_VARIABLE = "ARCOPO_REWARD_HOSTS"
 MAX_HEADER = 1 << 20
 """Bytes of a request's safetensors header, prompts included."""
 _SHORTEST_TOKEN = 16
@@ -133,6 +135,24 @@ def read_scores(content: bytes, rewards: Sequence[str], count: int) -> dict[str,
     if set(scores) != set(rewards) or any(one.shape != (count,) or one.dtype != torch.float32 for one in scores.values()):
         raise Malformed("not one float32 score for each video and reward")
     return {name: scores[name] for name in rewards}
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def token_may_go_to(host: str, port: int) -> bool:
+    """Return whether a client may show its token to a host: a loopback, or one that the user has named in `HOSTS_VARIABLE`.
+
+    Addresses come with a recipe, which may be a stranger's. The variable holds names or addresses as the recipe writes them, with commas
+    between them, each with or without a :port.
+    """
+    named = {name.strip().lower() for name in os.environ.get(HOSTS_VARIABLE, "").split(",")}
+    with_port = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return is_loopback(host) or host in named or with_port in named
 
 
 def read_token(file: str | Path | None) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from arcopo_fast.runtime.page import plain, signed
 from arcopo_fast.runtime.results import KINDS, TOTAL
 from arcopo_fast.runtime.scores import BASE, Scores, Video
+from arcopo_fast.total import weighted_total
 
 LEVEL = 0.95
 
@@ -94,7 +95,7 @@ def t_quantile(freedom: int, level: float = LEVEL) -> float:
 
 def with_total(scores: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
     """A video's scores behind their weighted sum, which is not finite if one of its parts is not."""
-    return {TOTAL: sum(weight * scores[name] for name, weight in weights.items() if weight)} | dict(scores)
+    return {TOTAL: weighted_total(scores, weights)} | dict(scores)
 
 
 def compare(scores: Scores, weights: Mapping[str, float], generators: Iterable[str] | None = None) -> list[Result]:

@@ -30,6 +30,7 @@ from arcopo_fast.evaluation import videos_at_once
 from arcopo_fast.generate import load_scaled_adapter
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, adapter_state, add_lora, save_adapter
 from arcopo_fast.recipe import load_config
+from arcopo_fast.rewards.base import FramesNotFinite
 from arcopo_fast.rewards.client import RewardServerError
 from arcopo_fast.runtime.scores import BASE, ScoreDirectory, Scores, Video
 
@@ -254,11 +255,18 @@ def test_a_server_that_stays_away_loses_nothing(
             raise RewardServerError("the reward server at http://127.0.0.1:1 could not be used for 60 min")
         return original(*arguments, **settings)
 
+    def breaks(*arguments: Any, **settings: Any) -> Any:
+        raise FramesNotFinite("video 0 has frames that are not finite")
+
     monkeypatch.setattr(evaluate, "judge", judge)
     call = [*SMALL, *THREE, "--batch", "4", "--keep-videos", "none", "--out", tmp_path]
     status, said, _ = command(capsys, *call)
     assert status == 2 and "60 min; what is scored is kept, and the same command goes on" in said[-1]
     assert len(scores_in(tmp_path).values) == 4
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "judge", breaks)
+        status, said, _ = command(capsys, *call)
+    assert status == 2 and said[-1] == f"error: {BASE}: video 0 has frames that are not finite; what is scored is kept"
     assert command(capsys, *call)[0] == 0 and len(calls) == 3 and len(lines_in(tmp_path)) == 6
 
 

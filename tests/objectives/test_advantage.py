@@ -78,3 +78,25 @@ def test_a_group_with_less_than_two_scores_teaches_nothing(scored: int) -> None:
     rewards = torch.full((6,), torch.nan)
     rewards[:scored] = torch.randn(scored)
     assert torch.equal(group_advantages({"a": rewards}, {"a": 1.0}), torch.zeros(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("exponent", range(-12, 13, 3))
+@pytest.mark.parametrize("combine", ["sum", "per_reward_zscore"])
+def test_rewards_of_any_size_teach_the_same(exponent: int, combine: Literal["sum", "per_reward_zscore"]) -> None:
+    """What is no variance is relative to the rewards: to float32's rounding of them."""
+    rewards, scale = torch.randn(8), 10.0**exponent
+    torch.testing.assert_close(zscore(rewards * scale), zscore(rewards), rtol=0, atol=1e-5)
+    advantages = group_advantages({"a": rewards * scale}, {"a": 2.0}, combine=combine)
+    torch.testing.assert_close(advantages, group_advantages({"a": rewards}, {"a": 2.0}, combine=combine), rtol=0, atol=1e-5)
+    base = torch.full((8,), 3.7) * scale
+    jitter = torch.cat([base[:5], base[5:].nextafter(2 * base[5:])])
+    assert jitter.unique().numel() == 2 and not zscore(jitter).any()
+    assert not group_advantages({"a": jitter, "b": base}, {"a": 1.0, "b": -1.0}, combine=combine).any(), "a difference of two large ones"
+    assert zscore(torch.cat([base[:5], base[5:] * (1 + 1e-5)])).all()
+
+
+@pytest.mark.parametrize("combine", ["sum", "per_reward_zscore"])
+def test_a_large_constant_hides_no_small_reward(combine: Literal["sum", "per_reward_zscore"]) -> None:
+    small, constant = torch.randn(8) * 1e-4, torch.full((8,), 1e6)
+    advantages = group_advantages({"a": small, "b": constant}, {"a": 1.0, "b": 1.0}, combine=combine)
+    torch.testing.assert_close(advantages, zscore(small), rtol=0, atol=1e-4)

@@ -19,7 +19,9 @@ from safetensors.torch import save
 from support.servers import SECONDS, serving
 from torch import Tensor
 
+from arcopo_fast.assemble import load_rewards
 from arcopo_fast.errors import UserError
+from arcopo_fast.recipe import load_config
 from arcopo_fast.rewards import server as server_module
 from arcopo_fast.rewards import wire
 from arcopo_fast.rewards.base import score
@@ -233,11 +235,92 @@ def test_a_client_gives_up_in_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         begun = time.monotonic()
-        with pytest.raises(RewardServerError, match=r"could not be used for 1 s: timed out; start it again"):
+        with pytest.raises(
+            RewardServerError, match=r"could not be used for 1 s: no answer in 0.2 s, reward_servers.timeout; start it again"
+        ):
             RewardClient(address, ["it"], timeout=0.2, give_up_after=1).score(videos(), ["a"] * 3)
         assert 1 <= time.monotonic() - begun < 5
     with pytest.raises(RewardServerError, match="refused"):
         remote_rewards({"it": address}, give_up_after=0.2)
+
+
+def test_a_slow_server_is_told_so_and_not_asked_again() -> None:
+    reward = FirstPixel()
+    with serving(reward) as server:
+        reward.go.clear()
+        begun = time.monotonic()
+        with pytest.raises(RewardServerError, match=r"is well, but has not scored in 0.3 s, reward_servers.timeout: raise that"):
+            client(server, timeout=0.3).score(videos(), ["a"] * 3)
+        assert time.monotonic() - begun < SECONDS / 2, "it does not wait until it gives up"
+        reward.go.set()
+        assert client(server).score(videos(1), ["a"])
+    assert reward.batches == [3, 1]
+
+
+def test_a_server_that_answers_nothing_is_not_asked_for_scores_again() -> None:
+    """Its reward may keep the interpreter to itself. As soon as it answers anything, it is known to be slow."""
+    asked: list[bytes] = []
+    health = json.dumps({"rewards": ["it"], "protocol": wire.PROTOCOL, "max_bytes": 1 << 20}).encode()
+
+    def talk(listener: socket.socket) -> None:
+        kept = []
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                kept.append(connection)
+                asked.append(connection.recv(1 << 16).split(b" HTTP")[0])
+                if asked.count(b"POST /score") == 0 or asked.count(b"GET /health") >= 4:
+                    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + health)
+                    connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=talk, args=(listener,), daemon=True).start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(RewardServerError, match="is well, but has not scored"):
+            RewardClient(address, ["it"], timeout=0.2, give_up_after=SECONDS).score(videos(1), ["a"])
+    assert asked == [b"GET /health", b"POST /score"] + [b"GET /health"] * 3
+
+
+def test_a_server_that_is_gone_when_it_should_answer_is_waited_for() -> None:
+    reward, frames = FirstPixel(), videos()
+    with ThreadPoolExecutor(1) as pool, serving(reward) as server:
+        reward.go.clear()
+        answer = pool.submit(client(server, timeout=0.5).score, frames, ["a"] * 3)
+        eventually(reward.begun.is_set)
+        server.shutdown()
+        server.server_close()  # as if the machine were gone: the connection stays, and nobody answers
+        time.sleep(0.7)
+        assert not answer.done()
+        with serving(FirstPixel(), port=server.server_address[1]):
+            assert torch.equal(answer.result(SECONDS)["first_pixel"], frames[:, 0, 0, 0, 0])
+        reward.go.set()
+
+
+def test_nothing_is_scored_for_clients_that_have_left() -> None:
+    """Neither what waits nor, between two batches, what has begun."""
+    reward = FirstPixel()
+    long, short = (wire.pack(videos(count), ["a"] * count, ["first_pixel"]) for count in (9, 2))
+    with serving(reward, batch=4) as server, ThreadPoolExecutor(1) as pool:
+
+        def send(body: bytes) -> socket.socket:
+            raw = socket.create_connection(server.server_address[:2], SECONDS)
+            raw.sendall(head(len(body)) + body)
+            return raw
+
+        reward.go.clear()
+        begun = send(long)
+        eventually(reward.begun.is_set)
+        waits = [send(short) for _ in range(3)]
+        eventually(lambda: len(server.scorer._jobs) == 3)
+        stays = videos(1)
+        answer = pool.submit(client(server).score, stays, ["a"])
+        eventually(lambda: len(server.scorer._jobs) == 4)
+        for connection in (begun, *waits):
+            connection.close()
+        reward.go.set()
+        assert torch.equal(answer.result(SECONDS)["first_pixel"], stays[:, 0, 0, 0, 0])
+        eventually(lambda: not server.scorer._admitted)
+    assert reward.batches == [4, 1]
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\nshort", b"no http\r\n\r\n", b""])
@@ -455,3 +538,85 @@ def test_quarantine_is_the_callers() -> None:
     failing = OwnReward("it", lambda frames, prompts: [None] * len(frames))
     with serving(failing) as server, pytest.raises(ValueError, match="reward 'it' returned nan for video 0"):
         score(remote_rewards({"it": server.url}), videos(), ["a"] * 3)
+
+
+@pytest.mark.parametrize(
+    ("misbehaves", "line"),
+    [
+        (lambda frames, prompts: frames.zero_()[:, 0, 0, 0, 0], "reward 'it' changed the frames in place"),
+        (lambda frames, prompts: {"score": 1}, "reward 'it' returned a dict"),
+        (lambda frames, prompts: exit(3), "reward 'it' called sys.exit"),
+    ],
+)
+def test_a_served_reward_that_misbehaves_is_named_to_its_client(misbehaves: Any, line: str) -> None:
+    with serving(OwnReward("it", misbehaves)) as server:
+        for _ in range(2):
+            with pytest.raises(RewardServerError, match=f"answered 500 .*{line}"):
+                client(server).score(videos(), ["a"] * 3)
+
+
+def test_frames_that_are_not_finite_are_not_scored() -> None:
+    reward = FirstPixel()
+    with serving(reward) as server:
+        status, answer = request(server, wire.pack(videos(1) / 0, ["private"], ["first_pixel"]))
+    assert status == 400 and "not finite" in answer["error"] and "private" not in answer["error"] and not reward.batches
+
+
+# Where the token goes --------------------------------------------------------------------------------------------------------------
+
+STRANGE = [
+    "http://gpu7:8123",
+    "https://gpu7",
+    "http://127.0.0.1.example.org:1",
+    "http://localhost.example.org",
+    "http://10.0.0.1:1",
+    "http://[fe80::1]:1",
+]
+
+
+@pytest.mark.parametrize("address", STRANGE)
+def test_the_token_goes_only_where_the_user_allows_it(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses come with recipes, which may be a stranger's."""
+    monkeypatch.delenv(wire.HOSTS_VARIABLE, raising=False)
+    host = RewardClient(address, ["it"]).host
+    for allowed in ("", "gpu", "another,gpu77", f"{host}:2", "*", "example.org"):
+        monkeypatch.setenv(wire.HOSTS_VARIABLE, allowed)
+        with pytest.raises(UserError, match=rf"{wire.TOKEN_VARIABLE} would be sent to .*{wire.HOSTS_VARIABLE}=") as raised:
+            remote_rewards({"it": address}, token=TOKEN)
+        assert TOKEN not in str(raised.value)
+    port = RewardClient(address, ["it"]).port
+    for allowed in (host, f" other , {host.upper()} ", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"):
+        monkeypatch.setenv(wire.HOSTS_VARIABLE, allowed)
+        assert RewardClient(address, ["it"], token=TOKEN).token == TOKEN
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "http://localhost", "http://[::1]:9", "http://127.9.9.9"])
+def test_a_loopback_needs_no_allowance(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(wire.HOSTS_VARIABLE, raising=False)
+    assert RewardClient(address, ["it"], token=TOKEN).token == TOKEN
+
+
+def test_a_recipe_alone_gets_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(wire.TOKEN_VARIABLE, TOKEN)
+    monkeypatch.setattr(socket, "create_connection", lambda *unused, **more: pytest.fail("it was connected to"))
+    with pytest.raises(UserError, match=f"{wire.TOKEN_VARIABLE} would be sent to gpu7"):
+        load_rewards(load_config("toy", ["reward_servers.addresses={toy_vq: 'http://gpu7:8123'}"]))
+
+
+def test_a_redirection_is_not_followed() -> None:
+    with serving(FirstPixel(), token=TOKEN) as other, socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        other_asked = []
+        other.process_request = lambda *unused: other_asked.append(1)  # type: ignore[method-assign]
+
+        def redirect() -> None:
+            connection, _ = listener.accept()
+            connection.recv(1 << 16)
+            connection.sendall(f"HTTP/1.0 307 Temporary Redirect\r\nLocation: {other.url}/health\r\n\r\n".encode())
+            connection.close()
+
+        redirected = pool.submit(redirect)
+        with pytest.raises(RewardServerError, match="answered 307"):
+            RewardClient(f"http://127.0.0.1:{listener.getsockname()[1]}", ["first_pixel"], token=TOKEN).health()
+        redirected.result(SECONDS)
+        time.sleep(0.1)
+        assert not other_asked
