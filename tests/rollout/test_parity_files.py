@@ -148,7 +148,11 @@ def test_golden_files_of_any_settings(tmp_path: Path) -> None:
 
     tests = Path(__file__).with_name("test_parity.py")
     call = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=line", "-p", "no:cacheprovider", "-k", "not recipes", str(tests)]
-    environment = os.environ | {"ARCOPO_FIXTURES": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ARCOPO_FIXTURES": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
     done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=300)
     outcomes = re.findall(r"^(PASSED|FAILED|ERROR|SKIPPED) \S*?(?:test_parity.py::(\w+)\[([\w.]+)\])?(?: |$)", done.stdout, re.MULTILINE)
     found: dict[str, set[tuple[str, str]]] = {}

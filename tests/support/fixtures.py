@@ -1,4 +1,7 @@
-"""Golden outputs of the official generators: which files there are, and how one becomes our model, engine and inputs."""
+"""Golden outputs of the official generators: which files there are, and how one becomes our model, engine and inputs.
+
+ARCOPO_FIXTURES names another folder of such files for the parity tests, which take every setting from the files.
+"""
 
 from __future__ import annotations
 
