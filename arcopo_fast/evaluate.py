@@ -423,7 +423,8 @@ def command_line() -> RecipeParser:
         type=shard,
         default="0/1",
         metavar="I/N",
-        help="of all batches, counted from 0, make I, I + N, I + 2 N ...: N processes with the same --batch share the work (default: 0/1)",
+        help="of all batches, counted from 0, make I, I + N, I + 2 N ...: for N processes with the same --batch and no common disk; those "
+        "with the same --out share the work without it (default: 0/1)",
     )
     parser.add_argument(
         "--keep-videos",

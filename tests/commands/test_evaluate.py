@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -265,6 +266,40 @@ def test_interrupted_it_finishes_the_batch_and_goes_on_with_more(
     more.write_text("\n".join([*(prompt.text for prompt in scores_in(out).prompts.values()), CAPTIONS[0]]))
     assert command(capsys, *call, "--prompts", more)[0] == 0 and [videos[0].prompt for videos in made[6:]] == [3]
     assert {one["videos"] for one in results_in(out)} == {8}
+
+
+def hold(out: Path, videos: list[Video], held: Any) -> None:
+    """As another process that is making a batch and never ends."""
+    for _ in ScoreDirectory.open(out).unscored([videos], lambda others: None):
+        held.set()
+        time.sleep(600)
+
+
+def test_waiting_for_another_process_can_be_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = [*SMALL, *THREE, "--batch", "2", "--keep-videos", "none", "--out", tmp_path]
+    assert command(capsys, *call, "--shard", "0/2")[0] == 0 and len(scores_in(tmp_path).values) == 4
+    context, sleep = multiprocessing.get_context("fork"), time.sleep
+    held = context.Event()
+    other = context.Process(target=hold, args=(tmp_path, [Video(BASE, 1, 0), Video(BASE, 1, 1)], held))
+    other.start()
+    try:
+        assert held.wait(60)
+
+        def interrupted(seconds: float) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            sleep(seconds)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "sleep", interrupted)
+            status, said, printed = command(capsys, *call)
+        assert (status, printed) == (130, "") and "waiting for 1 batches that other processes are making" in said
+        assert said[-1] == "interrupted; 0 of 1 batches are scored and kept; the same command goes on"
+    finally:
+        other.kill()
+        other.join(60)
+    assert command(capsys, *call)[0] == 0 and len(lines_in(tmp_path)) == 6
 
 
 def test_a_server_that_stays_away_loses_nothing(
