@@ -6,12 +6,13 @@
 
 The generator without an adapter comes first; then every adapter at every scale is compared with it. It leaves
 
-    DIR/  evaluation.json  scores/*.jsonl  videos/<generator>/*.mp4  results.json  table.md
+    DIR/  evaluation.json  claims  scores/*.jsonl  videos/<generator>/*.mp4  results.json  table.md
 
 A video's noise is a function of the seed, its prompt's place and its own number: whatever adapter, batch or process makes it. It is that of
 the same video in the evaluations before and after a training run, whose prompts, seed and number of videos are the defaults: the base model
 then has the numbers of the run's `before`.
-The same command goes on where an earlier one ended, also with more adapters or prompts. Several processes may share one directory.
+The same command goes on where an earlier one ended, also with more adapters or prompts. Processes that share one directory share the work,
+batch by batch, and each waits for the rest; what one that ended has left is made by another (see `runtime.scores`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +58,8 @@ from arcopo_fast.toy import data as toy_data
 PROGRAM = "python -m arcopo_fast.evaluate"
 BITS_PER_PIXEL = 0.8
 """Of an mp4 as `runtime.video` writes it. An assumption, for the line about the disk; pictures with little in them take less."""
+POLL = 0.2
+"""Seconds between two looks at what other processes make."""
 
 
 class AdapterOption(NamedTuple):
@@ -137,10 +141,10 @@ def evaluate(
     shard: slice = slice(None),
     keep: int | None = None,
 ) -> list[Result] | None:
-    """Score what is not scored yet, then write the table. None: other processes have not scored all of the rest yet.
+    """Score what is not scored yet and what no other process is scoring; once all is there, write the table.
 
-    A batch is on the disk before the next one begins. One of which only some videos are missing is made as a whole, so that rounding does
-    not depend on where an earlier process was stopped.
+    None: batches of other shards are not there yet. A batch is on the disk before the next one begins. One of which only some videos are
+    missing is made as a whole, so that rounding does not depend on where an earlier process was stopped.
 
     Args:
         config: generator, rewards, and the videos of each prompt and their noise, `evaluation.videos_per_prompt` and `.seed`.
@@ -164,30 +168,57 @@ def evaluate(
     if known := len(wanted & scores.values.keys()):
         print(f"{known} of {len(wanted)} videos are scored already", file=sys.stderr)
     mine = [part for part in parts[shard] if not scores.values.keys() >= {*part}]
-    files = video_files(out, wanted - scores.values.keys(), prompts, keep)
     if mine:
         evaluator.make_room(max(map(len, mine)))
-        say_size(evaluator, out, sum(video in files for part in mine for video in part))
-    with Interruption("the batch") as interruption, ScoreWriter(directory) as writer, Progress(len(mine)) as progress:
-        for done, part in enumerate(mine):
-            if interruption.asked:
-                raise Interrupted(f"{done} of {len(mine)} batches are scored and kept; the same command goes on")
-            try:
-                values = evaluator.score(part, files)
-            except RewardError as error:
-                raise type(error)(f"{error}; what is scored is kept, and the same command goes on") from None
-            except FramesNotFinite as error:
-                raise FramesNotFinite(f"{part[0].generator}: {error}; what is scored is kept") from None
-            new = [(video, prompts[video.prompt], values[video]) for video in part if video not in scores.values]
-            writer.append(new, evaluator.adapters)
-            progress.update(torch.tensor([with_total(one, config.rewards)[TOTAL] for one in values.values()]).nanmean().item())
-
+        new = {video for part in mine for video in part} - scores.values.keys()
+        say_size(evaluator, out, len(video_files(out, new, prompts, keep)))
+    score_missing(evaluator, directory, mine, keep)
     scores = directory.read()
     if missing := len(wanted - scores.values.keys()):
         print(f"{missing} of {len(wanted)} videos are left to other processes; the last one to end writes the table", file=sys.stderr)
         return None
     base = [BASE] if BASE in scores.adapters else []  # of an earlier command, perhaps
     return write_results(directory, scores, list(dict.fromkeys([*base, *evaluator.adapters])))
+
+
+def score_missing(evaluator: Evaluator, directory: ScoreDirectory, batches: Sequence[list[Video]], keep: int | None) -> None:
+    """Score the batches that no other process scores, wait for the others, and score what one that ended has left.
+
+    Raises:
+        Interrupted, RewardError, FramesNotFinite: see `evaluate`.
+    """
+    prompts, adapters, waiting = evaluator.prompts, evaluator.adapters, False
+
+    def check() -> None:
+        if interruption.asked:
+            raise Interrupted(f"{progress.done} of {len(batches)} batches are scored and kept; the same command goes on")
+
+    def pause(others: int) -> None:
+        nonlocal waiting
+        check()
+        if not waiting:
+            print(f"waiting for {others} batches that other processes are making", file=sys.stderr)
+        waiting = True
+        time.sleep(POLL)
+
+    with Interruption("the batch") as interruption, ScoreWriter(directory) as writer, Progress(len(batches)) as progress:
+        for part, scores in directory.unscored(batches, pause):
+            check()
+            progress.skip(sum(scores.values.keys() >= {*batch} for batch in batches) - progress.done)
+            directory.check(scores, prompts, adapters)
+            missing = [video for video in part if video not in scores.values]
+            files = video_files(directory.path, missing, prompts, keep)
+            for file in files.values():
+                for left in file.parent.glob(f".{file.stem}.*"):  # by a process that was killed while it wrote
+                    left.unlink()
+            try:
+                values = evaluator.score(part, files)
+            except RewardError as error:
+                raise type(error)(f"{error}; what is scored is kept, and the same command goes on") from None
+            except FramesNotFinite as error:
+                raise FramesNotFinite(f"{part[0].generator}: {error}; what is scored is kept") from None
+            writer.append([(video, prompts[video.prompt], values[video]) for video in missing], adapters)
+            progress.update(torch.tensor([with_total(one, evaluator.config.rewards)[TOTAL] for one in values.values()]).nanmean().item())
 
 
 # The generator with its adapters ---------------------------------------------------------------------------------------------------
@@ -393,7 +424,8 @@ def command_line() -> RecipeParser:
         type=shard,
         default="0/1",
         metavar="I/N",
-        help="of all batches, counted from 0, make I, I + N, I + 2 N ...: N processes with the same --batch share the work (default: 0/1)",
+        help="of all batches, counted from 0, make I, I + N, I + 2 N ...: for N processes with the same --batch and no common disk; those "
+        "with the same --out share the work without it (default: 0/1)",
     )
     parser.add_argument(
         "--keep-videos",

@@ -5,17 +5,14 @@
 An entry is one group, a safetensors file named by its index: complete or absent, read through a memory map, checked against its SHA-256
 when it is first read. buffer.json says which policy and recipe made it. What the tensors mean is the caller's business.
 
-A process that makes an entry holds the lock (flock) on its file in claims/; the kernel drops the lock when the process ends, however it
-ends. So nothing is made twice at once and nothing stays claimed by the dead, wherever the processes see each other's locks: local file
-systems, NFS (but not mounted with nolock or local_lock), Lustre mounted with flock, CephFS, GPFS. Lock files stay where they are: to remove
-one that another process is about to lock would let two hold the same claim. Over NFS a process may learn late of an entry that another
-machine made, and make it again; either file is whole, and the later one takes the name.
+A process that makes an entry holds the lock on its file in claims/. So nothing is made twice at once and nothing stays claimed by the dead,
+on the file systems that `runtime.locks` names. Over NFS a process may learn late of an entry that another machine made, and make it again;
+either file is whole, and the later one takes the name.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.runtime.locks import lock
 from arcopo_fast.runtime.run_dir import atomic_path, atomic_write
 
 FORMAT = 1
@@ -43,7 +41,6 @@ COLLECT = "python -m arcopo_fast.collect"
 _HEAD = b'{"__metadata__":{"entry":"{\\"sha256\\":\\"'
 _NO_CHECKSUM = b"0" * 64
 _CHECKSUM = slice(8 + len(_HEAD), 8 + len(_HEAD) + len(_NO_CHECKSUM))
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class BrokenEntry(UserError):
@@ -103,7 +100,7 @@ class Buffer:
             raise UserError(f"{path} is no replay buffer: it holds {strange[0]} and no {FILE}; give a new or an empty directory")
         for name in ("entries", "claims"):
             (path / name).mkdir(exist_ok=True)
-        with _lock(path / "claims" / "buffer", wait=True):
+        with lock(path / "claims" / "buffer", "buffer", wait=True):
             if not (path / FILE).exists():
                 _write_document(path, {"format": FORMAT, "groups": groups, "policy": _signed(policy), "recipe": _signed(recipe)})
             document = _read_document(path)
@@ -275,7 +272,7 @@ class Buffer:
     @contextmanager
     def _claim(self, index: int, *, wait: bool) -> Iterator[bool]:
         """Hold an entry's claim; False if another process does and `wait` is off."""
-        with _lock(self.path / "claims" / f"{index:06d}", wait=wait) as locked:
+        with lock(self.path / "claims" / f"{index:06d}", "buffer", wait=wait) as locked:
             if locked:
                 for left in (self.path / "entries").glob(f".{index:06d}.*"):  # by one that was killed while writing
                     left.unlink()
@@ -335,28 +332,6 @@ def _checksum(content: bytes | bytearray) -> bytes:
     digest.update(_NO_CHECKSUM)
     digest.update(view[_CHECKSUM.stop :])
     return digest.hexdigest().encode()
-
-
-@contextmanager
-def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock on a file, which is made if need be; False if another holds it and `wait` is off."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
-    locked = False
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            raise UserError(f"the file system of {path.parent} has no locks ({error.strerror}); put the buffer on another") from None
-        yield locked
-    finally:
-        if locked:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough while a forked child still has the descriptor
-        os.close(descriptor)
 
 
 # Fingerprints ----------------------------------------------------------------------------------------------------------------------

@@ -48,6 +48,13 @@ class Progress:
             left = pace * (self.iterations - self.done)
             print(f"{self.done}/{self.iterations}  {_join(shown)}  {pace:.2f} s/it  {_minutes(left)} left", file=self.stream, flush=True)
 
+    def skip(self, iterations: int) -> None:
+        """So many were done elsewhere: they count as done, and not for the pace."""
+        self.done += iterations
+        self._before += iterations
+        if self._bar is not None:
+            self._bar.update(iterations)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

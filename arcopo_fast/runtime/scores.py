@@ -1,33 +1,42 @@
 """The scores of single videos on disk: written by any number of processes, resumed after any end, merged by copying files.
 
-    DIR/  evaluation.json  scores/<host>-<process>-<random>.jsonl
+    DIR/  evaluation.json  claims  scores/<host>-<process>-<random>.jsonl
 
 Each process appends to a file of its own, a line for each video that is scored, and flushes it to the disk. A line says all that it is
 about, and the fingerprint of the settings in evaluation.json. A torn last line, left by a process that was killed, counts as not written;
 of a video that two processes have scored, the first line counts, by the files' names.
+
+A process that makes a batch holds the lock on its videos' places in `claims`, so that no other makes one of them meanwhile, on the file
+systems that `runtime.locks` names. Over NFS a process may learn late of lines that another machine has written, and score their videos
+again; the first line counts, as above.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import socket
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
+
 from arcopo_fast.data.buffer import fingerprint
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
+from arcopo_fast.runtime.locks import lock
 from arcopo_fast.runtime.run_dir import atomic_write
 
 FORMAT = 1
 STAMP = "evaluation.json"
 SCORES = "scores"
+CLAIMS = "claims"
 BASE = "base"
 """The generator without an adapter."""
 
@@ -38,6 +47,29 @@ class Video(NamedTuple):
     generator: str
     prompt: int
     number: int
+
+
+class _Adapter(BaseModel):
+    """What tells adapters apart."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    sha256: str
+    alpha: FiniteFloat | None = None
+    scale: FiniteFloat | None = None
+
+
+class _Line(BaseModel):
+    """One video's scores as they stand on the disk; null: that score failed."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    fingerprint: str
+    generator: str = Field(min_length=1)
+    prompt: NonNegativeInt
+    number: NonNegativeInt
+    text: str
+    extended: str | None
+    adapter: _Adapter | None
+    scores: dict[str, FiniteFloat | None]
 
 
 @dataclass
@@ -63,6 +95,7 @@ class ScoreDirectory:
         self.path = path
         self.settings = settings
         self.fingerprint = fingerprint(settings)
+        self._judges = {key.partition(".")[2] for key in settings if key.startswith(("rewards.", "code_and_weights."))}
 
     @classmethod
     def create(cls, path: Path, settings: Mapping[str, Any]) -> ScoreDirectory:
@@ -73,10 +106,13 @@ class ScoreDirectory:
         """
         settings = json.loads(json.dumps(settings))  # as they are read back
         if not (path / STAMP).is_file():
-            if path.exists() and any(path.iterdir()):
+            ours = {STAMP, SCORES, CLAIMS}  # another process may be creating it
+            if path.exists() and any(file.name not in ours and not file.name.startswith(".evaluation.") for file in path.iterdir()):
                 raise UserError(f"{path} holds something else than an evaluation (it has no {STAMP}); give another --out")
             (path / SCORES).mkdir(parents=True, exist_ok=True)
-            atomic_write(path / STAMP, json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")
+            with lock(path / CLAIMS, "evaluation", wait=True, span=_CREATION):
+                if not (path / STAMP).exists():
+                    atomic_write(path / STAMP, json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")
         there = cls.open(path)
         check_same(path, there.settings, settings, "here")
         return there
@@ -91,16 +127,45 @@ class ScoreDirectory:
         file = path / STAMP
         try:
             document = json.loads(file.read_bytes())
-            version, settings = document["format"], dict(document["settings"])
+            version, settings = document["format"], document["settings"]
+            directory = cls(path, {**settings})
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path} is no evaluation: it has no {STAMP}; give the --out of python -m arcopo_fast.evaluate") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 f"{file} is damaged, so what its scores depend on is unknown; restore it, or evaluate into another --out"
             ) from None
         if version != FORMAT:
             raise UserError(f"{file} has format {version!r}, and this version reads {FORMAT}; evaluate into another --out")
-        return cls(path, settings)
+        return directory
+
+    def unscored(self, batches: Iterable[list[Video]], pause: Callable[[int], object]) -> Iterator[tuple[list[Video], Scores]]:
+        """Claim, one after the other, the batches of which a video is not scored; append each one's scores before asking for the next.
+
+        What other processes have claimed is skipped, and waited for at the end: it is scored then, or, if its process ended, claimed here.
+
+        Args:
+            batches: each of one generator's videos, in their order; other processes may cut them in another way.
+            pause: called again and again, with the number of batches, while other processes are making all that is left.
+
+        Yields:
+            a batch, and all that was scored when it was claimed.
+        """
+        scores, left = Scores(), list(batches)
+        while left:
+            others = []
+            for batch in left:
+                if scores.values.keys() >= {*batch}:
+                    continue
+                span = range(_place(batch[0]), _place(batch[-1]) + 1)
+                with lock(self.path / CLAIMS, "evaluation", wait=False, span=span) as claimed:
+                    if not claimed:
+                        others.append(batch)
+                    elif not (scores := self.read()).values.keys() >= {*batch}:
+                        yield batch, scores
+            if others == left:
+                pause(len(others))
+            left = others
 
     def read(self) -> Scores:
         """Every video that is scored.
@@ -115,15 +180,19 @@ class ScoreDirectory:
         # In an order that does not depend on who wrote what, so that sums do not either.
         return Scores(dict(sorted(found.values.items())), dict(sorted(found.prompts.items())), dict(sorted(found.adapters.items())))
 
-    def _take(self, found: Scores, line: bytes, place: str) -> None:
+    def _take(self, found: Scores, text: bytes, place: str) -> None:
         try:
-            record = json.loads(line)
-            stamp, adapter = record["fingerprint"], record["adapter"]
-            video = Video(record["generator"], record["prompt"], record["number"])
-            prompt = Prompt(record["text"], record["extended"])
-            values = {name: math.nan if value is None else float(value) for name, value in record["scores"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{place}: not a line of scores; the file was changed by something else than an evaluation") from None
+            line = _Line.model_validate_json(text)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise UserError(
+                f"{place}: not a line of scores ({where and f'{where}: '}{problem['msg']}); the file was changed by something else than an "
+                "evaluation: restore it, or delete it to score its videos again"
+            ) from None
+        stamp, adapter = line.fingerprint, line.adapter.model_dump(exclude_unset=True) if line.adapter else None
+        video, prompt = Video(line.generator, line.prompt, line.number), Prompt(line.text, line.extended)
+        values = {name: math.nan if value is None else value for name, value in line.scores.items()}
         if stamp != self.fingerprint:
             raise UserError(
                 f"{place}: of an evaluation with other settings ({stamp}, and {self.path / STAMP} says {self.fingerprint}); "
@@ -135,6 +204,8 @@ class ScoreDirectory:
             raise UserError(
                 f"{place}: {video.generator} is another adapter than elsewhere ({_short(adapter)}, {_short(other)}); rename one"
             )
+        if lacking := sorted(self._judges - values.keys()):
+            raise UserError(f"{place}: there is no score {lacking[0]}; restore the file, or delete it to score its videos again")
         found.values.setdefault(video, values)
 
     def check(self, scores: Scores, prompts: Sequence[Prompt], adapters: Mapping[str, dict[str, Any] | None]) -> None:
@@ -213,6 +284,16 @@ class ScoreWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._file is not None:
             self._file.close()
+
+
+_CREATION = range(1)
+"""The place in the file of claims that is held while evaluation.json is written; those of videos begin behind it."""
+
+
+def _place(video: Video) -> int:
+    """A video's place in the file of claims: those of a generator are beside each other, in the order of prompt and number."""
+    generator = int.from_bytes(hashlib.sha256(video.generator.encode()).digest()[:3], "big")  # two with the same digits wait in vain
+    return 1 + (generator << 38) + (video.prompt << 16) + video.number
 
 
 def check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any], where: str) -> None:

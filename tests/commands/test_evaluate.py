@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -176,12 +177,30 @@ def test_batch_and_company_do_not_matter(evaluated: Path, adapters: dict[str, Pa
     assert all(abs(parts["toy_mq"] - base[video]["toy_mq"]) > 1e-3 for video, parts in scores_in(other).values.items())
 
 
-# Going on
+# Going on, and several processes
+
+# Importing torch takes seconds, so one process imports it and forks the workers, before it has computed anything.
+TWO = """
+import os, sys
+from arcopo_fast import evaluate
+from arcopo_fast.commands import run_command
+folder, *arguments = sys.argv[1:]
+children = []
+for worker in range(2):
+    child = os.fork()
+    if not child:
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{folder}/{worker}.{name}", os.O_CREAT | os.O_WRONLY), descriptor)
+        status = run_command(evaluate.main, arguments)
+        os._exit(status)
+    children.append(child)
+print(*children, flush=True)
+print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
 
 
-def test_killed_in_the_midst_it_goes_on_bit_for_bit(
-    evaluated: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_killed_in_the_midst_two_processes_go_on_bit_for_bit(evaluated: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """They share what is left about evenly, make nothing twice, and the result is that of one process that was not disturbed."""
     out = tmp_path / "out"
     call = [*whole(adapters), "--out", str(out)]
     process = subprocess.Popen([sys.executable, "-m", "arcopo_fast.evaluate", *call], stderr=subprocess.PIPE, text=True)
@@ -198,16 +217,22 @@ def test_killed_in_the_midst_it_goes_on_bit_for_bit(
     assert 5 <= len(kept) < 30 and len(kept) not in (4, 6, 10, 12), "the test needs a batch of which a part is missing"
     assert not (out / "results.json").exists()
 
-    status, said, _ = command(capsys, *call)
-    assert status == 0 and said[0] == f"{len(kept)} of 30 videos are scored already"
+    with subprocess.Popen([sys.executable, "-c", TWO, str(tmp_path), *call], stdout=subprocess.PIPE, text=True) as process:
+        children, ends = (line.split() for line in process.communicate(timeout=120)[0].splitlines())
+    for worker in range(2):
+        said = (tmp_path / f"{worker}.err").read_text()
+        assert ends[worker] == "0" and said.splitlines()[0].endswith(" of 30 videos are scored already"), said
+        assert "left to other processes" not in said and f"results: {out / 'results.json'}" in (tmp_path / f"{worker}.out").read_text()
+    made = [sum(file.read_bytes().count(b"\n") for file in out.glob(f"scores/*-{child}-*")) for child in children]
+    assert sum(made) == 30 - len(kept) and min(made) >= 6, made
     values = scores_in(out).values
     assert values == scores_in(evaluated).values and {video: values[video] for video in kept} == kept
     written = lines_in_bytes(out)
     assert len(written) == len(set(written)) == 30
     for name in ("results.json", "table.md"):
         assert (out / name).read_bytes() == (evaluated / name).read_bytes()
-    videos = {path.relative_to(out): path.read_bytes() for path in out.glob("videos/*/*.mp4")}
-    assert videos == {path.relative_to(evaluated): path.read_bytes() for path in evaluated.glob("videos/*/*.mp4")}
+    videos = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.mp4")}
+    assert videos == {path.relative_to(evaluated): path.read_bytes() for path in evaluated.rglob("*.mp4")}
 
 
 def lines_in_bytes(out: Path) -> list[Video]:
@@ -242,6 +267,40 @@ def test_interrupted_it_finishes_the_batch_and_goes_on_with_more(
     more.write_text("\n".join([*(prompt.text for prompt in scores_in(out).prompts.values()), CAPTIONS[0]]))
     assert command(capsys, *call, "--prompts", more)[0] == 0 and [videos[0].prompt for videos in made[6:]] == [3]
     assert {one["videos"] for one in results_in(out)} == {8}
+
+
+def hold(out: Path, videos: list[Video], held: Any) -> None:
+    """As another process that is making a batch and never ends."""
+    for _ in ScoreDirectory.open(out).unscored([videos], lambda others: None):
+        held.set()
+        time.sleep(600)
+
+
+def test_waiting_for_another_process_can_be_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = [*SMALL, *THREE, "--batch", "2", "--keep-videos", "none", "--out", tmp_path]
+    assert command(capsys, *call, "--shard", "0/2")[0] == 0 and len(scores_in(tmp_path).values) == 4
+    context, sleep = multiprocessing.get_context("fork"), time.sleep
+    held = context.Event()
+    other = context.Process(target=hold, args=(tmp_path, [Video(BASE, 1, 0), Video(BASE, 1, 1)], held))
+    other.start()
+    try:
+        assert held.wait(60)
+
+        def interrupted(seconds: float) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            sleep(seconds)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "sleep", interrupted)
+            status, said, printed = command(capsys, *call)
+        assert (status, printed) == (130, "") and "waiting for 1 batches that other processes are making" in said
+        assert said[-1] == "interrupted; 0 of 1 batches are scored and kept; the same command goes on"
+    finally:
+        other.kill()
+        other.join(60)
+    assert command(capsys, *call)[0] == 0 and len(lines_in(tmp_path)) == 6
 
 
 def test_a_server_that_stays_away_loses_nothing(

@@ -6,8 +6,9 @@ the recorded x0 fed back at each step.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from arcopo_kernels.qk_norm_rope import reference
 from support import fixtures
 from torch import Tensor
 
+from arcopo_fast.assemble import shape_of
 from arcopo_fast.model.checkpoints import to_official_names
+from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.engine import Stream
 from arcopo_fast.rollout.sampler import Kernel, next_input, predict
 from arcopo_fast.rollout.scheduler import Schedule
@@ -23,24 +26,10 @@ from arcopo_fast.rollout.scheduler import Schedule
 FLOAT32, BFLOAT16 = 2e-5, 6e-2
 
 
-def names(paths: list[Path]) -> dict[str, object]:
-    return {"argvalues": paths, "ids": [path.stem for path in paths]}
-
-
 def assert_close(name: str, ours: Tensor, official: Tensor, tolerance: float) -> None:
     assert ours.shape == official.shape, f"{name}: {tuple(ours.shape)} against {tuple(official.shape)}"
     error = (ours.double() - official.double()).abs().max().item()
     assert error <= tolerance, f"{name} differs by {error:.2e}, tolerance {tolerance:.0e}"
-
-
-def cached(case: fixtures.Case, stream: Stream, frames: int | None) -> tuple[Tensor, Tensor]:
-    """Visible keys and values [layers, B, tokens, H, D], the newest `frames` or all."""
-    start = 0 if frames is None else stream.cache.frames - frames
-    pool = case.engine.pool
-    rows = [[pool.runs([table], start) for table in stream.cache.tables]] * case.model.config.num_layers
-    read = [[[pool.read(layer, run) for run in runs] for runs in row] for layer, row in enumerate(rows)]
-    both = [torch.stack([torch.cat([torch.cat([run[which] for run in runs], dim=1) for runs in row]) for row in read]) for which in (0, 1)]
-    return both[0], both[1]
 
 
 def rope_at_zero(key: Tensor, height: int, width: int) -> Tensor:
@@ -55,13 +44,32 @@ def rope_at_zero(key: Tensor, height: int, width: int) -> Tensor:
     return torch.view_as_real(complex_key * torch.polar(torch.ones_like(turned), turned)).flatten(-2).to(key.dtype)
 
 
-@pytest.fixture(scope="module", params=fixtures.ROLLOUTS, ids=[path.stem for path in fixtures.ROLLOUTS])
-def case(request: pytest.FixtureRequest) -> fixtures.Case:
+@pytest.fixture(scope="module", params=fixtures.ROLLOUTS, ids=lambda path: path.stem)
+def loaded(request: pytest.FixtureRequest) -> fixtures.Case:
     return fixtures.load(request.param)
 
 
+@pytest.fixture
+def case(loaded: fixtures.Case) -> Iterator[fixtures.Case]:
+    yield loaded
+    assert loaded.engine.pool.pages_in_use == 0, "whatever becomes of a test, its pages are given back"
+
+
 def test_there_are_fixtures() -> None:
-    assert fixtures.ROLLOUTS, f"{fixtures.DIRECTORY} holds no fixture"
+    assert fixtures.ROLLOUTS or fixtures.GRADIENTS or fixtures.VAES, f"{fixtures.DIRECTORY} holds no fixture"
+    assert all(fixtures.files_of(fixtures.OWN))
+
+
+@pytest.mark.parametrize("path", fixtures.files_of(fixtures.OWN).rollouts, ids=lambda path: path.stem)
+def test_recipes_are_what_the_official_runs_were_made_with(path: Path) -> None:
+    """Of the repository's own files: what a recipe says of its generator is what the official run was told."""
+    config, _ = fixtures.read(path)
+    recipe, official = load_config(fixtures.recipe_of(config)), fixtures.overrides_of(config)
+    told = ["sampler.steps", "sampler.warp", "sampler.shift", "sampler.first_chunk_steps", "video.chunk_frames", "cache.global_sink"]
+    found = {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in told}
+    assert found == {key: official[key] for key in told}
+    ours = load_config(fixtures.recipe_of(config), [f"{key}={json.dumps(value)}" for key, value in official.items()])
+    assert list(shape_of(ours, config["in_dim"]).chunk_frames) == config["chunk_sizes"]
 
 
 def test_schedule(case: fixtures.Case) -> None:
@@ -78,33 +86,29 @@ def test_whole_rollout(case: fixtures.Case) -> None:
     if case.config["dtype"] != "float32":
         pytest.skip("bfloat16 results are fed back step by step: see test_each_step")
     config, tensors = case.config, case.tensors
-    stream = case.engine.start(case.text())
-    pending = sorted(case.switches.items())
-    window = config["local"] != -1
 
-    def check_cache(name: str, frames: int) -> None:
-        key, value = cached(case, stream, None if window else frames)
-        if config["repo"] == "ir":  # the first frame of the video is cached roped at position 0 there; ours is roped at every read
+    def check_cache(stream: Stream, name: str) -> None:
+        frames = tensors[f"{name}k"].shape[2] // config["frame_seqlen"]  # all that are visible, or the newest
+        key, value = fixtures.cached(case.engine, stream, frames)
+        if config["repo"] == "ir" and frames == stream.cache.frames:
+            # The first frame of the video is cached roped at position 0 there; ours is roped at every read.
             tokens = config["frame_seqlen"]
             key[:, :, :tokens] = rope_at_zero(key[:, :, :tokens], config["h"] // 2, config["w"] // 2)
         assert_close(f"{name}k", key, tensors[f"{name}k"], FLOAT32)
         assert_close(f"{name}v", value, tensors[f"{name}v"], FLOAT32)
 
-    with torch.no_grad():
+    with torch.no_grad(), case.stream() as stream:
         for index, latents in enumerate(case.initial_latents):
             case.engine.append(stream, latents)
-            check_cache(f"init{index}/", latents.shape[1])
-        for chunk, size in enumerate(case.sizes):
-            if pending and stream.frame >= pending[0][0]:
-                case.engine.switch_prompt(stream, pending.pop(0)[1])
-                check_cache(f"chunk{chunk}/recache_", 0)
+            check_cache(stream, f"init{index}/")
+        for chunk in range(len(case.sizes)):
+            if case.switch(stream, chunk) is not None:
+                check_cache(stream, f"chunk{chunk}/recache_")
             trajectory = case.engine.extend(stream, chunk, case.noise.initial(chunk), case.noise, last=False)
             for step, prediction in enumerate(trajectory.predictions):
                 assert_close(f"chunk{chunk}/step{step}/x0", prediction, tensors[f"chunk{chunk}/step{step}/x0"], FLOAT32)
-            check_cache(f"chunk{chunk}/", size)
-    assert_close("latents", torch.cat(stream.latents, dim=1), tensors["latents"], FLOAT32)
-    stream.cache.release()
-    assert case.engine.pool.pages_in_use == 0
+            check_cache(stream, f"chunk{chunk}/")
+        assert_close("latents", torch.cat(stream.latents, dim=1), tensors["latents"], FLOAT32)
 
 
 def test_generate(case: fixtures.Case) -> None:
@@ -113,19 +117,16 @@ def test_generate(case: fixtures.Case) -> None:
         pytest.skip("bfloat16 results are fed back step by step: see test_each_step")
     latents = case.engine.generate(case.text(), case.noise, initial_latents=case.initial_latents, switches=case.switches)
     assert_close("latents", latents, case.tensors["latents"], FLOAT32)
-    assert case.engine.pool.pages_in_use == 0
 
 
 def test_each_step(case: fixtures.Case) -> None:
     """Each prediction from the recorded previous one: errors do not add up, so that bfloat16 can be judged."""
-    if case.switches:
-        pytest.skip("prompt switches are checked by the whole rollout")
     tensors, tolerance = case.tensors, FLOAT32 if case.config["dtype"] == "float32" else BFLOAT16
-    stream = case.engine.start(case.text())
-    with torch.no_grad():
+    with torch.no_grad(), case.stream() as stream:
         for latents in case.initial_latents:
             case.engine.append(stream, latents)
         for chunk, size in enumerate(case.sizes):
+            case.switch(stream, chunk)
             steps = case.engine.steps_of(chunk)
             stream.cache.make_room(size)
             context = stream.cache.context(stream.frame, size, keep=False)
@@ -140,13 +141,12 @@ def test_each_step(case: fixtures.Case) -> None:
                     x = next_input(Kernel(), x, recorded.float(), sigma, following, case.noise.renoise(chunk, step))
                     x = x.to(recorded.dtype)
             case.engine.append(stream, recorded.float(), timestep=case.config["context_noise"])
-    stream.cache.release()
 
 
 def test_module_outputs(case: fixtures.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first network call, module by module: says where a difference begins."""
-    if not any(name.startswith("trace/") for name in case.tensors):
-        pytest.skip("this fixture has no trace")
+    if case.config["dtype"] != "float32" or not any(name.startswith("trace/") for name in case.tensors):
+        pytest.skip("this fixture has no trace in float32")
     tensors, model, seen = case.tensors, case.model, {}
 
     def watch(name: str, module: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
@@ -203,39 +203,34 @@ def test_module_outputs(case: fixtures.Case, monkeypatch: pytest.MonkeyPatch) ->
         assert_close("flow", flow, tensors["chunk0/step0/flow"], FLOAT32)
 
 
-@pytest.mark.parametrize("path", **names(fixtures.GRADIENTS))
+@pytest.mark.parametrize("path", fixtures.GRADIENTS, ids=lambda path: path.stem)
 def test_gradients(path: Path) -> None:
     """Gradient of one replayed call: through the chunk's own keys and values and the text, not through the prefix."""
     config, recorded = fixtures.read(path)
-    case = fixtures.load(path.with_name(path.name.replace(".grad.", ".")))
+    case = fixtures.load(fixtures.rollout_of(path))
     case.model.requires_grad_(True)
     chunk, engine = config["chunk"], case.engine
-    stream = engine.start(case.text())
-    with torch.no_grad():
-        for latents in case.initial_latents:
-            engine.append(stream, latents)
-        for index in range(chunk):
-            engine.extend(stream, index, case.noise.initial(index), case.noise, last=False)
-    stream.cache.make_room(case.sizes[chunk])
-    for step in config["steps"]:
-        context = stream.cache.context(stream.frame, case.sizes[chunk], keep=False)
-        x = recorded[f"step{step}/input"].clone().requires_grad_()
-        steps = engine.steps_of(chunk)
-        batch = torch.ones(x.shape[0])
-        case.model.zero_grad()
-        clean = predict(
-            case.model, x, steps.timesteps[step] * batch, steps.sigmas[step] * batch, case.model.encode_text(case.text()), context
-        )
-        assert_close(f"step{step}/x0", clean, recorded[f"step{step}/x0"], FLOAT32)
-        loss = (clean * recorded["loss_weight"]).sum()
-        loss.backward()
-        assert loss.item() == pytest.approx(recorded[f"step{step}/loss"].item(), rel=1e-4, abs=1e-3)
-        gradients = to_official_names({name: parameter.grad for name, parameter in case.model.named_parameters()})
-        gradients = {f"step{step}/grad/model.{name}": gradient for name, gradient in gradients.items()}
-        gradients[f"step{step}/grad_input"] = x.grad
-        official = {name for name in recorded if name.startswith(f"step{step}/grad")}
-        assert set(gradients) == official
-        for name in sorted(official):
-            assert gradients[name] is not None, f"{name}: no gradient"
-            assert_close(name, gradients[name], recorded[name], 2e-5 * recorded[name].abs().max().item())
-    stream.cache.release()
+    with case.stream() as stream:
+        with torch.no_grad():
+            text = case.extend_to(stream, chunk)
+        stream.cache.make_room(case.sizes[chunk])
+        for step in config["steps"]:
+            context = stream.cache.context(stream.frame, case.sizes[chunk], keep=False)
+            x = recorded[f"step{step}/input"].clone().requires_grad_()
+            steps = engine.steps_of(chunk)
+            batch = torch.ones(x.shape[0])
+            case.model.zero_grad()
+            encoded = case.model.encode_text(text)
+            clean = predict(case.model, x, steps.timesteps[step] * batch, steps.sigmas[step] * batch, encoded, context)
+            assert_close(f"step{step}/x0", clean, recorded[f"step{step}/x0"], FLOAT32)
+            loss = (clean * recorded["loss_weight"]).sum()
+            loss.backward()
+            assert loss.item() == pytest.approx(recorded[f"step{step}/loss"].item(), rel=1e-4, abs=1e-3)
+            gradients = to_official_names({name: parameter.grad for name, parameter in case.model.named_parameters()})
+            gradients = {f"step{step}/grad/model.{name}": gradient for name, gradient in gradients.items()}
+            gradients[f"step{step}/grad_input"] = x.grad
+            official = {name for name in recorded if name.startswith(f"step{step}/grad")}
+            assert set(gradients) == official
+            for name in sorted(official):
+                assert gradients[name] is not None, f"{name}: no gradient"
+                assert_close(name, gradients[name], recorded[name], 2e-5 * recorded[name].abs().max().item())

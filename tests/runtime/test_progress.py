@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from io import StringIO
 
 from arcopo_fast.runtime.progress import Progress
@@ -37,6 +39,18 @@ def test_a_terminal_gets_one_line_that_is_redrawn() -> None:
     last = text.rsplit("\r", 1)[1]
     for part in ("100%", "5/5", "reward 0.500", "s/it"):
         assert part in last
+
+
+def test_what_was_done_elsewhere_counts_as_done_and_not_for_the_pace() -> None:
+    for stream in (StringIO(), Terminal()):
+        with Progress(1000, stream=stream, seconds=0) as progress:
+            time.sleep(0.1)
+            progress.skip(998)
+            progress.update(0.5)
+            progress.update(0.5)
+        last = stream.getvalue().rstrip().splitlines()[-1].rsplit("\r", 1)[-1]
+        pace = re.search(r"([0-9.]+) s/it", last)
+        assert "1000/1000" in last and pace and float(pace[1]) >= 0.05, last
 
 
 def test_other_ranks_say_nothing() -> None:

@@ -9,6 +9,9 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +116,115 @@ def test_several_processes_at_once(directory: ScoreDirectory) -> None:
     assert directory.read().values == expected
 
 
+# Claims
+
+BATCHES = [
+    [Video(name, place // 2, place % 2) for place in range(start, min(start + 3, 10))] for name in ADAPTERS for start in range(0, 10, 3)
+]
+
+
+def _claiming(path: Path, batches: list[list[Video]], barrier: Any, hang: tuple[Video, Any] | None = None) -> None:
+    """Scores of each video say which process made it. hang: at the batch that holds this video, saying so."""
+    barrier.wait()
+    directory = ScoreDirectory.create(path, SETTINGS)
+    with ScoreWriter(directory) as writer:
+        for batch, scores in directory.unscored(batches, lambda others: time.sleep(0.01)):
+            if hang and hang[0] in batch:
+                hang[1].set()
+                time.sleep(600)
+            time.sleep(0.02)
+            lines = [(video, Prompt(f"prompt {video.prompt}"), {"beauty": float(os.getpid())}) for video in batch]
+            writer.append([line for line in lines if line[0] not in scores.values], ADAPTERS)
+
+
+def _written(path: Path) -> list[Video]:
+    lines = [json.loads(line) for file in path.glob("scores/*") for line in file.read_bytes().split(b"\n")[:-1]]
+    return [Video(line["generator"], line["prompt"], line["number"]) for line in lines]
+
+
+def test_processes_that_share_a_directory_share_the_work(tmp_path: Path) -> None:
+    """They also create it at the same moment, and cut the videos into batches in different ways."""
+    context = multiprocessing.get_context("fork")
+    for cut in (BATCHES, [[video] for batch in BATCHES for video in batch]):
+        path, barrier = tmp_path / f"evaluation-{len(cut)}", context.Barrier(3)
+        processes = [context.Process(target=_claiming, args=(path, batches, barrier)) for batches in (BATCHES, BATCHES, cut)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0, 0]
+        scores = ScoreDirectory.open(path).read()
+        written = _written(path)
+        assert len(written) == len(set(written)) == 20 and {*scores.values} == {video for batch in BATCHES for video in batch}
+        made = [sum(parts["beauty"] == process.pid for parts in scores.values.values()) for process in processes]
+        assert all(2 <= count <= 12 for count in made) and sum(made) == 20
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_process_that_ended_has_claimed_is_taken_over(directory: ScoreDirectory, end: signal.Signals) -> None:
+    context = multiprocessing.get_context("fork")
+    claimed, waits = context.Event(), []
+    video = random.choice([video for batch in BATCHES for video in batch])
+    process = context.Process(target=_claiming, args=(directory.path, BATCHES, context.Barrier(1), (video, claimed)))
+    process.start()
+    assert claimed.wait(60)
+    done = directory.read().values
+
+    def pause(others: int) -> None:
+        assert others == 1 and len(directory.read().values) == 20 - len(hanging)
+        if not waits:
+            threading.Timer(0.05, os.kill, (process.pid, end)).start()
+        waits.append(others)
+        time.sleep(0.01)
+
+    (hanging,) = (batch for batch in BATCHES if video in batch)
+    made = []
+    with ScoreWriter(directory) as writer:
+        for batch, _ in directory.unscored(BATCHES, pause):
+            assert (batch == hanging) == bool(waits)
+            writer.append([(one, Prompt(f"prompt {one.prompt}"), {"beauty": 0.5}) for one in batch], ADAPTERS)
+            made.append(batch)
+    process.join(60)
+    assert waits and made == [batch for batch in BATCHES if batch[0] not in done and batch != hanging] + [hanging]
+    assert len(_written(directory.path)) == len(directory.read().values) == 20
+
+
+def test_a_batch_is_released_whatever_becomes_of_it(directory: ScoreDirectory) -> None:
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            for batch, scores in directory.unscored(BATCHES, lambda others: pytest.fail("nobody else is there")):
+                assert batch == BATCHES[0] and not scores.values
+                raise ZeroDivisionError
+    other = multiprocessing.get_context("fork").Process(
+        target=_claiming, args=(directory.path, BATCHES, multiprocessing.get_context("fork").Barrier(1))
+    )
+    other.start()
+    other.join(60)
+    assert len(directory.read().values) == 20
+
+
+def test_creating_it_at_once_with_other_settings_leaves_one(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for race in range(5):
+        path, barrier, refused = tmp_path / str(race), context.Barrier(4), context.Value("i", 0)
+
+        def create(seed: int, path: Path = path, barrier: Any = barrier, refused: Any = refused) -> None:
+            barrier.wait()
+            try:
+                ScoreDirectory.create(path, SETTINGS | {"seed": seed})
+            except UserError as error:
+                assert "holds scores with seed" in str(error), error
+                with refused.get_lock():
+                    refused.value += 1
+
+        processes = [context.Process(target=create, args=(seed,)) for seed in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * 4 and refused.value == 3
+
+
 def test_a_full_disk_leaves_whole_batches(directory: ScoreDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = (some((BASE, 0, number), (BASE, 1, number)) for number in range(3))
 
@@ -186,6 +298,42 @@ def test_a_broken_line_in_the_midst_is_named(directory: ScoreDirectory, line: by
         directory.read()
 
 
+NONSENSE = (None, True, -1, 0.5, 10**400, "x", "7", "", [], [1], {}, {"x": None}, [[]] * 50, "\ud800")
+
+
+def test_each_value_replaced_by_nonsense(directory: ScoreDirectory) -> None:
+    """One line that names the place, or what is read is what could have been written: of the right types, and everything else as it was."""
+    file = write(directory, some(("on@0.5", 0, 0), ("on@0.5", 0, 1)))
+    content, before = file.read_text(), directory.read()
+    first, second = content.split("\n")[:-1]
+    record = json.loads(second)
+    places = [(key,) for key in record] + [(outer, key) for outer in ("adapter", "scores") for key in record[outer]]
+    refused = 0
+    for place in places:
+        for value in (*NONSENSE, "absent", math.nan, math.inf):
+            damaged = json.loads(second)
+            inner = damaged
+            for key in place[:-1]:
+                inner = inner[key]
+            if value == "absent":
+                del inner[place[-1]]
+            else:
+                inner[place[-1]] = value
+            file.write_text(first + "\n" + json.dumps(damaged) + "\n")
+            try:
+                found = directory.read()
+            except UserError as error:
+                assert str(error).startswith(f"{file}:2: ") and "\n" not in str(error), error
+                refused += 1
+                continue
+            assert found.values.items() >= {Video("on@0.5", 0, 0): before.values[Video("on@0.5", 0, 0)]}.items()
+            for video, scores in found.values.items():
+                assert [type(part) for part in video] == [str, int, int] and min(video[1:]) >= 0
+                assert "beauty" in scores and {type(score) for score in scores.values()} == {float}
+            assert place[0] not in ("fingerprint", "text", "adapter") or value == 0.5 == record["adapter"][place[-1]], (place, value)
+    assert refused > 0.8 * len(places) * (len(NONSENSE) + 3)
+
+
 def test_adding_what_contradicts_is_refused(directory: ScoreDirectory) -> None:
     write(directory, some((BASE, 0, 0), ("on@0.5", 1, 0)))
     scores = directory.read()
@@ -196,6 +344,23 @@ def test_adding_what_contradicts_is_refused(directory: ScoreDirectory) -> None:
             directory.check(scores, prompts, ADAPTERS)
     with pytest.raises(UserError, match=r"another on@0.5 \(SHA-256 abababababababab, here cccc"):
         directory.check(scores, PROMPTS, {"on@0.5": {"sha256": "cccc", "alpha": 8.0, "scale": 0.5}})
+
+
+DAMAGED = [
+    (content, "is damaged")
+    for content in (
+        b"",
+        b"\xff",
+        b"null",
+        b"[]",
+        b"7",
+        b'{"format": 1, "settings": []}',
+        b'{"format": 1, "settings": [["seed", 7]]}',
+        b'{"format": 1, "settings": "ab"}',
+        b'{"format": 1, "settings": {"seed": NaN}}',
+        b"[" * 100_000,
+    )
+]
 
 
 def test_what_is_no_evaluation(tmp_path: Path) -> None:
@@ -212,7 +377,7 @@ def test_what_is_no_evaluation(tmp_path: Path) -> None:
         ScoreDirectory.create(tmp_path / "run", SETTINGS)
     directory = ScoreDirectory.create(tmp_path / "fine", SETTINGS)
     stamp = directory.path / "evaluation.json"
-    for content, said in ((b"{", "is damaged"), (b'{"format": 1}', "is damaged"), (b'{"format": 2, "settings": {}}', "format 2")):
+    for content, said in ((b"{", "is damaged"), (b'{"format": 1}', "is damaged"), *DAMAGED, (b'{"format": 2, "settings": {}}', "format 2")):
         stamp.write_bytes(content)
         with pytest.raises(UserError, match=said):
             ScoreDirectory.create(directory.path, SETTINGS)

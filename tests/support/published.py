@@ -55,5 +55,5 @@ def write_base(root: Path) -> None:
     """A Wan2.1 directory: text encoder, tokenizer and VAE."""
     base = root / "Wan-AI" / "Wan2.1-T2V-1.3B"
     umt5.write_official(base, umt5.official_state(torch.bfloat16))
-    weights = load_file(fixtures.VAES[0])
+    weights = load_file(fixtures.files_of(fixtures.OWN).vaes[0])
     torch.save({name.removeprefix("w/"): tensor for name, tensor in weights.items() if name.startswith("w/")}, base / "Wan2.1_VAE.pth")
