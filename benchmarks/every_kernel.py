@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool memcheck python -m benchmarks.every_kernel [--operator NAME ...] [--plant]
 
-Exit status 1 if a kernel listed in an operator's AOT_CASES was not launched. --plant writes out of bounds instead: a sanitizer that does
+Exit status 1 if a kernel in an operator's `aot_cases` was not launched. --plant writes out of bounds instead: a sanitizer that does
 not see that sees nothing. Inputs are made on the host, so that hardly any kernel but ours runs. Without a GPU, set TRITON_INTERPRET=1.
 """
 
@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -20,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from arcopo_kernels import dispatch
-from arcopo_kernels.aot import OPERATORS
+from arcopo_kernels.aot import OPERATORS, cases
+from arcopo_kernels.device import INTERPRETER_TARGET
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     missing = []
     for operator in arguments.operator:
-        kernels = {case.kernel.__name__: case.kernel for case in import_module(f"arcopo_kernels.{operator}.triton").AOT_CASES}
+        kernels = {case.kernel.__name__: case.kernel for case in cases(INTERPRETER_TARGET, [operator])}
         with dispatch.use("triton"), launched(list(kernels.values())) as names:
             CALLS[operator]()
         if DEVICE.type == "cuda":

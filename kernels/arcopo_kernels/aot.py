@@ -2,7 +2,8 @@
 
     python -m arcopo_kernels.aot [--target sm_90 ...] [--json]
 
-Exit status 1 if a kernel spills registers on an NVIDIA target. Each `triton.py` lists its kernels with realistic arguments in `AOT_CASES`.
+Exit status 1 if a kernel spills registers on an NVIDIA target. Each `triton.py` lists its kernels with realistic arguments in `aot_cases`,
+launched as its launchers launch them on a target.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from arcopo_kernels.dispatch import FP_FUSION
+
 OPERATORS = ("surrogate", "attention", "paging", "qk_norm_rope", "modulation", "norm_silu", "nft")
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+"""A100; RTX 3090 and A6000; RTX 4090 and L40S; H100 and H200; B200; RTX 5090 and PRO 6000; MI300."""
 
 
 class AotCase(NamedTuple):
     """One kernel with the types of its arguments.
 
     signature: argument -> Triton type ("*fp32", "*bf16", "*i64", "i32", "fp32"), without the constants.
-    constants: tl.constexpr arguments, and arguments that are None.
+    constants: tl.constexpr arguments, and arguments that are None or 1.
     divisible: arguments that are multiples of 16, as Triton finds them to be at run time: pointers and sizes. Without them loads are scalar
         and the figures mean nothing.
+    num_warps, num_stages: of the launch; num_stages None: the launcher states none, and Triton has a default for each kind of GPU.
     """
 
     name: str
@@ -37,7 +42,7 @@ class AotCase(NamedTuple):
     constants: Mapping[str, Any]
     divisible: Sequence[str] = ()
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int | None = None
 
 
 class Resources(NamedTuple):
@@ -71,8 +76,10 @@ def compile_case(case: AotCase, target: str) -> Resources:
     if missing:
         raise ValueError(f"{case.name}: neither signature nor constants name {', '.join(missing)}")
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    stages = case.num_stages if nvidia else 1  # what the launchers use on ROCm
-    compiled = triton.compile(source, target=gpu, options={"num_warps": case.num_warps, "num_stages": stages})
+    options: dict[str, Any] = {"num_warps": case.num_warps, "enable_fp_fusion": FP_FUSION}
+    if case.num_stages is not None:
+        options["num_stages"] = case.num_stages
+    compiled = triton.compile(source, target=gpu, options=options)
     if nvidia:
         registers, spilled = _nvidia_resources(compiled.asm["cubin"])
         return Resources(registers, spilled, compiled.metadata.shared)
@@ -96,17 +103,17 @@ def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
     return used["REG"], used["STACK"] + used["LOCAL"]
 
 
-def cases() -> list[AotCase]:
-    """The kernels of all operators."""
+def cases(target: str, operators: Sequence[str] = OPERATORS) -> list[AotCase]:
+    """Return the kernels of `operators` as they are launched on "sm_NN" or "gfxNNN"."""
     found: list[AotCase] = []
-    for operator in OPERATORS:
+    for operator in operators:
         try:
             module = import_module(f"arcopo_kernels.{operator}.triton")
         except ModuleNotFoundError as error:
             if error.name != f"arcopo_kernels.{operator}.triton":
                 raise
             continue
-        found += [case._replace(name=f"{operator}.{case.name}") for case in module.AOT_CASES]
+        found += [case._replace(name=f"{operator}.{case.name}") for case in module.aot_cases(target)]
     return found
 
 
@@ -118,10 +125,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     table: dict[str, dict[str, dict[str, int]]] = {}
     spilling: list[str] = []
-    for case in cases():
-        if case.name.split(".")[0] not in arguments.operator:
-            continue
-        for target in arguments.target:
+    for target in arguments.target:
+        for case in cases(target, arguments.operator):
             resources = compile_case(case, target)
             table.setdefault(case.name, {})[target] = resources._asdict()
             if resources.spilled and target.startswith("sm_"):

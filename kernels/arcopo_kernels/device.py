@@ -1,4 +1,7 @@
-"""Triton launches on the current GPU, wherever the tensors are: what launches a kernel makes theirs the current one."""
+"""Triton launches on the current GPU, wherever the tensors are: what launches a kernel makes theirs the current one.
+
+What a launch depends on is the target that Triton compiles for there, named as in `python -m arcopo_kernels.aot --target`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+INTERPRETER_TARGET = "sm_90"
+"""The target whose launches Triton's interpreter repeats, on the CPU."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,3 +29,13 @@ def on_device_of_tensors(launcher: Callable[P, T]) -> Callable[P, T]:
             return launcher(*args, **kwargs)
 
     return launch
+
+
+def target_of(x: Tensor) -> str:
+    """Return what Triton compiles for on the GPU that holds `x`: "sm_NN" of NVIDIA, "gfxNNN" of AMD; `INTERPRETER_TARGET` on the CPU."""
+    if not x.is_cuda:
+        return INTERPRETER_TARGET
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(x.device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return f"sm_{major}{minor}"

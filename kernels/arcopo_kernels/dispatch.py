@@ -20,6 +20,13 @@ import torch
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 TRITON_INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+FP_FUSION = True
+"""Whether the compiler may turn a product and a sum into one fused multiply-add, rounded once; `enable_fp_fusion` of every launch.
+
+Stated because Triton's default differs: on before release 3.10, off from it on. On for all kernels: float32 and float64 products without
+tensor cores take half the instructions, and nothing that must be exact is lost. The values that must be exactly zero, such as a log-ratio
+without an update, come from differences of loaded values and from products with such a zero, which fusion leaves as they are.
+"""
 
 
 class Choice(NamedTuple):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 import pytest
 import torch
 from arcopo_kernels import PagePool, Segment, copo_policy, copo_surrogate, dispatch, nft_loss, segment_attention
 from arcopo_kernels.aot import OPERATORS
-from arcopo_kernels.device import on_device_of_tensors
+from arcopo_kernels.device import INTERPRETER_TARGET, on_device_of_tensors, target_of
 from arcopo_kernels.modulation import gated_residual_layer_norm_modulate
 from arcopo_kernels.norm_silu import norm_silu
 from arcopo_kernels.qk_norm_rope import qk_norm_rope
@@ -28,12 +29,24 @@ def test_the_device_is_that_of_the_first_tensor(monkeypatch: pytest.MonkeyPatch)
     assert entered[0] is x and entered[1] is y
 
 
+@pytest.mark.parametrize(
+    ("hip", "gpu", "target"), [(None, (8, 9), "sm_89"), (None, (12, 0), "sm_120"), ("7.0", "gfx942:sramecc+", "gfx942")]
+)
+def test_the_target_is_that_of_the_tensors_gpu(hip: str | None, gpu: Any, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert target_of(torch.zeros(1)) == INTERPRETER_TARGET
+    second: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda:1"))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {second.device: gpu}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {second.device: SimpleNamespace(gcnArchName=gpu)}.__getitem__)
+    assert target_of(second) == target
+
+
 @needs_triton
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_launcher_says_so(operator: str) -> None:
     """What `op.py` and `backends.py` call are the functions without an underscore that take tensors."""
     module = import_module(f"arcopo_kernels.{operator}.triton")
-    helpers = {"block_sizes", "chunk", "unsupported"}
+    helpers = {"aot_cases", "block_sizes", "chunk", "unsupported"}
     launchers = {name: f for name, f in vars(module).items() if callable(f) and getattr(f, "__module__", "") == module.__name__}
     launchers = {name: f for name, f in launchers.items() if name[0] != "_" and name not in helpers and not isinstance(f, type)}
     assert launchers and all(hasattr(f, "__wrapped__") for f in launchers.values()), sorted(launchers)

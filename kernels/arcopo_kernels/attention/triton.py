@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
-from arcopo_kernels.device import on_device_of_tensors
-from arcopo_kernels.dispatch import INTERPRETED
+from arcopo_kernels.device import on_device_of_tensors, target_of
+from arcopo_kernels.dispatch import FP_FUSION, INTERPRETED
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -267,18 +267,25 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-def block_sizes(kernel: str, head_dim: int, itemsize: int) -> Blocks:
-    """Tiles for "forward", "grad_query" or "grad_key_value".
+def block_sizes(kernel: str, head_dim: int, itemsize: int, target: str) -> Blocks:
+    """Tiles for "forward", "grad_query" or "grad_key_value" on a target, "sm_NN" or "gfxNNN".
 
-    Chosen ahead of time, not measured: they spill no register on sm_80, sm_90 and sm_100 (`python -m arcopo_kernels.aot`), whether Triton
-    3.6 or 3.7 compiles them, and fit the 99 KiB of shared memory of sm_86 and sm_89. One stage fits the 64 KiB of AMD's GPUs.
+    Chosen ahead of time, not measured: they spill no register on any of NVIDIA's targets (`python -m arcopo_kernels.aot`), whether Triton
+    3.7, 3.8 or 3.9 compiles them, and fit the 99 KiB of shared memory of sm_86, sm_89 and sm_120. One stage fits the 64 KiB of AMD's GPUs.
     """
-    if itemsize > 2:  # exact products, without tensor cores: a thread keeps a row and a column of its one score. For small models
-        return Blocks(16, 16, 8, 1)
-    stages = 1 if torch.version.hip else 2
+    nvidia = target.startswith("sm_")
+    stages = 2 if nvidia else 1
+    if itemsize > 2:  # exact products, without tensor cores: a thread keeps a row and a column of its one or two scores. For small models
+        return Blocks(16, 32 if kernel == "grad_key_value" else 16, 8, stages)
     if kernel == "grad_key_value":
         return Blocks(32, 64, 8, stages)
-    return Blocks(64, 64, 4, stages) if kernel == "grad_query" and head_dim == 128 else Blocks(128, 64, 8, stages)
+    if head_dim < 128:
+        return Blocks(128, 64, 8, stages)
+    if kernel == "forward":  # one block fills a multiprocessor's registers: shared memory for a third stage would else lie idle
+        return Blocks(128, 64, 8, 3 if nvidia else 1)
+    # Tensor cores of sm_9x to sm_11x read operands from shared memory; the others' read registers, of which eight warps have enough.
+    registers = nvidia and not 90 <= int(target[3:]) < 120
+    return Blocks(64, 64, 8 if registers else 4, stages)
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -304,10 +311,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
     batch, tokens, heads, head_dim = query.shape
     out = torch.empty_like(query)
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-    blocks = block_sizes("forward", head_dim, query.element_size())
+    blocks = block_sizes("forward", head_dim, query.element_size(), target_of(query))
     _forward[(triton.cdiv(tokens, blocks.query) * batch * heads,)](
         query, key, value, out, lse, scale, tokens, key.shape[1], heads, *_strides(key, value),
         HEAD_DIM=head_dim, BLOCK_Q=blocks.query, BLOCK_K=blocks.key, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return out, lse
 
@@ -320,18 +328,20 @@ def backward(
     batch, tokens, heads, head_dim = query.shape
     grad_query, delta = torch.empty_like(query), torch.empty_like(lse)
     sizes = (scale, tokens, key.shape[1], heads, *_strides(key, value))
-    blocks = block_sizes("grad_query", head_dim, query.element_size())
+    blocks = block_sizes("grad_query", head_dim, query.element_size(), target_of(query))
     _grad_query[(triton.cdiv(tokens, blocks.query) * batch * heads,)](
         grad_out, query, key, value, out, lse, grad_query, delta, *sizes,
         HEAD_DIM=head_dim, BLOCK_Q=blocks.query, BLOCK_K=blocks.key, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     if not trained:
         return grad_query, None, None
     grad_key, grad_value = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (key, value))
-    blocks = block_sizes("grad_key_value", head_dim, query.element_size())
+    blocks = block_sizes("grad_key_value", head_dim, query.element_size(), target_of(query))
     _grad_key_value[(triton.cdiv(key.shape[1], blocks.key) * batch * heads,)](
         grad_out, query, key, value, lse, delta, grad_key, grad_value, *sizes,
         HEAD_DIM=head_dim, BLOCK_Q=blocks.query, BLOCK_K=blocks.key, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
     return grad_query, grad_key, grad_value
 
@@ -354,14 +364,14 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         strides = [stride for _, lse in now for stride in lse.stride()[:2]] + [0] * 2 * len(absent)
         _merge[(triton.cdiv(rows, block),)](
             *(out for out, _ in now), *absent, merged, *(lse for _, lse in now), *absent, merged_lse, rows, tokens, heads, *strides,
-            HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), BLOCK=block, num_warps=4,
+            HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), BLOCK=block, num_warps=4, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
         parts.insert(0, (merged, merged_lse))
     return parts[0]
 
 
-def _aot_case(kernel: str, function: triton.JITFunction, head_dim: int, dtype: str) -> AotCase:
-    blocks = block_sizes(kernel, head_dim, 4 if dtype == "fp32" else 2)
+def _aot_case(kernel: str, function: triton.JITFunction, head_dim: int, dtype: str, target: str) -> AotCase:
+    blocks = block_sizes(kernel, head_dim, 4 if dtype == "fp32" else 2, target)
     signature = {}
     for name in function.arg_names:
         if name in ("lse", "delta"):
@@ -386,8 +396,10 @@ def _merge_case(parts: int) -> AotCase:
     return AotCase(f"merge of {parts}[128, bf16]", _merge, pointers | dict.fromkeys(integers, "i32"), constants, [*pointers])
 
 
-AOT_CASES = [
-    _aot_case(kernel, function, head_dim, dtype)
-    for kernel, function in (("forward", _forward), ("grad_query", _grad_query), ("grad_key_value", _grad_key_value))
-    for head_dim, dtype in ((64, "bf16"), (128, "bf16"), (64, "fp32"))
-] + [_merge_case(parts) for parts in range(2, MERGED + 1)]
+def aot_cases(target: str) -> list[AotCase]:
+    """Return cases with the tiles of "sm_NN" or "gfxNNN"."""
+    return [
+        _aot_case(kernel, function, head_dim, dtype, target)
+        for kernel, function in (("forward", _forward), ("grad_query", _grad_query), ("grad_key_value", _grad_key_value))
+        for head_dim, dtype in ((64, "bf16"), (128, "bf16"), (64, "fp32"), (128, "fp32"))
+    ] + [_merge_case(parts) for parts in range(2, MERGED + 1)]

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
 from arcopo_kernels.device import on_device_of_tensors
+from arcopo_kernels.dispatch import FP_FUSION
 from torch import Tensor
 
 TOKENS_PER_PARTIAL = 16
@@ -211,6 +212,7 @@ def forward(
         SIZE=size,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
 
 
@@ -266,6 +268,7 @@ def backward(
         SIZE=size,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
     # Scale, weight and bias are constants of a frame, so the sums over its tokens give their gradients, too.
     sums = {name: partial.sum(1).view(batch, frames, 1, size) for name, partial in partials.items()}
@@ -285,29 +288,34 @@ def _case(name: str, kernel: Any, size: int, *, absent: str = "") -> AotCase:
     """A kernel at bf16 without the arguments `absent`."""
     block, num_warps = block_sizes(size)
     sizes: dict[str, Any] = {"SIZE": size, "BLOCK": block}
+    if _PARTIALS in absent:
+        sizes["tokens_per_program"] = 1  # Triton makes a 1 a constant at run time, too: there is no loop
     signature, divisible = {}, []
     for argument in kernel.arg_names:
         if argument not in sizes and argument not in absent.split():
             scalar = "_stride_" in argument or argument in ("frames", "tokens", "tokens_per_program")
             pointer = "*fp32" if argument.endswith("_partials") else "*bf16"
             signature[argument] = "i32" if scalar else "fp32" if argument == "eps" else pointer
-            if "_stride_" in argument or signature[argument].startswith("*"):
+            if "_stride_" in argument or argument == "tokens_per_program" or signature[argument].startswith("*"):
                 divisible.append(argument)
     return AotCase(name, kernel, signature, sizes | dict.fromkeys(absent.split()), divisible, num_warps)
 
 
 _PARTIALS = "gate_partials grad_partials normed_partials"
 
-AOT_CASES = [
-    case
-    for size, model in ((1536, "1.3B"), (5120, "14B"))
-    for case in (
-        _case(f"forward, norm {model}", _forward, size, absent="y gate weight bias hidden"),
-        _case(f"forward, residual {model}", _forward, size, absent="scale shift weight bias out"),
-        _case(f"forward, both {model}", _forward, size, absent="weight bias"),
-        _case(f"backward, norm {model}", _backward, size, absent=f"grad_hidden y gate weight grad_y {_PARTIALS}"),
-        _case(f"backward, residual {model}", _backward, size, absent=f"grad_out hidden y scale weight {_PARTIALS}"),
-        _case(f"backward, both {model}", _backward, size, absent=f"y weight {_PARTIALS}"),
-        _case(f"backward, both, parameters too {model}", _backward, size),
-    )
-]
+
+def aot_cases(target: str) -> list[AotCase]:
+    """Return the same cases for every target."""
+    return [
+        case
+        for size, model in ((1536, "1.3B"), (5120, "14B"))
+        for case in (
+            _case(f"forward, norm {model}", _forward, size, absent="y gate weight bias hidden"),
+            _case(f"forward, residual {model}", _forward, size, absent="scale shift weight bias out"),
+            _case(f"forward, both {model}", _forward, size, absent="weight bias"),
+            _case(f"backward, norm {model}", _backward, size, absent=f"grad_hidden y gate weight grad_y {_PARTIALS}"),
+            _case(f"backward, residual {model}", _backward, size, absent=f"grad_out hidden y scale weight {_PARTIALS}"),
+            _case(f"backward, both {model}", _backward, size, absent=f"y weight {_PARTIALS}"),
+            _case(f"backward, both, parameters too {model}", _backward, size),
+        )
+    ]

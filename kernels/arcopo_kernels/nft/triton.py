@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
 from arcopo_kernels.device import on_device_of_tensors
+from arcopo_kernels.dispatch import FP_FUSION
 from torch import Tensor
 
 
@@ -94,6 +95,7 @@ def nft_loss(
         BLOCK=sizes.block,
         WITH_GRADIENT=with_gradient,
         num_warps=sizes.num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
     parts = partials.sum(-1)
     return torch.lerp(parts[1], parts[0], reward), parts, gradient
@@ -102,15 +104,17 @@ def nft_loss(
 _POINTERS = ("pred_ptr", "old_ptr", "target_ptr", "reward_ptr", "partials_ptr", "gradient_ptr")
 _SCALARS = {"B": "i32", "D": "i32", "tiles": "i32", "beta": "fp32", "scale": "fp32"}
 
-# A chunk of Wan's latents, D = 299,520.
-AOT_CASES = [
-    AotCase(
-        dtype,
-        _tiles,
-        {name: f"*{dtype if name in _POINTERS[:3] else 'fp32'}" for name in _POINTERS} | _SCALARS,
-        {"BLOCK": block_sizes().block, "WITH_GRADIENT": True},
-        [*_POINTERS, "D"],
-        block_sizes().num_warps,
-    )
-    for dtype in ("fp32", "bf16")
-]
+
+def aot_cases(target: str) -> list[AotCase]:
+    """Return the same cases for every target: a chunk of Wan's latents, D = 299,520."""
+    return [
+        AotCase(
+            dtype,
+            _tiles,
+            {name: f"*{dtype if name in _POINTERS[:3] else 'fp32'}" for name in _POINTERS} | _SCALARS,
+            {"BLOCK": block_sizes().block, "WITH_GRADIENT": True},
+            [*_POINTERS, "D"],
+            block_sizes().num_warps,
+        )
+        for dtype in ("fp32", "bf16")
+    ]

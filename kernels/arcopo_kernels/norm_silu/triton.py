@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
 from arcopo_kernels.device import on_device_of_tensors
+from arcopo_kernels.dispatch import FP_FUSION
 from arcopo_kernels.norm_silu.reference import FLOOR
 from torch import Tensor
 
@@ -80,6 +81,7 @@ def forward(x: Tensor, weight: Tensor, out: Tensor) -> None:
         PIXELS=sizes.pixels,
         BLOCK=sizes.block,
         num_warps=sizes.num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
 
 
@@ -91,4 +93,6 @@ def _case(size: int) -> AotCase:
     return AotCase(f"forward {size}", _forward, signature, constants, ["x", "weight", "out", "pixels", "out_stride_batch"], sizes.num_warps)
 
 
-AOT_CASES = [_case(size) for size in (96, 192, 384)]
+def aot_cases(target: str) -> list[AotCase]:
+    """Return the same cases for every target."""
+    return [_case(size) for size in (96, 192, 384)]

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
 from arcopo_kernels.device import on_device_of_tensors
+from arcopo_kernels.dispatch import FP_FUSION
 from arcopo_kernels.qk_norm_rope.reference import rope_table, table_length
 from torch import Tensor
 
@@ -375,6 +376,7 @@ def forward(
         BLOCK_H=block_h,
         BLOCK_D=block_d,
         num_warps=num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
 
 
@@ -446,6 +448,7 @@ def backward(
         BLOCK_H=block_h,
         BLOCK_D=block_d,
         num_warps=num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
     for output, partial in zip(outputs[tensors:], partials):
         if partial is not None:
@@ -457,6 +460,8 @@ def _case(name: str, kernel: Any, heads: int, head_dim: int, *, absent: str = ""
     block_h, block_d, num_warps = block_sizes(heads, head_dim)
     constants: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_H": block_h, "BLOCK_D": block_d, "CACHE_ROPED": True}
     constants |= dict.fromkeys([*absent.split(), "key_start"])
+    if "query_partials" in absent.split():
+        constants["rows_per_program"] = 1  # Triton makes a 1 a constant at run time, too: there is no loop
     integers = ("length", "query_position", "key_position", "total", "rows_per_program", "tokens", "rows", "columns")
     pointers = {"table": "*fp32", "query_partials": "*fp32", "key_partials": "*fp32", "query_start": "*i64"}
     signature, divisible = {}, []
@@ -473,16 +478,19 @@ def _case(name: str, kernel: Any, heads: int, head_dim: int, *, absent: str = ""
 _CACHE = "value key_cache value_cache"
 _KEY = "key key_out key_weight grad_key_out grad_key key_partials"
 
-AOT_CASES = [
-    case
-    for heads, model in ((12, "1.3B"), (40, "14B"))
-    for case in (
-        _case(f"forward {model}", _forward, heads, 128, absent=_CACHE),
-        _case(f"forward to cache {model}", _forward, heads, 128),
-        _case(f"forward, norm only {model}", _forward, 1, heads * 128, absent=f"{_CACHE} {_KEY} table query_start"),
-        _case(f"forward, RoPE only {model}", _forward, heads, 128, absent=f"{_CACHE} {_KEY} query_weight"),
-        _case(f"backward {model}", _backward, heads, 128, absent="query_partials key_partials"),
-        _case(f"backward, weights too {model}", _backward, heads, 128),
-        _case(f"backward, RoPE only {model}", _backward, heads, 128, absent=f"{_KEY} query query_weight query_partials"),
-    )
-]
+
+def aot_cases(target: str) -> list[AotCase]:
+    """Return the same cases for every target."""
+    return [
+        case
+        for heads, model in ((12, "1.3B"), (40, "14B"))
+        for case in (
+            _case(f"forward {model}", _forward, heads, 128, absent=_CACHE),
+            _case(f"forward to cache {model}", _forward, heads, 128),
+            _case(f"forward, norm only {model}", _forward, 1, heads * 128, absent=f"{_CACHE} {_KEY} table query_start"),
+            _case(f"forward, RoPE only {model}", _forward, heads, 128, absent=f"{_CACHE} {_KEY} query_weight"),
+            _case(f"backward {model}", _backward, heads, 128, absent="query_partials key_partials"),
+            _case(f"backward, weights too {model}", _backward, heads, 128),
+            _case(f"backward, RoPE only {model}", _backward, heads, 128, absent=f"{_KEY} query query_weight query_partials"),
+        )
+    ]

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
 from arcopo_kernels.device import on_device_of_tensors
+from arcopo_kernels.dispatch import FP_FUSION
 from torch import Tensor
 
 
@@ -250,6 +251,7 @@ def _launch_partials(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_in
         BLOCK=sizes.block,
         STAGES=sizes.num_stages,
         num_warps=sizes.num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
     return partials
 
@@ -318,6 +320,7 @@ def copo_surrogate(
         STAGES=sizes.num_stages,
         WITH_GRADIENT=with_gradient,
         num_warps=sizes.num_warps,
+        enable_fp_fusion=FP_FUSION,
     )
     return loss, ratio_minus_one, live, gradient
 
@@ -336,16 +339,18 @@ def _aot_case(name: str, kernel: object, *, dtype: str, candidates: str, group: 
         group_pad = triton.next_power_of_2(group)
         constants |= {"G_PAD": group_pad, "CHUNK": chunk(sizes.anchors, group_pad), "WITH_GRADIENT": True}
     signature = {argument: f"*{element}" for argument, element in pointers.items()} | integers
-    return AotCase(name, kernel, signature, constants, [*pointers, "D"], sizes.num_warps, sizes.num_stages)
+    return AotCase(name, kernel, signature, constants, [*pointers, "D"], sizes.num_warps)
 
 
-AOT_CASES = [
-    _aot_case(f"{kernel_name}.{name}", kernel, dtype=dtype, candidates=candidates, group=group, anchors=anchors, steps=steps)
-    for kernel_name, kernel in (("partials", _partials), ("epilogue_gradient", _epilogue_gradient))
-    for name, dtype, candidates, group, anchors, steps in (
-        ("fp32", "fp32", "fp32", 12, 16, 4),
-        ("bf16", "bf16", "fp32", 12, 16, 4),
-        ("fp32_one_anchor_a_step", "fp32", "fp32", 12, 4, 4),
-        ("bf16_group_of_64", "bf16", "bf16", 64, 64, 4),
-    )
-]
+def aot_cases(target: str) -> list[AotCase]:
+    """Return the same cases for every target."""
+    return [
+        _aot_case(f"{kernel_name}.{name}", kernel, dtype=dtype, candidates=candidates, group=group, anchors=anchors, steps=steps)
+        for kernel_name, kernel in (("partials", _partials), ("epilogue_gradient", _epilogue_gradient))
+        for name, dtype, candidates, group, anchors, steps in (
+            ("fp32", "fp32", "fp32", 12, 16, 4),
+            ("bf16", "bf16", "fp32", 12, 16, 4),
+            ("fp32_one_anchor_a_step", "fp32", "fp32", 12, 4, 4),
+            ("bf16_group_of_64", "bf16", "bf16", 64, 64, 4),
+        )
+    ]
