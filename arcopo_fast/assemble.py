@@ -20,9 +20,10 @@ from arcopo_fast import hub
 from arcopo_fast.config import Config, objective_class
 from arcopo_fast.data.prompts import Prompt, Prompts, read_prompt_set, split_prompts
 from arcopo_fast.errors import UserError
+from arcopo_fast.model.adapter_files import read_adapter
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
-from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_json, read_state_dict
-from arcopo_fast.model.lora import fold_adapter, read_adapter
+from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_state_dict
+from arcopo_fast.model.lora import fold_adapter
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes, published
 from arcopo_fast.model.text import OFFICIAL_TOKENIZER, OFFICIAL_WEIGHTS, CachedTextEncoder
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
@@ -38,6 +39,7 @@ from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
 from arcopo_fast.rollout.noise import generator as random_for
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.settings import ObjectiveSettings
+from arcopo_fast.textfiles import read_json
 from arcopo_fast.toy import data as toy_data
 from arcopo_fast.toy import metrics as toy_metrics
 from arcopo_fast.toy.text import ToyTextEncoder

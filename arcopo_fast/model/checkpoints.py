@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.model.tensors import check_dtype, check_finite, rename
+from arcopo_fast.textfiles import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -90,16 +92,18 @@ def _rename(name: str, model_names: Mapping[str, str], block_names: Mapping[str,
 
 
 def strip_wrappers(state: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]:
-    """Remove the components that wrappers put into parameter names, and check that every value is a tensor.
+    """Remove the components that wrappers put into parameter names, and check that every value is a tensor of weights.
 
     Raises:
-        UserError: a value is not a tensor, or two names become one. `source` is the file named in the message.
+        UserError: a value is not a tensor, or of no dtype that weights have, or two names become one. `source` is the file named in the
+            message.
     """
     stripped: dict[str, Tensor] = {}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             expected = "expected a state dict, or one under generator_ema, generator or model"
             raise UserError(f"{source}: entry {name!r} is a {type(value).__name__}, not a tensor; {expected}")
+        check_dtype(str(name), value, source)
         short = ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
         if short in stripped:
             raise UserError(f"{source}: two entries are both named {short!r} once wrapper prefixes are removed; save one set of weights")
@@ -126,7 +130,7 @@ def read_state_dict(path: str | Path, *, weights: Literal["auto", "ema", "genera
     """
     path = Path(path)
     container = read_container(path, subfolder="transformer")
-    state = to_diffusers_names(strip_wrappers(_choose_weights(container, weights, path), path))
+    state = rename(strip_wrappers(_choose_weights(container, weights, path), path), diffusers_name, path)
     if any(_IMAGE_BRANCH.search(name) for name in state):
         advice = "give a text-to-video one: images enter these generators as clean first latents"
         raise UserError(f"{path} is an image-to-video Wan checkpoint (it has a CLIP image branch); {advice}")
@@ -245,7 +249,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, source: str | P
     Parameters on the meta device are replaced by the tensors themselves, with the dtypes of the file.
 
     Raises:
-        UserError: names are missing or unexpected, or shapes differ; the message lists them.
+        UserError: names are missing or unexpected, or shapes differ, and the message lists them; or a value is not finite.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in state]
@@ -263,20 +267,8 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, source: str | P
     if problems:
         advice = "check that the checkpoint and the configured sizes belong together"
         raise UserError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems)}; {advice}")
+    check_finite(state, source)
     module.load_state_dict(state, strict=True, assign=any(tensor.is_meta for tensor in own.values()))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; a `UserError` if it is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a JSON {type(content).__name__}; expected an object")
-    return content
 
 
 def _choose_weights(container: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, Any]:
@@ -303,7 +295,10 @@ def _read_directory(directory: Path) -> dict[str, Any]:
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file:
                 raise UserError(f"{index} names the file {file!r}, which lies outside its directory")
-            state |= _read_file(directory / file)
+            part = _read_file(directory / file)
+            if twice := part.keys() & state.keys():
+                raise UserError(f"{directory}: {len(twice)} tensors are in several shards ({shorten(twice, 3)}); copy the shards again")
+            state |= part
         if absent := [name for name in weight_map if name not in state]:
             raise UserError(f"{directory}: its shards lack {len(absent)} of the index's tensors ({shorten(absent)}); copy them again")
         return state
@@ -396,12 +391,12 @@ def save_transformer(directory: str | Path, state: Mapping[str, Tensor], config:
         (temporary / "config.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save_tensors(file: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; tensors may live on any device."""
+def save_tensors(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; tensors may live on any device. metadata: more entries of its header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     file.touch()
     mode = file.stat().st_mode  # safetensors makes files that only their owner can read
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
     file.chmod(mode)
 
 

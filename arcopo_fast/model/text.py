@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.checkpoints import load_into, read_container, read_json, shorten, strip_wrappers
+from arcopo_fast.model.checkpoints import load_into, read_container, shorten, strip_wrappers
+from arcopo_fast.model.tensors import rename
+from arcopo_fast.textfiles import read_json
 
 if TYPE_CHECKING:  # imported where an encoder is loaded: with every embedding cached, neither is needed
     from tokenizers import Tokenizer
@@ -158,7 +160,10 @@ def load_umt5(files: TextEncoderFiles, *, dtype: torch.dtype = torch.bfloat16, d
     source = files.weights
     state: dict[str, Tensor] = {}
     for file in files.weight_files:
-        state |= {transformers_name(name): tensor for name, tensor in strip_wrappers(read_container(file), file).items()}
+        part = rename(strip_wrappers(read_container(file), file), transformers_name, file)
+        if twice := part.keys() & state.keys():
+            raise UserError(f"{file} repeats {len(twice)} tensors of another shard ({shorten(twice, 3)}); copy the shards again")
+        state |= part
     if "shared.weight" in state:  # one table under two names, which some files hold once and some twice
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
     sizes = read_json(source / "config.json") if source.is_dir() else _sizes(state, source)

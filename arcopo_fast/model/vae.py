@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.checkpoints import load_into, model_directory, read_container, read_json, strip_wrappers
+from arcopo_fast.model.checkpoints import load_into, model_directory, read_container, strip_wrappers
+from arcopo_fast.model.tensors import rename
+from arcopo_fast.textfiles import read_json
 
 if TYPE_CHECKING:  # diffusers is imported when a VAE is loaded: a machine without it can still train on given latents
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -334,7 +336,7 @@ def official_to_diffusers_names(state: Mapping[str, Tensor], *, source: str | Pa
         raise UserError(f"{source} is not a Wan2.1 VAE: it has no decoder.upsamples.N.resample; Wan2.2's needs its diffusers directory")
     blocks = min(upsamplers)
 
-    def rename(name: str) -> str:
+    def diffusers(name: str) -> str:
         half, _, rest = name.partition(".")
         if half not in ("encoder", "decoder"):
             return _replace_prefix(name, _TOP_NAMES)
@@ -348,7 +350,7 @@ def official_to_diffusers_names(state: Mapping[str, Tensor], *, source: str | Pa
             rest = rest.replace(f".{old}.", f".{new}.")
         return f"{half}.{rest}"
 
-    return {rename(name): tensor for name, tensor in state.items()}
+    return rename(state, diffusers, source)
 
 
 def infer_vae_config(state: Mapping[str, Tensor], *, source: str | Path = "the checkpoint") -> dict[str, object]:
