@@ -21,8 +21,10 @@ _OTHER_ENCODINGS = (
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # but for tab, line feed and carriage return, which are replaced before
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, what: str = "") -> str:
     """Return a text file's content: UTF-8 with or without a byte order mark, `\\n` at the ends of lines.
+
+    what: it should hold, for the message where there is no such file.
 
     Raises:
         UserError: it cannot be read, is in another encoding, or holds a control character; with the line.
@@ -30,7 +32,8 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path that no file system takes
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {what} from {path}: {reason}" if what else f"{path} cannot be read: {reason}") from None
     for mark, encoding in _OTHER_ENCODINGS:
         if content.startswith(mark):
             raise UserError(f"{path} is {encoding} text; save it as UTF-8")

@@ -200,7 +200,7 @@ def _lines(path: Path) -> list[str]:
     """
     if (kind := _kind(path)) != TEXT:
         raise UserError(f"{path} is a {kind} file; expected a text file with one prompt on each line")
-    content = read_text(path)
+    content = read_text(path, "prompts")
     lines = [line.strip() for line in content.rstrip().split("\n")]
     filled = [line for line in lines if line]
     if filled and (_is_json(content) or all(map(_is_json, filled))):
@@ -255,7 +255,7 @@ def _record(value: Any) -> Prompt:
 
 
 def _json_lines(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(read_text(path).rstrip().split("\n"), start=1):
+    for number, line in enumerate(read_text(path, "prompts").rstrip().split("\n"), start=1):
         try:
             yield _record(parse_json(line))
         except ValueError as error:
@@ -266,7 +266,7 @@ def _json_lines(path: Path) -> Iterator[Prompt]:
 def _json_list(path: Path) -> list[Prompt]:
     """A list of records, or of texts."""
     try:
-        values = parse_json(read_text(path))
+        values = parse_json(read_text(path, "prompts"))
     except UserError:
         raise
     except ValueError as error:
@@ -291,7 +291,7 @@ def _shown(text: str) -> str:
 
 def _rows(path: Path, delimiter: str) -> Iterator[Prompt]:
     """Other columns are left alone, and so are rows without a prompt."""
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    rows = csv.reader(io.StringIO(read_text(path, "prompts"), newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(rows, [])
         if "prompt" not in header:

@@ -297,9 +297,22 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencode
         vae = AutoencoderKLWan.from_config(config)
     except Exception as error:  # diffusers does not check sizes, so what a wrong one raises is open
         raise UserError(f"{path}: no Wan VAE can be built from its configuration ({type(error).__name__}: {error})") from error
+    _check_statistics(vae, path)
     load_into(vae, state, source=path)
     nn.Module.to(vae, dtype)  # diffusers' own `to` warns of modules to be kept in float32, of which this model has none
     return vae.eval().requires_grad_(False)
+
+
+def _check_statistics(vae: AutoencoderKLWan, source: Path) -> None:
+    """Raise `UserError` if a configuration's mean and deviation of the latents are none."""
+    for name in ("latents_mean", "latents_std"):
+        values = vae.config[name]
+        numbers = isinstance(values, list | tuple) and all(
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+        )
+        if not numbers or len(values) != vae.config["z_dim"] or (name == "latents_std" and min(values) <= 0):
+            expected = f"{vae.config['z_dim']} {'positive ' * (name == 'latents_std')}numbers, one for each latent channel"
+            raise UserError(f"{source}: its configuration's {name} is {str(values)[:80]}; expected {expected}")
 
 
 def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:

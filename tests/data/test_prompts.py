@@ -195,7 +195,7 @@ NOT_TEXT = {
 def test_another_form_under_a_texts_name(kind: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text("\n" * 2 + NOT_TEXT[kind])
-    refused(path, "name it .json" if "{" in NOT_TEXT[kind] or "[" in NOT_TEXT[kind] else "header of a table")
+    refused(path, "name it .json" if "{" in NOT_TEXT[kind] or "[" in NOT_TEXT[kind] else "a table's header")
     (tmp_path / "plain.txt").write_text("an owl\n")
     with pytest.raises(UserError, match=f"{path}"):
         read_prompt_set(tmp_path / "plain.txt", path)
