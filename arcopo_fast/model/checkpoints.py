@@ -25,10 +25,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.model.sizes import check_sizes
 from arcopo_fast.model.tensors import check_dtype, check_finite, rename
 from arcopo_fast.textfiles import read_json
 
 logger = logging.getLogger(__name__)
+
+
+class UnreadableFile(UserError):
+    """A checkpoint that is damaged: what it holds is not known."""
+
 
 WEIGHTS_NAME = "diffusion_pytorch_model"  # diffusers' stem for the weights of a model directory
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -173,6 +179,7 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     config = read_json(file)
+    check_sizes(config, file)
     if "num_heads" in config:  # the original repository's names
         translated = {"num_attention_heads": config["num_heads"], "qk_norm": config.get("qk_norm", True)}
         if config.get("dim"):
@@ -188,6 +195,7 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
         raise UserError(f"{file}: only Wan models with q/k RMSNorm over all heads and a cross-attention norm are supported")
     if "_text_len" in config:
         config["text_len"] = config.pop("_text_len")
+    check_sizes(config, file)
     return config
 
 
@@ -206,8 +214,8 @@ def infer_config(
     def shape(name: str, dimensions: int) -> torch.Size:
         if name not in state:
             raise UserError(f"{source} is not a complete Wan transformer: {name} is missing")
-        if state[name].dim() != dimensions:
-            raise UserError(f"{source}: {name} has shape {list(state[name].shape)}; expected {dimensions} dimensions")
+        if state[name].dim() != dimensions or not state[name].numel():
+            raise UserError(f"{source}: {name} has shape {list(state[name].shape)}; expected {dimensions} dimensions, none of them 0")
         return state[name].shape
 
     dim, in_channels, *patch = shape("patch_embedding.weight", 5)
@@ -240,6 +248,7 @@ def infer_config(
     if heads * config.get("attention_head_dim", dim // heads) != dim:
         raise UserError(f"{source}: its config.json says {heads} heads of {config.get('attention_head_dim')}, its weights are {dim} wide")
     sizes |= {"num_attention_heads": heads, "attention_head_dim": dim // heads}
+    check_sizes(sizes, source)
     return sizes | {name: config[name] for name in ("eps", "text_len") if config.get(name) is not None}
 
 
@@ -329,7 +338,9 @@ def _read_file(path: Path) -> dict[str, Any]:
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is damaged or not a safetensors file ({_first_line(error)}); copy or download it again") from error
+            raise UnreadableFile(
+                f"{path} is damaged or not a safetensors file ({_first_line(error)}); copy or download it again"
+            ) from error
     return _read_pickle(path)
 
 
@@ -348,7 +359,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         if blocked:
             advice = "so it is refused: reading it could run code; save only tensors (a state dict), or use .safetensors"
             raise UserError(f"{path} is a pickle that needs {blocked.group(1)}, {advice}") from error
-        raise UserError(f"{path} is damaged or not a torch checkpoint ({type(error).__name__}); copy or download it again") from error
+        raise UnreadableFile(f"{path} is damaged or not a torch checkpoint ({type(error).__name__}); copy or download it again") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}; expected a state dict")
     return dict(content)

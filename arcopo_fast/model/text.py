@@ -99,6 +99,21 @@ class TextEncoderFiles:
             raise UserError(f"{self.weights} has no weights; expected model.safetensors, or the shards model-*-of-*.safetensors")
         return files
 
+    def width(self) -> int:
+        """Of an embedding, text_dim, from a configuration or from shapes; no weights are loaded.
+
+        Raises:
+            UserError: the files are no such encoder's.
+        """
+        if self.weights.is_dir():
+            width = read_json(self.weights / "config.json").get("d_model")
+        else:
+            tensors = strip_wrappers(read_container(self.weights), self.weights)
+            width = _sizes(rename(tensors, transformers_name, self.weights), self.weights)["d_model"]
+        if type(width) is not int or width < 1:
+            raise UserError(f"{self.weights / 'config.json'}: d_model is {str(width)[:60]!r}; expected the width of a umt5 encoder")
+        return width
+
     def fingerprint(self) -> str:
         """What tells encoders apart: a digest of sizes and of samples spread over every file, at most 4 MiB each, wherever they lie.
 
@@ -184,7 +199,7 @@ def _sizes(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
     block = "encoder.block.0.layer"
     needed = ["shared.weight", f"{block}.0.SelfAttention.q.weight", f"{block}.0.SelfAttention.relative_attention_bias.weight"]
     needed.append(f"{block}.1.DenseReluDense.wi_0.weight")
-    if missing := [name for name in needed if name not in state or state[name].dim() != 2]:
+    if missing := [name for name in needed if name not in state or state[name].dim() != 2 or not state[name].numel()]:
         found = f"{len(state)} tensors such as {shorten(state, 3)}" if state else "no tensors"
         raise UserError(f"{source} is not a UMT5 encoder: it lacks {shorten(missing)}; it holds {found}")
     embedding, query, bias, gate = (state[name].shape for name in needed)

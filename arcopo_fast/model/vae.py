@@ -369,7 +369,7 @@ def official_to_diffusers_names(state: Mapping[str, Tensor], *, source: str | Pa
 def infer_vae_config(state: Mapping[str, Tensor], *, source: str | Path = "the checkpoint") -> dict[str, object]:
     """AutoencoderKLWan's configuration from a state dict with diffusers names, for VAEs of Wan2.1's kind and its 16 latent channels."""
     needed = {"encoder.conv_in.weight": 5, "decoder.conv_in.weight": 5, "decoder.conv_out.weight": 5}
-    if wrong := [name for name, rank in needed.items() if name not in state or state[name].dim() != rank]:
+    if wrong := [name for name, rank in needed.items() if name not in state or state[name].dim() != rank or not state[name].numel()]:
         found = f"{len(state)} tensors such as {', '.join(sorted(state)[:3])}" if state else "no tensors"
         raise UserError(f"{source} is not a Wan VAE: {wrong[0]} is missing or misshapen among {found}; give a Wan2.1 VAE checkpoint")
     if any(name.startswith("encoder.down_blocks.0.resnets.") for name in state):
