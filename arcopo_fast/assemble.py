@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from arcopo_fast import hub
 from arcopo_fast.config import Config, objective_class
 from arcopo_fast.data.prompts import Prompt, Prompts, read_prompt_set, split_prompts
 from arcopo_fast.errors import UserError
+from arcopo_fast.model.adapter_files import read_adapter
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
-from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_json, read_state_dict
-from arcopo_fast.model.lora import fold_adapter, read_adapter
+from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_state_dict
+from arcopo_fast.model.lora import fold_adapter
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes, published
-from arcopo_fast.model.text import OFFICIAL_TOKENIZER, OFFICIAL_WEIGHTS, CachedTextEncoder
+from arcopo_fast.model.text import OFFICIAL_TOKENIZER, OFFICIAL_WEIGHTS, CachedTextEncoder, TextEncoderFiles
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
 from arcopo_fast.objectives.base import Objective
@@ -38,6 +39,7 @@ from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
 from arcopo_fast.rollout.noise import generator as random_for
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.settings import ObjectiveSettings
+from arcopo_fast.textfiles import read_json
 from arcopo_fast.toy import data as toy_data
 from arcopo_fast.toy import metrics as toy_metrics
 from arcopo_fast.toy.text import ToyTextEncoder
@@ -109,18 +111,98 @@ def generator_sizes(checkpoint: str, base: str | None = None) -> GeneratorSizes:
     if checkpoint.startswith(UNTRAINED):
         return published(checkpoint.removeprefix(UNTRAINED))
     if hub.is_published(checkpoint) and hub.local(checkpoint) is None:
-        said = re.search(r"(?<![\d.])(1\.3b|14b)", f"{base or ''} {checkpoint}".lower())
-        if said is None:
+        if (size := _size_in_name(checkpoint, base)) is None:
             raise UserError(f"{checkpoint} is not on this machine, and its name does not say its size; get it first, or set generator.base")
-        return published(said[1])
+        return published(size)
     path = checkpoint_path(checkpoint)
     config = read_config(path)
     if config is None or any(name not in config for name in ("num_layers", "num_attention_heads", "ffn_dim")):
         config = infer_config(read_state_dict(path), config, source=path)
     names = {entry.name for entry in fields(CausalWanConfig)}
-    transformer = CausalWanConfig(**{name: value for name, value in config.items() if name in names and value is not None})
+    transformer = _text_to_video({name: value for name, value in config.items() if name in names and value is not None}, path)
     vae = (hub.local(base) or path if base else path) / "vae" / "config.json"
-    return GeneratorSizes(transformer, VAESizes.from_config(read_json(vae)) if vae.is_file() else VAESizes())
+    return GeneratorSizes(transformer, VAESizes.from_config(read_json(vae), vae) if vae.is_file() else VAESizes())
+
+
+def _text_to_video(sizes: Mapping[str, Any], source: Path) -> CausalWanConfig:
+    """The configuration of a generator that reads nothing but what it makes, and a text.
+
+    Raises:
+        UserError: it is another one.
+    """
+    config = CausalWanConfig(**sizes)
+    if config.in_channels != config.out_channels:
+        advice = "an image-to-video Wan takes an image's channels too; give a text-to-video one: images enter as clean first latents"
+        raise UserError(f"{source} takes latents of {config.in_channels} channels and makes {config.out_channels}; {advice}")
+    return config
+
+
+def _size_in_name(checkpoint: str, base: str | None) -> str | None:
+    """The published size that a name speaks of."""
+    found = re.search(r"(?<![\d.])(1\.3b|14b)", f"{base or ''} {checkpoint}".lower())
+    return found[1] if found else None
+
+
+def check_fits(config: Config) -> None:
+    """Raise `UserError` if the recipe's sizes, generator, VAE and text encoder do not go together.
+
+    Every `load_...` of a recipe begins with it. By names, configurations and shapes: no weights are loaded and nothing is downloaded;
+    what is not on this machine yet is not looked at.
+    """
+    checkpoint, base = config.generator.checkpoint, config.generator.base
+    if hub.is_published(checkpoint) and hub.local(checkpoint) is None:
+        if size := _size_in_name(checkpoint, base):
+            _check_patches(config, published(size).transformer)
+        return
+    sizes = generator_sizes(checkpoint, base)
+    _check_patches(config, sizes.transformer)
+    directory = hub.local(base, base_files(base)) if base and hub.is_published(base) else hub.find(base) if base else None
+    if checkpoint.startswith(UNTRAINED) or (base and directory is None):
+        return
+    directory = directory or checkpoint_path(checkpoint)
+    vae, made = vae_path(directory), sizes.transformer.in_channels
+    if sizes.vae.z_dim != made:
+        raise UserError(
+            f"{checkpoint} makes latents of {made} channels, and the VAE {vae} decodes {sizes.vae.z_dim}: they do not belong together; set "
+            "generator.base to where the generator's own VAE is"
+        )
+    width, expected = _text_width(directory), sizes.transformer.text_dim
+    if width != expected:
+        raise UserError(
+            f"{checkpoint} reads text embeddings of width {expected}, and the text encoder in {directory} gives {width}: they do not "
+            "belong together; set generator.base to where the generator's own text encoder is"
+        )
+
+
+def _check_patches(config: Config, transformer: CausalWanConfig) -> None:
+    for name, size in zip(("latent_height", "latent_width"), transformer.patch_size[1:]):
+        given = getattr(config.video, name)
+        if given % size:
+            near = f"{given - given % size} or {given - given % size + size}" if given > size else str(size)
+            raise UserError(f"video.{name} is {given}, which the generator's patches of {size} latent pixels do not divide; give {near}")
+
+
+def _text_width(directory: Path) -> int:
+    if (directory / "text").is_dir():
+        return ToyTextEncoder.from_pretrained(directory / "text").text_dim
+    return TextEncoderFiles.find(directory).width()
+
+
+def vae_path(directory: Path) -> Path:
+    """Where the VAE lies in a generator's directory, or in its base's.
+
+    Raises:
+        UserError: nowhere.
+    """
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} is the transformer alone; set generator.base to where its text encoder and VAE are, as in "
+            "hf://Wan-AI/Wan2.1-T2V-1.3B"
+        )
+    path = directory / OFFICIAL_VAE if (directory / OFFICIAL_VAE).is_file() else directory / "vae"
+    if not path.exists():
+        raise UserError(f"{directory} has no VAE; expected vae/, or {OFFICIAL_VAE}, beside a text encoder")
+    return path
 
 
 def device_of(name: str) -> torch.device:
@@ -151,17 +233,18 @@ def load_model(
     lora: an adapter to fold into the weights. There is never a second copy of the model in host memory, nor one in another dtype.
     """
     state = read_state_dict(path, weights=weights)
-    sizes = infer_config(state, read_config(path), source=path)
+    sizes = _text_to_video(infer_config(state, read_config(path), source=path), path)
     if lora is not None:
         state = fold_adapter(state, read_adapter(lora), source=lora)
     with torch.device("meta"):
-        model = CausalWan(CausalWanConfig(**sizes))
+        model = CausalWan(sizes)
     load_into(model, {name: state.pop(name).to(device, dtype, copy=True) for name in list(state)}, source=path)
     return model.requires_grad_(False)
 
 
 def load_generator(config: Config) -> Generator:
     """Transformer, text encoder and VAE: from one directory, from a checkpoint and its base, or untrained, of a published size."""
+    check_fits(config)
     settings = config.generator
     device = device_of(settings.device)
     if device.type == "cuda" and device.index is not None:
@@ -176,16 +259,10 @@ def load_generator(config: Config) -> Generator:
         return Generator(model, stand_in, StreamingDecoder(vae, config.video.decode_frames), None)
     path = checkpoint_path(settings.checkpoint)
     base = hub.find(settings.base, base_files(settings.base)) if settings.base else path
-    if not base.is_dir():
-        raise UserError(
-            f"{base} is the transformer alone; set generator.base to where its text encoder and VAE are, as in hf://Wan-AI/Wan2.1-T2V-1.3B"
-        )
-    vae_path = base / OFFICIAL_VAE if (base / OFFICIAL_VAE).is_file() else base / "vae"
-    if not vae_path.exists():
-        raise UserError(f"{base} has no VAE; expected vae/, or {OFFICIAL_VAE}, beside a text encoder")
+    vae_file = vae_path(base)
     lora = hub.find(settings.lora) if settings.lora else None
     model = load_model(path, dtype=dtype, device=device, weights=settings.weights, lora=lora)
-    vae = channels_last(load_vae(vae_path, vae_dtype)).to(waits_on)
+    vae = channels_last(load_vae(vae_file, vae_dtype)).to(waits_on)
     text = load_text(base, model.config.text_len, device)
     return Generator(model, text, StreamingDecoder(vae, config.video.decode_frames), base)
 
@@ -276,7 +353,8 @@ def build_objective(config: Config, engine: Engine) -> Objective[ObjectiveSettin
 
 
 def load_rewards(config: Config) -> dict[str, Reward]:
-    """The rewards that the recipe names, in its order: made here, or asked for at a server."""
+    """The rewards that the recipe names, in its order: made here, or asked for at a server. Of a recipe that fits: a judge may be large."""
+    check_fits(config)
     servers = config.reward_servers
     remote = remote_rewards(
         servers.addresses,
@@ -300,6 +378,7 @@ def load_held_out(generator: Generator) -> dict[str, Reward]:
 
 def load_prompts(config: Config) -> Prompts:
     """Training and evaluation prompts; which are kept for evaluation depends on `evaluation.seed` alone."""
+    check_fits(config)
     if config.prompts == "toy" and config.extended_prompts is None:
         prompts = [Prompt(caption) for caption in toy_data.all_captions()]
     else:

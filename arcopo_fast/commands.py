@@ -20,6 +20,7 @@ from arcopo_fast import hub
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.recipe import DEFAULT_RECIPE, keys_help, load_config, recipes, resolved_yaml
+from arcopo_fast.settings import expanded
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -112,6 +113,20 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     hint = ""
+
+    def add_argument(self, *names: Any, **more: Any) -> argparse.Action:
+        """As argparse's; what names a file or a directory, by its metavar, may begin with "~", the home directory."""
+        if re.search("DIR|FILE|PATH|RUN|RESULTS", str(more.get("metavar"))):
+            convert = more.get("type", str)
+            more["type"] = lambda text: convert(_expanded(text))
+        return super().add_argument(*names, **more)
+
+
+def _expanded(text: str) -> str:
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class RecipeParser(Parser):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, create_model, field_validator, model_validator
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.settings import ObjectiveSettings, Positive, PositiveFloat, Section
+from arcopo_fast.settings import ObjectiveSettings, Place, Positive, PositiveFloat, Section
 
 DEFAULT_OBJECTIVE = "copo"
 
@@ -35,20 +35,18 @@ Timesteps = Annotated[list[float], AfterValidator(_timesteps)]
 class GeneratorConfig(Section):
     """The generator that is aligned."""
 
-    checkpoint: str = Field(
+    checkpoint: Place = Field(
         "toy",
-        min_length=1,
         description='"toy": ships with the package; random:1.3b, random:14b: untrained; else a path or hf://owner/name/path (Hugging Face)',
     )
     weights: Literal["auto", "ema", "generator"] = Field(
         "auto", description="of a training checkpoint: ema, generator_ema; generator, the weights themselves; auto: the EMA if there is one"
     )
-    base: str | None = Field(
-        None, min_length=1, description="directory or hf://owner/name with the text encoder and the VAE; null: beside the checkpoint"
+    base: Place | None = Field(
+        None, description="directory or hf://owner/name with the text encoder and the VAE; null: beside the checkpoint"
     )
-    lora: str | None = Field(
+    lora: Place | None = Field(
         None,
-        min_length=1,
         description="an adapter that is part of the generator: folded into its weights before anything else; path or hf://",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -62,7 +60,7 @@ class GeneratorConfig(Section):
     @classmethod
     def _known_device(cls, device: str) -> str:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise ValueError(f"a device is auto, cpu, cuda or cuda:N; given {device!r}")
+            raise ValueError(f"a device is auto, cpu, cuda or cuda:N; given {device[:80]!r}")
         return device
 
 
@@ -177,7 +175,7 @@ class TrainConfig(Section):
         "on_policy",
         description="groups from the policy itself, or from a buffer of the generator without adapter; off_policy: the latter without clip",
     )
-    buffer: str | None = Field(None, min_length=1, description="directory that `python -m arcopo_fast.collect` filled; null: on_policy")
+    buffer: Place | None = Field(None, description="directory that `python -m arcopo_fast.collect` filled; null: on_policy")
     iterations: Positive = Field(100, description="rollout, reward and update, so many times")
     save_every: int = Field(50, ge=0, description="iterations between checkpoints; 0: only at the end")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
@@ -216,7 +214,7 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """Where a run leaves what it made."""
 
-    directory: str = Field("runs", min_length=1, description="the run goes to <directory>/<name>, or <name>-2 and so on if that exists")
+    directory: Place = Field("runs", description="the run goes to <directory>/<name>, or <name>-2 and so on if that exists")
     overwrite: bool = Field(False, description="replace an earlier run of that name instead")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
 
@@ -226,14 +224,13 @@ class Config(Section):
 
     name: str = Field(description="of the run and its directory")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of every random draw")
-    prompts: str = Field(
+    prompts: Place = Field(
         "toy",
-        min_length=1,
-        description='"toy": captions of the toy world; "bench": plain sentences; else a file with a prompt on each line, a .jsonl or .csv '
-        "file with prompt in it, or hf://owner/name/FILE",
+        description='"toy": captions of the toy world; "bench": plain sentences; else a file with a prompt on each line, a .jsonl, '
+        ".json, .csv or .tsv file with prompt in it, or hf://owner/name/FILE",
     )
-    extended_prompts: str | None = Field(
-        None, min_length=1, description="text file: what the generator reads for each line of `prompts`, which rewards read; null: the same"
+    extended_prompts: Place | None = Field(
+        None, description="text file: what the generator reads for each line of `prompts`, which rewards read; null: the same"
     )
     generator: GeneratorConfig = Field(default_factory=GeneratorConfig)
     video: VideoConfig
@@ -255,7 +252,7 @@ class Config(Section):
     @classmethod
     def _names_a_directory(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-            raise ValueError(f"a run's name is made of letters, digits, '_', '-' and '.'; given {name!r}")
+            raise ValueError(f"a run's name is made of letters, digits, '_', '-' and '.'; given {name[:80]!r}")
         return name
 
     @field_validator("rewards")
@@ -334,7 +331,7 @@ def objective_class(kind: str) -> Any:
                 return module.OBJECTIVE
             problem = f"{path} has no OBJECTIVE"
     known = f"{', '.join(objectives())} or the dotted name of a module with OBJECTIVE"
-    raise UserError(f"objective.kind: no objective {kind!r} ({problem}); give {known}")
+    raise UserError(f"objective.kind: no objective {kind[:80]!r} ({problem}); give {known}")
 
 
 def objectives() -> list[str]:

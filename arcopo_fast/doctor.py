@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 
 from arcopo_fast import hub
-from arcopo_fast.assemble import UNTRAINED, base_files
+from arcopo_fast.assemble import UNTRAINED, base_files, check_fits
 from arcopo_fast.commands import RecipeParser, run_command
 from arcopo_fast.config import Config
 from arcopo_fast.data.prompts import BENCH
 from arcopo_fast.errors import UserError
+from arcopo_fast.model.checkpoints import UnreadableFile
 from arcopo_fast.rewards.registry import reward_files
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.versions import version_of
@@ -104,6 +105,13 @@ def examine(config: Config, *, verify: bool = False) -> tuple[list[str], bool]:
         damaged += len(bad)
         lines.append(f"{'found' if not bad else 'damaged':7}  {need.key}: {path}")
         lines += [f"         {file} is not what was published; get it again" for file in bad]
+    if not (absent or damaged):
+        try:
+            check_fits(config)
+        except UnreadableFile:
+            pass  # what is in it, only a run or --verify looks at
+        except UserError as error:
+            return [*lines, f"misfit   {error}"], False
     if absent or damaged:
         lines.append(f"{absent} missing, {damaged} damaged; with a network, a run downloads what is missing by itself")
     else:

@@ -36,7 +36,8 @@ from arcopo_fast.assemble import build_engine, load_generator, load_prompts, vid
 from arcopo_fast.commands import RecipeParser, adapter_path, positive_int, run_command
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.lora import load_adapter, read_adapter
+from arcopo_fast.model.adapter_files import read_adapter
+from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.influence import mean_squared_change, noise_name, substitute

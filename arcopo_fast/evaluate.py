@@ -53,6 +53,7 @@ from arcopo_fast.runtime.run_dir import atomic_write, check_out
 from arcopo_fast.runtime.scores import BASE, ScoreDirectory, Scores, ScoreWriter, Video
 from arcopo_fast.runtime.sweep import scale_text
 from arcopo_fast.runtime.video import write_mp4
+from arcopo_fast.settings import expanded
 from arcopo_fast.toy import data as toy_data
 
 PROGRAM = "python -m arcopo_fast.evaluate"
@@ -372,7 +373,7 @@ def adapter_option(text: str) -> AdapterOption:
         raise argparse.ArgumentTypeError(
             f"expected [NAME=]PATH[@SCALE,...] with a NAME other than {BASE}, as in runs/on@0.5,1; given {text!r}"
         )
-    return AdapterOption(match[1], match[2], tuple(finite(scale) for scale in (match[3] or "1").split(",")))
+    return AdapterOption(match[1], expanded(match[2]), tuple(finite(scale) for scale in (match[3] or "1").split(",")))
 
 
 def keep_option(text: str) -> int | None:

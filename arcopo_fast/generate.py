@@ -41,7 +41,7 @@ from arcopo_fast.runtime.interrupt import Interrupted, Interruption
 from arcopo_fast.runtime.memory import resident, tune_for_cpu
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.run_dir import check_out
-from arcopo_fast.runtime.video import Mp4Writer
+from arcopo_fast.runtime.video import NOT_FINITE, Mp4Writer
 
 
 class Switch(NamedTuple):
@@ -67,13 +67,20 @@ def stream_frames(
         text: [B, length, text_dim], a row for each video.
         switches: {latent frame: text [1 or B, length, text_dim]}, as `Engine.stream` takes them.
         offload: the decoder is on the device only while it decodes.
+
+    Raises:
+        UserError: the generator's latents are not finite.
     """
     decoder, cache = generator.decoder, generator.decoder.start()
     stream = engine.start(text)
     try:
         for trajectory in engine.stream(stream, noise, switches=dict(switches or {})):
+            latents = trajectory.predictions[-1]
+            if odd := (~latents.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
+                frame = VAESizes.from_config(decoder.vae.config).pixel_frames(cache.frames) if cache.frames else 0
+                raise UserError(f"video {odd[0] + 1} of {len(latents)}: its latents are not finite from frame {frame} on; {NOT_FINITE}")
             with resident(engine.model.device, decoder.vae, offload=offload):
-                frames, cache = decoder.decode(trajectory.predictions[-1], cache)
+                frames, cache = decoder.decode(latents, cache)
             yield frames
     finally:
         stream.cache.release()

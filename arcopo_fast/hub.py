@@ -4,6 +4,8 @@
     hf://datasets/owner/name[@revision][/path]   a dataset there
     github://owner/name[@revision]/path          one file of a repository on GitHub
 
+A revision with a slash is written with %2F, but for Hugging Face's own refs/pr/N and refs/convert/NAME.
+
 All are looked for as `$ARCOPO_MODELS/owner/name`, then as `$ARCOPO_MODELS/name`, then in the cache (Hugging Face's own; for GitHub
 ~/.cache/arcopo_fast/github), and then downloaded into it. From Hugging Face, a lost connection is taken up again where it broke, a file
 that is whole is not fetched twice, and what came is checked against its SHA-256. With HF_HUB_OFFLINE=1 nothing is downloaded. What is still
@@ -21,12 +23,13 @@ from fnmatch import fnmatchcase
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from tqdm import tqdm
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.runtime.run_dir import atomic_write
+from arcopo_fast.settings import expanded
 
 HUGGING_FACE, GITHUB = "hf://", "github://"
 VARIABLE = "ARCOPO_MODELS"
@@ -71,6 +74,9 @@ FILES = {
 """Large files that recipes and rewards name, as published. Where the SHA-256 is known, a copy of another size is not whole."""
 
 
+_REFERENCE = r"refs/(?:pr/[0-9]+|convert/[\w.-]+)"  # revisions of Hugging Face that are written with their slashes
+
+
 class Source(NamedTuple):
     """A repository, and a file or directory in it; inside: "" for all of it. repository: owner/name."""
 
@@ -86,16 +92,20 @@ class Source(NamedTuple):
         Raises:
             UserError: it names nothing.
         """
-        match = re.fullmatch(r"(hf://|github://)(datasets/)?([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*))?", source)
+        match = re.fullmatch(rf"(hf://|github://)(datasets/)?([\w.-]+/[\w.-]+)(?:@({_REFERENCE}|[^/]+))?(?:/(.*))?", source)
         scheme, dataset, repository, revision, inside = match.groups() if match else ("",) * 5
-        inside = (inside or "").strip("/")
-        if not scheme or ".." in inside.split("/") or (scheme == GITHUB and (dataset or not inside)):
+        inside, revision = (inside or "").strip("/"), revision and unquote(revision)
+        parts = "/".join(filter(None, (repository, revision, inside))).split("/")
+        # Every part becomes a part of a path in the cache: none may lead out of it.
+        strange = any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts)
+        if not scheme or strange or revision == "refs" or (scheme == GITHUB and (dataset or not inside)):
             forms = "hf://owner/name, hf://owner/name@revision/path/of/file or github://owner/name/path/of/file"
-            raise UserError(f"{source!r} names nothing that is published; expected {forms}")
+            raise UserError(f"{source[:200]!r} names nothing that is published; expected {forms}; a slash in a revision is written %2F")
         return cls(scheme, "dataset" if dataset else "model", repository, revision, inside)
 
     def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
+        written = self.revision and (self.revision if re.fullmatch(_REFERENCE, self.revision) else quote(self.revision, safe=""))
+        revision = f"@{written}" if written else ""
         return "/".join(part for part in (self.address + revision, self.inside) if part)
 
     @property
@@ -106,7 +116,7 @@ class Source(NamedTuple):
     @property
     def url(self) -> str:
         """Of a file on GitHub."""
-        return f"https://raw.githubusercontent.com/{self.repository}/{self.revision or 'HEAD'}/{quote(self.inside)}"
+        return f"https://raw.githubusercontent.com/{self.repository}/{quote(self.revision or 'HEAD')}/{quote(self.inside)}"
 
     def advice(self, files: Sequence[str]) -> str:
         """How to get it by hand."""
@@ -136,7 +146,7 @@ def find(source: str | Path, files: Sequence[str] = ()) -> Path:
         UserError: missing, and not to be had; or a file that is not whole.
     """
     if not is_published(source):
-        path = Path(source).expanduser()
+        path = Path(expanded(str(source)))
         if not path.exists():
             raise UserError(f"there is nothing at {path}; give the path of what you have, or hf://owner/name/path/of/file")
         _check(path, files)
@@ -155,7 +165,7 @@ def local(source: str | Path, files: Sequence[str] = ()) -> Path | None:
     """As `find`, without a download: None for what is not on this machine."""
     if is_published(source):
         return _local(Source.parse(str(source)), files)
-    path = Path(source).expanduser()
+    path = Path(expanded(str(source)))
     return path if path.exists() and not _missing(path, files) else None
 
 
@@ -176,7 +186,7 @@ def _places(wanted: Source) -> Iterator[Path]:
     root = os.environ.get(VARIABLE)
     if root:
         for directory in (wanted.repository, wanted.repository.partition("/")[2]):
-            yield Path(root).expanduser() / directory / wanted.inside
+            yield Path(expanded(root)) / directory / wanted.inside
     if wanted.scheme == GITHUB:
         yield _github_cache(wanted)
         return

@@ -33,18 +33,8 @@ from arcopo_fast.config import Config
 from arcopo_fast.data.prompts import Prompt, digest
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import evaluate, videos_at_once
-from arcopo_fast.model.checkpoints import read_json
-from arcopo_fast.model.lora import (
-    DIFFUSERS_WEIGHTS,
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    Adapter,
-    add_lora,
-    load_adapter_state,
-    merge_adapters,
-    read_adapter,
-    write_adapter,
-)
+from arcopo_fast.model.adapter_files import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, Adapter, read_adapter
+from arcopo_fast.model.lora import add_lora, load_adapter_state, merge_adapters, write_adapter
 from arcopo_fast.recipe import shorten
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.model_card import HOW_TO_LOAD
@@ -52,6 +42,7 @@ from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.results import TOTAL, number
 from arcopo_fast.runtime.run_dir import atomic_directory, atomic_write, check_out
 from arcopo_fast.runtime.sweep import Point, Scores, as_json, as_markdown, as_page, choose_scale, point_of, scale_text, with_held_out
+from arcopo_fast.textfiles import read_json
 
 MERGE = "merge.json"  # what an adapter was merged from; marks a directory that a merge may replace
 ADAPTER = "adapter"  # the adapter's directory in that of a run or a sweep

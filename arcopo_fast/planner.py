@@ -14,7 +14,7 @@ from typing import Callable, NamedTuple, Sequence
 
 import torch
 
-from arcopo_fast.assemble import cache_policy, generator_sizes, shape_of
+from arcopo_fast.assemble import cache_policy, check_fits, generator_sizes, shape_of
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import videos_at_once
@@ -184,6 +184,7 @@ def dry_run(config: Config, devices: Sequence[float] = (), *, reward_bytes: int 
         devices: their GB; none: the GPU that is here, else `DEVICES`.
         reward_bytes: see `estimate`.
     """
+    check_fits(config)
     sizes = generator_sizes(config.generator.checkpoint, config.generator.base)
     if not devices and torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(0).total_memory / GB / (1 - MISSING)]

@@ -3,6 +3,8 @@
 A recipe is self-contained: nothing is inherited from another file. An unknown key, a wrong type or a contradiction is a `UserError` of one
 line that says where the value came from, what was expected and, for a misspelt key, which name is nearest.
 
+What an override says is taken whole or refused: a comment, an anchor or a tag in it was meant as text.
+
 YAML is read by the 1.2 core rules: `1e-5` is a number, and only `true` and `false` are booleans. Python's usual reader follows 1.1, where
 `1e-5` is a string and `no` is false.
 """
@@ -10,13 +12,15 @@ YAML is read by the 1.2 core rules: `1e-5` is a number, and only `true` and `fal
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
+import shlex
 import types
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Iterator, Literal, Mapping, Sequence, Union, get_args, get_origin
+from typing import Annotated, Any, Iterator, Literal, Mapping, NoReturn, Sequence, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -25,7 +29,8 @@ from pydantic.fields import FieldInfo
 
 from arcopo_fast.config import DEFAULT_OBJECTIVE, Config, config_class, objective_class, objectives
 from arcopo_fast.errors import UserError
-from arcopo_fast.settings import Section
+from arcopo_fast.settings import Section, expanded
+from arcopo_fast.textfiles import read_text, text_problem
 
 DEFAULT_RECIPE = "toy"
 
@@ -34,6 +39,31 @@ DEFAULT_RECIPE = "toy"
 
 class _Loader(yaml.SafeLoader):
     """The 1.2 core rules."""
+
+
+class _Override(_Loader):
+    """One value from a command line. What is not part of the value for YAML, such as a comment, was meant to be one here: it is refused."""
+
+    def scan_to_next_token(self) -> None:
+        begin = self.pointer
+        super().scan_to_next_token()
+        if "#" in self.buffer[begin : self.pointer]:
+            raise self._dropped("' #' begins a comment")
+
+    def scan_plain(self) -> Any:
+        token = super().scan_plain()
+        if token.start_mark.line != token.end_mark.line:
+            raise self._dropped("a line break becomes a space")
+        return token
+
+    def _refuse(self, *unused: Any) -> NoReturn:
+        raise self._dropped(f"{self.prefix(3) if self.prefix(3) in ('---', '...') else self.peek()!r} is a sign of its own")
+
+    fetch_anchor = fetch_alias = fetch_tag = fetch_directive = fetch_literal = fetch_folded = _refuse
+    fetch_document_start = fetch_document_end = _refuse
+
+    def _dropped(self, what: str) -> yaml.scanner.ScannerError:
+        return yaml.scanner.ScannerError(None, None, f"{what} in YAML", self.get_mark())
 
 
 class _Dumper(yaml.SafeDumper):
@@ -54,7 +84,17 @@ _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in _CORE_RULES:
     for _rules in (_Loader, _Dumper):
         _rules.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    """A string, whose escapes may spell what is no text."""
+    if problem := text_problem(node.value):
+        raise yaml.constructor.ConstructorError(None, None, f"a text holds {problem}", node.start_mark)
+    return node.value
+
+
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:str", _text)
 for _kind in (list, tuple):
     _Dumper.add_representer(_kind, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True))
 
@@ -67,10 +107,11 @@ class _Document:
     lines: dict[str, int] = field(default_factory=dict)
 
 
-def _read_yaml(text: str, source: str) -> Any:
+def _read_yaml(text: str, source: str, kind: type[_Loader] = _Loader) -> Any:
     """A YAML document; `_Document` if it is a mapping."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = kind(text)
         node = loader.get_single_node()
         lines: dict[str, int] = {}
         if isinstance(node, yaml.MappingNode):
@@ -84,7 +125,8 @@ def _read_yaml(text: str, source: str) -> Any:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}: not valid YAML: {problem}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return _Document(value, lines) if isinstance(value, dict) else value
 
 
@@ -154,22 +196,22 @@ def resolved_yaml(config: Config) -> str:
 
 def _find_recipe(recipe: str) -> tuple[str, str]:
     """The recipe's name for messages, and its text."""
-    path = Path(recipe)
+    path = Path(expanded(recipe))
     named = files("arcopo_fast") / "recipes" / f"{recipe.removesuffix('.yaml')}.yaml"
     try:
         if path.suffix in (".yaml", ".yml") and path.is_file():
-            return recipe, path.read_text(encoding="utf-8")
+            return recipe, read_text(path)
         if "/" not in recipe and named.is_file():
             return named.name, named.read_text(encoding="utf-8")
         if path.is_file():
-            return recipe, path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the recipe {recipe}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"cannot read the recipe {recipe}: it is not UTF-8 text") from None
+            return recipe, read_text(path)
+    except (OSError, ValueError) as error:  # ValueError: no file system takes such a path
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot read the recipe {shorten(recipe)!r}: {getattr(error, 'strerror', None) or error}") from None
     near = difflib.get_close_matches(recipe.removesuffix(".yaml"), recipes(), n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"unknown recipe {recipe!r}: {hint}give the path of a YAML file or one of: {', '.join(recipes())}")
+    raise UserError(f"unknown recipe {shorten(recipe)!r}: {hint}give the path of a YAML file or one of: {', '.join(recipes())}")
 
 
 def _apply(values: dict[str, Any], override: str, origins: dict[str, str]) -> None:
@@ -179,7 +221,10 @@ def _apply(values: dict[str, Any], override: str, origins: dict[str, str]) -> No
     origin = f"override {shorten(override)!r}"
     if not equals or not all(keys) or any(character.isspace() for character in path):
         raise UserError(f"{origin}: an override has the form key.sub=value, as in optimizer.lr=1e-4")
-    value = _read_yaml(text, origin)
+    try:
+        value = _read_yaml(text, origin, _Override)
+    except UserError as error:
+        raise UserError(f"{error}; {_in_quotes(path, text)}") from None
     here: dict[str, Any] = values
     for depth, key in enumerate(keys[:-1], start=1):
         if here.get(key) is None:
@@ -191,6 +236,18 @@ def _apply(values: dict[str, Any], override: str, origins: dict[str, str]) -> No
     for known in [known for known in origins if known == path or known.startswith(f"{path}.")]:
         del origins[known]
     origins[path] = origin
+
+
+def setting(path: str, text: str) -> str:
+    """Return the override that sets a key to a text, whatever YAML would take it for."""
+    return f"{path}={json.dumps(text, ensure_ascii=False)}"
+
+
+def _in_quotes(path: str, text: str) -> str:
+    """How to write an override whose text is more than a text to YAML; the quotes must reach it past the shell's."""
+    if len(text) > 60 or text_problem(text):
+        return "a text is taken whole in quotes, without control characters"
+    return f"a text is taken whole in quotes: {shlex.quote(setting(path, text.strip()))}"
 
 
 # Explaining ------------------------------------------------------------------------------------------------------------------------
@@ -215,6 +272,8 @@ def _explain(error: ValidationError, model: type[Config], origins: Mapping[str, 
         problem = f"{place.path}: {first['ctx']['error']}" if place.key else str(first["ctx"]["error"])
     else:
         problem = f"{place.path}: expected {place.expected}; given {shorten(_shown(first['input']))}"
+        if first["type"] == "string_type":
+            problem += f"; to make it a text, put it in quotes that YAML sees, on a command line as '{place.path}=\"...\"'"
     others = len({_locate(model, problem["loc"]).path for problem in problems} - {place.path})
     more = f" (and {others} more problem{'s' * (others > 1)})" if others else ""
     return f"{_origin(place, problem, origins, source)}: {problem}{more}"

@@ -5,10 +5,28 @@ An objective extends `ObjectiveSettings` in its own file; a recipe chooses it by
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from arcopo_fast.errors import UserError
+
+
+def expanded(path: str) -> str:
+    """Return a path with the home directory in place of a "~" or "~user" at its beginning.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    home = os.path.expanduser(path) if path.startswith("~") else path
+    if home.startswith("~"):
+        raise UserError(f"there is no home directory {path.partition('/')[0]!r}; for a name that begins with '~' write './{path[:60]}'")
+    return home
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
+"""A file or a directory: a path, whose "~" is the home directory, or where it is published."""
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 

@@ -47,6 +47,7 @@ from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.advantage import group_advantages, zscore
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.planner import dry_run, over_plan
+from arcopo_fast.recipe import setting
 from arcopo_fast.rewards.base import Reward, RewardError
 from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.rollout.engine import Engine, Group
@@ -360,7 +361,7 @@ def command_line() -> RecipeParser:
 
 def settings_of(options: Any) -> list[str]:
     """The settings that --mode and --buffer stand for."""
-    return [f"train.{name}={value}" for name in ("mode", "buffer") if (value := getattr(options, name)) is not None]
+    return [setting(f"train.{name}", value) for name in ("mode", "buffer") if (value := getattr(options, name)) is not None]
 
 
 def run_to_resume(options: Any) -> RunDirectory | None:

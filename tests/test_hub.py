@@ -57,6 +57,11 @@ def cached(cache: Path, name: str, revision: str = "main", kind: str = "models")
         ("hf://a/b@v1/c++/d.pt", ("hf://", "model", "a/b", "v1", "c++/d.pt")),
         ("hf://datasets/a/b/c", ("hf://", "dataset", "a/b", None, "c")),
         ("github://a/b@v1/c/d.txt", ("github://", "model", "a/b", "v1", "c/d.txt")),
+        ("hf://a/b@refs/pr/3", ("hf://", "model", "a/b", "refs/pr/3", "")),
+        ("hf://a/b@refs/pr/3/c/d.pt", ("hf://", "model", "a/b", "refs/pr/3", "c/d.pt")),
+        ("hf://datasets/a/b@refs/convert/parquet/c", ("hf://", "dataset", "a/b", "refs/convert/parquet", "c")),
+        ("hf://a/b@feature%2Fx/c.pt", ("hf://", "model", "a/b", "feature/x", "c.pt")),
+        ("github://a/b@release%2F1.0/c.txt", ("github://", "model", "a/b", "release/1.0", "c.txt")),
     ],
 )
 def test_sources(text: str, parts: tuple[str, str, str, str | None, str]) -> None:
@@ -65,7 +70,21 @@ def test_sources(text: str, parts: tuple[str, str, str, str | None, str]) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["hf://", "hf://a", "hf://a/b/../../c", "hf:///a/b", "hf://a b/c", "github://a/b", "github://datasets/a/b/c"]
+    "text",
+    ["hf://", "hf://a", "hf://a/b/../../c", "hf:///a/b", "hf://a b/c", "github://a/b", "github://datasets/a/b/c"]
+    # a revision that is cut at its slash, or nothing
+    + ["hf://a/b@refs/heads/main/c", "hf://a/b@refs/pr", "hf://a/b@refs/pr/x/c", "hf://a/b@refs/c.pt", "hf://a/b@/c", "hf://a/b@%2F/c"]
+    # ways out of the cache, or into another repository's part of it
+    + ["hf://../..", "hf://a/..", "github://../../etc/passwd", "github://./b/c", "github://a/b@../c", "github://a/b@..%2F..%2Fx/c"]
+    + [
+        "github://a/b@%2e%2e/c",
+        "github://a/b@v1%2F/c",
+        "github://a/b/c/../../../../d",
+        "github://a/b/./c",
+        "github://a/b//c/..",
+        "github://a/b/c//d",
+    ]
+    + ["github://a/b/c\0d", "github://a/b/..\\\\c", "github://a/b/c\n", "hf://a/b@v1\x1b/c"],
 )
 def test_no_sources(text: str) -> None:
     with pytest.raises(UserError, match="expected hf://owner/name"):
@@ -98,6 +117,33 @@ def test_the_order_of_places(tmp_path: Path, offline: Path, monkeypatch: pytest.
     assert find(f"hf://{REPOSITORY}/sub", ["weights.pt"]) == in_full.parent
     write(by_name.with_name("config.json"))
     assert find(f"hf://{REPOSITORY}/sub", ["weights.pt", "config.json"]) == by_name.parent
+
+
+@pytest.mark.parametrize("inside", ["c.txt", "/etc/passwd", "//c", "%2e%2e/%2e%2e/c", "~/c", "c/%2Fetc"])
+@pytest.mark.parametrize("revision", ["", "@v1", "@feature%2Fx", "@%252e%252e"])
+def test_a_copy_stays_in_its_own_part_of_the_cache(inside: str, revision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(hub.VARIABLE, str(tmp_path / "models"))
+    for scheme in ("github", "hf"):
+        try:
+            wanted = Source.parse(f"{scheme}://{REPOSITORY}{revision}/{inside}")
+        except UserError:
+            continue
+        for place in hub._places(wanted):
+            assert ".." not in place.parts
+            name = REPOSITORY.replace("/", "--")
+            parts = {Path(REPOSITORY), Path(REPOSITORY.partition("/")[2]), Path(f"models--{name}")}
+            assert any(str(part) in str(place.relative_to(tmp_path)) for part in parts)
+
+
+def test_revisions_with_a_slash_are_found_and_asked_for(offline: Path) -> None:
+    file = cached(offline, "weights.pt", revision="refs/pr/3")
+    assert find(f"hf://{REPOSITORY}@refs/pr/3/weights.pt") == file
+    file = cached(offline, "others.pt", revision="feature/x")
+    assert find(f"hf://{REPOSITORY}@feature%2Fx/others.pt") == file
+    with pytest.raises(UserError, match="--revision refs/pr/4$"):
+        find(f"hf://{REPOSITORY}@refs/pr/4/weights.pt")
+    assert Source.parse("github://a/b@release%2F1/c d.txt").url == "https://raw.githubusercontent.com/a/b/release/1/c%20d.txt"
 
 
 def test_a_revision(offline: Path) -> None:

@@ -1,6 +1,7 @@
 """Prompts: sets of them in the forms that are published, split once into those trained on and those kept for evaluation.
 
-A set is a text file with one prompt a line, a JSON-lines file of {"prompt": text, "extended": text}, or a CSV file with a column "prompt".
+A set is a text file with one prompt a line, a JSON-lines file (.jsonl) or a JSON list (.json) of {"prompt": text, "extended": text}, or a
+table (.csv, .tsv) with a column "prompt". The form goes by the file's name; what is plainly another one is refused, not taken for prompts.
 An extended prompt is what a language model has made of the prompt: the generator reads it, rewards and file names keep to the original.
 """
 
@@ -11,14 +12,18 @@ import hashlib
 import importlib.resources
 import io
 import json
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from arcopo_fast import hub
 from arcopo_fast.errors import UserError
+from arcopo_fast.settings import expanded
+from arcopo_fast.textfiles import parse_json, read_text, text_problem
 
 BENCH = "bench"
 """Names the plain sentences that come with the package."""
@@ -46,11 +51,11 @@ def prompts_file(name: str) -> Path:
     """Where a set of prompts lies: "bench" comes with the package, what is published is found or fetched, anything else is a path."""
     if name == BENCH:
         return Path(str(importlib.resources.files("arcopo_fast.data") / "bench_prompts.txt"))
-    return hub.find(name) if hub.is_published(name) else Path(name).expanduser()
+    return hub.find(name) if hub.is_published(name) else Path(expanded(name))
 
 
 def read_prompt_set(source: str | Path, extended: str | Path | None = None) -> list[Prompt]:
-    """The prompts of a file, in its order; its form is that of its name: .jsonl, .csv, else text. Blank lines of a text are skipped.
+    """The prompts of a file, in its order. Blank lines of a text are skipped.
 
     Args:
         source: "bench", or what `hub.find` takes: a path, or hf://datasets/owner/name/path/of/the/file.
@@ -62,22 +67,37 @@ def read_prompt_set(source: str | Path, extended: str | Path | None = None) -> l
     path = prompts_file(str(source))
     if path.is_dir():
         raise UserError(f"{source} is a directory; name the file in it that holds the prompts")
-    content = _read(path)
+    kind = _kind(path)
     if extended is not None:
-        if path.suffix in (".jsonl", ".csv"):
+        if kind != TEXT:
             raise UserError(
                 f"extended prompts in a file of their own go with a text file, line by line; {source} holds its own: leave them out"
             )
-        found = _pairs(path, content, prompts_file(str(extended)))
-    elif path.suffix == ".jsonl":
-        found = list(_json_lines(path, content))
-    elif path.suffix == ".csv":
-        found = list(_rows(path, content))
+        found = _pairs(path, prompts_file(str(extended)))
+    elif kind == ".jsonl":
+        found = list(_json_lines(path))
+    elif kind == ".json":
+        found = _json_list(path)
+    elif kind in TABLES:
+        found = list(_rows(path, TABLES[kind]))
     else:
-        found = [Prompt(line) for line in _lines(content) if line]
+        found = [Prompt(line) for line in _lines(path) if line]
     if not found:
         raise UserError(f"{path} holds no prompt; expected one on each line")
     return found
+
+
+def check_prompt(text: str) -> str:
+    """Return a prompt without the white space around it.
+
+    Raises:
+        ValueError: it is empty, or no text.
+    """
+    if problem := text_problem(text):
+        raise ValueError(f"{problem}, is no part of a prompt")
+    if not text.strip():
+        raise ValueError("a prompt is empty")
+    return text.strip()
 
 
 def read_prompts(source: str | Path) -> list[str]:
@@ -98,38 +118,123 @@ def digest(prompts: Sequence[Prompt]) -> str:
 
 
 def split_prompts(prompts: Sequence[Prompt], evaluation: int, random: np.random.Generator) -> Prompts:
-    """Keep `evaluation` prompts aside, drawn with `random`; the rest is trained on.
+    """Keep `evaluation` prompts aside, drawn with `random` among those of different text; the rest is trained on.
+
+    What would show a prompt of the evaluation to the training is left out, and said on stderr: a prompt that stands twice in the set, also
+    with another extended form, or one that reads the same to the generator.
 
     Raises:
         UserError: nothing would be left to train on.
     """
-    if evaluation >= len(prompts):
-        raise UserError(f"evaluation.prompts is {evaluation}, but there are {len(prompts)} prompts in all; leave at least one to train on")
-    kept = set(random.choice(len(prompts), size=evaluation, replace=False).tolist())
-    return Prompts(
-        [prompt for index, prompt in enumerate(prompts) if index not in kept],
-        [prompt for index, prompt in enumerate(prompts) if index in kept],
-    )
+    first: dict[str, Prompt] = {}  # by text
+    for prompt in prompts:
+        first.setdefault(_same(prompt.text), prompt)
+    distinct = list(first.values())
+    if evaluation >= len(distinct):
+        counted = f"{len(distinct)} different prompts" if len(distinct) < len(prompts) else f"{len(prompts)} prompts"
+        raise UserError(f"evaluation.prompts is {evaluation}, but there are {counted} in all; leave at least one to train on")
+    kept = set(random.choice(len(distinct), size=evaluation, replace=False).tolist())
+    judged = [prompt for index, prompt in enumerate(distinct) if index in kept]
+    known = {_same(form) for prompt in judged for form in (prompt.text, prompt.for_generator)}
+    training = [prompt for prompt in prompts if not known & {_same(prompt.text), _same(prompt.for_generator)}]
+    if not training:
+        raise UserError(f"evaluation.prompts is {evaluation}, and every other prompt equals one of these; leave at least one to train on")
+    if repeated := len(prompts) - len(training) - len(judged):
+        print(f"{repeated} of {len(prompts)} prompts repeat one that is kept for evaluation, and are not trained on", file=sys.stderr)
+    return Prompts(training, judged)
+
+
+def _same(text: str) -> str:
+    """Equal for texts that differ in white space only, which text encoders do not see."""
+    return " ".join(text.split())
 
 
 # The forms of a file ---------------------------------------------------------------------------------------------------------------
 
+TEXT = ".txt"
+TABLES = {".csv": ",", ".tsv": "\t"}
+_STRUCTURED = {
+    *(
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".ini",
+        ".xml",
+        ".html",
+        ".htm",
+        ".json5",
+        ".jsonc",
+        ".ndjson",
+        ".ipynb",
+        ".py",
+        ".md",
+        ".rtf",
+        ".doc",
+        ".docx",
+    ),
+    *(".odt", ".pdf", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".feather", ".db", ".sqlite", ".h5", ".npy", ".npz", ".pkl", ".pt"),
+    *(".pth", ".safetensors", ".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z", ".mp4", ".png", ".jpg"),
+}
+_HEADER = re.compile(r"\"?[A-Za-z_]\w*\"?(?:[,;\t|]\"?[A-Za-z_]\w*\"?)*")  # one word, or several between separators without a space
 
-def _read(path: Path) -> str:
-    """UTF-8, with \\n at the ends of lines, without a byte order mark."""
+
+def _kind(path: Path) -> str:
+    """The form of a file, by the end of its name in any case."""
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".json", *TABLES):
+        return suffix
+    if suffix in _STRUCTURED:
+        raise UserError(
+            f"{path}: prompts are not read from {suffix} files; give a .txt with one on each line, a .jsonl, .json, .csv or .tsv"
+        )
+    return TEXT
+
+
+def _lines(path: Path) -> list[str]:
+    """A text file's stripped lines, without blank ones at the end.
+
+    Only a line feed ends a line: a prompt may hold U+2028, which `splitlines` cuts at.
+
+    Raises:
+        UserError: the file is not a text, or another form under a text's name.
+    """
+    if (kind := _kind(path)) != TEXT:
+        raise UserError(f"{path} is a {kind} file; expected a text file with one prompt on each line")
+    content = read_text(path, "prompts")
+    lines = [line.strip() for line in content.rstrip().split("\n")]
+    filled = [line for line in lines if line]
+    if filled and (_is_json(content) or all(map(_is_json, filled))):
+        raise UserError(f"{path} holds JSON, not a prompt on each line; name it .json, or .jsonl if each line is a record")
+    if filled and _is_header(filled[0]):
+        raise UserError(
+            f"{path}: its first line, {filled[0][:60]!r}, is a table's header, not a prompt; name the file .csv or .tsv, or remove the line"
+        )
+    return lines
+
+
+def _is_json(text: str) -> bool:
+    """It is a JSON object or list."""
+    if not text.lstrip().startswith(("{", "[")):
+        return False
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts from {path}: {error}; expected a UTF-8 text file with one prompt on each line") from error
+        json.loads(text)
+    except ValueError:
+        return False
+    except RecursionError:
+        pass
+    return True
 
 
-def _lines(content: str) -> list[str]:
-    """Stripped lines, without blank ones at the end. Only a line feed ends a line: a prompt may hold U+2028, which `splitlines` cuts at."""
-    return [line.strip() for line in content.rstrip().split("\n")]
+def _is_header(line: str) -> bool:
+    """It is a row of column names, one of which tables of prompts have."""
+    if not _HEADER.fullmatch(line):
+        return False
+    names = re.findall(r"\w+", line.lower())
+    return bool({"prompt", "caption"} & set(names)) or (len(names) > 1 and bool({"prompts", "captions", "text", "id", "uuid"} & set(names)))
 
 
-def _pairs(path: Path, content: str, extended: Path) -> list[Prompt]:
-    lines, longer = _lines(content), _lines(_read(extended))
+def _pairs(path: Path, extended: Path) -> list[Prompt]:
+    lines, longer = _lines(path), _lines(extended)
     if len(lines) != len(longer):
         raise UserError(f"{path} has {len(lines)} lines and {extended} {len(longer)}; expected the extended form of each line in its place")
     for number, (line, other) in enumerate(zip(lines, longer), start=1):
@@ -140,30 +245,66 @@ def _pairs(path: Path, content: str, extended: Path) -> list[Prompt]:
     return [Prompt(line, other) for line, other in zip(lines, longer) if line]
 
 
-def _json_lines(path: Path, content: str) -> Iterator[Prompt]:
-    for number, line in enumerate(_lines(content), start=1):
+def _record(value: Any) -> Prompt:
+    """A prompt out of JSON. Raises ValueError if the value is none."""
+    if not isinstance(value, dict) or not {"prompt"} <= value.keys() <= {"prompt", "extended"}:
+        raise ValueError("it is no such record")
+    if not all(isinstance(text, str) for text in value.values()):
+        raise ValueError("a prompt is no text")
+    return Prompt(*(check_prompt(value[key]) for key in ("prompt", "extended") if key in value))
+
+
+def _json_lines(path: Path) -> Iterator[Prompt]:
+    for number, line in enumerate(read_text(path, "prompts").rstrip().split("\n"), start=1):
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        known = isinstance(record, dict) and record.keys() <= {"prompt", "extended"}
-        texts = [record.get("prompt"), record.get("extended", "-")] if known else [None]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            shown = line if len(line) <= 60 else f"{line[:60]}..."
-            raise UserError(
-                f'{path}:{number}: expected {{"prompt": text}}, and "extended": text if there is one; given {shown or "nothing"}'
-            )
-        yield Prompt(record["prompt"].strip(), record["extended"].strip() if "extended" in record else None)
+            yield _record(parse_json(line))
+        except ValueError as error:
+            shown = _shown(line.strip()) or "nothing"
+            raise UserError(f"{path}:{number}: expected {_EXPECTED}; given {shown} ({error})") from None
 
 
-def _rows(path: Path, content: str) -> Iterator[Prompt]:
-    """Other columns are left alone, and so are rows without a prompt."""
-    rows = csv.DictReader(io.StringIO(content, newline=""), strict=True)
-    if "prompt" not in (rows.fieldnames or ()):
-        raise UserError(f"{path} has no column 'prompt', only {', '.join(rows.fieldnames or ()) or 'nothing'}; expected a header with one")
+def _json_list(path: Path) -> list[Prompt]:
+    """A list of records, or of texts."""
     try:
+        values = parse_json(read_text(path, "prompts"))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(values, list):
+        raise UserError(f"{path} holds a JSON {type(values).__name__}; expected a list of texts, or of {_EXPECTED}")
+    found = []
+    for number, value in enumerate(values, start=1):
+        try:
+            found.append(Prompt(check_prompt(value)) if isinstance(value, str) else _record(value))
+        except ValueError as error:
+            raise UserError(f"{path}: entry {number}: expected a text or {_EXPECTED}; given {_shown(repr(value))} ({error})") from None
+    return found
+
+
+_EXPECTED = '{"prompt": text}, and "extended": text if there is one'
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _rows(path: Path, delimiter: str) -> Iterator[Prompt]:
+    """Other columns are left alone, and so are rows without a prompt."""
+    rows = csv.reader(io.StringIO(read_text(path, "prompts"), newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(rows, [])
+        if "prompt" not in header:
+            raise UserError(f"{path} has no column 'prompt', only {_shown(', '.join(header)) or 'nothing'}; expected a header with one")
+        if twice := [name for name in ("prompt", "extended") if header.count(name) > 1]:
+            raise UserError(f"{path}: the column {twice[0]!r} stands twice; remove or rename one")
         for row in rows:
-            if text := (row["prompt"] or "").strip():
-                yield Prompt(text, (row.get("extended") or "").strip() or None)
+            if row and len(row) != len(header):
+                raise UserError(
+                    f"{path}:{rows.line_num}: {len(row)} cells under a header of {len(header)}; put text that holds {delimiter!r} in quotes"
+                )
+            cells = dict(zip(header, row))
+            if text := cells.get("prompt", "").strip():
+                yield Prompt(text, cells.get("extended", "").strip() or None)
     except csv.Error as error:
         raise UserError(f"{path}:{rows.line_num}: not CSV: {error}") from None

@@ -25,8 +25,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.model.sizes import check_sizes
+from arcopo_fast.model.tensors import check_dtype, check_finite, rename
+from arcopo_fast.textfiles import read_json
 
 logger = logging.getLogger(__name__)
+
+
+class UnreadableFile(UserError):
+    """A checkpoint that is damaged: what it holds is not known."""
+
 
 WEIGHTS_NAME = "diffusion_pytorch_model"  # diffusers' stem for the weights of a model directory
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -90,16 +98,18 @@ def _rename(name: str, model_names: Mapping[str, str], block_names: Mapping[str,
 
 
 def strip_wrappers(state: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]:
-    """Remove the components that wrappers put into parameter names, and check that every value is a tensor.
+    """Remove the components that wrappers put into parameter names, and check that every value is a tensor of weights.
 
     Raises:
-        UserError: a value is not a tensor, or two names become one. `source` is the file named in the message.
+        UserError: a value is not a tensor, or of no dtype that weights have, or two names become one. `source` is the file named in the
+            message.
     """
     stripped: dict[str, Tensor] = {}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             expected = "expected a state dict, or one under generator_ema, generator or model"
             raise UserError(f"{source}: entry {name!r} is a {type(value).__name__}, not a tensor; {expected}")
+        check_dtype(str(name), value, source)
         short = ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
         if short in stripped:
             raise UserError(f"{source}: two entries are both named {short!r} once wrapper prefixes are removed; save one set of weights")
@@ -126,7 +136,7 @@ def read_state_dict(path: str | Path, *, weights: Literal["auto", "ema", "genera
     """
     path = Path(path)
     container = read_container(path, subfolder="transformer")
-    state = to_diffusers_names(strip_wrappers(_choose_weights(container, weights, path), path))
+    state = rename(strip_wrappers(_choose_weights(container, weights, path), path), diffusers_name, path)
     if any(_IMAGE_BRANCH.search(name) for name in state):
         advice = "give a text-to-video one: images enter these generators as clean first latents"
         raise UserError(f"{path} is an image-to-video Wan checkpoint (it has a CLIP image branch); {advice}")
@@ -169,6 +179,7 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     config = read_json(file)
+    check_sizes(config, file)
     if "num_heads" in config:  # the original repository's names
         translated = {"num_attention_heads": config["num_heads"], "qk_norm": config.get("qk_norm", True)}
         if config.get("dim"):
@@ -184,6 +195,7 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
         raise UserError(f"{file}: only Wan models with q/k RMSNorm over all heads and a cross-attention norm are supported")
     if "_text_len" in config:
         config["text_len"] = config.pop("_text_len")
+    check_sizes(config, file)
     return config
 
 
@@ -202,8 +214,8 @@ def infer_config(
     def shape(name: str, dimensions: int) -> torch.Size:
         if name not in state:
             raise UserError(f"{source} is not a complete Wan transformer: {name} is missing")
-        if state[name].dim() != dimensions:
-            raise UserError(f"{source}: {name} has shape {list(state[name].shape)}; expected {dimensions} dimensions")
+        if state[name].dim() != dimensions or not state[name].numel():
+            raise UserError(f"{source}: {name} has shape {list(state[name].shape)}; expected {dimensions} dimensions, none of them 0")
         return state[name].shape
 
     dim, in_channels, *patch = shape("patch_embedding.weight", 5)
@@ -236,6 +248,7 @@ def infer_config(
     if heads * config.get("attention_head_dim", dim // heads) != dim:
         raise UserError(f"{source}: its config.json says {heads} heads of {config.get('attention_head_dim')}, its weights are {dim} wide")
     sizes |= {"num_attention_heads": heads, "attention_head_dim": dim // heads}
+    check_sizes(sizes, source)
     return sizes | {name: config[name] for name in ("eps", "text_len") if config.get(name) is not None}
 
 
@@ -245,7 +258,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, source: str | P
     Parameters on the meta device are replaced by the tensors themselves, with the dtypes of the file.
 
     Raises:
-        UserError: names are missing or unexpected, or shapes differ; the message lists them.
+        UserError: names are missing or unexpected, or shapes differ, and the message lists them; or a value is not finite.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in state]
@@ -263,20 +276,8 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, source: str | P
     if problems:
         advice = "check that the checkpoint and the configured sizes belong together"
         raise UserError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems)}; {advice}")
+    check_finite(state, source)
     module.load_state_dict(state, strict=True, assign=any(tensor.is_meta for tensor in own.values()))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; a `UserError` if it is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a JSON {type(content).__name__}; expected an object")
-    return content
 
 
 def _choose_weights(container: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, Any]:
@@ -303,7 +304,10 @@ def _read_directory(directory: Path) -> dict[str, Any]:
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file:
                 raise UserError(f"{index} names the file {file!r}, which lies outside its directory")
-            state |= _read_file(directory / file)
+            part = _read_file(directory / file)
+            if twice := part.keys() & state.keys():
+                raise UserError(f"{directory}: {len(twice)} tensors are in several shards ({shorten(twice, 3)}); copy the shards again")
+            state |= part
         if absent := [name for name in weight_map if name not in state]:
             raise UserError(f"{directory}: its shards lack {len(absent)} of the index's tensors ({shorten(absent)}); copy them again")
         return state
@@ -334,7 +338,9 @@ def _read_file(path: Path) -> dict[str, Any]:
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is damaged or not a safetensors file ({_first_line(error)}); copy or download it again") from error
+            raise UnreadableFile(
+                f"{path} is damaged or not a safetensors file ({_first_line(error)}); copy or download it again"
+            ) from error
     return _read_pickle(path)
 
 
@@ -353,7 +359,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         if blocked:
             advice = "so it is refused: reading it could run code; save only tensors (a state dict), or use .safetensors"
             raise UserError(f"{path} is a pickle that needs {blocked.group(1)}, {advice}") from error
-        raise UserError(f"{path} is damaged or not a torch checkpoint ({type(error).__name__}); copy or download it again") from error
+        raise UnreadableFile(f"{path} is damaged or not a torch checkpoint ({type(error).__name__}); copy or download it again") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}; expected a state dict")
     return dict(content)
@@ -396,12 +402,12 @@ def save_transformer(directory: str | Path, state: Mapping[str, Tensor], config:
         (temporary / "config.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save_tensors(file: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; tensors may live on any device."""
+def save_tensors(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; tensors may live on any device. metadata: more entries of its header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     file.touch()
     mode = file.stat().st_mode  # safetensors makes files that only their owner can read
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
     file.chmod(mode)
 
 

@@ -16,24 +16,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.checkpoints import (
-    atomic_directory,
-    diffusers_name,
-    read_container,
-    read_json,
-    save_tensors,
-    shorten,
-    strip_wrappers,
+from arcopo_fast.model.adapter_files import (
+    ADAPTER_NAME,
+    DIFFUSERS_METADATA,
+    DIFFUSERS_PREFIX,
+    DIFFUSERS_WEIGHTS,
+    PEFT_WEIGHTS,
+    Adapter,
+    read_adapter,
 )
+from arcopo_fast.model.checkpoints import atomic_directory, save_tensors, shorten
 
 if TYPE_CHECKING:  # peft is imported where it is used: it takes as long as PyTorch, and a command line is read without it
     from peft import LoraConfig
@@ -43,27 +43,9 @@ if TYPE_CHECKING:  # peft is imported where it is used: it takes as long as PyTo
 # Every linear layer of a transformer block, ten in each; what LongLive adapts.
 BLOCK_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
-DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-DIFFUSERS_METADATA = "lora_adapter_metadata"  # diffusers' header entry: the adapter's configuration as JSON
-_ADAPTER = "default"
 _PEFT_PREFIX = "base_model.model."
-_DIFFUSERS_PREFIX = "transformer."
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-class Adapter(NamedTuple):
-    """An adapter as read from a file: `state` maps `<module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r] to tensors."""
-
-    state: dict[str, Tensor]
-    rank: int
-    alpha: float
-
-    @property
-    def modules(self) -> list[str]:
-        return sorted({name.rpartition(".lora_")[0] for name in self.state})
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -108,10 +90,10 @@ def _layer_class() -> type[nn.Module]:
 
     class Layer(Linear):
         def forward(self, x: Tensor) -> Tensor:
-            if self.disable_adapters or self.merged or self.active_adapters != [_ADAPTER]:
+            if self.disable_adapters or self.merged or self.active_adapters != [ADAPTER_NAME]:
                 return super().forward(x)
             base, (down, up) = self.get_base_layer(), _pair(self)
-            arguments = x, base.weight, base.bias, down.weight, up.weight, self.scaling[_ADAPTER]
+            arguments = x, base.weight, base.bias, down.weight, up.weight, self.scaling[ADAPTER_NAME]
             # Without gradient a function of autograd would only take the host's time.
             return AdaptedLinear.apply(*arguments) if torch.is_grad_enabled() else AdaptedLinear.forward(None, *arguments)
 
@@ -159,7 +141,7 @@ def add_lora(
     config = LoraConfig(r=rank, lora_alpha=cast(int, whole), target_modules=list(targets), lora_dropout=0.0, bias="none")
     config._register_custom_module({nn.Linear: _layer_class()})
     # Freezes the module, and makes the adapter on the meta device: nothing is drawn.
-    inject_adapter_in_model(config, module, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+    inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
     for name, layer in _layers(module):
         device = cast(nn.Linear, layer.get_base_layer()).weight.device
         down, up = _pair(layer)
@@ -236,11 +218,11 @@ def _layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 def _pair(layer: LoraLayer) -> tuple[nn.Linear, nn.Linear]:
     """A and B of one adapted layer."""
-    return cast(nn.Linear, layer.lora_A[_ADAPTER]), cast(nn.Linear, layer.lora_B[_ADAPTER])
+    return cast(nn.Linear, layer.lora_A[ADAPTER_NAME]), cast(nn.Linear, layer.lora_B[ADAPTER_NAME])
 
 
 def _config(module: nn.Module) -> LoraConfig:
-    return cast("dict[str, LoraConfig]", module.peft_config)[_ADAPTER]  # peft leaves it on the module that it injects into
+    return cast("dict[str, LoraConfig]", module.peft_config)[ADAPTER_NAME]  # peft leaves it on the module that it injects into
 
 
 def _matching(names: Sequence[str], targets: Sequence[str]) -> set[str]:
@@ -256,8 +238,7 @@ def save_adapter(directory: str | Path, module: nn.Module, *, base_model: str | 
     (`pytorch_lora_weights.safetensors`), complete or not at all.
 
     The PEFT form has the adapter's tensors as they are, and alpha in its configuration. The diffusers form has B multiplied by
-    alpha / rank and does not mention alpha: every reader of such files then takes alpha = rank, while headers that say it are known
-    to some versions only.
+    alpha / rank: some readers of such files know no alpha, and take alpha = rank. Its header says so to the others.
 
     Args:
         base_model: recorded as `base_model_name_or_path`.
@@ -282,11 +263,13 @@ def write_adapter(directory: str | Path, adapter: Adapter, *, targets: Sequence[
     config.target_modules = cast("set[str]", list(targets or adapter.modules))  # peft keeps a set, whose order changes from run to run
     config.base_model_name_or_path = base_model
     scale = adapter.alpha / rank
-    baked = {_DIFFUSERS_PREFIX + name: tensor * scale if ".lora_B." in name else tensor for name, tensor in adapter.state.items()}
+    baked = {DIFFUSERS_PREFIX + name: tensor * scale if ".lora_B." in name else tensor for name, tensor in adapter.state.items()}
+    about = {"r": rank, "lora_alpha": rank, "target_modules": adapter.modules}
+    header = json.dumps({DIFFUSERS_PREFIX + key: value for key, value in about.items()}, sort_keys=True)
     with atomic_directory(directory) as temporary:
         config.save_pretrained(str(temporary))
         save_tensors(temporary / PEFT_WEIGHTS, {_PEFT_PREFIX + name: tensor for name, tensor in adapter.state.items()})
-        save_tensors(temporary / DIFFUSERS_WEIGHTS, baked)
+        save_tensors(temporary / DIFFUSERS_WEIGHTS, baked, {DIFFUSERS_METADATA: header})
 
 
 def merge_adapters(first: Adapter, second: Adapter, scale: float) -> Adapter:
@@ -365,60 +348,3 @@ def load_adapter(module: Module, path: str | Path, *, alpha: float | None = None
             raise UserError(f"{path} has rank {adapter.rank} and alpha {adapter.alpha:g}, {own}; configure the same")
     load_adapter_state(module, adapter.state, source=path)
     return module
-
-
-def read_adapter(path: str | Path, *, alpha: float | None = None) -> Adapter:
-    """An adapter for a Wan transformer, under diffusers names.
-
-    Args:
-        path: a directory that holds PEFT's or else diffusers' form, a `.safetensors` file in diffusers' form, or LongLive's `lora.pt`
-            (official names, possibly under `generator_lora`).
-        alpha: for files that do not say it; alpha = rank if that is not given either, which holds for LongLive's.
-
-    Raises:
-        UserError: missing, damaged, not a plain LoRA of one rank, or it says another alpha.
-    """
-    path = Path(path)
-    file, config = path, None
-    if path.is_dir():
-        file = next((path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS) if (path / name).exists()), path)
-        if file == path:
-            raise UserError(f"{path} has neither {PEFT_WEIGHTS} nor {DIFFUSERS_WEIGHTS}; give an adapter directory")
-    container = read_container(file)
-    if file.name == PEFT_WEIGHTS:
-        config = read_json(file.with_name(PEFT_CONFIG))
-    elif file.suffix == ".safetensors":
-        with safe_open(file, "pt") as opened:
-            header = (opened.metadata() or {}).get(DIFFUSERS_METADATA, "{}")
-        try:
-            config = {key.removeprefix(_DIFFUSERS_PREFIX): value for key, value in json.loads(header).items()}
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{file}: its header entry {DIFFUSERS_METADATA} is no JSON object; save the adapter again") from error
-    elif isinstance(container.get("generator_lora"), Mapping):
-        container = container["generator_lora"]
-
-    state = {}
-    for name, tensor in strip_wrappers(container, file).items():  # the wrappers' "model" of base_model.model included
-        name = diffusers_name(name.removeprefix("base_model.").removeprefix(_DIFFUSERS_PREFIX)).replace(f".{_ADAPTER}.weight", ".weight")
-        if not re.search(r"\.lora_[AB]\.weight$", name) or tensor.dim() != 2:
-            raise UserError(f"{file}: {name!r} {list(tensor.shape)} is no lora_A or lora_B matrix; give a plain LoRA of linear layers")
-        state[name] = tensor
-    modules = {name.rpartition(".lora_")[0] for name in state}
-    if not modules:
-        raise UserError(f"{file} holds no adapter tensors")
-    if halves := [name for name in modules if not {f"{name}.lora_A.weight", f"{name}.lora_B.weight"} <= state.keys()]:
-        raise UserError(f"{file}: {len(halves)} layers have only one of lora_A and lora_B ({shorten(halves)}); copy it again")
-    ranks = {tensor.shape[0 if ".lora_A." in name else 1] for name, tensor in state.items()}
-    if len(ranks) > 1:
-        raise UserError(f"{file}: its layers have different ranks ({', '.join(map(str, sorted(ranks)))}); one rank for all is supported")
-    rank = ranks.pop()
-    config = config or {}
-    variants = ("rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "modules_to_save", "lora_bias")
-    if used := [key for key in variants if config.get(key)]:
-        raise UserError(f"{file}: its configuration uses {', '.join(used)}; give a plain LoRA of one rank and alpha")
-    if config.get("r", rank) != rank:
-        raise UserError(f"{file}: its configuration says rank {config['r']}, its tensors have rank {rank}; copy it again")
-    written = config.get("lora_alpha")
-    if None not in (alpha, written) and alpha != written:
-        raise UserError(f"{file} says alpha {written:g}, but {alpha:g} was given; leave alpha out")
-    return Adapter(state, rank, float(next(value for value in (written, alpha, rank) if value is not None)))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from arcopo_fast.errors import UserError
@@ -31,11 +32,24 @@ class VAESizes:
     patch_size: int | None = None
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> VAESizes:
-        """From a config.json, whatever else it holds."""
+    def from_config(cls, config: Mapping[str, Any], source: str | Path = "the VAE's configuration") -> VAESizes:
+        """From a config.json, whatever else it holds.
+
+        Raises:
+            UserError: a size is none. `source` is the file named in the message.
+        """
         known: dict[str, Any] = {entry.name: config[entry.name] for entry in fields(cls) if entry.name in config}
         known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
-        return cls(**known)
+        for name, value in known.items():
+            values = value if isinstance(value, tuple) else (value,)
+            kind = bool if name in ("temperal_downsample", "is_residual") else int
+            missing = value is None and name in ("decoder_base_dim", "patch_size")
+            if not missing and (not values or any(type(one) is not kind or one < (kind is int) for one in values)):
+                raise UserError(f"{source}: {name} is {str(config[name])[:60]!r}, which is no size of a VAE")
+        sizes = cls(**known)
+        if len(sizes.temperal_downsample) != len(sizes.dim_mult) - 1:
+            raise UserError(f"{source}: temperal_downsample and dim_mult do not go together; expected one entry less than dim_mult has")
+        return sizes
 
     @property
     def spatial_factor(self) -> int:
@@ -45,6 +59,30 @@ class VAESizes:
     def pixel_frames(self, latent_frames: int) -> int:
         """Of a video: the first latent frame gives one, each later one 2 to the number of temporal upsamplers."""
         return 1 + (latent_frames - 1) * 2 ** sum(self.temperal_downsample)
+
+
+_WHOLE = (
+    *("num_layers", "num_attention_heads", "num_heads", "attention_head_dim", "dim", "ffn_dim", "freq_dim", "text_dim", "text_len"),
+    *("_text_len", "in_channels", "out_channels", "in_dim", "out_dim"),
+)
+
+
+def check_sizes(sizes: Mapping[str, Any], source: str | Path) -> None:
+    """Raise `UserError` if sizes, under diffusers' or the official names, are none of a causal Wan."""
+    known = {name: value for name, value in sizes.items() if value is not None}
+    for name in _WHOLE:
+        if name in known and (type(known[name]) is not int or not 1 <= known[name] < 2**31):
+            raise UserError(f"{source}: {name} is {str(known[name])[:60]!r}; expected a whole number above 0")
+    patch = known.get("patch_size", (1, 2, 2))
+    if not isinstance(patch, list | tuple) or len(patch) != 3 or any(type(size) is not int or size < 1 for size in patch) or patch[0] != 1:
+        raise UserError(
+            f"{source}: patch_size is {str(patch)[:60]}; expected [1, height, width]: a causal generator has one frame to a patch"
+        )
+    if "eps" in known and not (isinstance(known["eps"], float) and 0 < known["eps"] < 1):
+        raise UserError(f"{source}: eps is {str(known['eps'])[:60]!r}; expected a number between 0 and 1, such as 1e-06")
+    for name in ("attention_head_dim", "freq_dim"):
+        if known.get(name, 2) % 2:
+            raise UserError(f"{source}: {name} is {known[name]}; expected an even number")
 
 
 @dataclass(frozen=True)

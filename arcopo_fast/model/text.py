@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.checkpoints import load_into, read_container, read_json, shorten, strip_wrappers
+from arcopo_fast.model.checkpoints import load_into, read_container, shorten, strip_wrappers
+from arcopo_fast.model.tensors import rename
+from arcopo_fast.textfiles import read_json
 
 if TYPE_CHECKING:  # imported where an encoder is loaded: with every embedding cached, neither is needed
     from tokenizers import Tokenizer
@@ -97,6 +99,21 @@ class TextEncoderFiles:
             raise UserError(f"{self.weights} has no weights; expected model.safetensors, or the shards model-*-of-*.safetensors")
         return files
 
+    def width(self) -> int:
+        """Of an embedding, text_dim, from a configuration or from shapes; no weights are loaded.
+
+        Raises:
+            UserError: the files are no such encoder's.
+        """
+        if self.weights.is_dir():
+            width = read_json(self.weights / "config.json").get("d_model")
+        else:
+            tensors = strip_wrappers(read_container(self.weights), self.weights)
+            width = _sizes(rename(tensors, transformers_name, self.weights), self.weights)["d_model"]
+        if type(width) is not int or width < 1:
+            raise UserError(f"{self.weights / 'config.json'}: d_model is {str(width)[:60]!r}; expected the width of a umt5 encoder")
+        return width
+
     def fingerprint(self) -> str:
         """What tells encoders apart: a digest of sizes and of samples spread over every file, at most 4 MiB each, wherever they lie.
 
@@ -158,7 +175,10 @@ def load_umt5(files: TextEncoderFiles, *, dtype: torch.dtype = torch.bfloat16, d
     source = files.weights
     state: dict[str, Tensor] = {}
     for file in files.weight_files:
-        state |= {transformers_name(name): tensor for name, tensor in strip_wrappers(read_container(file), file).items()}
+        part = rename(strip_wrappers(read_container(file), file), transformers_name, file)
+        if twice := part.keys() & state.keys():
+            raise UserError(f"{file} repeats {len(twice)} tensors of another shard ({shorten(twice, 3)}); copy the shards again")
+        state |= part
     if "shared.weight" in state:  # one table under two names, which some files hold once and some twice
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
     sizes = read_json(source / "config.json") if source.is_dir() else _sizes(state, source)
@@ -179,7 +199,7 @@ def _sizes(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
     block = "encoder.block.0.layer"
     needed = ["shared.weight", f"{block}.0.SelfAttention.q.weight", f"{block}.0.SelfAttention.relative_attention_bias.weight"]
     needed.append(f"{block}.1.DenseReluDense.wi_0.weight")
-    if missing := [name for name in needed if name not in state or state[name].dim() != 2]:
+    if missing := [name for name in needed if name not in state or state[name].dim() != 2 or not state[name].numel()]:
         found = f"{len(state)} tensors such as {shorten(state, 3)}" if state else "no tensors"
         raise UserError(f"{source} is not a UMT5 encoder: it lacks {shorten(missing)}; it holds {found}")
     embedding, query, bias, gate = (state[name].shape for name in needed)

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.checkpoints import load_into, model_directory, read_container, read_json, strip_wrappers
+from arcopo_fast.model.checkpoints import load_into, model_directory, read_container, strip_wrappers
+from arcopo_fast.model.tensors import rename
+from arcopo_fast.textfiles import read_json
 
 if TYPE_CHECKING:  # diffusers is imported when a VAE is loaded: a machine without it can still train on given latents
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -297,9 +299,22 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencode
         vae = AutoencoderKLWan.from_config(config)
     except Exception as error:  # diffusers does not check sizes, so what a wrong one raises is open
         raise UserError(f"{path}: no Wan VAE can be built from its configuration ({type(error).__name__}: {error})") from error
+    _check_statistics(vae, path)
     load_into(vae, state, source=path)
     nn.Module.to(vae, dtype)  # diffusers' own `to` warns of modules to be kept in float32, of which this model has none
     return vae.eval().requires_grad_(False)
+
+
+def _check_statistics(vae: AutoencoderKLWan, source: Path) -> None:
+    """Raise `UserError` if a configuration's mean and deviation of the latents are none."""
+    for name in ("latents_mean", "latents_std"):
+        values = vae.config[name]
+        numbers = isinstance(values, list | tuple) and all(
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+        )
+        if not numbers or len(values) != vae.config["z_dim"] or (name == "latents_std" and min(values) <= 0):
+            expected = f"{vae.config['z_dim']} {'positive ' * (name == 'latents_std')}numbers, one for each latent channel"
+            raise UserError(f"{source}: its configuration's {name} is {str(values)[:80]}; expected {expected}")
 
 
 def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
@@ -336,7 +351,7 @@ def official_to_diffusers_names(state: Mapping[str, Tensor], *, source: str | Pa
         raise UserError(f"{source} is not a Wan2.1 VAE: it has no decoder.upsamples.N.resample; Wan2.2's needs its diffusers directory")
     blocks = min(upsamplers)
 
-    def rename(name: str) -> str:
+    def diffusers(name: str) -> str:
         half, _, rest = name.partition(".")
         if half not in ("encoder", "decoder"):
             return _replace_prefix(name, _TOP_NAMES)
@@ -350,13 +365,13 @@ def official_to_diffusers_names(state: Mapping[str, Tensor], *, source: str | Pa
             rest = rest.replace(f".{old}.", f".{new}.")
         return f"{half}.{rest}"
 
-    return {rename(name): tensor for name, tensor in state.items()}
+    return rename(state, diffusers, source)
 
 
 def infer_vae_config(state: Mapping[str, Tensor], *, source: str | Path = "the checkpoint") -> dict[str, object]:
     """AutoencoderKLWan's configuration from a state dict with diffusers names, for VAEs of Wan2.1's kind and its 16 latent channels."""
     needed = {"encoder.conv_in.weight": 5, "decoder.conv_in.weight": 5, "decoder.conv_out.weight": 5}
-    if wrong := [name for name, rank in needed.items() if name not in state or state[name].dim() != rank]:
+    if wrong := [name for name, rank in needed.items() if name not in state or state[name].dim() != rank or not state[name].numel()]:
         found = f"{len(state)} tensors such as {', '.join(sorted(state)[:3])}" if state else "no tensors"
         raise UserError(f"{source} is not a Wan VAE: {wrong[0]} is missing or misshapen among {found}; give a Wan2.1 VAE checkpoint")
     if any(name.startswith("encoder.down_blocks.0.resnets.") for name in state):

@@ -17,10 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from arcopo_fast.errors import UserError
 from arcopo_fast.runtime.run_dir import atomic_path, atomic_write
 
 # What plays in a browser first; mpeg4 is in every build of FFmpeg.
 CODECS = ("libx264", "libopenh264", "mpeg4")
+
+NOT_FINITE = "the generator overflows in float16 (use generator.dtype=bfloat16), or its weights or its adapter are damaged or diverged"
+"""Why latents or frames are not finite, and what to do."""
 
 GAP, BAR = 2, 6
 """Pixels of a sheet: between frames, and of the bar above a marked column."""
@@ -33,8 +37,11 @@ def write_mp4(path: str | Path, frames: Tensor | NDArray[Any], fps: float, *, sm
         frames: [F, 3, H, W] in [0, 1]; values outside are clamped.
         fps: frames per second.
         smallest_side: frames with a shorter side are enlarged by a whole factor, each pixel a square, until a person can see them.
+
+    Raises:
+        UserError: a frame holds NaN or infinity; nothing is written.
     """
-    pixels = _enlarged(_pixels(frames), smallest_side)
+    pixels = _enlarged(_pixels(frames, path), smallest_side)
     with atomic_path(path) as partial, av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = _add_stream(container, fps, pixels)
         _encode(container, stream, pixels)
@@ -69,7 +76,7 @@ class Mp4Writer:
 
     def append(self, frames: Tensor | NDArray[Any]) -> None:
         """Write the next frames, [F, 3, H, W] in [0, 1] as for `write_mp4`; H and W are the same every time."""
-        pixels = _enlarged(_pixels(frames), self._smallest_side)
+        pixels = _enlarged(_pixels(frames, self.path, first=self.frames), self._smallest_side)
         if self._container is None or self._stream is None:
             # FFmpeg 7.1 and later: fragments while it is written, their index rewritten as that of a whole file at the end.
             options = {"movflags": "hybrid_fragmented+frag_every_frame", "flush_packets": "1"}
@@ -119,7 +126,7 @@ def write_png_sheet(
 
     marked: columns, counted from 0, with a dark bar of `BAR` pixels above them, `GAP` above the first row. None: no place for bars.
     """
-    pixels = _enlarged(_pixels(frames), smallest_side)
+    pixels = _enlarged(_pixels(frames, path), smallest_side)
     columns = min(columns or len(pixels), len(pixels))
     rows = math.ceil(len(pixels) / columns)
     height, width = pixels.shape[1:3]
@@ -189,12 +196,18 @@ def _can_encode(name: str) -> bool:
     return True
 
 
-def _pixels(frames: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
-    """[F, 3, H, W] in [0, 1] to [F, H, W, 3] bytes; a tensor is rounded where it is, so that only bytes leave a GPU."""
+def _pixels(frames: Tensor | NDArray[Any], path: str | Path, first: int = 0) -> NDArray[np.uint8]:
+    """[F, 3, H, W] in [0, 1] to [F, H, W, 3] bytes; a tensor is rounded where it is, so that only bytes leave a GPU.
+
+    path, first: the file that they are for, and the number of the first of them in it.
+    """
     values = torch.as_tensor(frames).detach()
     if values.dim() != 4 or values.shape[1] != 3 or not values.numel():
         raise ValueError(f"frames have the shape {tuple(values.shape)}; expected [F, 3, H, W] with at least one frame")
-    levels = values.float().nan_to_num().clamp(0, 1).mul(255).round().byte()
+    values = values.float()
+    if odd := [number for number, finite in enumerate(values.isfinite().flatten(1).all(dim=1).tolist(), start=first) if not finite]:
+        raise UserError(f"{path}: frame {odd[0]} holds values that are not finite, and cannot be shown; {NOT_FINITE}")
+    levels = values.clamp(0, 1).mul(255).round().byte()
     return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 

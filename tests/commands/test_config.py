@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import arcopo_fast
+from arcopo_fast import train
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
-from arcopo_fast.recipe import keys_help, load_config, recipes, resolved_yaml
+from arcopo_fast.recipe import _fields, keys_help, load_config, recipes, resolved_yaml, setting
 
 # The numbers that the expected messages name; the shipped recipes may change.
 BASE = """
@@ -283,3 +288,146 @@ def test_help_names_every_key_with_default_and_meaning() -> None:
         assert len(lines[index + 1]) > 10
     assert "optimizer.lr = 1.0e-05" in lines
     assert "rollout.group_size = 12" in lines
+
+
+# Texts and paths in overrides ------------------------------------------------------------------------------------------------------
+
+DROPPED = [
+    "my file #1.txt",
+    "a # b",
+    "#1",
+    "&x.txt",
+    "&a b",
+    "*x",
+    "!x",
+    "!!str x",
+    "%x",
+    "--- a",
+    "... a",
+    "| a",
+    "> a",
+    "a\nb",
+    "[a] # b",
+]
+OTHERWISE = [
+    "a: b",
+    "x:",
+    "@x",
+    "`x",
+    "- a",
+    "? a",
+    "[a",
+    "{a}",
+    "[a]",
+    "1e5",
+    "12",
+    "null",
+    "~",
+    "true",
+    "",
+    "'a' b",
+    '"a',
+    "'",
+    "{",
+    "}",
+    ",",
+]
+
+
+@pytest.mark.parametrize("text", DROPPED + OTHERWISE)
+@pytest.mark.parametrize("key", ["prompts", "generator.checkpoint"])
+def test_a_text_is_taken_whole_or_refused(key: str, text: str) -> None:
+    """What is said then is how to quote it, which gives the text itself."""
+    said = message(f"{key}={text}")
+    assert said.startswith("override ") and len(said) < 400
+    if text in DROPPED:
+        assert f"'{key}=" in said and "taken whole in quotes" in said
+    else:
+        assert "quotes" in said
+    if text not in ("", "~"):  # what no file is named, and a home directory
+        config = load(setting(key, text))
+        assert (config.prompts if key == "prompts" else config.generator.checkpoint) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["a#b", "it's", "a:b", "a, b", "süß 😀", "a - b", "a & b * c!", "100%", "a | b", "x=y", "'a #1'", '"a: b"']
+)
+def test_texts_that_need_no_quotes(text: str) -> None:
+    assert load(f"prompts={text}").prompts == text.strip("'\"")
+
+
+def test_what_is_dropped_from_a_section_is_refused_too() -> None:
+    for override in (
+        "rewards={toy_vq: 1} # b",
+        "lora=rank: 8 # b",
+        "lora.targets=[&a to_q]",
+        "lora.targets=[!x to_q]",
+        "rewards={\n# b\ntoy_vq: 1}",
+    ):
+        assert "in YAML" in message(override)
+
+
+@pytest.mark.parametrize("text", ["a\x00b", "\x1b[1m", "\ud800", '"\\ud800"', '"\\0"', '"\\x1b[1m"', '"\\x7f"'])
+def test_what_is_no_text(text: str, tmp_path: Path) -> None:
+    assert "not valid YAML" in message(f"prompts={text}")
+    assert "not valid YAML" in message(f"rewards={{{text}: 1}}")
+    if text != "\ud800":
+        path = write(tmp_path / "odd.yaml", BASE + f"prompts: {text}\n")
+        assert message(recipe=path).startswith(path)
+
+
+PLACES = ["prompts", "extended_prompts", "generator.checkpoint", "generator.base", "generator.lora", "run.directory", "train.buffer"]
+
+
+def test_every_key_that_is_a_path_is_of_the_type_that_expands_it() -> None:
+    """By the words of its meaning, so that a new one cannot be forgotten; a run's name and the path of the replay are none."""
+    meanings = {name: info.description or "" for name, info in _fields(Config)}
+    found = {name for name, text in meanings.items() if re.search(r"\b(file|directory|path|hf)\b", text)}
+    assert found - {"name", "objective.old_prediction"} == set(PLACES)
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_a_home_directory(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    more = ["train.mode=semi_on_policy"] if key == "train.buffer" else []
+    assert leaves(load(f"{key}=~/a b/c", *more).model_dump())[key] == str(tmp_path / "a b" / "c")
+    assert leaves(load(f"{key}=./~/c", *more).model_dump())[key] == "./~/c"
+    assert "no home directory '~nobody-of-that-name'" in message(f"{key}=~nobody-of-that-name/c", *more)
+    assert load_config("~/base.yaml") == load()
+
+
+def command_lines() -> dict[str, Any]:
+    """Of every command, by the function that makes it."""
+    found: dict[str, Any] = {}
+    for path in sorted(Path(arcopo_fast.__file__).parent.rglob("*.py")):
+        name = ".".join(("arcopo_fast", *path.relative_to(Path(arcopo_fast.__file__).parent).with_suffix("").parts))
+        if "command_line() -> " in path.read_text(encoding="utf-8"):
+            module = importlib.import_module(name)
+            makers = [maker for maker in vars(module) if maker.endswith("command_line")]
+            found |= {f"{name}.{maker}": getattr(module, maker)() for maker in makers}
+    return found
+
+
+def test_every_option_that_is_a_path_expands_a_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = command_lines()
+    assert len(lines) >= 12
+    seen = set()
+    for name, parser in lines.items():
+        for action in parser._actions:
+            metavar = str(action.metavar)
+            if not re.search(r"DIR|FILE|PATH|RUN|RESULTS", metavar) and action.type is not Path:
+                continue
+            value = parser._get_value(action, "~/a.html")
+            assert str(getattr(value, "path", value)) == str(tmp_path / "a.html"), f"{name}: {action.option_strings or action.dest}"
+            with pytest.raises(argparse.ArgumentTypeError, match="no home directory"):
+                action.type("~nobody-of-that-name/x")
+            seen.add((action.option_strings or [action.dest])[0])
+    assert {"--out", "--buffer", "--adapter", "--lora", "--prompts", "--extended", "--resume", "--semi", "--on", "--info", "runs"} <= seen
+    option = lines["arcopo_fast.evaluate.command_line"]._option_string_actions["--adapter"]
+    assert option.type("mine=~/runs/on@0.5").path == str(tmp_path / "runs" / "on")
+
+
+def test_the_buffer_of_an_option_is_a_text(tmp_path: Path) -> None:
+    parsed = train.command_line().read(["--buffer", "my # 1: {x}", "--mode", "semi_on_policy"])
+    assert load(*train.settings_of(parsed)).train.buffer == "my # 1: {x}"

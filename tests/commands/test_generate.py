@@ -28,6 +28,7 @@ from arcopo_fast.generate import Switch, first_frames, output_files, place_switc
 from arcopo_fast.model.causal_wan import CausalWanConfig
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, read_adapter, save_adapter
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes
+from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.recipe import load_config, resolved_yaml
 from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
@@ -275,6 +276,33 @@ def test_a_scaled_adapter_adds_so_much_of_itself_and_is_what_diffusers_computes(
         theirs = wan(latents.transpose(1, 2), timestep.expand(2), text).sample.transpose(1, 2)
     for other in (added, theirs):
         assert (ours - other).abs().max() < 2e-5 * other.abs().max()
+
+
+def test_videos_that_are_not_finite_are_no_videos(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An adapter whose values are finite, but under which the generator's are not."""
+    prompts = [argument for prompt in PROMPTS[:2] for argument in ("--prompt", prompt)]
+    status, said, files = command(capsys, *prompts, "--batch", 2, "--lora", run, "--lora-scale", 1e30, "--out", tmp_path / "videos")
+    assert status == 2 and not files and not list(tmp_path.rglob("*.mp4"))
+    assert said[-1].startswith("error: video 1 of 2: its latents are not finite from frame 0 on; ") and "adapter" in said[-1]
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_frames_that_are_not_finite_are_no_video(
+    chunk: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, calls = StreamingDecoder.decode, []
+
+    def broken(self: StreamingDecoder, latents: Tensor, cache: Any) -> Any:
+        frames, cache = decode(self, latents, cache)
+        calls.append(None)
+        if len(calls) > chunk:
+            frames[0, 1] = torch.nan
+        return frames, cache
+
+    monkeypatch.setattr(StreamingDecoder, "decode", broken)
+    status, said, files = command(capsys, "--prompt", PROMPTS[0], "--out", tmp_path / "a.mp4")
+    assert status == 2 and not files and not list(tmp_path.iterdir())
+    assert f"a.mp4: frame {[1, 6, 14][chunk]} holds values that are not finite" in said[-1]
 
 
 # Stopping

@@ -7,10 +7,11 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from arcopo_fast.data.prompts import Prompt, read_prompt_set, read_prompts
+from arcopo_fast.data.prompts import Prompt, read_prompt_set, read_prompts, split_prompts
 from arcopo_fast.errors import UserError
 
 
@@ -115,3 +116,189 @@ def test_nothing_to_read(name: str, content: bytes, tmp_path: Path) -> None:
         read_prompt_set(tmp_path / name)
     with pytest.raises(UserError, match="missing"):
         read_prompt_set(tmp_path / "missing.txt")
+
+
+# The form of a file
+
+
+def refused(path: Path, *parts: str, extended: Path | None = None) -> None:
+    with pytest.raises(UserError) as error:
+        read_prompt_set(path, extended)
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 600
+    for part in (str(path), *parts):
+        assert part in text, f"{part!r} is not in: {text}"
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".json", ".Json", ".csv", ".CSV", ".tsv", ".TSV", ".txt", ".TXT", "", ".2024"])
+def test_a_forms_name_in_any_case(suffix: str, mark: str, tmp_path: Path, prompts: list[Prompt]) -> None:
+    path, kind = tmp_path / f"prompts{suffix}", suffix.lower()
+    records = [{"prompt": one.text} | ({"extended": one.extended} if one.extended else {}) for one in prompts]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(mark)
+        if kind in (".csv", ".tsv"):
+            writer = csv.writer(file, delimiter="," if kind == ".csv" else "\t")
+            writer.writerows([["id", "extended", "prompt"], *([3, one.extended, one.text] for one in prompts)])
+        elif kind == ".json":
+            json.dump(records, file, indent=1)
+        else:
+            file.write("\n".join(map(json.dumps, records) if kind == ".jsonl" else (one.text for one in prompts)))
+    plain = kind not in (".csv", ".tsv", ".json", ".jsonl")
+    assert read_prompt_set(path) == ([Prompt(one.text) for one in prompts] if plain else prompts)
+
+
+def test_a_json_list_of_texts(tmp_path: Path, prompts: list[Prompt]) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps([one.text for one in prompts]))
+    assert read_prompts(path) == [one.text for one in prompts]
+    for content, part in (
+        ('{"prompts": ["a"]}', "holds a JSON dict; expected a list"),
+        ('["a", 3]', "entry 2"),
+        ('["a", {"text": "b"}]', "entry 2"),
+        ('["a", " "]', "entry 2"),
+        ('["a", "\\ud800"]', "U+D800"),
+        ('["a", "\\u0000"]', "U+0000"),
+        ("[" * 100_000, "nested too deeply"),
+        ('[{"prompt": "a", "prompt": "b"}]', "stands twice"),
+        ("[", "not valid JSON"),
+        ("[]", "no prompt"),
+    ):
+        path.write_text(content)
+        refused(path, part)
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".YML", ".xml", ".parquet", ".xlsx", ".gz", ".toml", ".pkl"])
+def test_forms_that_are_not_read(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a{suffix}").write_text("- an owl\n- a fox\n")
+    refused(tmp_path / f"a{suffix}", suffix.lower(), ".jsonl")
+    (tmp_path / "a.txt").write_text("an owl\na fox\n")
+    with pytest.raises(UserError, match=suffix.lower()):
+        read_prompt_set(tmp_path / "a.txt", tmp_path / f"a{suffix}")
+
+
+NOT_TEXT = {
+    "records": '{"prompt": "an owl"}\n\n{"prompt": "a fox"}\n',
+    "one record": '{"prompt": "an owl"}',
+    "a list": '[\n "an owl",\n "a fox"\n]\n',
+    "an object": '{\n "prompts": ["an owl"]\n}\n',
+    "lists": '["an owl", 1]\n["a fox", 2]\n',
+    "a header": "id,prompt,seed\n1,an owl,3\n",
+    "a quoted header": '"prompt";"seed"\nan owl;3\n',
+    "tabs": "uuid\ttext\n1\tan owl\n",
+    "a single column": "prompt\nan owl\na fox\n",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_TEXT)
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+def test_another_form_under_a_texts_name(kind: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text("\n" * 2 + NOT_TEXT[kind])
+    refused(path, "name it .json" if "{" in NOT_TEXT[kind] or "[" in NOT_TEXT[kind] else "a table's header")
+    (tmp_path / "plain.txt").write_text("an owl\n")
+    with pytest.raises(UserError, match=f"{path}"):
+        read_prompt_set(tmp_path / "plain.txt", path)
+
+
+@pytest.mark.parametrize(
+    "line", ["[a fox] jumps", "{fox}", "a prompt, a fox", "fox,owl", "owl", "id card on a table", '"prompt", he said', "text"]
+)
+def test_prompts_that_only_look_like_another_form(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(f'{line}\n{{"prompt": "not every line is one"}}\n')
+    assert read_prompts(path)[0] == line
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ('id,"prompt\n1,an owl\n', ["not CSV"]),
+        ("prompt,prompt\na,b\n", ["stands twice"]),
+        ("prompt,extended,extended\na,b,c\n", ["'extended' stands twice"]),
+        ("prompt,seed\na fox, an owl,3\n", [":2: 3 cells under a header of 2", "in quotes"]),
+        ("seed,prompt\n1,a\n3\n", [":3: 1 cells"]),
+        ("prompt\n" + "a" * 200_000 + "\n", [":2: not CSV", "field"]),
+        ("a" * 200_000 + ",prompt\na,b\n", ["not CSV", "field"]),
+        ("prompt\na\x00b\n", [":2: the control character U+0000"]),
+        ("", ["no column 'prompt', only nothing"]),
+    ],
+    ids=range(9),
+)
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_tables_that_are_none(content: str, parts: list[str], suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_text(content.replace(",", "\t") if suffix == ".tsv" else content)
+    refused(path, *parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"an owl\nthe \x00 fox\n", ":2: the control character U+0000"),
+        (b"an owl\n\n\x1b[31mred\n", ":3: the control character U+001B"),
+        ("an owl\n".encode("utf-16"), "UTF-16"),
+        ("an owl\n".encode("utf-16-be"), "control character U+0000"),
+        ("an owl\n".encode("utf-32"), "UTF-32"),
+        ("an owl\na süß fox".encode("latin-1"), ":2: not UTF-8 text (the byte 0xfc)"),
+    ],
+    ids=range(6),
+)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".json", ".tsv"])
+def test_text_that_is_none(content: bytes, part: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    refused(path, part)
+    if suffix == ".txt":
+        plain = tmp_path / "plain.txt"
+        plain.write_text("an owl")
+        with pytest.raises(UserError, match=str(path)):
+            read_prompt_set(plain, path)
+
+
+@pytest.mark.parametrize("text", ["\\ud800", "a\\udfffb", "\\u0000", "\\u001b[1m"])
+@pytest.mark.parametrize("key", ["prompt", "extended"])
+def test_json_escapes_of_what_is_no_text(text: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    record = '{"prompt": "a", "extended": "b"}'.replace('"a"' if key == "prompt" else '"b"', f'"{text}"')
+    path.write_text(f'{{"prompt": "a"}}\n{record}\n')
+    refused(path, "a.jsonl:2: expected", "U+")
+
+
+# The split
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_prompt_is_on_both_sides(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [sentence() for _ in range(6)]
+    other = [Prompt(f"  {text.replace(' ', '  ')}", sentence()) for text in texts[:3]]  # the same, with another extended form
+    renamed = Prompt(sentence(), texts[4])  # the generator reads the same
+    prompts = [Prompt(text, f"{text}, longer" if index % 2 else None) for index, text in enumerate(texts)] * 2 + other + [renamed]
+    random.shuffle(prompts)
+    training, evaluation = split_prompts(prompts, 3, np.random.default_rng(seed))
+    plain = [" ".join(one.text.split()) for one in evaluation]
+    assert len(set(plain)) == len(evaluation) == 3
+    seen = {" ".join(form.split()) for one in training for form in (one.text, one.for_generator)}
+    assert training and not seen & {*plain, *(" ".join(one.for_generator.split()) for one in evaluation)}
+    left_out = len(prompts) - len(training) - 3
+    assert left_out >= 2 and f"{left_out} of {len(prompts)} prompts repeat one" in capsys.readouterr().err
+
+
+def test_a_split_without_duplicates_is_of_all(prompts: list[Prompt], capsys: pytest.CaptureFixture[str]) -> None:
+    split = split_prompts(prompts, 2, np.random.default_rng(3))
+    assert sorted(map(str, split.training + split.evaluation)) == sorted(map(str, prompts)) and len(split.evaluation) == 2
+    assert [one for one in prompts if one in split.training] == split.training
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompts", "evaluation", "part"),
+    [
+        ([Prompt("a"), Prompt("b")], 2, "2 prompts in all"),
+        ([Prompt("a"), Prompt("b"), Prompt("a ", "c"), Prompt("b")], 2, "2 different prompts in all"),
+        ([Prompt("a", "x"), Prompt("b", "x")], 1, "every other prompt equals one of these"),
+    ],
+)
+def test_nothing_left_to_train_on(prompts: list[Prompt], evaluation: int, part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        split_prompts(prompts, evaluation, np.random.default_rng(0))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from arcopo_fast.errors import UserError
 from arcopo_fast.runtime import video
 from arcopo_fast.runtime.video import BAR, GAP, Mp4Writer, stack_png, write_mp4, write_png_sheet
 
@@ -55,6 +56,21 @@ def test_values_outside_are_clamped(tmp_path: Path) -> None:
     write_mp4(tmp_path / "a.mp4", frames, 1)
     decoded, _ = read(tmp_path / "a.mp4")
     assert decoded[0].max() < 8 and decoded[1].min() > 247
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_frame_that_is_not_finite_is_named_and_nothing_is_written(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    frames = smooth_frames(5, 16, 16).to(dtype)
+    frames[3, 1, 2, 2] = value
+    for write in (write_mp4, lambda path, frames, fps: write_png_sheet(path, frames)):
+        with pytest.raises(UserError, match=r"a\.mp4: frame 3 holds values that are not finite.*generator\.dtype=bfloat16.*adapter"):
+            write(tmp_path / "a.mp4", frames, 8)
+    with pytest.raises(UserError, match=r"a\.mp4: frame 8 holds"), Mp4Writer(tmp_path / "a.mp4", 8) as writer:
+        writer.append(frames[:3])
+        writer.append(frames[:2])
+        writer.append(frames)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
