@@ -187,7 +187,7 @@ class RewardServersConfig(Section):
 
     addresses: dict[str, str] = Field(default_factory=dict, description="by the reward's name, as in {toy_vq: http://127.0.0.1:8123}")
     frames: Literal["float32", "uint8"] = Field(
-        "float32", description="on their way to a server; uint8: a quarter of the bytes, in steps of 1/255; float32: the score is the same"
+        "float32", description="on their way to a server; uint8: a quarter of the bytes, in steps of 1/255; float32: nothing is lost"
     )
     timeout: PositiveFloat = Field(600.0, description="seconds until an answer must come; a server that is well, and slower, ends the run")
     give_up_after: PositiveFloat = Field(3600.0, description="seconds that a run waits for a server before it ends; it can be resumed")

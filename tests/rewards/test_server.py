@@ -100,7 +100,8 @@ def eventually(condition: Callable[[], object]) -> None:
 # Scores ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_those_of_the_reward_bit_for_bit() -> None:
+def test_scores_are_those_of_the_reward() -> None:
+    """Of float32 frames up to rounding, since the server's batches are others; of uint8 frames those of the rounded frames."""
     rewards = {name: load_reward(name) for name in ("sharpness", "steadiness")}
     smooth = torch.nn.functional.interpolate(torch.rand(5, 3, 3, 4, 5), size=(6, 18, 26), mode="trilinear").transpose(1, 2).contiguous()
     prompts = ["plain", "ünïcode 日本", '"quoted" \\ {}', "two\nlines", ""]
@@ -108,11 +109,13 @@ def test_scores_are_those_of_the_reward_bit_for_bit() -> None:
     with serving(*rewards.values(), max_bytes=2 * smooth[0].nbytes + 8192) as server:  # two videos in a request
         there = score(remote_rewards(dict.fromkeys(rewards, server.url)), smooth, prompts)
         for name in rewards:
-            assert there[name].dtype == torch.float32 and torch.equal(there[name], here[name]) and here[name].unique().numel() == 5
+            assert there[name].dtype == torch.float32 and here[name].unique().numel() == 5
+            torch.testing.assert_close(there[name], here[name], rtol=1e-5, atol=0)
         coarse = client(server, dtype=torch.uint8).score(smooth, prompts)
     rounded = score(rewards, (smooth * 255).round() / 255, prompts)
     for name in rewards:
-        assert torch.equal(coarse[name], rounded[name]) and not torch.equal(coarse[name], here[name])
+        torch.testing.assert_close(coarse[name], rounded[name], rtol=1e-5, atol=0)
+        assert (coarse[name] / here[name] - 1).abs().max() > 1e-4
 
 
 def test_one_request_serves_all_rewards_of_a_server() -> None:

@@ -75,11 +75,13 @@ def test_forked_videos_equal_independent_ones(policy: str, dtype: torch.dtype, b
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_tensor_replaced_by_itself_changes_nothing_at_all(dtype: torch.dtype) -> None:
+def test_a_tensor_replaced_by_itself_changes_nothing(dtype: torch.dtype) -> None:
+    """Up to rounding: a library may treat the last rows of a batch by another kernel."""
     engine, noise = small_engine(small_model(dtype)), draws()
     for videos in substitute(engine, random_text(), noise, [noise]):
         for chunk in videos.latents[videos.pivot :]:
-            assert torch.equal(chunk, chunk[:1].expand_as(chunk))
+            largest = {torch.float64: 1e-12, torch.float32: 2e-5}[dtype]
+            torch.testing.assert_close(chunk, chunk[:1].expand_as(chunk), rtol=0, atol=largest)
 
 
 def test_pivots_can_be_chosen_and_left_early() -> None:
