@@ -169,8 +169,8 @@ def store(judged: JudgedGroup) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objective[Any], rewards: list[str]) -> JudgedGroup:
     """Return a stored group, its prefix rebuilt by clean passes of the generator without its adapter. Its `latents` end at the pivot.
 
-    The passes are the rollout's, so on the kind of device and with the libraries that made the group, keys and values are equal bit for bit;
-    elsewhere they differ by rounding, which the ratio does not see: old and new predictions have the same prefix.
+    The passes are the rollout's, so with the device and the libraries that made the group, keys and values are equal bit for bit; elsewhere
+    they differ by rounding, which the ratio does not see: old and new predictions have the same prefix.
     """
     about, device = entry.metadata, engine.model.device
     pivot, prompt = about["pivot"], _prompt_in(about)
