@@ -251,8 +251,8 @@ class Config(Section):
     @field_validator("name")
     @classmethod
     def _names_a_directory(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-            raise ValueError(f"a run's name is made of letters, digits, '_', '-' and '.'; given {name[:80]!r}")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", name):
+            raise ValueError(f"a run's name is made of letters, digits, '_', '-' and '.', at most 200; given {name[:80]!r}")
         return name
 
     @field_validator("rewards")

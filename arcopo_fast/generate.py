@@ -30,7 +30,7 @@ from torch import Tensor
 from arcopo_fast.assemble import Generator, build_engine, encode_ahead, load_generator, pool_pages, video_shape
 from arcopo_fast.commands import RecipeParser, adapter_path, finite, positive_int, run_command, seed
 from arcopo_fast.config import Config
-from arcopo_fast.data.prompts import read_prompts
+from arcopo_fast.data.prompts import check_prompt, read_prompts
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import adapter_state, load_adapter
@@ -241,9 +241,11 @@ def output_files(out: Path, prompts: Sequence[str]) -> list[Path]:
     """`out` itself if it names an mp4, for a single prompt; else in that directory one file for each: its number, and its prompt's words.
 
     Raises:
-        UserError: several videos for one file.
+        UserError: several videos for one file, or a file of another kind.
     """
-    if out.suffix == ".mp4":
+    if out.suffix.lower() in (".mov", ".avi", ".mkv", ".webm", ".gif", ".m4v", ".png", ".jpg"):
+        raise UserError(f"--out {out}: videos are written as .mp4; give such a name, or a directory")
+    if out.suffix.lower() == ".mp4":
         if len(prompts) > 1:
             raise UserError(f"--out {out} is one file, and there are {len(prompts)} prompts; give a directory")
         return [out]
@@ -255,9 +257,17 @@ def output_files(out: Path, prompts: Sequence[str]) -> list[Path]:
 def switch(text: str) -> Switch:
     """For `type=` of an option: FRAME:TEXT."""
     frame, colon, prompt = text.partition(":")
-    if not colon or not re.fullmatch(r"0*[1-9][0-9]*", frame) or not prompt.strip():
-        raise argparse.ArgumentTypeError(f"expected FRAME:TEXT with a frame from 1 on, as in '48:a dog runs'; given {text!r}")
-    return Switch(int(frame), prompt.strip())
+    if not colon or not re.fullmatch(r"0*[1-9][0-9]{0,17}", frame) or not prompt.strip():
+        raise argparse.ArgumentTypeError(f"expected FRAME:TEXT with a frame from 1 on, as in '48:a dog runs'; given {text[:200]!r}")
+    return Switch(int(frame), prompt_text(prompt))
+
+
+def prompt_text(text: str) -> str:
+    """For `type=` of an option: what a video shows, without the white space around it."""
+    try:
+        return check_prompt(text) if text.strip() else ""
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; given {text[:200]!r}") from None
 
 
 def command_line() -> RecipeParser:
@@ -266,8 +276,12 @@ def command_line() -> RecipeParser:
         "Generate videos, each written to an mp4 while it is made.",
         default="toy; with --lora RUN the config.yaml of that run",
     )
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what the video shows; once for each video")
-    parser.add_argument("--prompts", metavar="FILE", help="more prompts, one on each line of a text file")
+    parser.add_argument(
+        "--prompt", action="append", type=prompt_text, default=[], metavar="TEXT", help="what the video shows; once for each video"
+    )
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="more prompts: a text file with one on each line, or a .jsonl, .json, .csv or .tsv file"
+    )
     parser.add_argument(
         "--switch",
         action="append",
@@ -301,7 +315,7 @@ def main(argv: list[str]) -> None:
     if command is None:
         return
     config, options = command
-    prompts = [prompt.strip() for prompt in options.prompt] + (read_prompts(options.prompts) if options.prompts else [])
+    prompts = options.prompt + (read_prompts(options.prompts) if options.prompts else [])
     if not prompts or not all(prompts):
         raise UserError("there is no prompt: say what the video shows with --prompt TEXT, or name a file with --prompts FILE")
     if options.lora_scale is not None and options.lora is None:

@@ -141,10 +141,10 @@ def _note_keys(node: yaml.MappingNode, prefix: str, lines: dict[str, int], sourc
         line = key.start_mark.line + 1
         where = _line(source, line)
         if key.tag != "tag:yaml.org,2002:str":
-            raise UserError(f"{where}: a key must be a name; given {getattr(key, 'value', key)!r}")
+            raise UserError(f"{where}: a key must be a name; given {shorten(str(getattr(key, 'value', key)))!r}")
         path = f"{prefix}{key.value}"
         if path in lines:
-            raise UserError(f"{where}: the key {path} stands twice; remove one")
+            raise UserError(f"{where}: the key {shorten(path)} stands twice; remove one")
         lines[path] = line
         if isinstance(value, yaml.MappingNode) and id(value) not in above:
             _note_keys(value, f"{path}.", lines, source, above | {id(node)})
@@ -265,7 +265,7 @@ def _explain(error: ValidationError, model: type[Config], origins: Mapping[str, 
     first = problems[0]
     place = _locate(model, first["loc"])
     if first["type"] == "extra_forbidden":
-        problem = f"unknown key {place.path}{_suggest(model, place.path)}"
+        problem = f"unknown key {shorten(place.path)}{_suggest(model, place.path)}"
     elif first["type"] == "missing":
         problem = f"the key {place.path} is missing: {place.meaning}"
     elif first["type"] == "value_error":

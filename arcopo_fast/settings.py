@@ -17,8 +17,10 @@ def expanded(path: str) -> str:
     """Return a path with the home directory in place of a "~" or "~user" at its beginning.
 
     Raises:
-        UserError: there is no such user.
+        UserError: there is no such user, or no file system takes such a path.
     """
+    if any(len(part.encode(errors="replace")) > 255 for part in path.split("/")) or len(path) > 4095 or "\0" in path:
+        raise UserError(f"{path[:60]!r}... is no path that a file system takes; a file's name has at most 255 bytes")
     home = os.path.expanduser(path) if path.startswith("~") else path
     if home.startswith("~"):
         raise UserError(f"there is no home directory {path.partition('/')[0]!r}; for a name that begins with '~' write './{path[:60]}'")

@@ -286,6 +286,7 @@ _EXPECTED = '{"prompt": text}, and "extended": text if there is one'
 
 
 def _shown(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 

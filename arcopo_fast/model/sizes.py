@@ -41,10 +41,11 @@ class VAESizes:
         known: dict[str, Any] = {entry.name: config[entry.name] for entry in fields(cls) if entry.name in config}
         known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
         for name, value in known.items():
-            values = value if isinstance(value, tuple) else (value,)
+            several = name in ("dim_mult", "temperal_downsample")
             kind = bool if name in ("temperal_downsample", "is_residual") else int
-            missing = value is None and name in ("decoder_base_dim", "patch_size")
-            if not missing and (not values or any(type(one) is not kind or one < (kind is int) for one in values)):
+            values = value if isinstance(value, tuple) else (value,)
+            sound = isinstance(value, tuple) == several and all(type(one) is kind and one >= (kind is int) for one in values)
+            if not sound and not (value is None and name in ("decoder_base_dim", "patch_size")):
                 raise UserError(f"{source}: {name} is {str(config[name])[:60]!r}, which is no size of a VAE")
         sizes = cls(**known)
         if len(sizes.temperal_downsample) != len(sizes.dim_mult) - 1:

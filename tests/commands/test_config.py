@@ -376,6 +376,30 @@ def test_what_is_no_text(text: str, tmp_path: Path) -> None:
         assert message(recipe=path).startswith(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("utf-16", "UTF-16 text"),
+        ("utf-32", "UTF-32 text"),
+        ("utf-16-be", "not UTF-8 text"),
+        ("latin-1", ":11: not UTF-8 text (the byte 0xfc)"),
+    ],
+)
+def test_recipes_in_other_encodings(content: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_bytes((BASE + "# süß\n").encode(content))
+    assert part in message(recipe=str(tmp_path / "other.yaml"))
+    (tmp_path / "marked.yaml").write_bytes((BASE + "# süß\n").encode("utf-8-sig"))
+    assert load_config(str(tmp_path / "marked.yaml")) == load()
+
+
+@pytest.mark.parametrize("text", ["a" * 256, "a/" * 3000, "ü" * 128])
+def test_paths_that_no_file_system_takes(text: str) -> None:
+    for key in ("prompts", "generator.checkpoint", "run.directory"):
+        assert "no path that a file system takes" in message(f"{key}={text}")
+    assert "at most 200" in message(f"name={'a' * 201}")
+    assert "255 bytes" in message(recipe="a" * 5000)
+
+
 PLACES = ["prompts", "extended_prompts", "generator.checkpoint", "generator.base", "generator.lora", "run.directory", "train.buffer"]
 
 

@@ -175,7 +175,7 @@ def test_other_generators(change: dict[str, Any], tmp_path: Path) -> None:
         check_fits(load_config("toy", checkpoint(toy(tmp_path / "given", transformer=change))))
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5, "12", {"a": 1}, []], ids=str)
+@pytest.mark.parametrize("value", [0, -1, 2.5, "12", {"a": 1}, [], [[1]], 2**0.5], ids=str)
 @pytest.mark.parametrize("name", ["z_dim", "base_dim", "dim_mult", "temperal_downsample", "num_res_blocks", "patch_size"])
 def test_sizes_of_nonsense_in_a_vaes_configuration(name: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"vae/config\.json: .*{name}") as error:
