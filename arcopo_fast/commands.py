@@ -20,10 +20,10 @@ from arcopo_fast import hub
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.recipe import DEFAULT_RECIPE, keys_help, load_config, recipes, resolved_yaml
+from arcopo_fast.runtime.interrupt import INTERRUPTED, KEPT, Handler, ignore, interrupt
 from arcopo_fast.settings import expanded
 
 BAD_INPUT = 2
-INTERRUPTED = 130
 
 # The disk or the permissions of the machine, not the program: one line is all that helps.
 _MACHINE_ERRORS = {
@@ -38,15 +38,18 @@ _MACHINE_ERRORS = {
 def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 with one line for bad input, a full disk or a lack of permission, 130 when interrupted.
 
+    SIGTERM interrupts it as Ctrl-C does.
+
     arguments: the command line without the program's name; None: the process's own.
     """
     try:
-        status = main(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
+        with Handler(interrupt):
+            status = main(list(sys.argv[1:] if arguments is None else arguments))
+            sys.stdout.flush()
     except UserError as error:
         status = _end(f"error: {error}", BAD_INPUT)
     except KeyboardInterrupt as error:
-        status = _end(f"interrupted; {str(error) or 'what was complete by then is kept'}", INTERRUPTED)
+        status = _end(f"interrupted; {str(error) or f'{KEPT}, and the same command goes on'}", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left, as in `--help | head`: not an error, but nothing may be printed any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
@@ -55,6 +58,9 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
         if problem is None:
             raise
         status = _end(f"error: {problem}", BAD_INPUT)
+    finally:
+        if arguments is None:
+            ignore()
     return status or 0
 
 

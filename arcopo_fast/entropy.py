@@ -36,6 +36,7 @@ from arcopo_fast.assemble import build_engine, load_generator, load_prompts, vid
 from arcopo_fast.commands import RecipeParser, adapter_path, positive_int, run_command
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
+from arcopo_fast.files import atomic_write
 from arcopo_fast.model.adapter_files import read_adapter
 from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.model.sizes import VAESizes
@@ -45,7 +46,6 @@ from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.runtime.memory import resident, tune_for_cpu
 from arcopo_fast.runtime.page import page, section, table
 from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.runtime.run_dir import atomic_write
 from arcopo_fast.runtime.video import stack_png, write_png_sheet
 
 MEASURES = {

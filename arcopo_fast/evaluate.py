@@ -35,6 +35,7 @@ from arcopo_fast.config import Config
 from arcopo_fast.data.prompts import Prompt, read_prompt_set
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import judge, videos_at_once
+from arcopo_fast.files import atomic_write, check_out
 from arcopo_fast.generate import sized_engine
 from arcopo_fast.groups import weights_digest
 from arcopo_fast.hub import find
@@ -49,7 +50,6 @@ from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.paired import Result, as_json, as_markdown, compare, with_total
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.results import TOTAL
-from arcopo_fast.runtime.run_dir import atomic_write, check_out
 from arcopo_fast.runtime.scores import BASE, ScoreDirectory, Scores, ScoreWriter, Video
 from arcopo_fast.runtime.sweep import scale_text
 from arcopo_fast.runtime.video import write_mp4

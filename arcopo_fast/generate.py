@@ -32,6 +32,7 @@ from arcopo_fast.commands import RecipeParser, adapter_path, finite, positive_in
 from arcopo_fast.config import Config
 from arcopo_fast.data.prompts import check_prompt, read_prompts
 from arcopo_fast.errors import UserError
+from arcopo_fast.files import check_out
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import adapter_state, load_adapter
 from arcopo_fast.model.sizes import VAESizes
@@ -40,7 +41,6 @@ from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource, StackedNoise
 from arcopo_fast.runtime.interrupt import Interrupted, Interruption
 from arcopo_fast.runtime.memory import resident, tune_for_cpu
 from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.runtime.run_dir import check_out
 from arcopo_fast.runtime.video import NOT_FINITE, Mp4Writer
 
 
@@ -326,17 +326,21 @@ def main(argv: list[str]) -> None:
         others = f" and {len(there) - 1} more are" if len(there) > 1 else " is"
         raise UserError(f"{there[0]}{others} there already; give another --out, or replace them with --overwrite")
     tune_for_cpu()
-    generate(
-        config,
-        prompts,
-        files,
-        seed=config.seed if options.seed is None else options.seed,
-        frames=options.frames,
-        switches=options.switch,
-        batch=options.batch,
-        adapter=options.lora,
-        adapter_scale=1.0 if options.lora_scale is None else options.lora_scale,
-    )
+    try:
+        generate(
+            config,
+            prompts,
+            files,
+            seed=config.seed if options.seed is None else options.seed,
+            frames=options.frames,
+            switches=options.switch,
+            batch=options.batch,
+            adapter=options.lora,
+            adapter_scale=1.0 if options.lora_scale is None else options.lora_scale,
+        )
+    except KeyboardInterrupt as error:
+        again = "the same command with --overwrite" if any(file.exists() for file in files) else "the same command"
+        raise Interrupted(f"{error or 'the videos that were complete by then are kept'}; {again} begins anew") from None
     print("\n".join(map(str, files)))
 
 

@@ -28,7 +28,7 @@ from urllib.parse import quote, unquote
 from tqdm import tqdm
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.runtime.run_dir import atomic_write
+from arcopo_fast.files import atomic_write
 from arcopo_fast.settings import expanded
 
 HUGGING_FACE, GITHUB = "hf://", "github://"

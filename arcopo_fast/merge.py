@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from pydantic import JsonValue
 from torch import Tensor
 
 from arcopo_fast.assemble import build_engine, load_generator, load_held_out, load_prompts, load_rewards, video_shape
@@ -33,14 +33,16 @@ from arcopo_fast.config import Config
 from arcopo_fast.data.prompts import Prompt, digest
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import evaluate, videos_at_once
+from arcopo_fast.files import atomic_write, check_out, remove_directory, settle
 from arcopo_fast.model.adapter_files import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, Adapter, read_adapter
 from arcopo_fast.model.lora import add_lora, load_adapter_state, merge_adapters, write_adapter
 from arcopo_fast.recipe import shorten
+from arcopo_fast.runtime.interrupt import Interrupted
+from arcopo_fast.runtime.locks import LOCK, owned
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.model_card import HOW_TO_LOAD
 from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.runtime.results import TOTAL, number
-from arcopo_fast.runtime.run_dir import atomic_directory, atomic_write, check_out
+from arcopo_fast.runtime.results import TOTAL, Document, Summary, number, read_document
 from arcopo_fast.runtime.sweep import Point, Scores, as_json, as_markdown, as_page, choose_scale, point_of, scale_text, with_held_out
 from arcopo_fast.textfiles import read_json
 
@@ -73,7 +75,9 @@ def read_source(path: Path) -> Source:
     file = next((directory / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS) if (directory / name).is_file()), directory)
     adapter = read_adapter(file)
     config = read_json(file.with_name(PEFT_CONFIG)) if file.name == PEFT_WEIGHTS else {}
-    return Source(file, hashlib.sha256(file.read_bytes()).hexdigest(), adapter, config.get("base_model_name_or_path"))
+    base_model = config.get("base_model_name_or_path")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return Source(file, digest, adapter, base_model if isinstance(base_model, str) else None)
 
 
 def read_pair(semi: Path, on: Path) -> tuple[Source, Source]:
@@ -113,10 +117,8 @@ def write_merged(directory: Path, semi: Source, on: Source, scale: float, *, res
     bases = _base_models(semi, on)
     base_model = bases[0] if len(bases) == 1 else None
     record = {"semi": semi.summary(), "on": on.summary(), "scale": scale}
-    with atomic_directory(directory) as partial:
-        write_adapter(partial, merged, base_model=base_model)
-        (partial / MERGE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(model_card(semi, on, scale, base_model, results), encoding="utf-8")
+    more = {MERGE: json.dumps(record, indent=2) + "\n", "README.md": model_card(semi, on, scale, base_model, results)}
+    write_adapter(directory, merged, base_model=base_model, more=more)
 
 
 def model_card(semi: Source, on: Source, scale: float, base_model: str | None, results: str = "") -> str:
@@ -147,6 +149,13 @@ def _occupied(out: Path) -> bool:
     return out.exists() and any(out.iterdir())
 
 
+class _Kept(Document):
+    """An evaluation of a sweep in its file."""
+
+    settings: dict[str, JsonValue]
+    scores: dict[str, Summary]
+
+
 # The sweep -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +182,24 @@ def sweep(
     """
     check_out(out)
     wanted: list[float | None] = [None, *sorted({0.0, *scales})]
+    with owned(out):
+        settle(out, f"sweep|{ADAPTER}", owned=True)
+        settle(evaluation_file(out, None).parent, "baseline|scale-.+", owned=True)
+        evaluations, names = evaluate_scales(config, semi, on, wanted, out, held_out=held_out, overwrite=overwrite)
+        return judge(config, semi, on, {scale: with_held_out(evaluations[scale], names) for scale in wanted}, names, out)
+
+
+def evaluate_scales(
+    config: Config,
+    semi: Source,
+    on: Source,
+    wanted: Sequence[float | None],
+    out: Path,
+    *,
+    held_out: Sequence[str] = (),
+    overwrite: bool = False,
+) -> tuple[dict[float | None, Scores], list[str]]:
+    """The scores at each scale, the base model's under None, and the names of those that are out of domain; what is in `out` is kept."""
     rewards, prompts = load_rewards(config), load_prompts(config).evaluation
     settings = settings_of(config, semi, on, prompts)
     kept = kept_evaluations(out, wanted, settings, overwrite=overwrite)
@@ -182,6 +209,7 @@ def sweep(
     generator = load_generator(config)
     metrics = load_held_out(generator)
     names = out_of_domain(config, list(metrics), held_out)
+    check_complete(out, kept, [TOTAL, *rewards, *metrics])
     model, shape = generator.model, video_shape(config, generator)
     merged = merge_adapters(semi.adapter, on.adapter, 1.0)
     add_lora(model, rank=merged.rank, alpha=merged.alpha, targets=merged.modules, seed=0)
@@ -193,15 +221,20 @@ def sweep(
     remaining = [scale for scale in wanted if scale not in kept]
     if kept:
         print(f"{len(kept)} of {len(wanted)} evaluations are there already", file=sys.stderr)
-    with Progress(len(remaining)) as progress:
-        for scale in remaining:
-            load_adapter_state(model, adapter_at(semi, on, scale))
-            kept[scale] = evaluate(config, generator, engine, prompts, rewards, metrics).summary()
-            file = evaluation_file(out, scale)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, json.dumps({"scale": scale, "settings": settings, "scores": kept[scale]}, indent=2) + "\n")
-            progress.update(number(kept[scale][TOTAL]["mean"]))
-    return judge(config, semi, on, {scale: with_held_out(kept[scale], names) for scale in wanted}, names, out)
+    try:
+        with Progress(len(remaining)) as progress:
+            for scale in remaining:
+                load_adapter_state(model, adapter_at(semi, on, scale))
+                scores = evaluate(config, generator, engine, prompts, rewards, metrics).summary()
+                file = evaluation_file(out, scale)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(file, json.dumps({"scale": scale, "settings": settings, "scores": scores}, indent=2) + "\n")
+                kept[scale] = scores
+                progress.update(number(scores[TOTAL]["mean"]))
+    except KeyboardInterrupt:
+        option = ", without --overwrite" * (overwrite and None in kept)
+        raise Interrupted(f"{len(kept)} of {len(wanted)} evaluations are kept; the same command goes on{option}") from None
+    return kept, names
 
 
 def judge(
@@ -218,7 +251,7 @@ def judge(
     if chosen:
         write_merged(out / ADAPTER, semi, on, chosen.scale, results=markdown)
     elif (out / ADAPTER / MERGE).is_file():  # of other scales or metrics
-        shutil.rmtree(out / ADAPTER)
+        remove_directory(out / ADAPTER)
     adapters = {"semi-on-policy": semi.summary(), "on-policy": on.summary()}
     document = {
         "adapters": adapters,
@@ -269,15 +302,16 @@ def kept_evaluations(
     Raises:
         UserError: `out` holds something else, or a sweep with other adapters or settings.
     """
-    if _occupied(out) and not evaluation_file(out, None).is_file():
+    # Empty folders are of a sweep that ended before its first evaluation.
+    if any(entry.is_file() and entry.name != LOCK for entry in out.rglob("*")) and not evaluation_file(out, None).is_file():
         raise UserError(f"{out} holds something else than a sweep (it has no evaluations/baseline.json); give another --out")
     kept: dict[float | None, Scores] = {}
     for scale in wanted if not overwrite else ():
         file = evaluation_file(out, scale)
         if not file.is_file():
             continue
-        record = read_json(file)
-        former = record.get("settings") or {}
+        record = read_document(file, _Kept, "an evaluation of a sweep")
+        former = record.settings
         if differing := sorted(key for key in {*former, *settings} if former.get(key) != settings.get(key)):
             key, others = differing[0], f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
             there, here = (shorten(str(values.get(key, "absent")), 16) for values in (former, settings))
@@ -285,14 +319,24 @@ def kept_evaluations(
                 f"{out} holds a sweep of which {key} is {there}, and here it is {here}{others}; give another --out, or begin anew with "
                 "--overwrite"
             )
-        kept[scale] = record["scores"]
+        kept[scale] = {name: summary.model_dump() for name, summary in record.scores.items()}
     return kept
+
+
+def check_complete(out: Path, kept: Mapping[float | None, Scores], names: Sequence[str]) -> None:
+    """Raise `UserError` if an evaluation lacks one of these scores, or a score has other numbers of videos than the rest."""
+    videos = {len(scores[name]["values"]) for scores in kept.values() for name in names if name in scores}
+    for scale, scores in kept.items():
+        absent = [name for name in names if name not in scores or len(scores[name]["values"]) != max(videos)]
+        if absent:
+            file = evaluation_file(out, scale)
+            raise UserError(f"{file} lacks {absent[0]}, or the score of some videos; remove it to have it made again")
 
 
 def _remove_sweep(out: Path) -> None:
     """What `sweep` has written, but for the base model's evaluation: that is replaced first, and until then says what `out` is."""
     if (out / ADAPTER / MERGE).is_file():
-        shutil.rmtree(out / ADAPTER)
+        remove_directory(out / ADAPTER)
     for file in (*(out / f"sweep.{kind}" for kind in ("json", "md", "html")), *evaluation_file(out, None).parent.glob("scale-*.json")):
         file.unlink(missing_ok=True)
 

@@ -53,7 +53,7 @@ from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.runtime import profiling
 from arcopo_fast.runtime.ceilings import measure_ceilings
-from arcopo_fast.runtime.inputs import check_inputs, sampled_digest
+from arcopo_fast.runtime.inputs import check_inputs, check_settings, sampled_digest
 from arcopo_fast.runtime.interrupt import Interrupted, Interruption
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.metrics import MetricsWriter
@@ -62,7 +62,7 @@ from arcopo_fast.runtime.profiling import Trace
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.report import write_report
 from arcopo_fast.runtime.results import DEVICE, TOTAL, Change, changes
-from arcopo_fast.runtime.run_dir import RunDirectory
+from arcopo_fast.runtime.run_dir import SUMS, RunDirectory, damage, step_of
 from arcopo_fast.runtime.stall import PATIENCE, notice, stalled_since
 from arcopo_fast.runtime.versions import version_of
 from arcopo_fast.runtime.video import write_mp4
@@ -239,13 +239,46 @@ class Trainer:
             save_adapter(directory / "adapter", self.generator.model, base_model=self.config.generator.checkpoint)
             torch.save({"iteration": iteration, "optimizer": self.optimizer.state_dict()}, directory / "trainer.pt")
 
-    def restore(self, directory: Path) -> int:
-        """Go back to what `save` wrote; returns its iteration."""
+    def restore(self, run: RunDirectory) -> int:
+        """Go back to the newest whole checkpoint; returns its iteration, 0 if none was saved. Damaged ones are named, and put away.
+
+        Raises:
+            UserError: none is whole.
+        """
+        damaged: list[tuple[str, str]] = []
+        for directory in reversed(run.checkpoints()):
+            problem = damage(directory)
+            if problem is None:
+                checked = (directory / SUMS).exists()
+                if not checked:
+                    print(f"{directory} has no {SUMS}, as an earlier version left it: it is used unchecked", file=sys.stderr)
+                try:
+                    self._load(directory)
+                except Exception as error:  # of bytes that nobody has checked the set is open
+                    if checked:
+                        raise
+                    problem = f"cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            if problem is None:
+                for name, line in damaged:
+                    put_away = run.put_away(directory.with_name(name))
+                    print(f"{line}; it is now {put_away.name}, and the run goes on from {directory.name}", file=sys.stderr)
+                return step_of(directory)
+            damaged.append((directory.name, f"{directory} is damaged: {problem}"))
+        if damaged:
+            raise UserError(
+                f"no checkpoint of {run.path} is whole: {damaged[0][1]}; put one back from a copy, or remove {run.path / 'checkpoints'} to "
+                "begin with the first iteration"
+            )
+        return 0
+
+    def _load(self, directory: Path) -> None:
+        """Take over what `save` wrote."""
         load_adapter(self.generator.model, directory / "adapter")
         state = torch.load(directory / "trainer.pt", map_location="cpu", weights_only=True)  # where AdamW counts its steps; the rest moves
+        if state["iteration"] != step_of(directory):
+            raise UserError(f"{directory} is the checkpoint of iteration {state['iteration']}; give it back its name")
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.moved = True
-        return state["iteration"]
 
 
 def write_samples(run: RunDirectory, config: Config, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
@@ -282,15 +315,41 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
         profile: iterations of which a PyTorch trace is written, `profile/trace.json.gz`.
 
     Raises:
+        Interrupted: the user asked to stop; the message says what is kept and how to go on.
+    """
+    run = resume
+    with ExitStack() as stack:
+        try:
+            if resume is None:
+                RunDirectory.check(config)
+            else:
+                run = stack.enter_context(resume.owned())
+                check_settings(run.path, config)
+            if run is None or not run.evaluated:
+                trainer = Trainer(config)
+                trace = Trace(profile, of=config.train.iterations)
+                if run is None:
+                    run = stack.enter_context(RunDirectory.create(config).owned())
+                before = iterations(trainer, run, trace)
+                finish(trainer, run, before)
+            write_report(run.path)
+        except KeyboardInterrupt as error:
+            raise error if isinstance(error, Interrupted) else Interrupted(how_to_go_on(run)) from None
+    print(f"report: {run.path / 'report.html'}")
+    return run.path
+
+
+def iterations(trainer: Trainer, run: RunDirectory, trace: Trace) -> Evaluation:
+    """Every iteration that is left, from the newest whole checkpoint on; returns the evaluation before the first one.
+
+    Raises:
         Interrupted: the user asked to stop; a checkpoint was saved after the iteration at hand.
     """
-    if resume is None:
-        RunDirectory.check(config)
-    trainer = Trainer(config)
-    trace = Trace(profile, of=config.train.iterations)
-    run = resume or RunDirectory.create(config)
-    done = saved = trainer.restore(run.checkpoints()[-1]) if run.checkpoints() else 0
-    check_inputs(run.path, trainer.made_of, trainer.judges, done=done)
+    config = trainer.config
+    done = saved = trainer.restore(run)
+    if done > config.train.iterations:
+        raise UserError(f"{run.path} has done {done} iterations, and train.iterations is {config.train.iterations}; give at least {done}")
+    check_inputs(run.path, config, trainer.made_of, trainer.judges, done=done)
     run.write(DEVICE, json.dumps(trainer.device(), indent=2) + "\n")
     recent: deque[dict[str, Any]] = deque(maxlen=PATIENCE)
     with adapter_disabled(trainer.generator.model):  # bit for bit what the fresh adapter, which adds zeros, gives
@@ -308,7 +367,7 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
                 if iteration - 1 > saved and not trainer.stepped:
                     trainer.save(run, iteration - 1)
                 if isinstance(error, RewardError):
-                    raise type(error)(f"{error}; go on with python -m arcopo_fast.train --resume {run.path}") from None
+                    raise type(error)(f"{error}; {resumption(run)}") from None
                 raise
             trace.step()
             metrics.write(iteration, record)
@@ -323,17 +382,34 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
             if last or interruption.asked or (config.train.save_every and iteration % config.train.save_every == 0):
                 trainer.save(run, iteration)
                 saved = iteration
-            if interruption.asked and not last:
-                raise Interrupted(f"stopped after iteration {iteration}; go on with python -m arcopo_fast.train --resume {run.path}")
-    after = trainer.evaluate()
+            if interruption.asked:
+                raise Interrupted(f"stopped after iteration {iteration}; {resumption(run)}")
+    return before
+
+
+def finish(trainer: Trainer, run: RunDirectory, before: Evaluation) -> None:
+    """Evaluate, and write what a run leaves behind. evaluation.json is the last: with it the run is complete but for its report."""
+    config, after = trainer.config, trainer.evaluate()
     document = {"before": before.summary(), "after": after.summary(), "videos": write_samples(run, config, before, after)}
-    save_adapter(run.path / "adapter", trainer.generator.model, base_model=config.generator.checkpoint)
-    run.write("adapter/README.md", model_card(config, document))
-    run.write("evaluation.json", json.dumps(document, indent=2) + "\n")  # last: with it the run is complete
-    write_report(run.path)
+    card = {"README.md": model_card(config, document)}
+    save_adapter(run.path / "adapter", trainer.generator.model, base_model=config.generator.checkpoint, more=card)
+    run.write("evaluation.json", json.dumps(document, indent=2) + "\n")
     print(comparison(changes(config, document), len(before.prompts)))
-    print(f"report: {run.path / 'report.html'}")
-    return run.path
+
+
+def how_to_go_on(run: RunDirectory | None) -> str:
+    """What is kept of a run that ends early, and the command that goes on with it."""
+    if run is None:
+        return "nothing was begun; the same command starts it"
+    if run.evaluated:
+        return f"{run.path} is complete but for its report; write that with python -m arcopo_fast.report {run.path}"
+    kept = run.checkpoints()
+    stand = f"iterations up to {step_of(kept[-1])} are kept" if kept else "its settings are kept"
+    return f"{stand}; {resumption(run)}"
+
+
+def resumption(run: RunDirectory) -> str:
+    return f"go on with python -m arcopo_fast.train --resume {run.path}"
 
 
 def command_line() -> RecipeParser:

@@ -34,6 +34,7 @@ from arcopo_fast.commands import Parser, RecipeParser, adapter_path, finite, pos
 from arcopo_fast.commands import seed as seed_option
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
+from arcopo_fast.files import atomic_write, check_out
 from arcopo_fast.generate import load_scaled_adapter, sized_engine, stream_frames
 from arcopo_fast.groups import weights_digest
 from arcopo_fast.hub import find
@@ -41,7 +42,6 @@ from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
 from arcopo_fast.runtime.interrupt import Interrupted, Interruption
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.runtime.run_dir import atomic_write, check_out
 from arcopo_fast.runtime.vbench import (
     DIMENSIONS,
     INFO,

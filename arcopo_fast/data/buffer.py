@@ -30,8 +30,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.files import atomic_path, atomic_write, settle
 from arcopo_fast.runtime.locks import lock
-from arcopo_fast.runtime.run_dir import atomic_path, atomic_write
 
 FORMAT = 1
 FILE = "buffer.json"
@@ -101,6 +101,7 @@ class Buffer:
         for name in ("entries", "claims"):
             (path / name).mkdir(exist_ok=True)
         with lock(path / "claims" / "buffer", "buffer", wait=True):
+            settle(path, "buffer", owned=True)
             if not (path / FILE).exists():
                 _write_document(path, {"format": FORMAT, "groups": groups, "policy": _signed(policy), "recipe": _signed(recipe)})
             document = _read_document(path)
@@ -240,7 +241,7 @@ class Buffer:
             raise BrokenEntry(f"{path} is missing") from None
         except SafetensorError as error:
             raise BrokenEntry(f"{path} is broken: {error}") from None
-        except (ValueError, KeyError, TypeError):  # whatever stands in the place of our header
+        except (ValueError, KeyError, TypeError, RecursionError):  # whatever stands in the place of our header
             raise BrokenEntry(f"{path} is broken: it is not an entry of a replay buffer") from None
         if (held, policy) != (index, self._fingerprint):
             raise BrokenEntry(f"{path} is not of this buffer: it says entry {held} of policy {policy}, not {index} of {self._fingerprint}")
@@ -274,8 +275,7 @@ class Buffer:
         """Hold an entry's claim; False if another process does and `wait` is off."""
         with lock(self.path / "claims" / f"{index:06d}", "buffer", wait=wait) as locked:
             if locked:
-                for left in (self.path / "entries").glob(f".{index:06d}.*"):  # by one that was killed while writing
-                    left.unlink()
+                settle(self.path / "entries", f"{index:06d}", owned=True)
                 self._claimed.add(index)
             try:
                 yield locked
@@ -301,7 +301,7 @@ def all_metadata(path: str | Path) -> list[dict[str, Any]]:
     """The metadata of every entry of a buffer, nothing checked: to know what a buffer is about before it is opened."""
     found = []
     for file in sorted((Path(path) / "entries").glob("*.safetensors")):
-        with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError), safe_open(file, "pt") as opened:
+        with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError), safe_open(file, "pt") as opened:
             found.append(dict(json.loads(opened.metadata()["entry"])["metadata"]))
     return found
 
@@ -362,10 +362,13 @@ def _read_document(path: Path) -> dict[str, Any]:
         document = json.loads(file.read_bytes())
         version = document["format"]
         signed = all(document[kind]["fingerprint"] == fingerprint(document[kind]["values"]) for kind in ("policy", "recipe"))
-        intact = signed and isinstance(document["groups"], int | None)
+        groups = document["groups"]
+        intact = signed and (groups is None or (type(groups) is int and groups > 0))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is no replay buffer: it has no {FILE}; make one with {COLLECT}") from None
-    except (ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if version != FORMAT:
         raise UserError(f"{file} has format {version!r}, and this version reads {FORMAT}; collect again with {COLLECT}")

@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-import shutil
-import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from arcopo_fast import files
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.sizes import check_sizes
 from arcopo_fast.model.tensors import check_dtype, check_finite, rename
@@ -413,48 +411,14 @@ def save_tensors(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
 
 @contextmanager
 def atomic_directory(directory: str | Path) -> Iterator[Path]:
-    """A temporary directory beside `directory` that takes its place when the block ends without an error, and else disappears.
-
-    An existing directory is replaced only if it holds nothing but what is written anew, so that no stranger's file is lost.
+    """`files.atomic_directory`, which replaces an existing directory only if it holds nothing but what is written anew.
 
     Raises:
         UserError: it cannot be written, or holds other files.
     """
-    target = Path(directory).absolute()
-    token = uuid.uuid4().hex[:8]
-    temporary = target.with_name(f".{target.name}.{token}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        for file in (*temporary.iterdir(), temporary):
-            _flush(file)
-        if target.exists():
-            if not target.is_dir():
-                raise UserError(f"{directory} is a file; give a directory to write to")
-            if strangers := {file.name for file in target.iterdir()} - {file.name for file in temporary.iterdir()}:
-                raise UserError(f"{directory} holds other files ({shorten(strangers, 3)}); give a new directory")
-            former = target.with_name(f".{target.name}.{token}.old")
-            os.rename(target, former)
-            try:
-                os.rename(temporary, target)
-            except OSError:
-                os.rename(former, target)
-                raise
-            shutil.rmtree(former)
-        else:
-            os.rename(temporary, target)
-        _flush(target.parent)
+        with files.atomic_directory(directory, only_same=True) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
         raise UserError(f"{directory} cannot be written: {reason}; free space there, or give another directory") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -233,7 +233,7 @@ def _matching(names: Sequence[str], targets: Sequence[str]) -> set[str]:
 # In files --------------------------------------------------------------------------------------------------------------------------
 
 
-def save_adapter(directory: str | Path, module: nn.Module, *, base_model: str | None = None) -> None:
+def save_adapter(directory: str | Path, module: nn.Module, *, base_model: str | None = None, more: Mapping[str, str] | None = None) -> None:
     """Write the adapter in PEFT form (`adapter_model.safetensors`, `adapter_config.json`) and diffusers form
     (`pytorch_lora_weights.safetensors`), complete or not at all.
 
@@ -242,6 +242,7 @@ def save_adapter(directory: str | Path, module: nn.Module, *, base_model: str | 
 
     Args:
         base_model: recorded as `base_model_name_or_path`.
+        more: other files of the directory, as text by name.
 
     Raises:
         UserError: the directory cannot be written, or holds other files.
@@ -251,10 +252,17 @@ def save_adapter(directory: str | Path, module: nn.Module, *, base_model: str | 
         raise ValueError("the module has no adapter")
     config = _config(module)
     adapter = Adapter(state, config.r, config.lora_alpha)
-    write_adapter(directory, adapter, targets=sorted(config.target_modules or ()), base_model=base_model)
+    write_adapter(directory, adapter, targets=sorted(config.target_modules or ()), base_model=base_model, more=more)
 
 
-def write_adapter(directory: str | Path, adapter: Adapter, *, targets: Sequence[str] | None = None, base_model: str | None = None) -> None:
+def write_adapter(
+    directory: str | Path,
+    adapter: Adapter,
+    *,
+    targets: Sequence[str] | None = None,
+    base_model: str | None = None,
+    more: Mapping[str, str] | None = None,
+) -> None:
     """`save_adapter` of an adapter that is in no module. targets: as `add_lora` takes them; None: every adapted layer by its whole name."""
     from peft import LoraConfig
 
@@ -270,6 +278,8 @@ def write_adapter(directory: str | Path, adapter: Adapter, *, targets: Sequence[
         config.save_pretrained(str(temporary))
         save_tensors(temporary / PEFT_WEIGHTS, {_PEFT_PREFIX + name: tensor for name, tensor in adapter.state.items()})
         save_tensors(temporary / DIFFUSERS_WEIGHTS, baked, {DIFFUSERS_METADATA: header})
+        for name, text in (more or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
 
 
 def merge_adapters(first: Adapter, second: Adapter, scale: float) -> Adapter:

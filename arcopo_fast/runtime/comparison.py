@@ -8,12 +8,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from arcopo_fast.files import atomic_write
 from arcopo_fast.runtime.charts import line_chart, moving_mean
 from arcopo_fast.runtime.curves import HEALTH, REWARD, Statistic, curve, logs, reward_statistics
 from arcopo_fast.runtime.hacking import scatter_charts, verdict
 from arcopo_fast.runtime.page import chip, figures, give_or_take, page, plain, section, signed, table, video
+from arcopo_fast.runtime.report import left_out
 from arcopo_fast.runtime.results import KINDS, Change, Run, number, read_run, stage_seconds
-from arcopo_fast.runtime.run_dir import atomic_write
 from arcopo_fast.runtime.series import Series, differences, group, mean_and_deviation, over_seeds
 
 _MOST_PROMPTS = 4
@@ -78,7 +79,7 @@ def _headline(series: Sequence[Series]) -> str:
         notes.append("The series weigh rewards differently, so their total rewards cannot be compared with each other.")
     if len({_start(one) for one in series}) > 1:
         notes.append("The series do not start from the same videos: compare their changes, not their values.")
-    said = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    said = "".join(f"<p>{escape(note)}</p>" for note in notes) + "".join(map(left_out, runs))
     names = ", ".join(dict.fromkeys(run.config.generator.checkpoint for run in runs))
     facts = escape(f"{_count(len(series), 'series')} · {_count(len(runs), 'run')} · generator {names}")
     return f'<header><h1>Comparison of runs</h1><p class="facts">{facts}</p>{said}</header>'
@@ -200,19 +201,19 @@ def _video_section(series: Sequence[Series]) -> str:
     for index, one in enumerate(series):
         starts.setdefault(_start(one), []).append((index, one))
     cards: list[str] = []
-    left_out = size = 0
+    skipped = size = 0
     for members in starts.values():
         for place, ((_, prompt), row) in enumerate(_video_rows(members).items()):
             more = sum(path.stat().st_size for path, _, _ in row)
             if place >= _MOST_PROMPTS or (cards and size + more > _MOST_VIDEO_BYTES):
-                left_out += 1
+                skipped += 1
                 continue
             size += more
             videos = "".join(video(path, label, mark) for path, label, mark in row)
             cards.append(f'<figure><figcaption>{escape(prompt)}</figcaption><div class="strip">{videos}</div></figure>')
     if not cards:
         return ""
-    rest = f" Left out here: {_count(left_out, 'more video')} of this kind, in the directories of the runs." if left_out else ""
+    rest = f" Left out here: {_count(skipped, 'more video')} of this kind, in the directories of the runs." if skipped else ""
     return section("Videos", legend(series) + f'<div class="rows">{"".join(cards)}</div>', _VIDEO_NOTE + rest)
 
 
@@ -228,7 +229,7 @@ def _video_rows(members: Sequence[tuple[int, Series]]) -> dict[tuple[Any, str], 
         for entry in run.evaluation.get("videos") or []:
             row = rows.setdefault((entry.get("seed"), str(entry.get("prompt"))), [])
             for side, mark in (("before", ""), ("after", chip(index))):
-                path = run.directory / str(entry.get(side))
+                path = run.directory / (entry[side] or "")
                 if path.is_file() and (mark or not row):
                     row.append((path, f"{side}, {plain(number(entry.get(f'reward_{side}')))}" if alike else side, mark))
     return {key: row for key, row in rows.items() if row}

@@ -72,7 +72,7 @@ def logs(config: Config, statistic: Statistic) -> bool:
 
 def updates(records: Sequence[Record]) -> list[int]:
     """The numbers of the updates that were logged."""
-    return sorted({int(match[1]) for record in records for name in record if (match := re.match(r"update(\d+)/", name))})
+    return sorted({int(match[1]) for record in records for name in record if (match := re.match(r"update(\d{1,9})/", name))})
 
 
 def curve(records: Sequence[Record], statistic: Statistic) -> list[tuple[float, float]]:

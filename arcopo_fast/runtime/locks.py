@@ -1,7 +1,8 @@
 """Locks between processes that the kernel drops when their holder ends, however it ends: nothing stays locked by the dead.
 
 They hold wherever processes see each other's locks: local file systems, NFS (but not mounted with nolock or local_lock), Lustre mounted
-with flock, CephFS, GPFS. Lock files stay where they are: to remove one that another process is about to lock would let two hold the same.
+with flock, CephFS, GPFS. The files of `lock` stay where they are: to remove one that another process is about to lock would let two hold
+the same. `Owner` looks again.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from arcopo_fast.errors import UserError
 
+LOCK = ".lock"  # of an owner, in its directory
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -51,3 +55,90 @@ def lock(path: Path, what: str, *, wait: bool, span: range | None = None) -> Ite
         if locked and span is None:
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough while a forked child still has the descriptor
         os.close(descriptor)
+
+
+class Owner:
+    """The only process that writes to a directory, until `release` or the end of the process, however it ends.
+
+    The kernel keeps the lock, on the file `.lock` in the directory, which says who holds it and goes away with `release`. The lock stays
+    with the directory when that is renamed.
+
+    Raises:
+        UserError: another process owns the directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._descriptor = self._lock()
+
+    def _lock(self) -> int:
+        path = self.directory / LOCK
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if not _try_lock(descriptor, path):
+                    holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+                    raise UserError(f"{self.directory} is in use by {holder}; wait until that ends, or stop it")
+                if _same_file(descriptor, path):  # else its former owner has just removed it
+                    os.truncate(descriptor, 0)
+                    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def release(self) -> None:
+        """Let others own the directory, wherever it is by now. May be called twice."""
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            with suppress(OSError):
+                if _same_file(descriptor, self.directory / LOCK):
+                    (self.directory / LOCK).unlink()
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # as in `lock`
+            os.close(descriptor)
+
+    def __enter__(self) -> Owner:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.release()
+
+
+@contextmanager
+def owned(directory: Path) -> Iterator[None]:
+    """Own a directory within the block. It is made if need be, and goes away again if it is empty at the end.
+
+    Raises:
+        UserError: another process owns it.
+    """
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with Owner(directory):
+            yield
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    """Lock an open file; False if another process has done so. Says where the file system cannot, which keeps nobody out."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(f"the file system of {path.parent} has no locks: see to it yourself that no other process uses it", file=sys.stderr)
+    return True
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    """Whether an open file is what lies at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -8,39 +8,57 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.runtime.run_dir import atomic_write
+from arcopo_fast.files import atomic_write
 
 if TYPE_CHECKING:
     from arcopo_fast.runtime.events import Events
 
 FILE = "metrics.jsonl"
+LARGEST = 1e150  # its square is a float too
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)] | None
+"""What was measured; null where it was not a finite number."""
+
+
+class _Record(BaseModel):
+    """A line of metrics.jsonl: whatever was measured, by name."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[str, bool | Number | str | dict[str, Number]] = Field(init=False)
+    step: Annotated[int, Field(ge=1, lt=1 << 53)]
+    time: dict[str, Annotated[float, Field(ge=0, le=LARGEST)] | None] | None = None
 
 
 class MetricsWriter:
     """Appends to metrics.jsonl in a run directory; a context manager.
 
-    after: of what an earlier part of the run wrote, keep the steps up to this one only; None: all. A line that was torn when a process was
-    killed is dropped. tensorboard: also write events to tensorboard/.
+    after: the last step that an earlier part of the run has kept: of each step up to this one the line stays, and no other; stderr names
+    those that are missing. None: whatever is there stays, but for a line that was torn when a process was killed. tensorboard: also write
+    events to tensorboard/.
     """
 
     def __init__(self, directory: str | Path, *, after: int | None = None, tensorboard: bool = True) -> None:
         path = Path(directory) / FILE
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # after the last newline: nothing, or a torn line
+        if after is not None:
+            lines = _done(lines, after, path)
         if path.exists():
-            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-            atomic_write(path, b"".join(line for line in lines if after is None or json.loads(line)["step"] <= after))
+            atomic_write(path, b"".join(line + b"\n" for line in lines))
         # Unbuffered: what could not be written is not tried again when the file is closed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         self._events: Events | None = None
         if tensorboard:
             from arcopo_fast.runtime.events import Events
 
-            self._events = Events(Path(directory) / "tensorboard")
+            self._events = Events(Path(directory) / "tensorboard", after=after or 0)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line, complete or not at all.
@@ -56,7 +74,7 @@ class MetricsWriter:
         try:
             while line:
                 line = line[self._file.write(line) :]
-        except OSError:
+        except BaseException:  # an interrupt too
             self._cut(start)
             raise
         if self._events is not None:
@@ -92,14 +110,48 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a torn line
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: not a JSON record; the file was changed by something else than a run")
+        record = _read(line)
+        if record is None:
+            raise UserError(f"{path}:{number}: not a JSON record of a step; the file was changed by something else than a run")
         records.append(record)
     return records
+
+
+def _read(line: bytes) -> dict[str, Any] | None:
+    """A line's record; None if it is not one."""
+    try:
+        return _Record.model_validate_json(line).model_dump(exclude_unset=True)
+    except ValidationError:
+        return None
+
+
+def _done(lines: Sequence[bytes], after: int, path: Path) -> list[bytes]:
+    """The line of each step up to `after`, in order; of one that was logged twice, the later. Says what is missing."""
+    found: dict[int, bytes] = {}
+    broken = []
+    for number, line in enumerate(lines, start=1):
+        record = _read(line)
+        if record is None:
+            broken.append(number)
+        else:
+            found[record["step"]] = line
+    missing = [step for step in range(1, after + 1) if step not in found]
+    if missing or broken:
+        cause = f", for lines {_listed(broken)} were damaged" if broken else ""
+        what = f"iterations {_listed(missing)} are missing{cause}" if missing else f"lines {_listed(broken)} were damaged, and are removed"
+        print(f"{path}: {what}; the run goes on, and its curves are of the rest", file=sys.stderr)
+    return [found[step] for step in range(1, after + 1) if step in found]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Increasing numbers with ranges, as in 1-3, 7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def _plain(value: Any) -> Any:

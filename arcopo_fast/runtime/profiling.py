@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.files import atomic_path
 
 STAGES = ("prefix", "fork", "denoise", "clean", "reencode", "decode", "reward", "replay", "optimiser")
 """Of an iteration, in the order in which they come. fork: the branches' noise and page tables; reencode: the VAE's part in a context."""
@@ -133,5 +134,6 @@ class Trace:
     def _finish(self) -> None:
         self._profiler.stop()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._profiler.export_chrome_trace(str(self._path))
+        with atomic_path(self._path) as partial:
+            self._profiler.export_chrome_trace(str(partial))
         self._profiler = None

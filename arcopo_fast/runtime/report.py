@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from arcopo_fast.config import Config
+from arcopo_fast.files import atomic_write
 from arcopo_fast.recipe import resolved_yaml
 from arcopo_fast.runtime.charts import line_chart
 from arcopo_fast.runtime.curves import HEALTH, REWARD, Statistic, logs, reward_statistics, updates
 from arcopo_fast.runtime.hacking import verdict
 from arcopo_fast.runtime.page import figures, give_or_take, page, plain, section, signed, table, video, warning
 from arcopo_fast.runtime.results import Change, Record, Run, number, points, read_run, stage_floors, stage_seconds
-from arcopo_fast.runtime.run_dir import atomic_write
 from arcopo_fast.runtime.stall import notice, stalled_since
 
 _CHANGE_NOTE = (
@@ -83,6 +83,7 @@ def _headline(run: Run, videos: bool) -> str:
         if not there
     ]
     missing = f"<p>The run has not come to its end. Not here yet: {', '.join(absent)}.</p>" if absent else ""
+    missing += left_out(run)
     weights = ", ".join(f"{name} × {weight:g}" for name, weight in config.rewards.items())
     return (
         f"<header><h1>{escape(config.name)}</h1>{result}"
@@ -94,6 +95,11 @@ def _stall(run: Run) -> str:
     """A warning if the run's last iterations taught it nothing."""
     since = stalled_since(run.records)
     return "" if since is None else warning("The run stopped learning", f"<p>{escape(notice(since).capitalize())}.</p>")
+
+
+def left_out(run: Run) -> str:
+    """HTML: what is not shown, and why."""
+    return "".join(f"<p>Left out: {escape(sentence)}</p>" for sentence in run.left_out)
 
 
 def _change_table(changes: Sequence[Change]) -> str:
@@ -119,7 +125,8 @@ def _left_out(change: Change) -> str:
 def _videos(directory: Path, videos: Iterable[Mapping[str, Any]]) -> str:
     cards = []
     for entry in videos:
-        sides = [video(directory / entry[side], side) for side in ("before", "after") if (directory / entry[side]).is_file()]
+        files = {side: directory / entry[side] for side in ("before", "after") if entry[side] is not None}
+        sides = [video(file, side) for side, file in files.items() if file.is_file()]
         rewards = f"reward {plain(number(entry.get('reward_before')))} → {plain(number(entry.get('reward_after')))}"
         caption = f"{escape(str(entry['prompt']))}<br><small>{rewards}</small>"
         if sides:

@@ -11,24 +11,96 @@ for a score that failed.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
-from arcopo_fast.recipe import load_config
-from arcopo_fast.runtime.metrics import FILE, read_metrics
+from arcopo_fast.recipe import load_config, shorten
+from arcopo_fast.runtime.metrics import FILE, LARGEST, Number, read_metrics
 
 DEVICE = "device.json"  # what a run ran on: device, versions, ceilings, and by pivot the seconds below which no stage of an iteration gets
 TOTAL = "reward"  # the weighted sum of the rewards, in metrics.jsonl and evaluation.json
 KINDS = ("total", "trained", "held out")
 Record = Mapping[str, Any]
+
+
+# What files hold -------------------------------------------------------------------------------------------------------------------
+
+
+class Document(BaseModel):
+    """A JSON file that a run writes and reads back, of which what is read has these types. Other keys are left alone."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Summary(Document):
+    """One score of an evaluation, over its videos; null where it failed."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    mean: Number = None
+    std: Number = None
+    values: list[Number] = []
+
+
+class Sample(Document):
+    """A video that was written before and after; both names are relative to the run's directory."""
+
+    prompt: str
+    seed: int | None = None
+    before: str | None = None
+    after: str | None = None
+    reward_before: Number = None
+    reward_after: Number = None
+
+
+class _Evaluation(Document):
+    before: dict[str, Summary] = {}
+    after: dict[str, Summary] = {}
+    videos: list[Sample] = []
+
+
+_Amount = Annotated[float, Field(ge=0, le=LARGEST)]
+
+
+class _Device(Document):
+    device: str
+    dtype: str
+    matmul: _Amount
+    bandwidth: _Amount
+    floor: dict[str, dict[str, _Amount]] = {}
+
+
+_D = TypeVar("_D", bound=Document)
+
+
+def read_document(path: Path, kind: type[_D], what: str) -> _D:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: it cannot be read, or it is not `what`, such as "the evaluation of a run".
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        raise UserError(
+            f"{path}: not {what} ({shorten(where + first['msg'], 160)}); the file was changed by something else than a run: put it back "
+            "from a copy"
+        ) from None
+
+
+# What they say ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -97,13 +169,14 @@ def changes(config: Config, evaluation: Mapping[str, Any]) -> list[Change]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory; what the run did not come to is empty."""
+    """A run directory; what the run did not come to is empty. left_out: sentences on what is there and not shown."""
 
     directory: Path
     config: Config
     records: Sequence[Record]
     evaluation: Mapping[str, Any]
     device: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Sequence[str] = ()
 
     @cached_property
     def changes(self) -> list[Change]:
@@ -131,30 +204,36 @@ def read_run(directory: str | Path) -> Run:
         raise UserError(f"{directory} is not a run: it {problem}; give the directory that a run has made, as in runs/toy")
     config = load_config(str(directory / "config.yaml"))
     records = read_metrics(directory) if (directory / FILE).is_file() else []
-    return Run(directory, config, records, _read_evaluation(directory / "evaluation.json"), _read_device(directory / DEVICE))
+    evaluation = _read(directory / "evaluation.json", _Evaluation, "the evaluation of a run")
+    left_out, strangers = [], []
+    for entry in evaluation.get("videos", ()):
+        for side in ("before", "after"):
+            if entry[side] is not None and not _is_own_video(directory, entry[side]):
+                strangers.append(shorten(entry[side]))
+                entry[side] = None
+    if strangers:
+        names = ", ".join(strangers[:3]) + (f" and {len(strangers) - 3} more" if len(strangers) > 3 else "")
+        left_out.append(f"{directory / 'evaluation.json'} names what is no mp4 file inside the run's directory: {names}.")
+    device: Mapping[str, Any] = {}
+    try:
+        device = _read(directory / DEVICE, _Device, "what a run says of its device")
+    except UserError as error:  # it only adds to what is shown
+        left_out.append(f"{error}.")
+    return Run(directory, config, records, evaluation, device, left_out)
 
 
-def _read_evaluation(path: Path) -> Mapping[str, Any]:
+def _read(path: Path, kind: type[Document], what: str) -> dict[str, Any]:
     """Empty if there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        document = None
-    sides = [document.get(side, {}) for side in ("before", "after")] if isinstance(document, dict) else [None]
-    if not all(isinstance(side, dict) and all(isinstance(scores, dict) for scores in side.values()) for side in sides):
-        raise UserError(f"{path}: not the evaluation of a run; the file was changed by something else than a run")
-    return document
+    return read_document(path, kind, what).model_dump() if path.is_file() else {}
 
 
-def _read_device(path: Path) -> Mapping[str, Any]:
-    """Empty if there is none: it only adds to what is shown."""
+def _is_own_video(directory: Path, name: str) -> bool:
+    """Whether a name leads to an mp4 inside the directory, or to none at all, and by no link out of it."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) and isinstance(document.get("floor"), dict) else {}
+        path = (directory / name).resolve()
+        return path.suffix.lower() == ".mp4" and path.is_relative_to(directory.resolve()) and (path.is_file() or not path.exists())
+    except (OSError, ValueError, RuntimeError):  # no name of a file, or links in a circle
+        return False
 
 
 def points(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
@@ -176,7 +255,7 @@ def stage_seconds(records: Sequence[Record]) -> dict[str, float]:
 
 def stage_floors(records: Sequence[Record], device: Mapping[str, Any]) -> dict[str, float]:
     """Mean seconds below which no stage of these iterations could get, by stage, of the pivots that they had; empty if that is unknown."""
-    floor = device.get("floor") or {}
+    floor = {pivot: seconds for pivot, seconds in (device.get("floor") or {}).items() if seconds}
     timed = [record for record in records if isinstance(record.get("time"), Mapping) and record["time"]]
     pivots = [str(int(record["pivot"])) for record in timed if number(record.get("pivot")).is_integer()]
     if not timed or len(pivots) < len(timed) or not set(pivots) <= floor.keys():  # groups of one iteration that had several pivots

@@ -1,188 +1,86 @@
-"""The directory a run leaves behind, and writing to it so that a reader never finds half a file.
+"""The directory a run leaves behind, which one process at a time works on.
 
-    runs/<name>/  config.yaml  metrics.jsonl  tensorboard/  samples/  checkpoints/step-N/  adapter/  evaluation.json  report.html
+    runs/<name>/  config.yaml  inputs.json  device.json  metrics.jsonl  tensorboard/  samples/  checkpoints/step-N/
+                  adapter/  evaluation.json  report.html
 
-Everything is written under a hidden name in the same folder, flushed to the disk and renamed: what has its final name is complete.
+A checkpoint holds SHA256SUMS, which `sha256sum -c SHA256SUMS` reads too.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
+from arcopo_fast.files import (
+    atomic_directory,
+    atomic_write,
+    hidden_directory,
+    remove_directory,
+    settle,
+    take_place,
+    to_disk,
+    why_not,
+)
 from arcopo_fast.recipe import load_config, resolved_yaml
+from arcopo_fast.runtime.locks import Owner
 
-_HARDLY_ANYTHING = 1 << 16  # bytes; a failed write leaves less than a block free
-
-
-def atomic_write(path: str | Path, content: str | bytes) -> None:
-    """Write a file, or leave what was there before as it was. Text is UTF-8."""
-    path = Path(path)
-    with atomic_path(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+SUMS = "SHA256SUMS"
 
 
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A hidden file with the same ending beside `path`, for a writer that wants a name; it becomes `path` at the end of the block.
-
-    If the block fails, the hidden file goes away and `path` is as it was before.
-    """
-    path = Path(path)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(descriptor)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        _to_disk(partial)
-        os.replace(partial, path)
-    except BaseException as error:
-        full = _disk_full(error, partial)
-        partial.unlink(missing_ok=True)
-        if full:
-            raise full from error
-        raise
-    _to_disk(path.parent)
-
-
-@contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """A hidden directory beside `path` to fill; it becomes `path`, in the place of what was there, at the end of the block.
-
-    If the block fails, the hidden directory goes away and `path` is as it was before.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield partial
-        partial.chmod(0o777 & ~_umask())
-        for entry in [*partial.rglob("*"), partial]:
-            _to_disk(entry)
-        _take_place(partial, path)
-    except BaseException as error:
-        full = _disk_full(error, partial)
-        shutil.rmtree(partial, ignore_errors=True)
-        if full:
-            raise full from error
-        raise
-
-
-def check_out(out: Path) -> None:
-    """Raise `UserError` if `out` could not be made or written to; leaves nothing. For failing before the slow part."""
-    if problem := _why_not(out):
-        raise UserError(f"cannot write to {out}: {problem}; give another --out")
-
-
-def _why_not(path: Path) -> str | None:
-    """What keeps a directory from being made or written to; None: nothing."""
-    existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists() or folder.is_symlink())
-    if not existing.is_dir():
-        return f"{existing} is not a directory"
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
-def _disk_full(error: BaseException, partial: Path) -> OSError | None:
-    """What a full disk should have raised, if it made a library raise something else: torch.save complains about a position in its file."""
-    if isinstance(error, OSError) or not isinstance(error, Exception):
-        return None
-    disk = os.statvfs(partial)
-    full = disk.f_bavail * disk.f_frsize < _HARDLY_ANYTHING
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial.parent)) if full else None
-
-
-def _take_place(new: Path, path: Path) -> None:
-    """Rename a directory to `path`. A directory that stands there is put aside first and removed after."""
-    if path.is_dir() and any(path.iterdir()):
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
-        os.rename(path, aside)
-        try:
-            os.rename(new, path)
-        except BaseException:
-            os.rename(aside, path)
-            aside.parent.rmdir()
-            raise
-        shutil.rmtree(aside.parent, ignore_errors=True)
-    else:
-        os.rename(new, path)
-    _to_disk(path.parent)
-
-
-def _to_disk(path: Path) -> None:
-    """Flush a file, or a directory's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    """The process's mask for new files; it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+# Names, without their endings, of what a run writes: what a killed process left of them is removed.
+_OWN = r"config|inputs|device|metrics|evaluation|report|adapter|README|trace\.json|step-\d+|(?:before|after)-\d+"
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """path: where the run's files lie. keep: how many checkpoints stay."""
+    """path: where the run's files lie. keep: how many checkpoints stay. owner: set while this process owns the directory."""
 
     path: Path
     keep: int = 1
+    owner: Owner | None = None
 
     @staticmethod
     def check(config: Config) -> None:
         """Raise `UserError` if a run could not be created; writes nothing that stays. For failing before the slow part of a start."""
         parent = Path(config.run.directory)
-        if problem := _why_not(parent):
+        if problem := why_not(parent):
             raise _cannot_make(parent / config.name, problem)
-        if config.run.overwrite:
-            _check_replaceable(parent / config.name)
+        if config.run.overwrite and (earlier := _earlier(parent / config.name)):
+            earlier.release()
 
     @classmethod
     def create(cls, config: Config) -> RunDirectory:
-        """Make the directory of a new run, with its resolved config.yaml: complete or absent.
+        """Make the directory of a new run, with its resolved config.yaml, complete or absent; this process owns it.
 
         The name is `run.directory`/`name`; if that is taken, -2, -3 and so on is added and said on stderr, or, with `run.overwrite`, the
         earlier run is replaced.
 
         Raises:
-            UserError: the directory cannot be made, or what would be overwritten is not a run.
+            UserError: the directory cannot be made, or what would be overwritten is not a run, or is one that is still going on.
         """
         cls.check(config)
         wanted = Path(config.run.directory) / config.name
         made = _missing_parents(wanted)
         try:
             wanted.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{config.name}.", dir=wanted.parent))
-            try:
-                partial.chmod(0o777 & ~_umask())
-                (partial / "samples").mkdir()
-                atomic_write(partial / "config.yaml", resolved_yaml(config))
-                path = wanted
-                if config.run.overwrite:
-                    _take_place(partial, wanted)
-                else:
-                    path = _take_free_place(partial, wanted)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+            settle(wanted.parent, rf"{re.escape(wanted.name)}(?:-\d+)?")
+            with hidden_directory(wanted) as partial:
+                owner = Owner(partial)
+                try:
+                    (partial / "samples").mkdir()
+                    atomic_write(partial / "config.yaml", resolved_yaml(config))
+                    path = _replace(partial, wanted) if config.run.overwrite else _take_free_place(partial, wanted)
+                except BaseException:
+                    owner.release()
+                    raise
         except BaseException as error:
             for folder in made:
                 with suppress(OSError):
@@ -190,9 +88,10 @@ class RunDirectory:
             if isinstance(error, OSError):
                 raise _cannot_make(wanted, error.strerror or str(error)) from None
             raise
+        owner.directory = path
         if path != wanted:
             print(f"{wanted} exists already: this run goes to {path}", file=sys.stderr)
-        return cls(path, config.train.keep_checkpoints)
+        return cls(path, config.train.keep_checkpoints, owner)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -202,11 +101,38 @@ class RunDirectory:
             UserError: it is no run, or it is complete.
         """
         path = Path(path)
+        if not path.exists():
+            settle(path.parent, re.escape(path.name))  # it may have been put aside by a process that was killed then
         if not (path / "config.yaml").is_file():
             raise UserError(f"{path} is not a run: it has no config.yaml; give the directory that a run made")
-        if (path / "evaluation.json").is_file():
-            raise UserError(f"{path} is complete; for a longer run start one with a larger train.iterations")
-        return cls(path, load_config(str(path / "config.yaml")).train.keep_checkpoints)
+        run = cls(path, load_config(str(path / "config.yaml")).train.keep_checkpoints)
+        run.check_incomplete()
+        return run
+
+    def check_incomplete(self) -> None:
+        """Raise `UserError` if there is nothing to go on with. A run whose report is missing has that to write."""
+        if self.evaluated and (self.path / "report.html").is_file():
+            raise UserError(f"{self.path} is complete; for a longer run start one with a larger train.iterations")
+
+    @property
+    def evaluated(self) -> bool:
+        """Everything but the report is there."""
+        return (self.path / "evaluation.json").is_file()
+
+    @contextmanager
+    def owned(self) -> Iterator[RunDirectory]:
+        """Own the directory within the block. What killed processes left half-done is removed first.
+
+        Raises:
+            UserError: another process owns it, or has completed it.
+        """
+        owner = self.owner or Owner(self.path)
+        with owner:
+            if self.owner is None:
+                self.check_incomplete()
+            for folder in (".", "samples", "checkpoints", "adapter", "profile"):
+                settle(self.path / folder, _OWN, owned=True)
+            yield replace(self, owner=owner)
 
     def write(self, name: str, content: str | bytes) -> Path:
         """Write a file of the run, atomically; returns its path."""
@@ -220,14 +146,67 @@ class RunDirectory:
         """A directory to fill, which becomes checkpoints/step-<step> at the end of the block; then the oldest are removed."""
         with atomic_directory(self.path / "checkpoints" / f"step-{step}") as directory:
             yield directory
+            lines = (f"{digest}  {name}\n" for name, digest in _digests(directory).items())  # as sha256sum writes them
+            (directory / SUMS).write_text("".join(lines), encoding="utf-8")
         for old in self.checkpoints()[: -self.keep]:
-            shutil.rmtree(old)
+            remove_directory(old)
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """Checkpoints, oldest first, but for those found damaged."""
         folder = self.path / "checkpoints"
         found = [entry for entry in folder.iterdir() if re.fullmatch(r"step-\d+", entry.name)] if folder.is_dir() else []
-        return sorted(found, key=lambda entry: int(entry.name.removeprefix("step-")))
+        return sorted(found, key=step_of)
+
+    @staticmethod
+    def put_away(checkpoint: Path) -> Path:
+        """Rename a damaged checkpoint, so that it is none any more; returns its new path."""
+        number, path = 1, checkpoint.with_name(f"{checkpoint.name}.damaged")
+        while path.exists():
+            number += 1
+            path = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
+        checkpoint.rename(path)
+        return path
+
+
+# Checkpoints -----------------------------------------------------------------------------------------------------------------------
+
+
+def step_of(checkpoint: Path) -> int:
+    """The iteration after which a checkpoint was saved, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by their checksums; None: nothing, or an earlier version wrote no checksums."""
+    if not (checkpoint / SUMS).exists() and (checkpoint / "trainer.pt").exists():
+        return None
+    try:
+        lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
+        present = _digests(checkpoint)
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({error.strerror if isinstance(error, OSError) else f'{SUMS} is not text'})"
+    written = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if wrong := [name for name in sorted({*written, *present}) if written.get(name) != present.get(name)]:
+        problem = "is missing" if wrong[0] not in present else "is not as it was written"
+        return f"{wrong[0]} {problem}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+    return None
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file below a directory, by its path there."""
+    files = sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file())
+    return {name: _digest(directory / name) for name in files if name != SUMS}
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# A new directory -------------------------------------------------------------------------------------------------------------------
 
 
 def _missing_parents(path: Path) -> list[Path]:
@@ -235,12 +214,31 @@ def _missing_parents(path: Path) -> list[Path]:
     return [folder for folder in path.parents if not folder.exists()]
 
 
-def _check_replaceable(path: Path) -> None:
-    """Only a run is ever deleted, never a folder of something else."""
-    if path.exists() and not (path / "config.yaml").is_file() and not (path.is_dir() and not any(path.iterdir())):
+def _earlier(path: Path) -> Owner | None:
+    """The ownership of the run that is to be overwritten, if there is one. Only a run is ever deleted, never a folder of something else.
+
+    Raises:
+        UserError: it is no run, or another process owns it.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
+    if not (path / "config.yaml").is_file():
         raise UserError(
             f"{path} is not an earlier run (it has no config.yaml), so it is not overwritten; choose another name or run.directory"
         )
+    return Owner(path)
+
+
+def _replace(new: Path, wanted: Path) -> Path:
+    """Rename to `wanted`, in the place of an earlier run, which nobody else owns."""
+    earlier = _earlier(wanted)
+    if earlier is None:
+        os.rename(new, wanted)  # fails if a run is made there at this moment
+        to_disk(wanted.parent)
+    else:
+        with earlier:
+            take_place(new, wanted)
+    return wanted
 
 
 def _take_free_place(new: Path, wanted: Path) -> Path:
@@ -257,7 +255,7 @@ def _take_free_place(new: Path, wanted: Path) -> Path:
             if not path.exists():
                 raise
             continue
-        _to_disk(path.parent)
+        to_disk(path.parent)
         return path
 
 

@@ -30,8 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 from arcopo_fast.data.buffer import fingerprint
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
+from arcopo_fast.files import atomic_write
 from arcopo_fast.runtime.locks import lock
-from arcopo_fast.runtime.run_dir import atomic_write
 
 FORMAT = 1
 STAMP = "evaluation.json"

@@ -32,15 +32,16 @@ def settings(config: Config) -> dict[str, str]:
     """Every setting that two runs of one series share: dotted key -> its value, as an override would write it."""
     return {
         key: yaml.safe_dump([value], default_flow_style=True, width=math.inf, allow_unicode=True).strip()[1:-1]
-        for key, value in _leaves(config)
+        for key, value in leaves(config)
         if key not in _OF_THE_RUN and key.split(".")[0] not in _OF_THE_RUN
     }
 
 
-def _leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting, by its dotted key."""
     for name, value in section:
         if isinstance(value, BaseModel):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.runtime.run_dir import atomic_directory, atomic_write
+from arcopo_fast.files import atomic_directory, atomic_write
 from arcopo_fast.runtime.vbench import (
     FLICKERING,
     FLICKERING_VIDEOS,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.runtime.run_dir import atomic_path, atomic_write
+from arcopo_fast.files import atomic_path, atomic_write
 
 # What plays in a browser first; mpeg4 is in every build of FFmpeg.
 CODECS = ("libx264", "libopenh264", "mpeg4")

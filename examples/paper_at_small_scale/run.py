@@ -22,7 +22,7 @@ from outcome import write_outcome
 
 from arcopo_fast.commands import Parser, positive_int, run_command
 from arcopo_fast.errors import UserError
-from arcopo_fast.runtime.run_dir import atomic_write
+from arcopo_fast.files import atomic_write
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.inputs import INPUTS, check_inputs, sampled_digest
 
 MADE_OF = {"transformer": "0123", "VAE": "4567"}
+CONFIG = load_config("toy")
 JUDGES = {"one": "89", "other": "ab"}
 
 
@@ -48,8 +50,8 @@ def test_few_elements_are_read() -> None:
 
 
 def test_a_run_is_held_to_what_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check_inputs(tmp_path, MADE_OF, JUDGES, done=0)
-    check_inputs(tmp_path, MADE_OF, JUDGES, done=3)
+    check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES, done=0)
+    check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES, done=3)
     assert capsys.readouterr().err == ""
     before = (tmp_path / INPUTS).read_bytes()
     for change, said in (
@@ -58,11 +60,11 @@ def test_a_run_is_held_to_what_it_began_with(tmp_path: Path, capsys: pytest.Capt
         ({"prompts": "0"}, "another prompts than"),
     ):
         with pytest.raises(UserError, match=rf"^{tmp_path} was begun with {said} is here now.*start a new run$"):
-            check_inputs(tmp_path, MADE_OF | change, JUDGES | {"one": "0"}, done=3)
+            check_inputs(tmp_path, CONFIG, MADE_OF | change, JUDGES | {"one": "0"}, done=3)
     assert (tmp_path / INPUTS).read_bytes() == before and capsys.readouterr().err == ""
-    check_inputs(tmp_path, MADE_OF, JUDGES | {"other": "cd"}, done=3)
+    check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES | {"other": "cd"}, done=3)
     assert capsys.readouterr().err.startswith(f"other: another code or other weights than when {tmp_path} was last running")
-    check_inputs(tmp_path, MADE_OF, JUDGES | {"other": "cd"}, done=4)
+    check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES | {"other": "cd"}, done=4)
     assert capsys.readouterr().err == "", "said once"
 
 
@@ -70,5 +72,5 @@ def test_a_run_is_held_to_what_it_began_with(tmp_path: Path, capsys: pytest.Capt
 def test_what_is_damaged_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / INPUTS).write_text(content)
     with pytest.raises(UserError, match=f"{INPUTS} is damaged.*remove it"):
-        check_inputs(tmp_path, MADE_OF, JUDGES, done=random.randrange(9))
+        check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES, done=random.randrange(9))
     assert (tmp_path / INPUTS).read_text() == content

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from arcopo_fast import files
 from arcopo_fast.config import Config
 from arcopo_fast.errors import UserError
+from arcopo_fast.files import atomic_directory, atomic_path, atomic_write
 from arcopo_fast.recipe import load_config
-from arcopo_fast.runtime import run_dir
-from arcopo_fast.runtime.run_dir import RunDirectory, atomic_directory, atomic_path, atomic_write
+from arcopo_fast.runtime.run_dir import RunDirectory
 
 
 def config_in(folder: Path, *overrides: str) -> Config:
@@ -147,6 +148,8 @@ def test_a_taken_name_gets_a_number_and_says_so(tmp_path: Path, capsys: pytest.C
 def test_overwriting_replaces_a_run_and_nothing_else(tmp_path: Path) -> None:
     first = RunDirectory.create(config_in(tmp_path))
     first.write("metrics.jsonl", "old")
+    with first.owned():
+        pass
     again = RunDirectory.create(config_in(tmp_path, "run.overwrite=true"))
     assert again.path == first.path and not (again.path / "metrics.jsonl").exists()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["mine"]
@@ -181,7 +184,7 @@ def test_unwritable_places_are_refused_in_one_line(tmp_path: Path, monkeypatch: 
         raise OSError(errno.EROFS, "Read-only file system")
 
     # Permissions would not do: a test that runs as root may write everywhere.
-    monkeypatch.setattr(run_dir.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", read_only)
     with pytest.raises(UserError, match="cannot make the run directory .*Read-only file system"):
         method(config_in(tmp_path / "runs"))
     assert everything(tmp_path) == {"file": b"x"}

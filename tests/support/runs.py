@@ -56,8 +56,7 @@ def write_run(
 ) -> Path:
     """A run directory; without a `document`, one of a run that was not evaluated."""
     config = settings(folder, *overrides)
-    run = RunDirectory.create(config)
-    with MetricsWriter(run.path, tensorboard=False) as writer:
+    with RunDirectory.create(config).owned() as run, MetricsWriter(run.path, tensorboard=False) as writer:
         for step in range(1, steps + 1):
             names = ["reward", "reward_std", "gradient_norm", *(f"reward/{name}" for name in config.rewards)]
             record: dict[str, Any] = {name: random.random() for name in names}
