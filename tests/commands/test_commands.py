@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -70,6 +71,36 @@ def test_endings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "the disk is full" in ending(wrapped, capsys)[1]
     assert run_command(lambda arguments: None, []) == 0
     assert run_command(lambda arguments: 3, []) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_both_signals_interrupt_a_command(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    former = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+
+    def main(arguments: list[str]) -> None:
+        os.kill(os.getpid(), number)
+        raise AssertionError
+
+    assert run_command(main, []) == 130
+    assert capsys.readouterr().err == "interrupted; what was complete by then is kept, and the same command goes on\n"
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == former
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_end_changes_nothing(number: int) -> None:
+    """While Python ends it would kill the process, or print a traceback."""
+    program = f"""
+import atexit, os, sys
+from arcopo_fast.commands import run_command
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, {int(number)})
+sys.kept_to_the_end = Last()
+atexit.register(lambda: os.kill(os.getpid(), {int(number)}))
+sys.exit(run_command(lambda arguments: 3))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment(), check=False)
+    assert (done.returncode, done.stderr) == (3, "")
 
 
 def test_what_is_not_the_users_doing_keeps_its_traceback() -> None:

@@ -346,6 +346,60 @@ def test_a_sweep_goes_on_after_an_interrupt(
     assert all(path.read_bytes() == before[path] for path in unchanged)
 
 
+def test_one_process_owns_a_sweep_and_what_a_kill_left_is_removed(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "sweep"
+    call = ["--semi", runs[0], "--on", runs[1], "--out", out, "--sweep", "0.4"]
+    seen: list[tuple[int, list[str], str]] = []
+    made_up = MadeUp((0.5, 0.5), (0.6, 0.7), (0.7, 0.6))
+
+    def evaluate(*arguments: Any) -> Evaluation:
+        seen.append(command(capsys, *call))
+        return made_up(*arguments)
+
+    (out / "evaluations").mkdir(parents=True)
+    (out / "evaluations" / ".baseline.abcdefgh.json").write_text("half")
+    (out / ".sweep.abcdefgh.html").write_text("half")
+    monkeypatch.setattr(merge, "evaluate", evaluate)
+    assert command(capsys, *call)[0] == 0
+    assert all(status == 2 and f"{out} is in use by process {os.getpid()} on " in said[0] for status, said, _ in seen) and len(seen) == 3
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
+    # One that was killed between the two renames of a replacement.
+    whole = {path.name: path.read_bytes() for path in (out / "adapter").iterdir()}
+    (out / "adapter").rename(out / ".adapter.01234567.old")
+    monkeypatch.setattr(merge, "judge", lambda *arguments: None)
+    assert command(capsys, *call)[0] == 0
+    assert {path.name: path.read_bytes() for path in (out / "adapter").iterdir()} == whole
+
+
+@pytest.mark.parametrize("text", ["null", '"text"', "-1", "1e999", "NaN", "[]", "{}", "[" * 3000 + "]" * 3000, "true"])
+def test_a_damaged_evaluation_of_a_sweep_is_one_line(
+    text: str, runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "sweep"
+    call = ["--semi", runs[0], "--on", runs[1], "--out", out, "--sweep", "0.4"]
+    monkeypatch.setattr(merge, "load_generator", raising)  # whatever is refused is so before that
+    summary = {"mean": 0.5, "std": 0.1, "values": [0.4, 0.6]}
+    document = {"scale": None, "settings": {}, "scores": {"reward": summary}}
+    for path in [(), ("settings",), ("scores",), ("scores", "reward"), *(("scores", "reward", name) for name in ("mean", "std", "values"))]:
+        changed = json.loads(json.dumps(document))
+        inner: Any = changed
+        for key in path[:-1]:
+            inner = inner[key]
+        if path:
+            inner[path[-1]] = "here"
+        (out / "evaluations").mkdir(parents=True, exist_ok=True)
+        (out / "evaluations" / "baseline.json").write_text(json.dumps(changed).replace('"here"', text) if path else text)
+        status, said, _ = command(capsys, *call)
+        assert status == 2 and len(said) == 1 and "Traceback" not in said[0], (path, said)
+        assert "not an evaluation of a sweep" in said[0] or "holds a sweep of which" in said[0]
+
+
+def raising(*arguments: Any) -> None:
+    raise AssertionError
+
+
 # Bad input
 
 BAD: dict[str, tuple[list[str], str]] = {

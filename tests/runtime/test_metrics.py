@@ -98,3 +98,33 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     scalars = events.Scalars("reward")
     assert [scalar.step for scalar in scalars] == [1, 2, 3]
     assert [scalar.value for scalar in scalars] == pytest.approx(rewards, rel=1e-6)
+
+
+def test_tensorboard_shows_each_step_once_after_a_checkpoint_was_gone_back_to(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for after, steps, reward in ((0, range(1, 6), 1.0), (2, range(3, 5), 2.0)):
+        with MetricsWriter(tmp_path, after=after) as writer:
+            for step in steps:
+                writer.write(step, {"reward": reward})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(scalar.step, scalar.value) for scalar in events.Scalars("reward")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_an_interrupt_in_the_midst_of_a_line_leaves_none_of_it(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    file = writer._file
+
+    class Interrupted:
+        def write(self, content: bytes) -> int:
+            file.write(content[:5])
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(file, name)
+
+    writer._file = Interrupted()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        writer.write(1, {"reward": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
