@@ -20,8 +20,8 @@ import yaml
 from arcopo_fast import train as module
 from arcopo_fast.commands import run_command
 from arcopo_fast.evaluation import Evaluation
-from arcopo_fast.files import LOCK
 from arcopo_fast.model.lora import adapter_enabled
+from arcopo_fast.runtime.locks import LOCK
 from arcopo_fast.runtime.metrics import read_metrics
 from arcopo_fast.runtime.run_dir import SUMS
 from arcopo_fast.train import Trainer, main
@@ -187,7 +187,7 @@ def test_who_only_imports_the_library_keeps_its_signals(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from arcopo_fast.files import Owner
+from arcopo_fast.runtime.locks import Owner
 owner = Owner(Path(sys.argv[1]))
 print("owned", flush=True)
 time.sleep(60)

@@ -15,7 +15,8 @@ import pytest
 
 from arcopo_fast import files
 from arcopo_fast.errors import UserError
-from arcopo_fast.files import LOCK, Owner, atomic_directory, hold, owned, settle
+from arcopo_fast.files import atomic_directory, settle
+from arcopo_fast.runtime.locks import LOCK, Owner, lock, owned
 
 # Replaces a directory and a file, and dies in the n-th call to the file system that could be the last.
 KILLED = """
@@ -172,5 +173,5 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "run" / ".step-1.abcdefgh").exists(), "its maker may live"
     settle(tmp_path / "run", "step-1", owned=True)
     assert not (tmp_path / "run" / ".step-1.abcdefgh").exists()
-    with pytest.raises(UserError, match="has no locks .*; put it elsewhere"), hold(tmp_path / "lock", wait=True, advice="put it elsewhere"):
+    with pytest.raises(UserError, match="has no locks .*; put the buffer on another"), lock(tmp_path / "lock", "buffer", wait=True):
         pass
