@@ -407,6 +407,19 @@ def save_tensors(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
     mode = file.stat().st_mode  # safetensors makes files that only their owner can read
     save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
     file.chmod(mode)
+    _sort_metadata(file)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put the metadata of a safetensors file in order, which safetensors does not: the same tensors shall make the same bytes."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(content) <= length:  # always, as long as safetensors writes JSON without spaces; the rest is padding
+            opened.seek(8)
+            opened.write(content.ljust(length))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.utils import load_peft_weights
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.measure import LiveBytes
 from support.models import small_config
@@ -443,3 +444,14 @@ def test_adapters_of_different_models_do_not_merge(tmp_path: Path) -> None:
     wider = lora.Adapter({**one.state, f"{name}.lora_A.weight": torch.randn(RANK, 99)}, one.rank, one.alpha)
     with pytest.raises(UserError, match=rf"{name} go from 24 to 24 and 99 to 24.*one base model"):
         lora.merge_adapters(one, wider, 0.5)
+
+
+def test_the_same_adapter_makes_the_same_bytes(tmp_path: Path) -> None:
+    """safetensors alone writes metadata of several entries in an order that changes from file to file."""
+    model = adapted(tiny_wan())
+    for index in range(12):
+        lora.save_adapter(tmp_path / str(index), model, base_model="some/base")
+    written = [{file.name: file.read_bytes() for file in (tmp_path / str(index)).iterdir()} for index in range(12)]
+    assert all(each == written[0] for each in written)
+    with safe_open(tmp_path / "0" / lora.DIFFUSERS_WEIGHTS, "pt") as file:
+        assert len(file.metadata()) > 1 and len(list(file.keys())) == len(lora.adapter_state(model))
