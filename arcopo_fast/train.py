@@ -62,7 +62,7 @@ from arcopo_fast.runtime.profiling import Trace
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.runtime.report import write_report
 from arcopo_fast.runtime.results import DEVICE, TOTAL, Change, changes
-from arcopo_fast.runtime.run_dir import SUMS, RunDirectory, damage, step_of
+from arcopo_fast.runtime.run_dir import RunDirectory, step_of
 from arcopo_fast.runtime.stall import PATIENCE, notice, stalled_since
 from arcopo_fast.runtime.versions import version_of
 from arcopo_fast.runtime.video import write_mp4
@@ -239,40 +239,8 @@ class Trainer:
             save_adapter(directory / "adapter", self.generator.model, base_model=self.config.generator.checkpoint)
             torch.save({"iteration": iteration, "optimizer": self.optimizer.state_dict()}, directory / "trainer.pt")
 
-    def restore(self, run: RunDirectory) -> int:
-        """Go back to the newest whole checkpoint; returns its iteration, 0 if none was saved. Damaged ones are named, and put away.
-
-        Raises:
-            UserError: none is whole.
-        """
-        damaged: list[tuple[str, str]] = []
-        for directory in reversed(run.checkpoints()):
-            problem = damage(directory)
-            if problem is None:
-                checked = (directory / SUMS).exists()
-                if not checked:
-                    print(f"{directory} has no {SUMS}, as an earlier version left it: it is used unchecked", file=sys.stderr)
-                try:
-                    self._load(directory)
-                except Exception as error:  # of bytes that nobody has checked the set is open
-                    if checked:
-                        raise
-                    problem = f"cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-            if problem is None:
-                for name, line in damaged:
-                    put_away = run.put_away(directory.with_name(name))
-                    print(f"{line}; it is now {put_away.name}, and the run goes on from {directory.name}", file=sys.stderr)
-                return step_of(directory)
-            damaged.append((directory.name, f"{directory} is damaged: {problem}"))
-        if damaged:
-            raise UserError(
-                f"no checkpoint of {run.path} is whole: {damaged[0][1]}; put one back from a copy, or remove {run.path / 'checkpoints'} to "
-                "begin with the first iteration"
-            )
-        return 0
-
-    def _load(self, directory: Path) -> None:
-        """Take over what `save` wrote."""
+    def restore(self, directory: Path) -> None:
+        """Go back to what `save` wrote."""
         load_adapter(self.generator.model, directory / "adapter")
         state = torch.load(directory / "trainer.pt", map_location="cpu", weights_only=True)  # where AdamW counts its steps; the rest moves
         if state["iteration"] != step_of(directory):
@@ -346,7 +314,7 @@ def iterations(trainer: Trainer, run: RunDirectory, trace: Trace) -> Evaluation:
         Interrupted: the user asked to stop; a checkpoint was saved after the iteration at hand.
     """
     config = trainer.config
-    done = saved = trainer.restore(run)
+    done = saved = run.restore(trainer.restore)
     if done > config.train.iterations:
         raise UserError(f"{run.path} has done {done} iterations, and train.iterations is {config.train.iterations}; give at least {done}")
     check_inputs(run.path, config, trainer.made_of, trainer.judges, done=done)

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,18 +157,52 @@ class RunDirectory:
         found = [entry for entry in folder.iterdir() if re.fullmatch(r"step-\d+", entry.name)] if folder.is_dir() else []
         return sorted(found, key=step_of)
 
-    @staticmethod
-    def put_away(checkpoint: Path) -> Path:
-        """Rename a damaged checkpoint, so that it is none any more; returns its new path."""
-        number, path = 1, checkpoint.with_name(f"{checkpoint.name}.damaged")
-        while path.exists():
-            number += 1
-            path = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
-        checkpoint.rename(path)
-        return path
+    def restore(self, load: Callable[[Path], None]) -> int:
+        """Load the newest whole checkpoint; returns its iteration, 0 if none was saved. Damaged ones are named on stderr, and put away.
+
+        Raises:
+            UserError: none is whole.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for checkpoint in reversed(self.checkpoints()):
+            problem = damage(checkpoint)
+            if problem is None:
+                checked = (checkpoint / SUMS).exists()
+                if not checked:
+                    print(f"{checkpoint} has no {SUMS}, as an earlier version left it: it is used unchecked", file=sys.stderr)
+                try:
+                    load(checkpoint)
+                except Exception as error:  # of bytes that nobody has checked the set is open
+                    if checked:
+                        raise
+                    problem = f"cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            if problem is None:
+                for path, said in damaged:
+                    print(
+                        f"{path} is damaged: {said}; it is now {_put_away(path).name}, and the run goes on from {checkpoint.name}",
+                        file=sys.stderr,
+                    )
+                return step_of(checkpoint)
+            damaged.append((checkpoint, problem))
+        if damaged:
+            raise UserError(
+                f"no checkpoint of {self.path} is whole: {damaged[0][0]} is damaged: {damaged[0][1]}; put one back from a copy, or remove "
+                f"{self.path / 'checkpoints'} to begin with the first iteration"
+            )
+        return 0
 
 
 # Checkpoints -----------------------------------------------------------------------------------------------------------------------
+
+
+def _put_away(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is none any more; returns its new path."""
+    number, path = 1, checkpoint.with_name(f"{checkpoint.name}.damaged")
+    while path.exists():
+        number += 1
+        path = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
+    checkpoint.rename(path)
+    return path
 
 
 def step_of(checkpoint: Path) -> int:
