@@ -237,7 +237,14 @@ class Trainer:
         """checkpoints/step-N: the adapter and the optimiser's state; complete or absent. Everything else follows from N."""
         with run.checkpoint(iteration) as directory:
             save_adapter(directory / "adapter", self.generator.model, base_model=self.config.generator.checkpoint)
-            torch.save({"iteration": iteration, "optimizer": self.optimizer.state_dict()}, directory / "trainer.pt")
+            state = {"iteration": iteration, "optimizer": self.optimizer.state_dict(), "halved": self._halved()}
+            torch.save(state, directory / "trainer.pt")
+
+    def _halved(self) -> dict[str, Any]:
+        """What became smaller than the recipe says when memory ran out: with other shapes a run that goes on would round differently."""
+        wanted, now = self.config.objective, self.objective.settings
+        changed = {key: getattr(now, key) for key in ("micro_batch", "checkpoint") if getattr(now, key) != getattr(wanted, key)}
+        return changed | ({} if self.engine.largest_wave is None else {"largest_wave": self.engine.largest_wave})
 
     def restore(self, directory: Path) -> None:
         """Go back to what `save` wrote."""
@@ -247,6 +254,9 @@ class Trainer:
             raise UserError(f"{directory} is the checkpoint of iteration {state['iteration']}; give it back its name")
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.moved = True
+        halved = state.get("halved", {})
+        self.engine.largest_wave = halved.pop("largest_wave", None)
+        self.objective.settings = self.objective.settings.model_copy(update=halved)
 
 
 def write_samples(run: RunDirectory, config: Config, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:

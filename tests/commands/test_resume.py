@@ -18,8 +18,10 @@ from arcopo_fast.assemble import checkpoint_path
 from arcopo_fast.commands import run_command
 from arcopo_fast.errors import UserError
 from arcopo_fast.objectives.base import GradientNotFinite
+from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.interrupt import Interruption
 from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.runtime.run_dir import RunDirectory
 from arcopo_fast.train import Trainer, main
 
 SMALL = [
@@ -79,6 +81,18 @@ def test_a_resumed_runs_settings_are_its_own(tmp_path: Path, monkeypatch: pytest
             main(["--resume", str(run), *wrong])
     with pytest.raises(UserError, match="is not a run: it has no config.yaml"):
         main(["--resume", str(tmp_path), "--print-config"])
+
+
+@pytest.mark.parametrize("out_of_memory", [False, True])
+def test_what_was_halved_for_want_of_memory_stays_halved(out_of_memory: bool, tmp_path: Path) -> None:
+    """A run that goes on makes the calls that it would have made, in the same shapes."""
+    first, second = (Trainer(load_config("toy", SMALL[1:])) for _ in range(2))
+    if out_of_memory:
+        first.objective.settings = first.objective.settings.model_copy(update={"micro_batch": 1, "checkpoint": True})
+        first.engine.largest_wave = 2
+    first.save(RunDirectory(tmp_path), 3)
+    second.restore(tmp_path / "checkpoints" / "step-3")
+    assert second.objective.settings == first.objective.settings and second.engine.largest_wave == first.engine.largest_wave
 
 
 @pytest.mark.parametrize(("at", "how"), [(1, "softly"), (3, "softly"), (4, "rolling out"), (4, "updating")])
