@@ -222,7 +222,10 @@ class Reference:
                     (loss / len(pairs)).backward()
                     ratios.append(ratio)
             with stage("optimiser"):
-                norm = nn.utils.clip_grad_norm_(self.parameters, self.workload.gradient_clip or math.inf)
+                norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+                for parameter in self.parameters:
+                    if parameter.grad is not None and norm > (self.workload.gradient_clip or math.inf):
+                        parameter.grad *= self.workload.gradient_clip / norm
                 statistics.setdefault("gradient_norm", []).append(norm.item())
                 self.optimizer.step()
             for name, value in ratio_statistics(torch.stack(ratios), advantages, settings.clip).items():
