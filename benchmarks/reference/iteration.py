@@ -223,9 +223,10 @@ class Reference:
                     ratios.append(ratio)
             with stage("optimiser"):
                 norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+                factor = min(1.0, (self.workload.gradient_clip or math.inf) / norm.item())
                 for parameter in self.parameters:
-                    if parameter.grad is not None and norm > (self.workload.gradient_clip or math.inf):
-                        parameter.grad *= self.workload.gradient_clip / norm
+                    if parameter.grad is not None and factor < 1:
+                        parameter.grad *= factor
                 statistics.setdefault("gradient_norm", []).append(norm.item())
                 self.optimizer.step()
             for name, value in ratio_statistics(torch.stack(ratios), advantages, settings.clip).items():
