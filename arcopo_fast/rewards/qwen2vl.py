@@ -10,7 +10,6 @@ The base model's weights are not needed: the checkpoints hold all of them. Its c
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import weakref
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from arcopo_fast import hub
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.qwen2vl_frames import Patches
+from arcopo_fast.textfiles import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -211,16 +211,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{file} holds no state dict; get it again")
     return dict(content)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}); get it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a JSON {type(content).__name__}; expected an object")
-    return content
 
 
 def _shorten(names: Iterable[str], limit: int = 10) -> str:

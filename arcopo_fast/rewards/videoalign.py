@@ -24,6 +24,7 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import qwen2vl
 from arcopo_fast.rewards.qwen2vl_frames import Patches, fitting_size, greyscale, quantise, resize, sample_frames
 from arcopo_fast.rewards.qwen2vl_text import Conversation, load_tokenizer, read_instruction
+from arcopo_fast.textfiles import read_json
 
 SOURCE = "hf://KlingTeam/VideoReward"
 INSTRUCTION = "github://KwaiVGI/VideoAlign/prompt_template.py"
@@ -78,7 +79,7 @@ class VideoAlign(nn.Module):
             or hub.find(source, ["model_config.json", "checkpoint-11352/model.pth"])
         )
         file = directory / "model_config.json"
-        settings = qwen2vl.read_json(file)
+        settings = read_json(file)
         try:
             data, model, adapter, scale = (settings[f"{name}_config"] for name in ("data", "model", "peft_lora", "inference"))
             template, base = data["prompt_template_type"], model["model_name_or_path"]
