@@ -202,17 +202,17 @@ def test_a_thousand_requests_survive_two_deaths() -> None:
         assert not all(answer.done() for answer in answers)
         reward.go.set()
 
-    reward = FirstPixel()
-    reward.hold_at = [200, 600]
+    first, second = FirstPixel(), FirstPixel()  # each server's own: what a dead one still scores is nothing to the next
+    first.hold_at, second.hold_at = [200], [400]
     frames = torch.rand(1000, 1, 2, 3, 2, 2)
     with ThreadPoolExecutor(1000) as pool:
-        with serving(reward) as server:
+        with serving(first) as server:
             port = server.server_address[1]
             answers = [pool.submit(client(server).score, one, ["a"]) for one in frames]
-            die(server, reward)
-        with serving(reward, port=port) as server:
-            die(server, reward)
-        with serving(reward, port=port):
+            die(server, first)
+        with serving(second, port=port) as server:
+            die(server, second)
+        with serving(FirstPixel(), port=port):
             eventually(lambda: all(answer.done() for answer in answers))
         for one, answer in zip(frames, answers):
             assert torch.equal(answer.result()["first_pixel"], one[:, 0, 0, 0, 0])

@@ -47,7 +47,7 @@ def test_a_score_that_is_not_finite_names_reward_and_video(frames: Tensor, bad: 
 
 def test_wrong_shapes_are_refused(frames: Tensor) -> None:
     good = {"good": Fixed(torch.rand(4))}
-    with pytest.raises(ValueError, match=r"'bad' returned shape \[4, 1\]"):
+    with pytest.raises(ValueError, match=r"'bad' returned a Tensor of float32, shape \[4, 1\]"):
         score(good | {"bad": Fixed(torch.rand(4, 1))}, frames, PROMPTS)
     with pytest.raises(ValueError, match="4 prompts, not 3"):
         score(good, frames, PROMPTS[:3])
