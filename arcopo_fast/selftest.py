@@ -76,6 +76,8 @@ def self_test(config: Config) -> Iterator[Finding]:
                 replayed = finding
             else:
                 yield finding
+        if config.train.mode != "on_policy":
+            yield from _reference(check)
         if replayed is not None:
             yield from forecast(check, replayed)
 
@@ -226,6 +228,21 @@ def _update(check: Check) -> Iterator[Finding | Replayed]:
     yield Finding("the objective", gain > 0, f"{step} makes well-scored members likelier: the mean of A (ratio - 1) is {gain:+.2g}")
     if replayed is not None:
         yield replayed
+
+
+def _reference(check: Check) -> Iterator[Finding]:
+    """Groups from a buffer are compared with the generator without its adapter, which has moved by now."""
+    trainer, group = check.trainer, check.judged.group
+    objective = type(trainer.objective)(trainer.engine, trainer.objective.settings, reference=True)
+    objective.moved = True
+    items = objective.draw_items(group, 0)
+    with adapter_disabled(trainer.generator.model):
+        old = predictions(check, items)
+    here = _compare(check, objective.target(group, check.advantages), items, old)[0].abs().max().item()
+    optimizer = torch.optim.AdamW(trainer.parameters, lr=trainer.config.optimizer.lr)
+    there = objective.update([(group, check.advantages)], Stepper(optimizer, eps=trainer.config.optimizer.eps))["update1/ratio_max"]
+    said = f"|ratio - 1| of a moved policy reaches {there:.3g}; against the generator without its adapter it is {here:.3g}"
+    yield Finding("the reference policy", abs(there - here) <= 1e-3 * here and here > 0, said)
 
 
 def _two_steps(check: Check, factor: int) -> tuple[dict[str, float], list[dict[str, Tensor]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable
@@ -175,6 +176,13 @@ def test_master_weights_that_lose_small_steps(monkeypatch: pytest.MonkeyPatch) -
 def test_an_old_policy_that_is_silently_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CopoObjective, "_old", lambda self, group, items, update: None)
     assert failures() == {"the old policy"}
+
+
+def test_a_reference_policy_that_is_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    semi = ["train.mode=semi_on_policy", "train.buffer=none"]
+    assert failures(*semi) == set()
+    monkeypatch.setattr(CopoObjective, "_old_policy", lambda self: contextlib.nullcontext())
+    assert failures(*semi) == {"the reference policy"}
 
 
 def test_an_old_policy_that_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
