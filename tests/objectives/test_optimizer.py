@@ -61,8 +61,8 @@ def test_an_update_does_not_depend_on_the_scale_of_the_loss(engine: Any, updates
     apart = (moves[0] - moves[1]).abs()
     if factor == 1e-4:
         assert apart.median() < 1e-4 and (apart > 0.01).double().mean() < 0.02
-    else:  # but squares of elements a thousand times smaller than eps, which leave float32's range
-        assert apart.max() < 1e-3 and torch.equal(apart.median(), torch.tensor(0.0))
+    else:  # but for the few elements whose squares leave float32's range
+        assert apart.median() == 0 and (apart > 1e-3).double().mean() < 1e-3
 
 
 def full_size_gradients() -> list[nn.Parameter]:
