@@ -173,7 +173,11 @@ def test_no_graph_is_built(reference: Reference) -> None:
 
 
 def test_the_adapter_is_merged_as_well_as_bf16_can(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most twice the error of the adapter beside its weights in bf16, as the official code runs it."""
+    """About the error of the adapter beside its weights in bf16, as the official code runs it.
+
+    Each error is that of one rounding of the weights, which all videos share, so the ratio of two scatters: over 12 draws of weights its
+    geometric mean was 0.8 and its standard deviation a factor of 1.8. Four is three of those away, and a wrong scale is far beyond it.
+    """
     frames, prompts = make_frames(6), PROMPTS * 2
     exact = expected(reference, frames, prompts)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -184,7 +188,7 @@ def test_the_adapter_is_merged_as_well_as_bf16_can(reference: Reference, monkeyp
     ours = (reward.model.raw_scores(frames, prompts, 2.0) - exact).square().mean().sqrt()
     reference.bfloat16()
     theirs = (expected(reference, frames, prompts).float() - exact).square().mean().sqrt()
-    assert ours <= 2 * theirs
+    assert ours <= 4 * theirs
 
 
 # Checkpoints that are not what they should be ----------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ def test_ceilings_are_those_of_a_machine() -> None:
 
 def test_a_version_of_what_is_not_installed_is_none() -> None:
     """As of this package itself, where it lies on PYTHONPATH."""
-    assert version_of("torch") == torch.__version__ and version_of("arcopo-fast-of-another-world") is None
+    plain = torch.__version__.partition("+")[0]  # a build's own suffix is not in the metadata of every wheel
+    assert (version_of("torch") or "").partition("+")[0] == plain and version_of("arcopo-fast-of-another-world") is None
 
 
 def test_floors_are_the_counted_work_at_the_ceilings() -> None:
