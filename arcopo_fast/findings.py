@@ -1,4 +1,4 @@
-"""What `doctor --self-test` is made on and what it says: shared by the checks of the method and the forecast of a run."""
+"""The input and the findings of `doctor --self-test`, shared by the checks of the method and the forecast of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Finding(NamedTuple):
 
 @dataclass
 class Check:
-    """What all checks are made on.
+    """One judged group, on which all checks are made.
 
     frames: of the first members [n, F, 3, H, W], decoded from their shared context. own: the same members' frames, each decoded alone.
     """
@@ -41,7 +41,7 @@ class Check:
 
 
 class Replayed(NamedTuple):
-    """What an update did, seen from outside: its statistics, and the items of its second update under the weights in between.
+    """An iteration of two updates, seen from outside: its statistics, and its second update under the weights in between.
 
     items: every (step, anchor) pair of the second update. ratio_minus_one [N, K], live [N, K]: of them, after the first step, against the
     policy that made the group. gain: mean of A (ratio - 1) of the pairs of the first update, after its step. moved: share of the adapter's

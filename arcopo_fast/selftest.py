@@ -121,8 +121,8 @@ def _shared_frames(check: Check) -> Iterator[Finding]:
     cut = sizes.pixel_frames(before) if before else 0
     expected = sizes.pixel_frames(trainer.shape.frames)
     inside = bool(frames.isfinite().all()) and frames.min().item() >= 0 and frames.max().item() <= 1
-    said = f"{frames.shape[1]} of {expected}, from {frames.min():.2f} to {frames.max():.2f}"
-    yield Finding("frames", inside and frames.shape[1] == expected, said)
+    detail = f"{frames.shape[1]} of {expected}, from {frames.min():.2f} to {frames.max():.2f}"
+    yield Finding("frames", inside and frames.shape[1] == expected, detail)
     if cut:
         same = bool(torch.equal(frames[0, :cut], frames[1, :cut]))
         yield Finding("the shared context", same, f"the first {cut} frames of two members are equal")
@@ -151,7 +151,7 @@ def _replay(check: Check) -> Iterator[Finding]:
     ours, theirs = replay(), group.predictions[items.steps, items.anchors]
     apart = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
     largest = 1e-4 if check.trainer.generator.model.dtype == torch.float32 else 0.05
-    said = "bit for bit" if apart == 0 else f"within {apart:.1g} of their size, from batches of another shape; the ratio never sees that"
+    detail = "bit for bit" if apart == 0 else f"within {apart:.1g} of their size, from batches of another shape; the ratio never sees that"
     yield Finding("the replay", apart <= largest, f"gives back the rollout's predictions {said}")
     yield Finding("its repetition", bool(torch.equal(ours, replay())), "the same predictions again, bit for bit")
 
@@ -221,8 +221,8 @@ def _update(check: Check) -> Iterator[Finding | Replayed]:
             break
     there, here = statistics.get("update2/ratio_max", 0.0), ratio_minus_one.abs().max().item()
     same = abs(there - here) <= 1e-3 * here
-    said = f"in the second update |ratio - 1| reaches {there:.3g}; against the policy that made the group it is {here:.3g}"
-    yield Finding("the old policy", same and here > 0, said)
+    detail = f"in the second update |ratio - 1| reaches {there:.3g}; against the policy that made the group it is {here:.3g}"
+    yield Finding("the old policy", same and here > 0, detail)
     yield Finding("the weights", moved > 0.99, f"{100 * moved:.1f} % of those with a gradient have moved after two steps")
     step = "one update" if factor == 1 else f"one update at {factor} times the learning rate"
     yield Finding("the objective", gain > 0, f"{step} makes well-scored members likelier: the mean of A (ratio - 1) is {gain:+.2g}")
@@ -241,8 +241,8 @@ def _reference(check: Check) -> Iterator[Finding]:
     here = _compare(check, objective.target(group, check.advantages), items, old)[0].abs().max().item()
     optimizer = torch.optim.AdamW(trainer.parameters, lr=trainer.config.optimizer.lr)
     there = objective.update([(group, check.advantages)], Stepper(optimizer, eps=trainer.config.optimizer.eps))["update1/ratio_max"]
-    said = f"|ratio - 1| of a moved policy reaches {there:.3g}; against the generator without its adapter it is {here:.3g}"
-    yield Finding("the reference policy", abs(there - here) <= 1e-3 * here and here > 0, said)
+    detail = f"|ratio - 1| of a moved policy reaches {there:.3g}; against the generator without its adapter it is {here:.3g}"
+    yield Finding("the reference policy", abs(there - here) <= 1e-3 * here and here > 0, detail)
 
 
 def _two_steps(check: Check, factor: int) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
@@ -258,8 +258,8 @@ def _two_steps(check: Check, factor: int) -> tuple[dict[str, float], list[dict[s
 
 def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
     """The share of elements that changed, of tensors of which any did."""
-    changed = [(before[name] != after[name]) for name in before]
-    counts = [(int(one.sum()), one.numel()) for one in changed if one.any()]
+    changes = [before[name] != after[name] for name in before]
+    counts = [(int(change.sum()), change.numel()) for change in changes if change.any()]
     return sum(moved for moved, _ in counts) / max(1, sum(size for _, size in counts))
 
 

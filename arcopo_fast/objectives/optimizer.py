@@ -27,7 +27,7 @@ class GradientNotFinite(RuntimeError):
 
 
 class Step(NamedTuple):
-    """What `Stepper.take` saw.
+    """The outcome of `Stepper.take`.
 
     norm: of the gradient, before it is clipped. taken: False where the gradient is exactly zero. clipped: the gradient was scaled down.
     below_eps: share of the elements that are not zero and lie below 10 eps, where Adam's step is shortened.
@@ -114,5 +114,5 @@ def _norm(gradients: list[Tensor]) -> float:
 def _share_below(gradients: list[Tensor], size: float) -> float:
     """The share of elements below `size` among those that are not zero: A has a gradient of zero until B has moved."""
     counts = [torch.stack([((gradient != 0) & (gradient.abs() < size)).sum(), (gradient != 0).sum()]) for gradient in gradients]
-    below, all_of_them = torch.stack(counts).sum(0).tolist()
-    return below / max(1, all_of_them)
+    below, total = torch.stack(counts).sum(0).tolist()
+    return below / max(1, total)
