@@ -152,7 +152,7 @@ def _replay(check: Check) -> Iterator[Finding]:
     apart = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
     largest = 1e-4 if check.trainer.generator.model.dtype == torch.float32 else 0.05
     detail = "bit for bit" if apart == 0 else f"within {apart:.1g} of their size, from batches of another shape; the ratio never sees that"
-    yield Finding("the replay", apart <= largest, f"gives back the rollout's predictions {said}")
+    yield Finding("the replay", apart <= largest, f"gives back the rollout's predictions {detail}")
     yield Finding("its repetition", bool(torch.equal(ours, replay())), "the same predictions again, bit for bit")
 
 
