@@ -175,7 +175,7 @@ def _rewards(check: Check) -> Iterator[Finding]:
             turned = judge(frames[:2].flip(0), prompts[:2][::-1]).flip(0)
             company = judge(torch.stack([frames[0], frames[-1]]), [prompts[0], prompts[-1]])
         seconds = (time.monotonic() - began) / (len(alone) + 6)
-        own = (alone - check.judged.rewards[name][: len(alone)].double()).abs().max().item()
+        own = max((alone - check.judged.rewards[name][: len(alone)].double()).abs().max().item(), abs((pair - alone[:2])[0].item()))
         moved = max((turned - pair).abs().max().item(), abs((company - pair)[0].item()))
         size = spread if spread > 0 else max(alone.abs().max().item(), 1e-30) * 1e-3
         mean = check.judged.rewards[name].mean()
