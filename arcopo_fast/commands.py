@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +51,8 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
         status = _end(f"error: {error}", BAD_INPUT)
     except KeyboardInterrupt as error:
         status = _end(f"interrupted; {str(error) or f'{KEPT}, and the same command goes on'}", INTERRUPTED)
+        if arguments is None:
+            _leave(status)
     except BrokenPipeError:  # the reader of our output left, as in `--help | head`: not an error, but nothing may be printed any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
@@ -62,6 +65,17 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
         if arguments is None:
             ignore()
     return status or 0
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process at once, with a status.
+
+    Python would end it by SIGINT instead once a KeyboardInterrupt has passed through code that a library ran from C, though it was caught.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def machine_problem(error: BaseException) -> str | None:

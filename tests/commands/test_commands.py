@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +129,22 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def test_an_interrupt_in_code_that_a_library_runs_from_c_has_the_status_of_any(tmp_path: Path) -> None:
+    """Python remembers such a KeyboardInterrupt, though it is caught, and would end by SIGINT when its module was run with -m."""
+    (tmp_path / "interrupted_in_c.py").write_text(
+        "import ctypes, sys\n"
+        "from arcopo_fast.commands import run_command\n"
+        "def main(arguments):\n"
+        "    run = ctypes.pythonapi.PyRun_String\n"
+        "    run.restype, run.argtypes = ctypes.py_object, [ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object]\n"
+        "    print('begun')\n"
+        "    run(b'raise KeyboardInterrupt', 257, {}, {})\n"
+        "sys.exit(run_command(main))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    call = [sys.executable, "-m", "interrupted_in_c"]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stdout == "begun\n"
+    assert done.stderr == "interrupted; what was complete by then is kept, and the same command goes on\n"
