@@ -7,8 +7,10 @@ those parts. `forecast` looks at the recipe. Nothing is written, nothing is kept
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
+from itertools import chain, combinations
 
 import torch
 from torch import Tensor
@@ -103,7 +105,7 @@ def _advantages(trainer: Trainer, judged: JudgedGroup, advantages: Tensor) -> It
     scored = torch.stack(list(scores.values())).isfinite().all(0)
     total = torch.zeros(len(advantages), dtype=torch.float64)
     for name, weight in weights.items():
-        spread = scores[name][scored].std(correction=0)
+        spread = max(scores[name][scored].std(correction=0).item(), trainer.config.objective.advantage_std_floor)
         apart = trainer.config.objective.reward_combine == "per_reward_zscore" and spread > 0
         total += weight * scores[name] / (spread if apart else 1)
     if scored.sum() < 2 or not advantages.any():
@@ -171,19 +173,24 @@ def _rewards(check: Check) -> Iterator[Finding]:
         began = time.monotonic()
         with resident(trainer.generator.model.device, reward, offload=trainer.config.generator.offload):
             alone = torch.cat([judge(own[None], [text]) for own in check.own])
-            pair = judge(frames[:2], prompts[:2])
-            turned = judge(frames[:2].flip(0), prompts[:2][::-1]).flip(0)
-            company = judge(torch.stack([frames[0], frames[-1]]), [prompts[0], prompts[-1]])
-        seconds = (time.monotonic() - began) / (len(alone) + 6)
-        own = max((alone - check.judged.rewards[name][: len(alone)].double()).abs().max().item(), abs((pair - alone[:2])[0].item()))
-        moved = max((turned - pair).abs().max().item(), abs((company - pair)[0].item()))
+            pairs = [(1, 0), *combinations(range(len(frames)), 2)]  # the middle one of three meets the best, and the worst
+            company = [judge(frames[list(pair)], [prompts[video] for video in pair]).tolist() for pair in pairs]
+        seconds = (time.monotonic() - began) / (len(alone) + 2 * len(pairs))
+        seen: dict[int, list[float]] = {}
+        for pair, scores in zip(pairs, company):
+            for video, value in zip(pair, scores):
+                seen.setdefault(video, []).append(value)
+        moved = max(max(values) - min(values) for values in seen.values())
+        group_scores = check.judged.rewards[name][: len(alone)].double()
+        own = max((alone - group_scores).abs().max().item(), abs(seen[0][0] - alone[0].item()))
         size = spread if spread > 0 else max(alone.abs().max().item(), 1e-30) * 1e-3
         mean = check.judged.rewards[name].mean()
         detail = (
             f"{mean:.3g} on average, spread in the group {spread:.2g}; in other company within {moved:.1g}, of members judged alone "
             f"within {own:.1g}; {seconds:.2f} s a video"
         )
-        well = bool(alone.isfinite().all() and pair.isfinite().all()) and moved <= SAME_SCORE * size
+        finite = bool(alone.isfinite().all()) and all(map(math.isfinite, chain(*seen.values())))
+        well = finite and moved <= SAME_SCORE * size
         yield Finding(f"reward {name}", well and (own <= OWN_SCORE * spread or not spread > 0), detail)
         if not spread > 0:
             yield Finding(f"reward {name}", None, "does not tell the members apart: raise rollout.noise_strength, or take another reward")

@@ -24,7 +24,8 @@ from arcopo_fast.selftest import self_test
 from arcopo_fast.toy.rewards import MotionQuality, TextAlignment
 from arcopo_fast.train import Trainer
 
-FAST = ["evaluation.prompts=1", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=0", "rollout.group_size=6"]
+FAST = ["evaluation.prompts=1", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=0"]
+FAST += ["video.chunks=3", "sampler.steps=[1000, 350]", "rollout.group_size=4", "objective.anchors_per_update=2"]
 
 
 def failures(*settings: str) -> set[str]:
@@ -52,7 +53,7 @@ def test_it_holds(settings: list[str]) -> None:
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_command(doctor.main, ["toy_sde_grpo", *FAST, "objective.anchors_per_update=6", "--self-test"]) == 0
+    assert run_command(doctor.main, ["toy_sde_grpo", *FAST, "--self-test"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "everything holds" and not list(tmp_path.iterdir())
     monkeypatch.setattr(MotionQuality, "__call__", lambda self, frames, prompts: torch.arange(float(len(frames))))
     assert run_command(doctor.main, ["toy", *FAST, "--self-test"]) == 1
@@ -211,9 +212,8 @@ def test_an_eps_that_shortens_steps() -> None:
 
 def test_a_judge_that_is_as_loud_as_what_it_judges(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same batch gives the same scores, but a batch of another size does not: as half-precision judges do."""
-    judged(monkeypatch, lambda scores: scores + 0.01 * (len(scores) == 3))
-    found = findings()
-    assert [finding.what for finding in found if finding.forecast and not finding.well] == ["the noise of toy_mq"]
+    judged(monkeypatch, lambda scores: scores + 0.05 * (len(scores) == 3))
+    assert "judge in float32" in poor()["the noise of toy_mq"]
 
 
 def test_an_adapter_that_adds_something(monkeypatch: pytest.MonkeyPatch) -> None:
