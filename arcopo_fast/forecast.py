@@ -1,4 +1,4 @@
-"""What would a run of this recipe learn? Figures of one real group and one optimizer step, each good or poor, with the remedy.
+"""Forecast what a run of this recipe would learn: figures of one real group and one optimizer step, each good or poor, with the remedy.
 
 By step of the sampler: how far the candidates lie apart, how far a step moves the ratio in units of the clip, what the clip leaves alive.
 Then the gradient against Adam's eps and the norm limits, and each judge's own noise against the spread that it shall judge.

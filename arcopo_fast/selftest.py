@@ -23,7 +23,7 @@ from arcopo_fast.model.lora import adapter_disabled, adapter_state, load_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.base import Items, RatioNotOne
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
-from arcopo_fast.rewards.base import score
+from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.train import Trainer
@@ -167,8 +167,8 @@ def _rewards(check: Check) -> Iterator[Finding]:
     for name, reward in trainer.rewards.items():
         spread = check.spread(name)
 
-        def judge(videos: Tensor, texts: list[str], name: str = name, reward: object = reward) -> Tensor:
-            return score({name: reward}, videos, texts, quarantine=True)[name].double().cpu()  # type: ignore[dict-item]
+        def judge(videos: Tensor, texts: list[str], name: str = name, reward: Reward = reward) -> Tensor:
+            return score({name: reward}, videos, texts, quarantine=True)[name].double().cpu()
 
         began = time.monotonic()
         with resident(trainer.generator.model.device, reward, offload=trainer.config.generator.offload):
