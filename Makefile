@@ -20,7 +20,7 @@ GPU_STEPS := gpu-tests gpu-memcheck gpu-racecheck gpu-bench gpu-sweep gpu-iterat
 # make gpu-bench GPU_ARGS="--operator attention nft"; make gpu-iteration GPU_ARGS="--part engine-p1"; make gpu GPU_ARGS="bench --within 300"
 GPU_ARGS ?=
 
-.PHONY: train test test-newest test-alignment clean gpu $(GPU_STEPS)
+.PHONY: train test test-fresh test-newest test-alignment clean gpu $(GPU_STEPS)
 
 train: $(VENV)/.installed
 	$(BIN)/python -m arcopo_fast.train $(ARGS)
@@ -30,6 +30,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+# The same with new random numbers; a failure says how to repeat it.
+test-fresh:
+	ARCOPO_TEST_SEED=$$(date +%s) $(MAKE) test
 
 # The same on the newest releases that resolve, in an environment of its own that is upgraded first.
 test-newest:

@@ -1,4 +1,4 @@
-"""Every test draws fresh random inputs; the seed is printed with a failure, and ARCOPO_TEST_SEED repeats it.
+"""Every test draws the random numbers that belong to its name, see `support.seeds`.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before the first import of triton.
 """
@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Iterator
+from typing import Any, Generator
 
+import numpy as np
 import pytest
 import torch
+from support.seeds import VARIABLE, seed_everything
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+try:
+    from hypothesis import settings
+except ImportError:  # the tests that need it are skipped
+    pass
+else:  # its examples follow from each test's name too, but for new seeds
+    settings.register_profile("repeatable", derandomize=VARIABLE not in os.environ, print_blob=True)
+    settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,6 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if VARIABLE in os.environ and terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(f"to repeat these failures: {VARIABLE}={os.environ[VARIABLE]} pytest ...")
 
 
 @pytest.fixture(params=DEVICES)
@@ -34,8 +49,21 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def fresh_seed() -> Iterator[None]:
-    seed = int(os.environ.get("ARCOPO_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"ARCOPO_TEST_SEED={seed}")
-    torch.manual_seed(seed)
-    yield
+def seeded(request: pytest.FixtureRequest) -> None:
+    """Seed every test with its own name."""
+    seed_everything(request.node.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Generator[None, Any, Any]:
+    """Seed a fixture that several tests share with its own name, whichever test asks for it first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    seed_everything(f"{fixturedef.baseid}::{fixturedef.argname}[{getattr(request, 'param', '')}]")
+    try:
+        return (yield)
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

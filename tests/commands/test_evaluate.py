@@ -43,9 +43,6 @@ CAPTIONS = ["a red circle moving left", "a blue square moving up", "a green cros
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of different rank, alpha and layers; `zero` adds nothing, and `thin` is of another generator."""
-    seed = int(os.environ.get("ARCOPO_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"ARCOPO_TEST_SEED={seed}")
-    torch.manual_seed(seed)
     folder = tmp_path_factory.mktemp("adapters")
     generator = load_config("toy", SMALL[1:])
     for name, rank, alpha, targets in (("on", 3, 7.0, BLOCK_TARGETS), ("semi", 5, 10.0, ("to_q", "proj_out")), ("zero", 2, 2.0, ("to_k",))):

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.seeds import seed_of
 from torch import nn
 
 from arcopo_fast.assemble import checkpoint_path, load_model
@@ -200,7 +201,7 @@ def differing(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_at_random_it_ends_as_if_nothing_had_happened(name: str, adapters: Path, tmp_path: Path) -> None:
-    draw = random.Random(f"{os.environ.get('ARCOPO_TEST_SEED', random.SystemRandom().randrange(2**31))} {name}")
+    draw = random.Random(seed_of(f"kills of {name}"))
     undisturbed = prepared(name, tmp_path / "undisturbed", adapters, draw)
     began = time.monotonic()
     undisturbed.finish()

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -48,9 +47,6 @@ FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "merge
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two runs' directories as far as a merge looks at them; adapters of different rank, alpha and targets, in which B is not zero."""
-    seed = int(os.environ.get("ARCOPO_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"ARCOPO_TEST_SEED={seed}")
-    torch.manual_seed(seed)
     folder = tmp_path_factory.mktemp("runs")
     for name, rank, alpha, targets in (("semi", 3, 7.0, ("to_q", "ffn.net.2", "proj_out")), ("on", 5, 4.0, BLOCK_TARGETS)):
         model = add_lora(load_model(checkpoint_path("toy")), rank=rank, alpha=alpha, targets=targets, seed=0)

@@ -121,9 +121,7 @@ def test_an_aligned_generator(recipe: str, models: Path, tmp_path: Path, monkeyp
     assert first["update1/ratio_max"] == 0
 
 
-def test_extended_prompts_are_generated_from_and_the_others_judged(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_seed: None
-) -> None:
+def test_extended_prompts_are_generated_from_and_the_others_judged(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In rollouts, evaluations and a buffer: the generator sees the embedding of the extended form, a reward the prompt."""
     put(models, "self_forcing")
     (tmp_path / "heard.py").write_text(

@@ -30,11 +30,6 @@ RECIPE = {"seed": 7, "rollout": {"group_size": 12, "noise_strength": 0.5}}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool)
 
 
-@pytest.fixture(autouse=True)
-def seeded(fresh_seed: None) -> None:
-    random.seed(torch.initial_seed())
-
-
 def group() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of odd shapes, one of each dtype at least, and metadata."""
     shapes = [(), (1,), (3, 0, 2), *([random.randrange(1, 6) for _ in range(random.randrange(1, 6))] for _ in DTYPES)]

@@ -9,15 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from arcopo_fast.data.prompts import Prompt, read_prompt_set, read_prompts, split_prompts
 from arcopo_fast.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    random.seed(torch.initial_seed())
 
 
 def sentence() -> str:

@@ -17,9 +17,10 @@ from arcopo_kernels.paging import PagePool, PagePoolExhausted, PageRun, PageTabl
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from support.seeds import seed_of
 
 LAYERS, PAGES, TOKENS, HEADS, DIM = 2, 14, 2, 2, 1
 VIDEOS, PLANS = 6, 6  # kept at most
@@ -366,9 +367,9 @@ class PoolMachine(RuleBasedStateMachine):
 def test_the_pool_against_a_naive_model() -> None:
     seen = PoolMachine.seen
     seen.clear()
-    for _ in range(WALKS):
+    for walk in range(WALKS):
         run_state_machine_as_test(
-            PoolMachine,
+            seed(seed_of(f"walk {walk}"))(PoolMachine),
             settings=settings(
                 max_examples=EXAMPLES,
                 stateful_step_count=STEPS,

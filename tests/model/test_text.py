@@ -44,12 +44,6 @@ from arcopo_fast.model import text
 from arcopo_fast.model.checkpoints import read_container
 from arcopo_fast.model.text import CachedTextEncoder, TextEncoderFiles, UMT5TextEncoder, clean_prompt, load_umt5
 
-
-@pytest.fixture(autouse=True)
-def fresh_words(fresh_seed: None) -> None:
-    random.seed(torch.initial_seed())
-
-
 # Files in the published formats -------------------------------------------------------------------------------------------------------
 
 

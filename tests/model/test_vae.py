@@ -130,7 +130,7 @@ def test_whole_clip_is_diffusers_decode(vae: AutoencoderKLWan) -> None:
     factor, size = vae.config["scale_factor_temporal"], vae.config["scale_factor_spatial"]
     assert frames.shape == expected.shape == (2, 1 + 3 * factor, 3, 3 * size, 2 * size)
     assert frames.dtype == torch.float32 and frames.min() >= 0 and frames.max() <= 1
-    torch.testing.assert_close(frames, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(frames, expected, rtol=0, atol=3e-5)
     decoder = StreamingDecoder(vae)
     unclamped, _ = decoder.decode_unclamped(latents, decoder.start())
     assert unclamped.abs().max() > 1  # else the clamp was not tested
@@ -233,7 +233,8 @@ def test_forked_branches_are_independent_videos(vae: AutoencoderKLWan, prefix_ch
     assert_unchanged(parent, before)
     for branch, frames in zip(branches.split(1), together.split(1), strict=True):
         alone, _ = decoder.decode_unclamped(torch.cat([prefix, branch], dim=1), decoder.start())
-        torch.testing.assert_close(frames, alone[:, -frames.shape[1] :], rtol=0, atol=1e-5)
+        # Other shapes round differently: 3e-6 of the largest value in the worst of 180 draws.
+        torch.testing.assert_close(frames, alone[:, -frames.shape[1] :], rtol=0, atol=1e-5 * alone.abs().max().item())
     again, _ = stream(decoder, branches, [3, 3], fork(parent, 3))
     assert torch.equal(again, together)
     assert (together[0] - together[1]).abs().max() > 1e-2
@@ -253,10 +254,10 @@ def test_a_group_in_slices_is_the_same_group(vae: AutoencoderKLWan, pivot: int) 
     latents = [latents_of(frames, batch=1 if chunk < pivot else 3) for chunk, frames in enumerate((2, 1, 2))]
     whole = [torch.cat([chunk[min(branch, len(chunk) - 1)] for chunk in latents]).unsqueeze(0) for branch in range(3)]
     expected = torch.cat([decode_video(vae, video) for video in whole])
-    assert (expected[0] - expected[1]).abs().max() > 1e-4  # ten times what is allowed below
+    assert (expected[0] - expected[1]).abs().max() > 3e-4  # ten times what is allowed below
     for branches_at_once in (None, 1, 2, 5):
         frames = decode_group(decoder, latents, pivot, branches_at_once=branches_at_once)
-        torch.testing.assert_close(frames, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(frames, expected, rtol=0, atol=3e-5)
     with pytest.raises(ValueError, match="branches_at_once is 0"):
         decode_group(decoder, latents, pivot, branches_at_once=0)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
@@ -25,11 +24,6 @@ from arcopo_fast.runtime.scores import BASE, ScoreDirectory, Scores, ScoreWriter
 SETTINGS = {"seed": 7, "sampler.steps": (1000, 500), "rewards.beauty": 1.0}
 PROMPTS = [Prompt("an owl\u2028at night"), Prompt("süße Katze", "a sweet cat, sitting")]
 ADAPTERS: dict[str, dict[str, Any] | None] = {BASE: None, "on@0.5": {"sha256": "ab" * 32, "alpha": 8.0, "scale": 0.5}}
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    random.seed(torch.initial_seed())
 
 
 def some(*places: tuple[str, int, int]) -> dict[Video, dict[str, float]]:
