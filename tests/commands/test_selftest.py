@@ -187,7 +187,7 @@ def test_a_reference_policy_that_is_the_present_one(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_old_policy_that_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapped(CopoObjective, "_old", lambda self, old: None if old is None else 1.01 * old, monkeypatch)
+    wrapped(CopoObjective, "_old", lambda self, old: None if old is None else 1.1 * old, monkeypatch)
     assert failures() == {"the old policy"}
 
 
