@@ -12,14 +12,14 @@ import sys
 
 import torch
 
-from arcopo_fast.assemble import build_engine, build_objective, encode_ahead, load_generator, load_prompts, load_rewards, video_shape
-from arcopo_fast.commands import RecipeParser, positive_int, run_command
-from arcopo_fast.config import Config
+from arcopo_fast.build import build_engine, build_objective, encode_ahead, load_generator, load_prompts, load_rewards, video_shape
+from arcopo_fast.cli import RecipeParser, positive_int, run_command
+from arcopo_fast.config.schema import Config
 from arcopo_fast.data.buffer import Buffer
-from arcopo_fast.groups import Rollouts, policy_of, prompt_of, recipe_of, store
+from arcopo_fast.objectives.advantage import weighted_total
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.total import weighted_total
+from arcopo_fast.training.groups import Rollouts, policy_of, prompt_of, recipe_of, store
 
 
 def collect(config: Config, path: str, groups: int) -> Buffer:

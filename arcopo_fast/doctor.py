@@ -16,16 +16,16 @@ from typing import NamedTuple
 
 import torch
 
-from arcopo_fast import hub
-from arcopo_fast.assemble import UNTRAINED, base_files, check_fits
-from arcopo_fast.commands import RecipeParser, run_command
-from arcopo_fast.config import Config
+from arcopo_fast.build import UNTRAINED, base_files, check_fits
+from arcopo_fast.cli import RecipeParser, run_command
+from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import BENCH
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.checkpoints import UnreadableFile
 from arcopo_fast.rewards.registry import reward_files
 from arcopo_fast.runtime.memory import tune_for_cpu
-from arcopo_fast.runtime.versions import version_of
+from arcopo_fast.storage import hub
+from arcopo_fast.storage.versions import version_of
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors", "huggingface_hub", "av")
 MISSING = 1
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
     lines, well = examine(config, verify=options.verify)
     print("\n".join([f"\nThe recipe {config.name}:", *lines]))
     if options.self_test and well:
-        from arcopo_fast.selftest import self_test
+        from arcopo_fast.training.selftest import self_test
 
         tune_for_cpu()
         print("\nIts method, on one group:")

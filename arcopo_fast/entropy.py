@@ -32,21 +32,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from arcopo_fast.assemble import build_engine, load_generator, load_prompts, video_shape, wave_size
-from arcopo_fast.commands import RecipeParser, adapter_path, positive_int, run_command
-from arcopo_fast.config import Config
+from arcopo_fast.build import build_engine, load_generator, load_prompts, video_shape, wave_size
+from arcopo_fast.cli import RecipeParser, adapter_path, positive_int, run_command
+from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
-from arcopo_fast.files import atomic_write
+from arcopo_fast.evaluation.influence import mean_squared_change, noise_name, substitute
 from arcopo_fast.model.adapter_files import read_adapter
 from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.model.sizes import VAESizes
+from arcopo_fast.reports.html import page, section, table
 from arcopo_fast.rollout.decode import decode_branches
-from arcopo_fast.rollout.influence import mean_squared_change, noise_name, substitute
 from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.runtime.memory import resident, tune_for_cpu
-from arcopo_fast.runtime.page import page, section, table
 from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.runtime.video import stack_png, write_png_sheet
+from arcopo_fast.storage.atomic import atomic_write
+from arcopo_fast.storage.video import stack_png, write_png_sheet
 
 MEASURES = {
     "chunk": "Latents of the pivot chunk",

@@ -29,32 +29,33 @@ from typing import Any, NamedTuple
 
 import torch
 
-from arcopo_fast.assemble import Generator, encode_ahead, load_generator, load_held_out, load_prompts, load_rewards, video_shape
-from arcopo_fast.commands import Parser, RecipeParser, finite, positive_int, run_command, seed, shard
-from arcopo_fast.config import Config
+from arcopo_fast.build import Generator, encode_ahead, load_generator, load_held_out, load_prompts, load_rewards, video_shape
+from arcopo_fast.cli import Parser, RecipeParser, finite, positive_int, run_command, seed, shard
+from arcopo_fast.config.fields import expanded
+from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt, read_prompt_set
 from arcopo_fast.errors import UserError
-from arcopo_fast.evaluation import judge, videos_at_once
-from arcopo_fast.files import atomic_write, check_out
+from arcopo_fast.evaluation.compare import Result, as_json, compare, with_total
+from arcopo_fast.evaluation.judging import judge, videos_at_once
+from arcopo_fast.evaluation.scores import BASE, ScoreDirectory, Scores, ScoreWriter, Video
 from arcopo_fast.generate import sized_engine
-from arcopo_fast.groups import weights_digest
-from arcopo_fast.hub import find
 from arcopo_fast.merge import Source, read_source
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import adapter_state, add_lora, load_adapter_state
 from arcopo_fast.model.sizes import VAESizes
+from arcopo_fast.reports.evaluation import as_markdown
+from arcopo_fast.reports.sweep import scale_text
 from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError
 from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.runtime.interrupt import Interrupted, Interruption
 from arcopo_fast.runtime.memory import tune_for_cpu
-from arcopo_fast.runtime.paired import Result, as_json, as_markdown, compare, with_total
 from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.runtime.results import TOTAL
-from arcopo_fast.runtime.scores import BASE, ScoreDirectory, Scores, ScoreWriter, Video
-from arcopo_fast.runtime.sweep import scale_text
-from arcopo_fast.runtime.video import write_mp4
-from arcopo_fast.settings import expanded
+from arcopo_fast.storage.atomic import atomic_write, check_out
+from arcopo_fast.storage.hub import find
+from arcopo_fast.storage.metrics import TOTAL
+from arcopo_fast.storage.video import write_mp4
 from arcopo_fast.toy import data as toy_data
+from arcopo_fast.training.groups import weights_digest
 
 PROGRAM = "python -m arcopo_fast.evaluate"
 BITS_PER_PIXEL = 0.8

@@ -27,12 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arcopo_fast.assemble import Generator, build_engine, encode_ahead, load_generator, pool_pages, video_shape
-from arcopo_fast.commands import RecipeParser, adapter_path, finite, positive_int, run_command, seed
-from arcopo_fast.config import Config
+from arcopo_fast.build import Generator, build_engine, encode_ahead, load_generator, pool_pages, video_shape
+from arcopo_fast.cli import RecipeParser, adapter_path, finite, positive_int, run_command, seed
+from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import check_prompt, read_prompts
 from arcopo_fast.errors import UserError
-from arcopo_fast.files import check_out
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import adapter_state, load_adapter
 from arcopo_fast.model.sizes import VAESizes
@@ -41,7 +40,8 @@ from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource, StackedNoise
 from arcopo_fast.runtime.interrupt import Interrupted, Interruption
 from arcopo_fast.runtime.memory import resident, tune_for_cpu
 from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.runtime.video import NOT_FINITE, Mp4Writer
+from arcopo_fast.storage.atomic import check_out
+from arcopo_fast.storage.video import NOT_FINITE, Mp4Writer
 
 
 class Switch(NamedTuple):

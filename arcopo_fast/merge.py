@@ -27,24 +27,25 @@ import yaml
 from pydantic import JsonValue
 from torch import Tensor
 
-from arcopo_fast.assemble import build_engine, load_generator, load_held_out, load_prompts, load_rewards, video_shape
-from arcopo_fast.commands import RecipeParser, adapter_path, numbers, run_command
-from arcopo_fast.config import Config
+from arcopo_fast.build import build_engine, load_generator, load_held_out, load_prompts, load_rewards, video_shape
+from arcopo_fast.cli import RecipeParser, adapter_path, numbers, run_command
+from arcopo_fast.config.reading import shorten
+from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt, digest
 from arcopo_fast.errors import UserError
-from arcopo_fast.evaluation import evaluate, videos_at_once
-from arcopo_fast.files import atomic_write, check_out, remove_directory, settle
+from arcopo_fast.evaluation.judging import evaluate, videos_at_once
 from arcopo_fast.model.adapter_files import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, Adapter, read_adapter
 from arcopo_fast.model.lora import add_lora, load_adapter_state, merge_adapters, write_adapter
-from arcopo_fast.recipe import shorten
+from arcopo_fast.reports.model_card import HOW_TO_LOAD
+from arcopo_fast.reports.results import Document, Summary, number, read_document
+from arcopo_fast.reports.sweep import Point, Scores, as_json, as_markdown, as_page, choose_scale, point_of, scale_text, with_held_out
 from arcopo_fast.runtime.interrupt import Interrupted
-from arcopo_fast.runtime.locks import LOCK, owned
 from arcopo_fast.runtime.memory import tune_for_cpu
-from arcopo_fast.runtime.model_card import HOW_TO_LOAD
 from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.runtime.results import TOTAL, Document, Summary, number, read_document
-from arcopo_fast.runtime.sweep import Point, Scores, as_json, as_markdown, as_page, choose_scale, point_of, scale_text, with_held_out
-from arcopo_fast.textfiles import read_json
+from arcopo_fast.storage.atomic import atomic_write, check_out, remove_directory, settle
+from arcopo_fast.storage.locks import LOCK, owned
+from arcopo_fast.storage.metrics import TOTAL
+from arcopo_fast.storage.textfiles import read_json
 
 MERGE = "merge.json"  # what an adapter was merged from; marks a directory that a merge may replace
 ADAPTER = "adapter"  # the adapter's directory in that of a run or a sweep

@@ -12,9 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from arcopo_fast.commands import Parser, run_command
-from arcopo_fast.runtime.comparison import write_comparison
-from arcopo_fast.runtime.report import write_report
+from arcopo_fast.cli import Parser, run_command
+from arcopo_fast.reports.comparison import write_comparison
+from arcopo_fast.reports.run import write_report
 
 
 def html_file(text: str) -> Path:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arcopo_fast.assemble import (
+from arcopo_fast.build import (
     Generator,
     build_engine,
     build_objective,
@@ -34,39 +34,38 @@ from arcopo_fast.assemble import (
     load_rewards,
     video_shape,
 )
-from arcopo_fast.commands import RecipeParser, numbers, positive_int, run_command
-from arcopo_fast.config import Config
+from arcopo_fast.cli import RecipeParser, numbers, positive_int, run_command
+from arcopo_fast.config.reading import setting
+from arcopo_fast.config.schema import Config
 from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.data.prompts import digest
 from arcopo_fast.errors import UserError
-from arcopo_fast.evaluation import Evaluation, evaluate
-from arcopo_fast.floor import floors
-from arcopo_fast.groups import BufferedGroups, GroupSource, JudgedGroup, Rollouts, policy_of, training_prompts
+from arcopo_fast.evaluation.judging import Evaluation, evaluate
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter, save_adapter
 from arcopo_fast.model.sizes import VAESizes
-from arcopo_fast.objectives.advantage import group_advantages, zscore
+from arcopo_fast.objectives.advantage import group_advantages, weighted_total, zscore
 from arcopo_fast.objectives.optimizer import Stepper
-from arcopo_fast.planner import dry_run, over_plan
-from arcopo_fast.recipe import setting
+from arcopo_fast.planning.ceilings import measure_ceilings
+from arcopo_fast.planning.floor import floors
+from arcopo_fast.planning.plan import dry_run, over_plan
+from arcopo_fast.reports.model_card import model_card
+from arcopo_fast.reports.results import DEVICE, Change, changes
+from arcopo_fast.reports.run import write_report
+from arcopo_fast.reports.stall import PATIENCE, notice, stalled_since
 from arcopo_fast.rewards.base import Reward, RewardError
 from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.runtime import profiling
-from arcopo_fast.runtime.ceilings import measure_ceilings
-from arcopo_fast.runtime.inputs import check_inputs, check_settings, sampled_digest
 from arcopo_fast.runtime.interrupt import Interrupted, Interruption
 from arcopo_fast.runtime.memory import tune_for_cpu
-from arcopo_fast.runtime.metrics import MetricsWriter
-from arcopo_fast.runtime.model_card import model_card
 from arcopo_fast.runtime.profiling import Trace
 from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.runtime.report import write_report
-from arcopo_fast.runtime.results import DEVICE, TOTAL, Change, changes
-from arcopo_fast.runtime.run_dir import RunDirectory, step_of
-from arcopo_fast.runtime.stall import PATIENCE, notice, stalled_since
-from arcopo_fast.runtime.versions import version_of
-from arcopo_fast.runtime.video import write_mp4
-from arcopo_fast.total import weighted_total
+from arcopo_fast.storage.identity import check_inputs, check_settings, sampled_digest
+from arcopo_fast.storage.metrics import TOTAL, MetricsWriter
+from arcopo_fast.storage.run_dir import RunDirectory, step_of
+from arcopo_fast.storage.versions import version_of
+from arcopo_fast.storage.video import write_mp4
+from arcopo_fast.training.groups import BufferedGroups, GroupSource, JudgedGroup, Rollouts, policy_of, training_prompts
 
 
 def check_trainable(config: Config) -> None:

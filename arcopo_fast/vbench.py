@@ -29,20 +29,12 @@ from typing import Any
 
 import torch
 
-from arcopo_fast.assemble import Generator, encode_ahead, load_generator, video_shape
-from arcopo_fast.commands import Parser, RecipeParser, adapter_path, finite, positive_int, run_command, run_subcommand, shard
-from arcopo_fast.commands import seed as seed_option
-from arcopo_fast.config import Config
+from arcopo_fast.build import Generator, encode_ahead, load_generator, video_shape
+from arcopo_fast.cli import Parser, RecipeParser, adapter_path, finite, positive_int, run_command, run_subcommand, shard
+from arcopo_fast.cli import seed as seed_option
+from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
-from arcopo_fast.files import atomic_write, check_out
-from arcopo_fast.generate import load_scaled_adapter, sized_engine, stream_frames
-from arcopo_fast.groups import weights_digest
-from arcopo_fast.hub import find
-from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
-from arcopo_fast.runtime.interrupt import Interrupted, Interruption
-from arcopo_fast.runtime.memory import tune_for_cpu
-from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.runtime.vbench import (
+from arcopo_fast.evaluation.vbench.data import (
     DIMENSIONS,
     INFO,
     RESULTS,
@@ -55,8 +47,16 @@ from arcopo_fast.runtime.vbench import (
     table,
     videos_of,
 )
-from arcopo_fast.runtime.vbench_scorer import Scorer, score_dimension
-from arcopo_fast.runtime.video import Mp4Writer
+from arcopo_fast.evaluation.vbench.scorer import Scorer, score_dimension
+from arcopo_fast.generate import load_scaled_adapter, sized_engine, stream_frames
+from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
+from arcopo_fast.runtime.interrupt import Interrupted, Interruption
+from arcopo_fast.runtime.memory import tune_for_cpu
+from arcopo_fast.runtime.progress import Progress
+from arcopo_fast.storage.atomic import atomic_write, check_out
+from arcopo_fast.storage.hub import find
+from arcopo_fast.storage.video import Mp4Writer
+from arcopo_fast.training.groups import weights_digest
 
 PROGRAM = "python -m arcopo_fast.vbench"
 

@@ -4,8 +4,9 @@ An adapted layer, y = x W^T + b + s x A^T B^T. FLOP: its products, and in a back
 yardsticks are the formula written out, peft's own layer, which computes float32 adapters in float32, and the frozen layer alone, which none
 with an adapter beats.
 
-The decoder: one call for the next latent frames of a video, against diffusers'. FLOP as `arcopo_fast.work` counts them, those of diffusers'
-decoder; ours needs fewer, for it convolves before it upsamples. Listed below: cuDNN's algorithms chosen by trial instead of by rule.
+The decoder: one call for the next latent frames of a video, against diffusers'. FLOP as `arcopo_fast.planning.work` counts
+them, those of diffusers' decoder; ours needs fewer, for it convolves before it upsamples. Listed below: cuDNN's algorithms chosen by trial
+instead of by rule.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.model.untrained import untrained_vae
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, fork
-from arcopo_fast.work import decode
+from arcopo_fast.planning.work import decode
 from benchmarks import shapes
 from benchmarks.measure import Bench, Other
 from benchmarks.timing import Call

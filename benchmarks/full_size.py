@@ -33,10 +33,10 @@ from arcopo_fast.model.causal_wan import CausalWanConfig
 from arcopo_fast.model.lora import add_lora
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
+from arcopo_fast.planning.work import Workload
 from arcopo_fast.rewards.simple import Sharpness, Steadiness
 from arcopo_fast.rollout.engine import SamplerSettings, VideoShape
 from arcopo_fast.runtime import profiling
-from arcopo_fast.work import Workload
 from benchmarks import results, shapes
 from benchmarks.iteration import PER_BRANCH, OurPath, ReferencePath, Samples, Scene, case, memory, problems, random_advantages, sweep
 from benchmarks.results import OURS

@@ -22,14 +22,14 @@ from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
 from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.objectives.copo import CopoObjective
 from arcopo_fast.objectives.optimizer import Stepper
+from arcopo_fast.planning.work import Work, Workload
+from arcopo_fast.planning.work import iteration as iteration_work
 from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, Group, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, normal
 from arcopo_fast.runtime import profiling
-from arcopo_fast.work import Work, Workload
-from arcopo_fast.work import iteration as iteration_work
 from benchmarks.reference.iteration import Reference, Result
 from benchmarks.results import OURS
 from benchmarks.timing import Ceilings
@@ -76,9 +76,9 @@ class Scene:
 
 def toy(*overrides: str) -> Scene:
     """The shipped toy recipe."""
-    from arcopo_fast.assemble import checkpoint_path, load_generator, load_prompts, load_rewards
-    from arcopo_fast.floor import workload_of
-    from arcopo_fast.recipe import load_config
+    from arcopo_fast.build import checkpoint_path, load_generator, load_prompts, load_rewards
+    from arcopo_fast.config.reading import load_config
+    from arcopo_fast.planning.floor import workload_of
 
     config = load_config("toy", overrides)
     generator, prompt = load_generator(config), load_prompts(config).training[0].text

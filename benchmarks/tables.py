@@ -38,7 +38,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}, {environment['date']}. Ceilings, measured",
         f"in the same run: matrix product {matmul:.4g} TFLOP/s, copy {bandwidth:.4g} TB/s. Floor: FLOP over the one plus bytes between the",
-        "products over the other (`arcopo_fast/work.py`). MFU: FLOP a second over the matrix product's. Seconds are medians.",
+        "products over the other (`arcopo_fast/planning/work.py`). MFU: FLOP a second over the matrix product's. Seconds are medians.",
     ]
     if cut := next((case["settings"] for case in pivoted), None):
         together = "all" if cut["micro_batch"] is None else cut["micro_batch"]

@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from arcopo_fast.assemble import check_fits, checkpoint_path
-from arcopo_fast.config import Config
+from arcopo_fast.build import check_fits, checkpoint_path
+from arcopo_fast.config.reading import _fields, load_config, resolved_yaml
+from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import read_prompt_set
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.adapter_files import read_adapter
 from arcopo_fast.model.checkpoints import read_config
 from arcopo_fast.model.sizes import VAESizes
-from arcopo_fast.recipe import _fields, load_config, resolved_yaml
-from arcopo_fast.textfiles import read_json
+from arcopo_fast.storage.textfiles import read_json
 
 ODD_TEXTS = [
     *("", "~", "null", "[]", "{}", "[[]]", "{a: 1}", "a: b", "x:", "- a", "-", "'", '"', "''", "[", "]", "{", "}", "&", "&a b", "*", "*a"),

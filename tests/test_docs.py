@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from arcopo_fast.config import Config
-from arcopo_fast.recipe import recipes
+from arcopo_fast.config.reading import recipes
+from arcopo_fast.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

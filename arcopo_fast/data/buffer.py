@@ -30,8 +30,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.files import atomic_path, atomic_write, settle
-from arcopo_fast.runtime.locks import lock
+from arcopo_fast.storage.atomic import atomic_path, atomic_write, settle
+from arcopo_fast.storage.locks import lock
 
 FORMAT = 1
 FILE = "buffer.json"

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arcopo_fast import hub
+from arcopo_fast.config.fields import expanded
 from arcopo_fast.errors import UserError
-from arcopo_fast.settings import expanded
-from arcopo_fast.textfiles import parse_json, read_text, text_problem
+from arcopo_fast.storage import hub
+from arcopo_fast.storage.textfiles import parse_json, read_text, text_problem
 
 BENCH = "bench"
 """Names the plain sentences that come with the package."""

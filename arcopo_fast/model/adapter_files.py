@@ -19,7 +19,7 @@ from torch import Tensor
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.checkpoints import check_finite, diffusers_name, read_container, rename, shorten, strip_wrappers
-from arcopo_fast.textfiles import parse_json, read_json
+from arcopo_fast.storage.textfiles import parse_json, read_json
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"

@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from arcopo_fast import files
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.sizes import check_sizes
 from arcopo_fast.model.tensors import check_dtype, check_finite, rename
-from arcopo_fast.textfiles import read_json
+from arcopo_fast.storage import atomic as files
+from arcopo_fast.storage.textfiles import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.checkpoints import load_into, read_container, shorten, strip_wrappers
 from arcopo_fast.model.tensors import rename
-from arcopo_fast.textfiles import read_json
+from arcopo_fast.storage.textfiles import read_json
 
 if TYPE_CHECKING:  # imported where an encoder is loaded: with every embedding cached, neither is needed
     from tokenizers import Tokenizer

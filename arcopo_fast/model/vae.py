@@ -25,7 +25,7 @@ from torch.nn import functional
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.checkpoints import load_into, model_directory, read_container, strip_wrappers
 from arcopo_fast.model.tensors import rename
-from arcopo_fast.textfiles import read_json
+from arcopo_fast.storage.textfiles import read_json
 
 if TYPE_CHECKING:  # diffusers is imported when a VAE is loaded: a machine without it can still train on given latents
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan

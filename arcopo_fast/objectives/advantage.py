@@ -1,13 +1,34 @@
-"""From the rewards of a group to advantages."""
+"""The weighted total of rewards, which a run trains on and is compared by, and the advantages of a group."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from arcopo_fast.total import weighted_total
+Scores = TypeVar("Scores", float, Tensor)
+
+
+def weighted_total(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
+    """Return the sum of weight * score in fp64; NaN where a reward that has a weight has no score.
+
+    A reward of weight 0 is only watched, and has no part in it: 0 times a score that failed would be NaN.
+
+    Args:
+        scores: by the reward's name, a number or a tensor [N] each; more than `weights` names may be there.
+        weights: by the reward's name; at least one of them is not 0.
+    """
+    parts = [weight * _double(scores[name]) for name, weight in weights.items() if weight]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _double(score: Scores) -> Scores:
+    return score if isinstance(score, float | int) else score.double()
 
 
 def zscore(

@@ -26,6 +26,7 @@ from typing import Any, Callable, ClassVar, Generic, NamedTuple, Sequence, TypeV
 import torch
 from torch import Tensor
 
+from arcopo_fast.config.fields import ObjectiveSettings
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import adapter_disabled
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
@@ -33,7 +34,6 @@ from arcopo_fast.rollout.engine import Engine, Group, Stream
 from arcopo_fast.rollout.noise import generator
 from arcopo_fast.rollout.sampler import Kernel
 from arcopo_fast.runtime.profiling import stage
-from arcopo_fast.settings import ObjectiveSettings
 
 S = TypeVar("S", bound=ObjectiveSettings)
 R = TypeVar("R")

@@ -13,10 +13,10 @@ from arcopo_kernels.surrogate import copo_surrogate
 from pydantic import Field
 from torch import Tensor
 
+from arcopo_fast.config.fields import ObjectiveSettings, PositiveFloat
 from arcopo_fast.objectives.base import Items, Objective, Outcome
 from arcopo_fast.rollout.engine import Group, Stream
 from arcopo_fast.rollout.sampler import Kernel, Steps
-from arcopo_fast.settings import ObjectiveSettings, PositiveFloat
 
 EULER = Kernel("ode")
 

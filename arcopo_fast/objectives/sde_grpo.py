@@ -20,11 +20,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from arcopo_fast.config.fields import ObjectiveSettings, PositiveFloat
 from arcopo_fast.errors import UserError
 from arcopo_fast.objectives.base import Items, Objective, Outcome
 from arcopo_fast.rollout.engine import Engine, Group, Stream
 from arcopo_fast.rollout.sampler import Kernel
-from arcopo_fast.settings import ObjectiveSettings, PositiveFloat
 
 DEFAULT_NOISE = {"consistency": 0.0, "dance_sde": 0.3, "flow_sde": 0.7, "flow_cps": 0.7}
 

@@ -17,10 +17,10 @@ from collections.abc import Callable
 
 import torch
 
-from arcopo_fast.commands import Parser, positive_int, run_command, run_subcommand
+from arcopo_fast.cli import Parser, positive_int, run_command, run_subcommand
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import wire
-from arcopo_fast.rewards.own import find
+from arcopo_fast.rewards.custom import find
 from arcopo_fast.rewards.registry import REWARDS, goes_by_seconds, load_reward
 from arcopo_fast.rewards.server import RewardServer, Scorer
 from arcopo_fast.runtime.interrupt import Interruption

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arcopo_fast import hub
 from arcopo_fast.errors import UserError
+from arcopo_fast.storage import hub
 
 SOURCE = "hf://openai/clip-vit-large-patch14"
 FILES = ["config.json", "tokenizer_config.json", "tokenizer.json"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.client import RemoteReward
-from arcopo_fast.rewards.own import OwnReward
-from arcopo_fast.runtime.inputs import sampled_digest
+from arcopo_fast.rewards.custom import OwnReward
+from arcopo_fast.storage.identity import sampled_digest
 
 
 def fingerprint_of(reward: Reward) -> str:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from arcopo_fast import hub
-from arcopo_fast.rewards import qwen2vl
-from arcopo_fast.rewards.qwen2vl_frames import Patches, fitting_size, quantise, resize
-from arcopo_fast.rewards.qwen2vl_text import Conversation, load_tokenizer, read_instruction
+from arcopo_fast.rewards.qwen2vl import model as qwen2vl
+from arcopo_fast.rewards.qwen2vl.frames import Patches, fitting_size, quantise, resize
+from arcopo_fast.rewards.qwen2vl.text import Conversation, load_tokenizer, read_instruction
+from arcopo_fast.storage import hub
 
 SOURCE = "hf://MizzenAI/HPSv3"
 BASE = "Qwen/Qwen2-VL-7B-Instruct"

@@ -13,7 +13,7 @@ from torch import nn
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.base import Reward
-from arcopo_fast.rewards.own import OwnReward, find, load_own
+from arcopo_fast.rewards.custom import OwnReward, find, load_own
 
 REWARDS = {
     "toy_vq": "arcopo_fast.toy.rewards:VisualQuality",

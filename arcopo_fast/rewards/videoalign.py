@@ -19,12 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arcopo_fast import hub
 from arcopo_fast.errors import UserError
-from arcopo_fast.rewards import qwen2vl
-from arcopo_fast.rewards.qwen2vl_frames import Patches, fitting_size, greyscale, quantise, resize, sample_frames
-from arcopo_fast.rewards.qwen2vl_text import Conversation, load_tokenizer, read_instruction
-from arcopo_fast.textfiles import read_json
+from arcopo_fast.rewards.qwen2vl import model as qwen2vl
+from arcopo_fast.rewards.qwen2vl.frames import Patches, fitting_size, greyscale, quantise, resize, sample_frames
+from arcopo_fast.rewards.qwen2vl.text import Conversation, load_tokenizer, read_instruction
+from arcopo_fast.storage import hub
+from arcopo_fast.storage.textfiles import read_json
 
 SOURCE = "hf://KlingTeam/VideoReward"
 INSTRUCTION = "github://KwaiVGI/VideoAlign/prompt_template.py"

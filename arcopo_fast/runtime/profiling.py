@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.files import atomic_path
+from arcopo_fast.storage.atomic import atomic_path
 
 STAGES = ("prefix", "fork", "denoise", "clean", "reencode", "decode", "reward", "replay", "optimiser")
 """Of an iteration, in the order in which they come. fork: the branches' noise and page tables; reencode: the VAE's part in a context."""

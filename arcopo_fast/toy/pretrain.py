@@ -18,10 +18,10 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
+from arcopo_fast.evaluation.influence import noise_influence
 from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
 from arcopo_fast.model.checkpoints import load_into, read_state_dict, save_transformer
 from arcopo_fast.rollout.engine import SamplerSettings, VideoShape
-from arcopo_fast.rollout.influence import noise_influence
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.toy import data
 from arcopo_fast.toy.generator_training import distil, train_teacher

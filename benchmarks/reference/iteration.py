@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arcopo_fast.model.causal_wan import CausalWan
+from arcopo_fast.planning.work import Workload
 from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.noise import KeyedNoise, generator
 from arcopo_fast.rollout.sampler import Steps
 from arcopo_fast.rollout.scheduler import Schedule
 from arcopo_fast.runtime.profiling import stage
-from arcopo_fast.work import Workload
 from benchmarks.reference.wan import DenseCache, ReferenceWan
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def through_mp4(frames: Tensor, fps: int = 16) -> Tensor:
 
     import av
 
-    from arcopo_fast.runtime.video import CODECS
+    from arcopo_fast.storage.video import CODECS
 
     pixels = (frames[0].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     file = io.BytesIO()

@@ -15,9 +15,9 @@ from typing import Any
 import claims
 from claims import Claim, Scores
 
-from arcopo_fast.files import atomic_write
-from arcopo_fast.runtime.charts import line_chart
-from arcopo_fast.runtime.page import page, section, table
+from arcopo_fast.reports.charts import line_chart
+from arcopo_fast.reports.html import page, section, table
+from arcopo_fast.storage.atomic import atomic_write
 
 CAPTION = "toy_ta"
 METHODS = {

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from outcome import write_outcome
 
-from arcopo_fast.commands import Parser, positive_int, run_command
+from arcopo_fast.cli import Parser, positive_int, run_command
 from arcopo_fast.errors import UserError
-from arcopo_fast.files import atomic_write
+from arcopo_fast.storage.atomic import atomic_write
 
 
 @dataclass(frozen=True)

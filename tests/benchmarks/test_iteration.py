@@ -13,9 +13,9 @@ from torch import Tensor
 
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora
 from arcopo_fast.objectives.copo import CopoSettings
+from arcopo_fast.planning.work import Workload
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import VideoShape
-from arcopo_fast.work import Workload
 from benchmarks.iteration import OurPath, ReferencePath, Scene, agreement
 from benchmarks.reference import wan
 from benchmarks.reference.iteration import Reference, Result, through_mp4

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from arcopo_fast.floor import workload_of
+from arcopo_fast.planning.floor import workload_of
+from arcopo_fast.planning.work import Workload
 from arcopo_fast.rollout.engine import VideoShape
-from arcopo_fast.work import Workload
 from benchmarks import full_size, gpu, iteration, results, shapes, tables
 from benchmarks.results import OURS
 from benchmarks.timing import Ceilings, Timer
@@ -292,10 +292,10 @@ def test_a_part_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_the_cuts_are_those_of_the_planner_and_the_recipe() -> None:
-    from arcopo_fast.assemble import generator_sizes
-    from arcopo_fast.footprint import GB, Settings
-    from arcopo_fast.planner import plan
-    from arcopo_fast.recipe import load_config
+    from arcopo_fast.build import generator_sizes
+    from arcopo_fast.config.reading import load_config
+    from arcopo_fast.planning.memory import GB, Settings
+    from arcopo_fast.planning.plan import plan
 
     config = load_config("bench_1_3b")
     planned = {24: plan(config, generator_sizes(config.generator.checkpoint), 24 * GB).settings, 80: Settings.of(config)}
@@ -338,7 +338,7 @@ def test_the_parts_are_those_of_the_issue() -> None:
 
 def test_the_full_size_is_that_of_the_recipe() -> None:
     """But for how the work is cut into waves and micro-batches, which depends on the device's memory."""
-    from arcopo_fast.recipe import load_config
+    from arcopo_fast.config.reading import load_config
 
     config = load_config("bench_1_3b")
     recipe, full = workload_of(config, full_size.FULL.name, full_size.FULL.model, full_size.FULL.vae), full_size.FULL

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from arcopo_fast.commands import RecipeParser, machine_problem, run_command
+from arcopo_fast.cli import RecipeParser, machine_problem, run_command
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
-from arcopo_fast.recipe import load_config
 
 
 def parse(*arguments: str) -> object:
@@ -92,7 +92,7 @@ def test_a_signal_after_the_end_changes_nothing(number: int) -> None:
     """While Python ends it would kill the process, or print a traceback."""
     program = f"""
 import atexit, os, sys
-from arcopo_fast.commands import run_command
+from arcopo_fast.cli import run_command
 class Last:
     def __del__(self, kill=os.kill, pid=os.getpid()):
         kill(pid, {int(number)})
@@ -117,7 +117,7 @@ def test_what_is_not_the_users_doing_keeps_its_traceback() -> None:
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    program = "import sys\nfrom arcopo_fast.commands import *\n"
+    program = "import sys\nfrom arcopo_fast.cli import *\n"
     program += "sys.exit(run_command(lambda a: print(RecipeParser('x', 'y').format_help() * 50), []))"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     assert process.stdout and process.stderr
@@ -135,7 +135,7 @@ def test_an_interrupt_in_code_that_a_library_runs_from_c_has_the_status_of_any(t
     """Python remembers such a KeyboardInterrupt, though it is caught, and would end by SIGINT when its module was run with -m."""
     (tmp_path / "interrupted_in_c.py").write_text(
         "import ctypes, sys\n"
-        "from arcopo_fast.commands import run_command\n"
+        "from arcopo_fast.cli import run_command\n"
         "def main(arguments):\n"
         "    run = ctypes.pythonapi.PyRun_String\n"
         "    run.restype, run.argtypes = ctypes.py_object, [ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object]\n"

@@ -14,9 +14,9 @@ import yaml
 
 import arcopo_fast
 from arcopo_fast import train
-from arcopo_fast.config import Config
+from arcopo_fast.config.reading import _fields, keys_help, load_config, recipes, resolved_yaml, setting
+from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
-from arcopo_fast.recipe import _fields, keys_help, load_config, recipes, resolved_yaml, setting
 
 # The numbers that the expected messages name; the shipped recipes may change.
 BASE = """

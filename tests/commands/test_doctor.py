@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from arcopo_fast import doctor, hub
-from arcopo_fast.commands import run_command
+from arcopo_fast import doctor
+from arcopo_fast.cli import run_command
+from arcopo_fast.storage import hub
 
 NAME = "some-one/some.model"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from arcopo_fast import train as train_module
-from arcopo_fast.commands import RecipeParser
-from arcopo_fast.config import Config
+from arcopo_fast.cli import RecipeParser
+from arcopo_fast.config.reading import load_config
+from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
-from arcopo_fast.recipe import load_config
 from arcopo_fast.train import command_line, main
 
 PROG = "python -m arcopo_fast.train"

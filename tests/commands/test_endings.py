@@ -18,12 +18,12 @@ import torch
 import yaml
 
 from arcopo_fast import train as module
-from arcopo_fast.commands import run_command
-from arcopo_fast.evaluation import Evaluation
+from arcopo_fast.cli import run_command
+from arcopo_fast.evaluation.judging import Evaluation
 from arcopo_fast.model.lora import adapter_enabled
-from arcopo_fast.runtime.locks import LOCK
-from arcopo_fast.runtime.metrics import read_metrics
-from arcopo_fast.runtime.run_dir import SUMS
+from arcopo_fast.storage.locks import LOCK
+from arcopo_fast.storage.metrics import read_metrics
+from arcopo_fast.storage.run_dir import SUMS
 from arcopo_fast.train import Trainer, main
 
 SMALL = ["toy", "train.iterations=4", "train.save_every=1", "lora.rank=2", "lora.alpha=4", "lora.targets=[to_q]"]
@@ -187,7 +187,7 @@ def test_who_only_imports_the_library_keeps_its_signals(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from arcopo_fast.runtime.locks import Owner
+from arcopo_fast.storage.locks import Owner
 owner = Owner(Path(sys.argv[1]))
 print("owned", flush=True)
 time.sleep(60)
@@ -231,7 +231,7 @@ def test_a_new_run_is_owned_from_its_first_moment(
 
 
 def test_a_run_that_another_process_has_completed_meanwhile(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from arcopo_fast.runtime.run_dir import RunDirectory
+    from arcopo_fast.storage.run_dir import RunDirectory
 
     waiting = RunDirectory.open(run)
     main(["--resume", str(run)])

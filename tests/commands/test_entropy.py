@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from arcopo_fast import entropy
-from arcopo_fast.assemble import build_engine, load_generator, load_prompts, video_shape
-from arcopo_fast.commands import run_command
+from arcopo_fast.build import build_engine, load_generator, load_prompts, video_shape
+from arcopo_fast.cli import run_command
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.entropy import Study, main, summarise, write_results
 from arcopo_fast.model.lora import adapter_state, add_lora, load_adapter_state, save_adapter
-from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.noise import KeyedNoise
 
 SMALL = ["toy", "video.chunks=3", "sampler.steps=[1000,300]"]

@@ -24,16 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from arcopo_fast import evaluate
-from arcopo_fast.assemble import build_engine, checkpoint_path, load_generator, load_held_out, load_prompts, load_rewards, video_shape
-from arcopo_fast.commands import run_command
-from arcopo_fast.evaluation import evaluate as evaluate_once
-from arcopo_fast.evaluation import videos_at_once
+from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_held_out, load_prompts, load_rewards, video_shape
+from arcopo_fast.cli import run_command
+from arcopo_fast.config.reading import load_config
+from arcopo_fast.evaluation.judging import evaluate as evaluate_once
+from arcopo_fast.evaluation.judging import videos_at_once
+from arcopo_fast.evaluation.scores import BASE, ScoreDirectory, Scores, Video
 from arcopo_fast.generate import load_scaled_adapter
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, adapter_state, add_lora, save_adapter
-from arcopo_fast.recipe import load_config
 from arcopo_fast.rewards.base import FramesNotFinite
 from arcopo_fast.rewards.client import RewardServerError
-from arcopo_fast.runtime.scores import BASE, ScoreDirectory, Scores, Video
 
 SMALL = ["toy", "video.chunks=2", "sampler.steps=[1000,300]", "generator.device=cpu", "train.threads=1"]
 THREE = ["evaluation.prompts=3", "--videos", "2"]
@@ -180,7 +180,7 @@ def test_batch_and_company_do_not_matter(evaluated: Path, adapters: dict[str, Pa
 TWO = """
 import os, sys
 from arcopo_fast import evaluate
-from arcopo_fast.commands import run_command
+from arcopo_fast.cli import run_command
 folder, *arguments = sys.argv[1:]
 children = []
 for worker in range(2):

@@ -16,12 +16,14 @@ from support import fixtures, umt5
 from support.models import small_model
 from support.published import SIZES
 
-from arcopo_fast import assemble, collect, doctor, entropy, evaluate, generate, hub, train
-from arcopo_fast.assemble import check_fits, checkpoint_path
-from arcopo_fast.commands import run_command
+from arcopo_fast import build as assemble
+from arcopo_fast import collect, doctor, entropy, evaluate, generate, train
+from arcopo_fast.build import check_fits, checkpoint_path
+from arcopo_fast.cli import run_command
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.recipe import load_config
+from arcopo_fast.storage import hub
 from arcopo_fast.toy.text import ToyTextEncoder
 
 PROMPT = "a red circle moving left"

@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arcopo_fast import generate
-from arcopo_fast.assemble import Generator, build_engine, checkpoint_path, load_generator, load_model, load_rewards, video_shape
-from arcopo_fast.commands import run_command
-from arcopo_fast.config import Config
+from arcopo_fast.build import Generator, build_engine, checkpoint_path, load_generator, load_model, load_rewards, video_shape
+from arcopo_fast.cli import run_command
+from arcopo_fast.config.reading import load_config, resolved_yaml
+from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt
-from arcopo_fast.evaluation import evaluate
+from arcopo_fast.evaluation.judging import evaluate
 from arcopo_fast.generate import Switch, first_frames, output_files, place_switches, sized_engine, stream_frames, with_frames
 from arcopo_fast.model.causal_wan import CausalWanConfig
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, read_adapter, save_adapter
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes
 from arcopo_fast.model.vae import StreamingDecoder
-from arcopo_fast.recipe import load_config, resolved_yaml
 from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
 

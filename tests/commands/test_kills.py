@@ -27,9 +27,9 @@ import pytest
 from support.seeds import seed_of
 from torch import nn
 
-from arcopo_fast.assemble import checkpoint_path, load_model
+from arcopo_fast.build import checkpoint_path, load_model
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, save_adapter
-from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.storage.metrics import read_metrics
 
 KILLS = int(os.environ.get("ARCOPO_KILLS", "100"))
 MOST = 4

@@ -21,16 +21,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from arcopo_fast import merge
-from arcopo_fast.assemble import build_engine, checkpoint_path, load_generator, load_held_out, load_model, load_prompts, load_rewards
-from arcopo_fast.assemble import video_shape as shape_of
-from arcopo_fast.commands import run_command
-from arcopo_fast.evaluation import Evaluation, evaluate
+from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_held_out, load_model, load_prompts, load_rewards
+from arcopo_fast.build import video_shape as shape_of
+from arcopo_fast.cli import run_command
+from arcopo_fast.config.reading import load_config, resolved_yaml
+from arcopo_fast.evaluation.judging import Evaluation, evaluate
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import BLOCK_TARGETS, Adapter, adapter_parameters, add_lora, load_adapter, read_adapter, save_adapter
-from arcopo_fast.recipe import load_config, resolved_yaml
-from arcopo_fast.runtime.page import signed
-from arcopo_fast.runtime.results import Change
-from arcopo_fast.runtime.sweep import Point, choose_scale, result_line
+from arcopo_fast.reports.html import signed
+from arcopo_fast.reports.results import Change
+from arcopo_fast.reports.sweep import Point, choose_scale, result_line
 
 SMALL = [
     "video.chunks=2",

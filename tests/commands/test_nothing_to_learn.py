@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcopo_fast.commands import run_command
-from arcopo_fast.recipe import load_config
+from arcopo_fast.cli import run_command
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.rewards.base import RewardError
-from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.train import Trainer, main
 
 GROUP, PROMPTS = 4, 2

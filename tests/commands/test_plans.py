@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcopo_fast import assemble
-from arcopo_fast.groups import Rollouts
+from arcopo_fast import build as assemble
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.objectives.optimizer import Stepper
-from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.train import Trainer
+from arcopo_fast.training.groups import Rollouts
 
 SMALL = ["rollout.group_size=4", "objective.anchors_per_update=2", "objective.updates=1", "rollout.pivot=2", "lora.rank=4"]
 LITTLE_MEMORY = [

@@ -13,13 +13,14 @@ from huggingface_hub import constants
 from support import published, umt5
 from support.published import SMALL, Weights
 
-from arcopo_fast import collect, generate, hub, train
-from arcopo_fast.assemble import generator_sizes, load_generator
-from arcopo_fast.commands import run_command
+from arcopo_fast import collect, generate, train
+from arcopo_fast.build import generator_sizes, load_generator
+from arcopo_fast.cli import run_command
+from arcopo_fast.config.reading import load_config, recipes
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.checkpoints import diffusers_name
 from arcopo_fast.model.text import CachedTextEncoder
-from arcopo_fast.recipe import load_config, recipes
+from arcopo_fast.storage import hub
 
 GENERATORS = ["self_forcing", "causal_forcing", "causal_forcing_framewise", "causal_forcing_2step", "causal_forcing_1step", "longlive"]
 PROMPTS = ["ba ce di", "fo gu", "he bake", "celi dimo fonu", "gupa", "here bato"]

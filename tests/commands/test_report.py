@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.runs import Page, evaluation, write_run
 
-from arcopo_fast.commands import run_command
+from arcopo_fast.cli import run_command
 from arcopo_fast.report import main
 
 

@@ -14,14 +14,14 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from arcopo_fast.assemble import checkpoint_path
-from arcopo_fast.commands import run_command
+from arcopo_fast.build import checkpoint_path
+from arcopo_fast.cli import run_command
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
 from arcopo_fast.objectives.base import GradientNotFinite
-from arcopo_fast.recipe import load_config
 from arcopo_fast.runtime.interrupt import Interruption
-from arcopo_fast.runtime.metrics import read_metrics
-from arcopo_fast.runtime.run_dir import RunDirectory
+from arcopo_fast.storage.metrics import read_metrics
+from arcopo_fast.storage.run_dir import RunDirectory
 from arcopo_fast.train import Trainer, main
 
 SMALL = [

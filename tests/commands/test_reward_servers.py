@@ -13,15 +13,15 @@ import torch
 from support.servers import serving
 from torch import Tensor
 
-from arcopo_fast.assemble import load_rewards
-from arcopo_fast.commands import run_command
+from arcopo_fast.build import load_rewards
+from arcopo_fast.cli import run_command
+from arcopo_fast.config.reading import load_config, resolved_yaml
 from arcopo_fast.errors import UserError
-from arcopo_fast.recipe import load_config, resolved_yaml
+from arcopo_fast.reports.results import read_run
 from arcopo_fast.rewards.client import RewardServerError
 from arcopo_fast.rewards.registry import load_reward
 from arcopo_fast.rewards.server import RewardServer
-from arcopo_fast.runtime.metrics import read_metrics
-from arcopo_fast.runtime.results import read_run
+from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.train import Trainer, main
 
 SMALL = [

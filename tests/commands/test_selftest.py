@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from arcopo_fast import doctor
-from arcopo_fast.commands import run_command
-from arcopo_fast.findings import Finding
-from arcopo_fast.groups import Rollouts
+from arcopo_fast.cli import run_command
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.objectives.copo import CopoObjective
-from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import KeyedNoise
-from arcopo_fast.selftest import self_test
 from arcopo_fast.toy.rewards import MotionQuality, TextAlignment
 from arcopo_fast.train import Trainer
+from arcopo_fast.training.findings import Finding
+from arcopo_fast.training.groups import Rollouts
+from arcopo_fast.training.selftest import self_test
 
 FAST = ["evaluation.prompts=1", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=0"]
 FAST += ["video.chunks=3", "sampler.steps=[1000, 350]", "rollout.group_size=4", "objective.anchors_per_update=2"]

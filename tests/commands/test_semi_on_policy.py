@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from arcopo_fast import collect
-from arcopo_fast.assemble import checkpoint_path
+from arcopo_fast.build import checkpoint_path
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.data.buffer import Buffer, Entry
 from arcopo_fast.errors import UserError
-from arcopo_fast.groups import BufferedGroups, Rollouts, restore
-from arcopo_fast.recipe import load_config
 from arcopo_fast.rewards.fingerprint import fingerprint_of
-from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.toy.text import ToyTextEncoder
 from arcopo_fast.train import Trainer, main
+from arcopo_fast.training.groups import BufferedGroups, Rollouts, restore
 
 SMALL = [
     "rollout.group_size=3",
@@ -97,10 +97,10 @@ def test_training_on_a_buffer(buffer: Path, mode: str, tmp_path: Path) -> None:
 
 def test_a_run_whose_every_ratio_is_clipped_says_so(buffer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A step far beyond the clip, and groups that come back: from then on no favourable ratio has a gradient."""
-    monkeypatch.setattr("arcopo_fast.runtime.stall.PATIENCE", 2)
+    monkeypatch.setattr("arcopo_fast.reports.stall.PATIENCE", 2)
     monkeypatch.setattr("arcopo_fast.train.PATIENCE", 2)
     settings = ["train.iterations=4", "objective.clip=1.0e-12", "objective.reward_combine=sum", f"run.directory={tmp_path}"]
-    monkeypatch.setattr("arcopo_fast.runtime.stall.LIVE", 0.9)  # about half of the ratios move the unfavourable way, and stay live
+    monkeypatch.setattr("arcopo_fast.reports.stall.LIVE", 0.9)  # about half of the ratios move the unfavourable way, and stay live
     with pytest.warns(UserWarning, match=r"has learned nothing since iteration \d: .* objective.clip"):
         main(["toy", *SMALL, *settings, "--mode", "semi_on_policy", "--buffer", str(buffer)])
     assert "The run stopped learning" in (tmp_path / "toy" / "report.html").read_text()
@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_refused(buffer: Path, tmp_path: Path, monkeypatch:
     ToyTextEncoder(text.vocabulary, 2 * text.table, text_len=text.text_len).save_pretrained(checkpoint / "text")
     with pytest.raises(UserError, match=r"another policy .* in the buffer\): text_encoder: \S+ here, \S+ in the buffer; use"):
         trainer(buffer, f"generator.checkpoint={checkpoint}")
-    monkeypatch.setattr("arcopo_fast.groups.fingerprint_of", lambda reward: fingerprint_of(reward)[::-1])  # as if it were edited
+    monkeypatch.setattr("arcopo_fast.training.groups.fingerprint_of", lambda reward: fingerprint_of(reward)[::-1])  # as if it were edited
     with pytest.raises(UserError, match=r"another recipe .* in the buffer\): rewards.toy_mq: \S+ here, \S+ in the buffer; rewards.toy_ta"):
         collect.main(["toy", *SMALL, "--buffer", str(buffer), "--groups", "6"])
     with pytest.raises(UserError, match="--buffer is missing"):

@@ -21,7 +21,7 @@ BEGINNINGS = {
 }
 PROBE = """
 import contextlib, importlib, io, json, sys
-from arcopo_fast.commands import run_command
+from arcopo_fast.cli import run_command
 
 with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(output):
     statuses = [run_command(importlib.import_module(command).main, arguments) for command, arguments in json.loads(sys.argv[1])]

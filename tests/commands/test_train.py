@@ -14,13 +14,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransform
 from peft import LoraConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
-from arcopo_fast.assemble import build_engine, checkpoint_path, load_generator, load_model, video_shape
+from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_model, video_shape
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.generate import load_scaled_adapter, stream_frames
 from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.model.vae import load_vae
-from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.noise import KeyedNoise
-from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.train import Trainer, main
 
 SMALL = [

@@ -26,15 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from arcopo_fast import vbench
-from arcopo_fast.assemble import checkpoint_path, load_generator, load_model
-from arcopo_fast.commands import run_command
+from arcopo_fast.build import checkpoint_path, load_generator, load_model
+from arcopo_fast.cli import run_command
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
-from arcopo_fast.generate import sized_engine, stream_frames, video_shape
-from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, save_adapter
-from arcopo_fast.recipe import load_config
-from arcopo_fast.rollout.engine import Engine
-from arcopo_fast.rollout.noise import KeyedNoise
-from arcopo_fast.runtime.vbench import (
+from arcopo_fast.evaluation.vbench.data import (
     DIMENSIONS,
     FLICKERING,
     QUALITY,
@@ -50,7 +46,11 @@ from arcopo_fast.runtime.vbench import (
     video_seed,
     videos_of,
 )
-from arcopo_fast.runtime.video import Mp4Writer
+from arcopo_fast.generate import sized_engine, stream_frames, video_shape
+from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, save_adapter
+from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.storage.video import Mp4Writer
 
 FAST = ["sampler.steps=[1000]", "video.chunks=1", "generator.device=cpu"]
 RED, BLUE, GREEN = "a red circle moving left", "a blue square moving up", "a green cross moving right"

@@ -16,7 +16,7 @@ from support.models import small_model
 from support.umt5 import official_state
 from torch import Tensor, nn
 
-from arcopo_fast.assemble import load_model
+from arcopo_fast.build import load_model
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.checkpoints import read_state_dict, to_official_names
 from arcopo_fast.model.tensors import check_finite, rename

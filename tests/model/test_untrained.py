@@ -10,13 +10,13 @@ import torch
 from support.models import small_config
 from torch import nn
 
-from arcopo_fast.assemble import device_of, load_generator, load_held_out, load_prompts
+from arcopo_fast.build import device_of, load_generator, load_held_out, load_prompts
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.model.vae import decode_video
-from arcopo_fast.recipe import load_config
-from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.train import main
 
 DEEP = small_config(num_layers=30, attention_head_dim=32, ffn_dim=256, text_dim=32, text_len=16)

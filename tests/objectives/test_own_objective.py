@@ -12,16 +12,16 @@ import torch
 from support.models import SHAPE, random_text, small_engine, small_model
 
 import arcopo_fast.objectives
-from arcopo_fast.config import config_class, objective_class, objectives
+from arcopo_fast.config.reading import load_config
+from arcopo_fast.config.schema import config_class, objective_class, objectives
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.copo import CopoObjective
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective
-from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.noise import KeyedNoise
-from arcopo_fast.runtime.metrics import read_metrics
+from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.train import main
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "adding_an_objective.md").read_text(encoding="utf-8")

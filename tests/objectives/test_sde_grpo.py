@@ -12,19 +12,19 @@ from support.models import SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 from torch.distributions import Normal
 
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
-from arcopo_fast.groups import JudgedGroup
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.base import Items
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings, log_probability_ratio
-from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.engine import Engine, Group, SamplerSettings, Stream
 from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource
 from arcopo_fast.rollout.sampler import Trajectory
 from arcopo_fast.train import Trainer
+from arcopo_fast.training.groups import JudgedGroup
 
 GROUP, PIVOT = 6, 2
 KERNELS = ["consistency", "dance_sde", "flow_sde", "flow_cps"]

@@ -100,6 +100,6 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
 def test_loading_a_reward_needs_no_other() -> None:
     """An environment that is made for one reward may lack what the rest of the package needs."""
     code = "import sys, arcopo_fast.rewards.__main__ as m; m.load_reward('sharpness'); print([n for n in sys.modules if n in %r])"
-    heavy = ("diffusers", "transformers", "peft", "av", "tensorboard", "arcopo_fast.model", "arcopo_fast.toy", "arcopo_fast.assemble")
+    heavy = ("diffusers", "transformers", "peft", "av", "tensorboard", "arcopo_fast.model", "arcopo_fast.toy", "arcopo_fast.build")
     done = subprocess.run([sys.executable, "-c", code % (heavy,)], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

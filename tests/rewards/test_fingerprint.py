@@ -17,8 +17,8 @@ from support.servers import serving
 from torch import Tensor, nn
 
 from arcopo_fast.rewards.client import RewardClient, remote_rewards
+from arcopo_fast.rewards.custom import OwnReward
 from arcopo_fast.rewards.fingerprint import fingerprint_of
-from arcopo_fast.rewards.own import OwnReward
 from arcopo_fast.rewards.registry import load_reward
 
 MODULE = "judges_that_are_edited"

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from support.judges import FRAME_TEMPLATE, Reference, published_files, write_base, write_instruction
 from torch import Tensor, nn
 
-from arcopo_fast import hub
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.base import score
 from arcopo_fast.rewards.hpsv3 import BASE, PIXELS, TOKEN, WEIGHTS, FrameJudge, HPSv3, HPSv3Every4th
-from arcopo_fast.rewards.qwen2vl_frames import fitting_size
+from arcopo_fast.rewards.qwen2vl.frames import fitting_size
+from arcopo_fast.storage import hub
 
 PROMPTS = ["a cat", "a much longer prompt: two dogs run along a beach at dawn"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import base, wire
 from arcopo_fast.rewards.base import FramesNotFinite, RewardError, score
-from arcopo_fast.rewards.own import OwnReward
+from arcopo_fast.rewards.custom import OwnReward
 from arcopo_fast.rewards.registry import load_reward
 
 PROMPTS = ["first", "second", "third", "fourth"]

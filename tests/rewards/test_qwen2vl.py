@@ -26,9 +26,9 @@ from support.judges import (
 from torch import nn
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.rewards import qwen2vl
-from arcopo_fast.rewards.qwen2vl_frames import Patches, fitting_size, greyscale, quantise, resize, sample_frames
-from arcopo_fast.rewards.qwen2vl_text import Conversation, load_tokenizer, read_instruction
+from arcopo_fast.rewards.qwen2vl import model as qwen2vl
+from arcopo_fast.rewards.qwen2vl.frames import Patches, fitting_size, greyscale, quantise, resize, sample_frames
+from arcopo_fast.rewards.qwen2vl.text import Conversation, load_tokenizer, read_instruction
 
 
 @pytest.fixture(autouse=True)

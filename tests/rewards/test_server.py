@@ -19,14 +19,14 @@ from safetensors.torch import save
 from support.servers import SECONDS, serving
 from torch import Tensor
 
-from arcopo_fast.assemble import load_rewards
+from arcopo_fast.build import load_rewards
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
-from arcopo_fast.recipe import load_config
 from arcopo_fast.rewards import server as server_module
 from arcopo_fast.rewards import wire
 from arcopo_fast.rewards.base import score
 from arcopo_fast.rewards.client import RewardClient, RewardServerError, remote_rewards
-from arcopo_fast.rewards.own import OwnReward
+from arcopo_fast.rewards.custom import OwnReward
 from arcopo_fast.rewards.registry import load_reward
 from arcopo_fast.rewards.server import Handler, RewardServer
 

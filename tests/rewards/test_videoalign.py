@@ -13,10 +13,9 @@ import torch
 from support.judges import MEANS_STDS, VIDEO_TEMPLATE, Reference, published_files, split_adapter, write_base, write_videoreward
 from torch import Tensor, nn
 
-from arcopo_fast import hub
 from arcopo_fast.errors import UserError
-from arcopo_fast.rewards import qwen2vl
 from arcopo_fast.rewards.base import score
+from arcopo_fast.rewards.qwen2vl import model as qwen2vl
 from arcopo_fast.rewards.videoalign import (
     DIMENSIONS,
     TOKENS,
@@ -29,6 +28,7 @@ from arcopo_fast.rewards.videoalign import (
     VideoAlign,
     VisualQuality,
 )
+from arcopo_fast.storage import hub
 
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
 RANK, ALPHA = 4, 6

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcopo_fast.config import Config
+from arcopo_fast.config.reading import load_config
+from arcopo_fast.config.schema import Config
 from arcopo_fast.model.vae import StreamingDecoder, VAECache
-from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.train import Trainer
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from arcopo_fast.recipe import load_config
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.rollout.sampler import Kernel, Steps, next_input
 from arcopo_fast.rollout.scheduler import Schedule
 

@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from arcopo_fast.assemble import build_engine, load_model
+from arcopo_fast.build import build_engine, load_model
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.recipe import load_config
 from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
 
 OWN = Path(__file__).parents[1] / "fixtures"

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from arcopo_fast.rewards import qwen2vl
+from arcopo_fast.rewards.qwen2vl import model as qwen2vl
 
 try:  # the processor that needs no torchvision
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as ImageProcessor

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arcopo_fast.hub import Source
 from arcopo_fast.model.checkpoints import to_official_names
+from arcopo_fast.storage.hub import Source
 from support import fixtures, umt5
 from support.models import small_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arcopo_fast.config import Config
+from arcopo_fast.config.schema import Config
 from arcopo_fast.model.causal_wan import CachedRun, CausalWan, ChunkContext
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.model.sizes import GeneratorSizes

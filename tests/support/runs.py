@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from arcopo_fast.config import Config
-from arcopo_fast.recipe import load_config
-from arcopo_fast.runtime.metrics import MetricsWriter
-from arcopo_fast.runtime.run_dir import RunDirectory
-from arcopo_fast.runtime.video import write_mp4
+from arcopo_fast.config.reading import load_config
+from arcopo_fast.config.schema import Config
+from arcopo_fast.storage.metrics import MetricsWriter
+from arcopo_fast.storage.run_dir import RunDirectory
+from arcopo_fast.storage.video import write_mp4
 
 STEPS = 12
 VIDEOS = 16

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from arcopo_fast.assemble import (
+from arcopo_fast.build import (
     Generator,
     build_engine,
     checkpoint_path,
@@ -17,11 +17,11 @@ from arcopo_fast.assemble import (
     load_rewards,
     video_shape,
 )
-from arcopo_fast.config import Config
-from arcopo_fast.evaluation import evaluate
-from arcopo_fast.recipe import load_config
+from arcopo_fast.config.reading import load_config
+from arcopo_fast.config.schema import Config
+from arcopo_fast.evaluation.influence import noise_influence
+from arcopo_fast.evaluation.judging import evaluate
 from arcopo_fast.rollout.engine import SamplerSettings
-from arcopo_fast.rollout.influence import noise_influence
 
 
 @pytest.fixture(scope="module")

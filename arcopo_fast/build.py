@@ -1,0 +1,386 @@
+"""From a recipe to objects: the generator, its engine, the rewards and the prompts, as every command needs them.
+
+Whatever is wrong with the input is said here, as a UserError, before anything is written.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from arcopo_fast.config.fields import ObjectiveSettings
+from arcopo_fast.config.schema import Config, objective_class
+from arcopo_fast.data.prompts import Prompt, Prompts, read_prompt_set, split_prompts
+from arcopo_fast.errors import UserError
+from arcopo_fast.model.adapter_files import read_adapter
+from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
+from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_state_dict
+from arcopo_fast.model.lora import fold_adapter
+from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes, published
+from arcopo_fast.model.text import OFFICIAL_TOKENIZER, OFFICIAL_WEIGHTS, CachedTextEncoder, TextEncoderFiles
+from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
+from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
+from arcopo_fast.objectives.base import Objective
+from arcopo_fast.rewards.base import Reward
+from arcopo_fast.rewards.client import remote_rewards
+from arcopo_fast.rewards.registry import load_reward
+from arcopo_fast.rewards.wire import read_token
+from arcopo_fast.rollout.cache import CachePolicy
+from arcopo_fast.rollout.decode import Reencoder
+from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
+from arcopo_fast.rollout.noise import generator as random_for
+from arcopo_fast.runtime.memory import resident
+from arcopo_fast.storage import hub
+from arcopo_fast.storage.textfiles import read_json
+from arcopo_fast.toy import data as toy_data
+from arcopo_fast.toy import metrics as toy_metrics
+from arcopo_fast.toy.text import ToyTextEncoder
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+UNTRAINED = "random:"
+"""Begins a `generator.checkpoint` that names a size instead of a place."""
+
+OFFICIAL_VAE = "Wan2.1_VAE.pth"
+
+
+class TextEncoder(Protocol):
+    """Prompts -> embeddings [B, text_len, text_dim] fp32 on the CPU."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from every encoder that gives other embeddings."""
+        ...
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor: ...
+
+
+@dataclass
+class Generator:
+    """A text-to-video generator: prompts -> text embeddings -> latents -> frames.
+
+    directory: of its text encoder and VAE; None for an untrained one.
+    """
+
+    model: CausalWan
+    encode_text: TextEncoder
+    decoder: StreamingDecoder
+    directory: Path | None
+
+
+def checkpoint_path(checkpoint: str) -> Path:
+    """Where a recipe's `generator.checkpoint` lies, or its `generator.base`: "toy" ships with the package, others are found or fetched.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    if checkpoint == "toy":
+        return Path(str(importlib.resources.files("arcopo_fast.toy") / "checkpoint"))
+    if not hub.is_published(checkpoint) and not Path(checkpoint).expanduser().exists():
+        untrained = ", ".join(UNTRAINED + size for size in PUBLISHED)
+        raise UserError(
+            f"there is no checkpoint at {checkpoint}; give 'toy', its path, hf://owner/name/path, or for untrained weights {untrained}"
+        )
+    return hub.find(checkpoint)
+
+
+def base_files(base: str) -> list[str]:
+    """What is needed of a Wan2.1 repository beside the generator itself: its text encoder and its VAE, in the layout it has."""
+    if not hub.is_published(base):
+        return []
+    if base.partition("@")[0].rstrip("/").endswith("-Diffusers"):
+        return ["text_encoder/*", "tokenizer/tokenizer.json", "vae/*"]
+    return [OFFICIAL_WEIGHTS, f"{OFFICIAL_TOKENIZER}/tokenizer.json", OFFICIAL_VAE]
+
+
+def generator_sizes(checkpoint: str, base: str | None = None) -> GeneratorSizes:
+    """The sizes behind a recipe's `generator.checkpoint`; no weights are loaded where a config.json says them, and nothing is downloaded.
+
+    What is not on this machine is taken to have the published sizes that its name, or its base's, speaks of. Without a config.json of its
+    own, the VAE is taken to be Wan2.1's.
+    """
+    if checkpoint.startswith(UNTRAINED):
+        return published(checkpoint.removeprefix(UNTRAINED))
+    if hub.is_published(checkpoint) and hub.local(checkpoint) is None:
+        if (size := _size_in_name(checkpoint, base)) is None:
+            raise UserError(f"{checkpoint} is not on this machine, and its name does not say its size; get it first, or set generator.base")
+        return published(size)
+    path = checkpoint_path(checkpoint)
+    config = read_config(path)
+    if config is None or any(name not in config for name in ("num_layers", "num_attention_heads", "ffn_dim")):
+        config = infer_config(read_state_dict(path), config, source=path)
+    names = {entry.name for entry in fields(CausalWanConfig)}
+    transformer = _text_to_video({name: value for name, value in config.items() if name in names and value is not None}, path)
+    vae = (hub.local(base) or path if base else path) / "vae" / "config.json"
+    return GeneratorSizes(transformer, VAESizes.from_config(read_json(vae), vae) if vae.is_file() else VAESizes())
+
+
+def _text_to_video(sizes: Mapping[str, Any], source: Path) -> CausalWanConfig:
+    """The configuration of a generator that reads nothing but what it makes, and a text.
+
+    Raises:
+        UserError: it is another one.
+    """
+    config = CausalWanConfig(**sizes)
+    if config.in_channels != config.out_channels:
+        advice = "an image-to-video Wan takes an image's channels too; give a text-to-video one: images enter as clean first latents"
+        raise UserError(f"{source} takes latents of {config.in_channels} channels and makes {config.out_channels}; {advice}")
+    return config
+
+
+def _size_in_name(checkpoint: str, base: str | None) -> str | None:
+    """The published size that a name speaks of."""
+    found = re.search(r"(?<![\d.])(1\.3b|14b)", f"{base or ''} {checkpoint}".lower())
+    return found[1] if found else None
+
+
+def check_fits(config: Config) -> None:
+    """Raise `UserError` if the recipe's sizes, generator, VAE and text encoder do not go together.
+
+    Every `load_...` of a recipe begins with it. By names, configurations and shapes: no weights are loaded and nothing is downloaded;
+    what is not on this machine yet is not looked at.
+    """
+    checkpoint, base = config.generator.checkpoint, config.generator.base
+    if hub.is_published(checkpoint) and hub.local(checkpoint) is None:
+        if size := _size_in_name(checkpoint, base):
+            _check_patches(config, published(size).transformer)
+        return
+    sizes = generator_sizes(checkpoint, base)
+    _check_patches(config, sizes.transformer)
+    directory = hub.local(base, base_files(base)) if base and hub.is_published(base) else hub.find(base) if base else None
+    if checkpoint.startswith(UNTRAINED) or (base and directory is None):
+        return
+    directory = directory or checkpoint_path(checkpoint)
+    vae, made = vae_path(directory), sizes.transformer.in_channels
+    if sizes.vae.z_dim != made:
+        raise UserError(
+            f"{checkpoint} makes latents of {made} channels, and the VAE {vae} decodes {sizes.vae.z_dim}: they do not belong together; set "
+            "generator.base to where the generator's own VAE is"
+        )
+    width, expected = _text_width(directory), sizes.transformer.text_dim
+    if width != expected:
+        raise UserError(
+            f"{checkpoint} reads text embeddings of width {expected}, and the text encoder in {directory} gives {width}: they do not "
+            "belong together; set generator.base to where the generator's own text encoder is"
+        )
+
+
+def _check_patches(config: Config, transformer: CausalWanConfig) -> None:
+    for name, size in zip(("latent_height", "latent_width"), transformer.patch_size[1:]):
+        given = getattr(config.video, name)
+        if given % size:
+            near = f"{given - given % size} or {given - given % size + size}" if given > size else str(size)
+            raise UserError(f"video.{name} is {given}, which the generator's patches of {size} latent pixels do not divide; give {near}")
+
+
+def _text_width(directory: Path) -> int:
+    if (directory / "text").is_dir():
+        return ToyTextEncoder.from_pretrained(directory / "text").text_dim
+    return TextEncoderFiles.find(directory).width()
+
+
+def vae_path(directory: Path) -> Path:
+    """Where the VAE lies in a generator's directory, or in its base's.
+
+    Raises:
+        UserError: nowhere.
+    """
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} is the transformer alone; set generator.base to where its text encoder and VAE are, as in "
+            "hf://Wan-AI/Wan2.1-T2V-1.3B"
+        )
+    path = directory / OFFICIAL_VAE if (directory / OFFICIAL_VAE).is_file() else directory / "vae"
+    if not path.exists():
+        raise UserError(f"{directory} has no VAE; expected vae/, or {OFFICIAL_VAE}, beside a text encoder")
+    return path
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a recipe's `generator.device`; "auto" takes a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"generator.device is {name!r}; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"generator.device is {name!r}, but PyTorch sees no GPU here; use generator.device=cpu")
+    if device.type == "cuda" and device.index is not None and device.index >= (count := torch.cuda.device_count()):
+        raise UserError(f"generator.device is {name!r}, but PyTorch sees {count} GPUs here, counted from 0; use one of them")
+    return device
+
+
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    weights: Literal["auto", "ema", "generator"] = "auto",
+    lora: Path | None = None,
+) -> CausalWan:
+    """A frozen causal Wan from any container of its weights; sizes from config.json and the shapes.
+
+    lora: an adapter to fold into the weights. There is never a second copy of the model in host memory, nor one in another dtype.
+    """
+    state = read_state_dict(path, weights=weights)
+    sizes = _text_to_video(infer_config(state, read_config(path), source=path), path)
+    if lora is not None:
+        state = fold_adapter(state, read_adapter(lora), source=lora)
+    with torch.device("meta"):
+        model = CausalWan(sizes)
+    load_into(model, {name: state.pop(name).to(device, dtype, copy=True) for name in list(state)}, source=path)
+    return model.requires_grad_(False)
+
+
+def load_generator(config: Config) -> Generator:
+    """Transformer, text encoder and VAE: from one directory, from a checkpoint and its base, or untrained, of a published size."""
+    check_fits(config)
+    settings = config.generator
+    device = device_of(settings.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events, streams and graphs are the current device's
+    dtype, vae_dtype = getattr(torch, settings.dtype), getattr(torch, settings.vae_dtype)
+    waits_on = torch.device("cpu") if settings.offload else device  # the decoder, for its turn
+    if settings.checkpoint.startswith(UNTRAINED):
+        sizes = generator_sizes(settings.checkpoint)
+        model = untrained_wan(sizes.transformer, dtype=dtype, device=device, seed=config.seed)
+        vae = channels_last(untrained_vae(sizes.vae, dtype=vae_dtype, device=device, seed=config.seed)).to(waits_on)
+        stand_in = HashedText(sizes.transformer.text_len, sizes.transformer.text_dim)
+        return Generator(model, stand_in, StreamingDecoder(vae, config.video.decode_frames), None)
+    path = checkpoint_path(settings.checkpoint)
+    base = hub.find(settings.base, base_files(settings.base)) if settings.base else path
+    vae_file = vae_path(base)
+    lora = hub.find(settings.lora) if settings.lora else None
+    model = load_model(path, dtype=dtype, device=device, weights=settings.weights, lora=lora)
+    vae = channels_last(load_vae(vae_file, vae_dtype)).to(waits_on)
+    text = load_text(base, model.config.text_len, device)
+    return Generator(model, text, StreamingDecoder(vae, config.video.decode_frames), base)
+
+
+def load_text(directory: Path, text_len: int, device: torch.device) -> TextEncoder:
+    """The text encoder of a checkpoint directory: the toy's, or UMT5 behind its cache."""
+    if (directory / "text").is_dir():
+        return ToyTextEncoder.from_pretrained(directory / "text")
+    return CachedTextEncoder.from_pretrained(directory, text_len=text_len, device=device)
+
+
+def encode_ahead(encode_text: TextEncoder, prompts: Iterable[str]) -> None:
+    """Encode what a command will need before it takes memory for anything else: UMT5 is loaded once, and gone when videos are made."""
+    if isinstance(encode_text, CachedTextEncoder):
+        encode_text.encode_all(list(prompts))
+
+
+def video_shape(config: Config, generator: Generator) -> VideoShape:
+    return shape_of(config, generator.model.config.in_channels)
+
+
+def shape_of(config: Config, channels: int) -> VideoShape:
+    """The shape of the recipe's videos in latents of `channels` channels."""
+    video = config.video
+    return VideoShape.of(
+        video.chunks,
+        video.chunk_frames,
+        channels,
+        video.latent_height,
+        video.latent_width,
+        independent_first_frame=video.independent_first_frame,
+    )
+
+
+def cache_policy(config: Config) -> CachePolicy:
+    cache = config.cache
+    return CachePolicy(cache.variant, cache.window, cache.sink, cache.global_sink)
+
+
+def wave_size(config: Config) -> int:
+    """Branches that are finished at once."""
+    return min(config.rollout.branches_per_wave or config.rollout.group_size, config.rollout.group_size)
+
+
+def pool_pages(config: Config, shape: VideoShape, *, videos: int | None = None) -> int:
+    """Pages that the groups of an iteration need at the worst pivot, or `videos` independent videos."""
+    policy = cache_policy(config)
+    visible = Engine.plan(shape, policy, shape.chunks - 1, 1).prefix  # what one whole video holds at most
+    if videos:
+        return max(1, videos * visible)
+    # Every group of an iteration holds its prefix until the update; a context that is recomputed stands beside the rollout's own.
+    held = config.rollout.prompts_per_iteration - 1 + (config.objective.context == "recompute")
+    return Engine.pages_for(shape, wave_size(config), policy=policy) + held * visible
+
+
+def build_engine(
+    config: Config, model: CausalWan, shape: VideoShape, *, videos: int | None = None, vae: AutoencoderKLWan | None = None
+) -> Engine:
+    """An engine whose pool holds a group of the recipe, or `videos` independent videos. vae: for generators that encode frames again."""
+    sampler, policy = config.sampler, cache_policy(config)
+    reencoder = None
+    if policy.reencoded and vae is not None:
+        reencoder = Reencoder(vae, partial(resident, model.device, vae, offload=config.generator.offload))
+    return Engine(
+        model,
+        shape,
+        SamplerSettings(
+            tuple(sampler.steps),
+            sampler.warp,
+            sampler.shift,
+            tuple(sampler.first_chunk_steps) if sampler.first_chunk_steps else None,
+            sampler.context_noise,
+            sampler.kind,
+        ),
+        policy,
+        pages=pool_pages(config, shape, videos=videos),
+        cuda_graphs=config.rollout.cuda_graphs,
+        reencoder=reencoder,
+    )
+
+
+def build_objective(config: Config, engine: Engine) -> Objective[ObjectiveSettings]:
+    """The recipe's objective. Off-policy training is semi-on-policy training without the clip."""
+    settings, mode = config.objective, config.train.mode
+    if mode == "off_policy":
+        settings = settings.model_copy(update={"clip": None})
+    return objective_class(settings.kind)(engine, settings, reference=mode != "on_policy")
+
+
+def load_rewards(config: Config) -> dict[str, Reward]:
+    """The rewards that the recipe names, in its order: made here, or asked for at a server. Of a recipe that fits: a judge may be large."""
+    check_fits(config)
+    servers = config.reward_servers
+    remote = remote_rewards(
+        servers.addresses,
+        token=read_token(None) if servers.addresses else None,
+        dtype=getattr(torch, servers.frames),
+        fps=config.video.fps,
+        timeout=servers.timeout,
+        give_up_after=servers.give_up_after,
+    )
+    device = None if config.generator.offload else device_of(config.generator.device)
+    fps = config.video.fps
+    return {name: remote[name] if name in remote else load_reward(name, fps=fps, device=device) for name in config.rewards}
+
+
+def load_held_out(generator: Generator) -> dict[str, Reward]:
+    """Metrics that are never trained on: those of the toy world, whose classifier lies in its checkpoint. Other generators have none."""
+    if generator.directory is None or not (generator.directory / "classifier").is_dir():
+        return {}
+    return toy_metrics.held_out(generator.directory / "classifier")
+
+
+def load_prompts(config: Config) -> Prompts:
+    """Training and evaluation prompts; which are kept for evaluation depends on `evaluation.seed` alone."""
+    check_fits(config)
+    if config.prompts == "toy" and config.extended_prompts is None:
+        prompts = [Prompt(caption) for caption in toy_data.all_captions()]
+    else:
+        prompts = read_prompt_set(config.prompts, config.extended_prompts)
+    return split_prompts(prompts, config.evaluation.prompts, random_for(config.evaluation.seed, "evaluation prompts"))

@@ -1,0 +1,347 @@
+"""What a run can be told: a typed, strict tree, with every key's default and meaning. `recipe` reads it."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from functools import cache
+from importlib.resources import files
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, create_model, field_validator, model_validator
+
+from arcopo_fast.config.fields import ObjectiveSettings, Place, Positive, PositiveFloat, Section
+from arcopo_fast.errors import UserError
+
+DEFAULT_OBJECTIVE = "copo"
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _timesteps(steps: list[float]) -> list[float]:
+    if not steps:
+        raise ValueError("needs at least one timestep")
+    if any(not 0 <= step <= 1000 for step in steps) or steps[0] == 0:
+        raise ValueError(f"timesteps lie in (0, 1000], but for a last one of 0; given {steps}")
+    if any(later >= earlier for earlier, later in pairwise(steps)):
+        raise ValueError(f"timesteps must decrease; given {steps}")
+    return steps
+
+
+Timesteps = Annotated[list[float], AfterValidator(_timesteps)]
+
+
+class GeneratorConfig(Section):
+    """The generator that is aligned."""
+
+    checkpoint: Place = Field(
+        "toy",
+        description='"toy": ships with the package; random:1.3b, random:14b: untrained; else a path or hf://owner/name/path (Hugging Face)',
+    )
+    weights: Literal["auto", "ema", "generator"] = Field(
+        "auto", description="of a training checkpoint: ema, generator_ema; generator, the weights themselves; auto: the EMA if there is one"
+    )
+    base: Place | None = Field(
+        None, description="directory or hf://owner/name with the text encoder and the VAE; null: beside the checkpoint"
+    )
+    lora: Place | None = Field(
+        None,
+        description="an adapter that is part of the generator: folded into its weights before anything else; path or hf://",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the frozen base; the adapter is always float32. float16 generates, but cannot be trained"
+    )
+    vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the decoder; bfloat16 is fast on a GPU")
+    offload: bool = Field(False, description="decoder and rewards wait in host memory, each until its turn: less memory, more time")
+    device: str = Field("auto", description='"auto": the GPU if there is one; else cpu, cuda or cuda:N')
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"a device is auto, cpu, cuda or cuda:N; given {device[:80]!r}")
+        return device
+
+
+class VideoConfig(Section):
+    """The shape of a video."""
+
+    chunks: Positive = Field(description="L: chunks of a video, an independent first frame not counted")
+    chunk_frames: Positive = Field(description="latent frames of a chunk")
+    independent_first_frame: bool = Field(False, description="one more chunk, of a single latent frame, comes first")
+    latent_height: Positive = Field(description="rows of a latent frame: the video's height in pixels over the VAE's factor, 8 for Wan")
+    latent_width: Positive = Field(description="columns of a latent frame")
+    fps: Positive = Field(description="frames per second of the decoded video")
+    decode_frames: Positive = Field(1, description="latent frames that the VAE decodes in one call: more is faster for small videos only")
+
+    @property
+    def count(self) -> int:
+        """All chunks, an independent first frame included: where a pivot can lie."""
+        return self.chunks + self.independent_first_frame
+
+
+class SamplerConfig(Section):
+    """The few-step sampler of one chunk."""
+
+    kind: Literal["consistency", "ode"] = Field("consistency", description="consistency: predict, re-noise freshly; ode: Euler steps")
+    steps: Timesteps = Field(description="T timesteps, decreasing, in (0, 1000]; the last one may be 0")
+    first_chunk_steps: Timesteps | None = Field(None, description="timesteps of the first chunk, if it has its own")
+    warp: bool = Field(description="steps index the shifted table of 1000 timesteps (750 -> 937.5 for shift 5) instead of being timesteps")
+    shift: PositiveFloat = Field(description="s of sigma = s u / (1 + (s - 1) u)")
+    context_noise: float = Field(0.0, ge=0, le=1000, description="timestep at which a finished chunk enters the cache")
+
+    @model_validator(mode="after")
+    def _warped_steps_are_entries(self) -> SamplerConfig:
+        if self.warp:
+            for name in ("steps", "first_chunk_steps"):
+                if any(step != int(step) for step in getattr(self, name) or []):
+                    raise ValueError(f"sampler.{name} {getattr(self, name)} must be whole with sampler.warp true: they index a table")
+        return self
+
+
+class CacheConfig(Section):
+    """Which finished frames a chunk attends to."""
+
+    variant: Literal["self_forcing", "longlive", "longlive_infinity", "infinity_rope", "krea"] = Field(
+        "self_forcing", description="the published generator whose cache and positions are used"
+    )
+    window: Positive | None = Field(None, description="visible latent frames, the chunk being denoised included; null: all")
+    sink: int = Field(
+        0, ge=0, description="first latent frames that never leave the window; krea: 1, or 0 for a frame encoded again in its place"
+    )
+    global_sink: bool = Field(True, description="the sink survives a prompt switch (longlive)")
+
+
+class RolloutConfig(Section):
+    """How a group of candidates is made."""
+
+    group_size: int = Field(12, description="G: candidates of a group, at least 2")
+    noise_strength: float = Field(0.5, gt=0, le=1, description="sigma: eps_i = sqrt(1 - sigma^2) eps* + sigma delta_i")
+    pivot: int | Literal["shared", "per_group"] = Field(
+        "shared", description="p: shared: one random chunk an iteration; per_group: one a group; a number: always that chunk, from 1"
+    )
+    prompts_per_iteration: Positive = Field(1, description="groups of an iteration")
+    branches_per_wave: Positive | None = Field(
+        None, description="finish so many branches at once: less memory, equal up to rounding; null: all"
+    )
+    decode_branches: Positive | None = Field(
+        None, description="decode so many branches at once: less memory, equal up to rounding; null: all"
+    )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto", description="replay the denoising steps of a chunk as one CUDA graph; auto: where launches, not arithmetic, take the time"
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_has_neighbours(cls, size: int) -> int:
+        if size < 2:
+            raise ValueError(f"a group of {size} has no advantage: rewards are compared inside the group; give at least 2 (the paper: 12)")
+        return size
+
+
+class LoraConfig(Section):
+    """The adapter, the only thing that is trained."""
+
+    rank: Positive = Field(64, description="r of B A x")
+    alpha: PositiveFloat = Field(128, description="the adapter is scaled by alpha / rank")
+    targets: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"],
+        min_length=1,
+        description="linear layers, by their name or its last part",
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW on float32 master weights, no warm-up."""
+
+    lr: PositiveFloat = Field(1e-5, description="learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate; the others fall to 0")
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = Field((0.9, 0.999), description="Adam's two decays")
+    weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
+    eps: PositiveFloat = Field(
+        1e-8, description="Adam's, relative to the root mean square of the gradient's elements: the loss's scale does not matter"
+    )
+    gradient_clip: PositiveFloat | None = Field(1.0, description="largest norm of the gradient; null: no limit")
+    relative_clip: PositiveFloat | None = Field(
+        None, description="largest norm of the gradient in units of the running norm of earlier updates, so at any scale; null: no limit"
+    )
+
+
+class TrainConfig(Section):
+    """Where groups come from, how long, and what is kept."""
+
+    mode: Literal["on_policy", "semi_on_policy", "off_policy"] = Field(
+        "on_policy",
+        description="groups from the policy itself, or from a buffer of the generator without adapter; off_policy: the latter without clip",
+    )
+    buffer: Place | None = Field(None, description="directory that `python -m arcopo_fast.collect` filled; null: on_policy")
+    iterations: Positive = Field(100, description="rollout, reward and update, so many times")
+    save_every: int = Field(50, ge=0, description="iterations between checkpoints; 0: only at the end")
+    keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
+    threads: Positive | None = Field(None, description="CPU threads of PyTorch; null: its own choice")
+
+
+class RewardServersConfig(Section):
+    """Rewards in processes of their own, `python -m arcopo_fast.rewards serve`. ARCOPO_REWARD_HOSTS alone get ARCOPO_REWARD_TOKEN."""
+
+    addresses: dict[str, str] = Field(default_factory=dict, description="by the reward's name, as in {toy_vq: http://127.0.0.1:8123}")
+    frames: Literal["float32", "uint8"] = Field(
+        "float32", description="on their way to a server; uint8: a quarter of the bytes, in steps of 1/255; float32: nothing is lost"
+    )
+    timeout: PositiveFloat = Field(600.0, description="seconds until an answer must come; a server that is well, and slower, ends the run")
+    give_up_after: PositiveFloat = Field(3600.0, description="seconds that a run waits for a server before it ends; it can be resumed")
+
+
+class EvaluationConfig(Section):
+    """Before and after: the same prompts, the same noise."""
+
+    prompts: Positive = Field(8, description="prompts, the first of the evaluation set")
+    videos_per_prompt: Positive = Field(4, description="videos of each prompt")
+    seed: int = Field(1234, ge=0, le=2**32 - 1, description="of the noise; never used in training")
+    sample_videos: int = Field(4, ge=0, description="before/after pairs that are written as mp4")
+
+    @model_validator(mode="after")
+    def _samples_exist(self) -> EvaluationConfig:
+        if self.sample_videos > self.prompts * self.videos_per_prompt:
+            raise ValueError(
+                f"evaluation.sample_videos {self.sample_videos} is more than the {self.prompts * self.videos_per_prompt} videos "
+                "of evaluation.prompts x evaluation.videos_per_prompt"
+            )
+        return self
+
+
+class RunConfig(Section):
+    """Where a run leaves what it made."""
+
+    directory: Place = Field("runs", description="the run goes to <directory>/<name>, or <name>-2 and so on if that exists")
+    overwrite: bool = Field(False, description="replace an earlier run of that name instead")
+    tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
+
+
+class Config(Section):
+    """Everything that a run can be told."""
+
+    name: str = Field(description="of the run and its directory")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of every random draw")
+    prompts: Place = Field(
+        "toy",
+        description='"toy": captions of the toy world; "bench": plain sentences; else a file with a prompt on each line, a .jsonl, '
+        ".json, .csv or .tsv file with prompt in it, or hf://owner/name/FILE",
+    )
+    extended_prompts: Place | None = Field(
+        None, description="text file: what the generator reads for each line of `prompts`, which rewards read; null: the same"
+    )
+    generator: GeneratorConfig = Field(default_factory=GeneratorConfig)
+    video: VideoConfig
+    sampler: SamplerConfig
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)  # of the objective that `kind` names: see `config_class`
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    rewards: dict[str, float] = Field(
+        description="weight of each reward, by name; at least one; one of your own is named package.module:function"
+    )
+    reward_servers: RewardServersConfig = Field(default_factory=RewardServersConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_directory(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", name):
+            raise ValueError(f"a run's name is made of letters, digits, '_', '-' and '.', at most 200; given {name[:80]!r}")
+        return name
+
+    @field_validator("rewards")
+    @classmethod
+    def _something_to_learn(cls, rewards: dict[str, float]) -> dict[str, float]:
+        if not any(rewards.values()):
+            raise ValueError("needs at least one reward with a weight other than 0")
+        return rewards
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        cache, video, rollout, objective = self.cache, self.video, self.rollout, self.objective
+        if cache.window is not None and cache.window < cache.sink + video.chunk_frames:
+            raise ValueError(
+                f"cache.window {cache.window} is too small: the sink of {cache.sink} and a chunk of {video.chunk_frames} latent frames "
+                f"need {cache.sink + video.chunk_frames}"
+            )
+        first = 1 if video.independent_first_frame else video.chunk_frames
+        if cache.variant.startswith("longlive") and cache.sink > first:
+            raise ValueError(
+                f"cache.sink {cache.sink} is more than the first chunk's {first} latent frames: official LongLive then attends to frames "
+                "that were never written, which is not reproduced; give a sink of at most the first chunk"
+            )
+        if cache.variant == "infinity_rope" and cache.window is not None and cache.sink < 1:
+            raise ValueError("cache.sink must be at least 1 for infinity_rope with a window")
+        if cache.variant == "krea" and (cache.window is None or cache.window <= video.chunk_frames or cache.sink > 1):
+            raise ValueError(
+                f"krea computes a context anew for every chunk: cache.window {cache.window} must be more than the chunk's "
+                f"{video.chunk_frames} latent frames, and cache.sink {cache.sink} 0 or 1"
+            )
+        if isinstance(rollout.pivot, int) and not 1 <= rollout.pivot <= video.count:
+            raise ValueError(f"rollout.pivot {rollout.pivot} is beyond the video of L = {video.count} chunks; give 1 to {video.count}")
+        if (self.train.mode == "on_policy") != (self.train.buffer is None):
+            raise ValueError(
+                f"train.mode {self.train.mode} and train.buffer {self.train.buffer or 'null'} do not go together: on_policy makes its "
+                "groups itself, the other modes read them from a buffer (python -m arcopo_fast.collect)"
+            )
+        if strangers := [name for name in self.reward_servers.addresses if name not in self.rewards]:
+            raise ValueError(f"reward_servers.addresses has {strangers[0]!r}, which is not among the rewards {', '.join(self.rewards)}")
+        if objective.anchors == "split" and objective.anchors_per_update < objective.updates:
+            raise ValueError(
+                f"objective.anchors split deals objective.anchors_per_update {objective.anchors_per_update} anchors over objective.updates "
+                f"{objective.updates}: give at least one for each update"
+            )
+        if objective.anchors_per_update > rollout.group_size:
+            raise ValueError(
+                f"objective.anchors_per_update {objective.anchors_per_update} is more than rollout.group_size {rollout.group_size}: "
+                "anchors are drawn without replacement"
+            )
+        return self
+
+
+# Objectives ------------------------------------------------------------------------------------------------------------------------
+
+
+def objective_class(kind: str) -> Any:
+    """The objective that a recipe's `objective.kind` names: its module's `OBJECTIVE`, which has a class `Settings`.
+
+    The module is one of `arcopo_fast.objectives`, or any that can be imported, by its dotted name. It is imported here and not at the top:
+    settings are read without the engine where nothing is trained.
+
+    Raises:
+        UserError: there is no such module, or it holds no objective.
+    """
+    path = kind if "." in kind else f"arcopo_fast.objectives.{kind}"
+    problem = "not the name of a module"
+    if all(part.isidentifier() for part in path.split(".")):
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if not f"{path}.".startswith(f"{error.name}."):
+                raise  # the module is there; it is one of its own imports that is not
+            problem = str(error)
+        else:
+            if hasattr(module, "OBJECTIVE"):
+                return module.OBJECTIVE
+            problem = f"{path} has no OBJECTIVE"
+    known = f"{', '.join(objectives())} or the dotted name of a module with OBJECTIVE"
+    raise UserError(f"objective.kind: no objective {kind[:80]!r} ({problem}); give {known}")
+
+
+def objectives() -> list[str]:
+    """Names of the objectives in the package: its modules that define OBJECTIVE. None is imported."""
+    modules = [entry for entry in (files("arcopo_fast") / "objectives").iterdir() if entry.name.endswith(".py")]
+    return sorted(entry.name.removesuffix(".py") for entry in modules if "\nOBJECTIVE = " in entry.read_text(encoding="utf-8"))
+
+
+@cache
+def config_class(kind: str) -> type[Config]:
+    """`Config` with the settings of one objective."""
+    settings = objective_class(kind).Settings
+    return create_model("Config", __base__=Config, __doc__=Config.__doc__, objective=(settings, Field(default_factory=settings)))

@@ -1,0 +1,57 @@
+"""The table of an evaluation, as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from arcopo_fast.evaluation.compare import Interval, Result
+from arcopo_fast.reports.html import plain, signed
+
+NOTE = (
+    "All generators have the same prompts and noises. Brackets are 95 % intervals, clustered by prompt, with Student's t; the difference "
+    "is to the base model, video by video, and ≈ marks one whose interval contains 0 or has no width: no gain and no loss was shown. "
+    "Better is the share of videos that score higher than the base model's. Each interval stands for itself: of 20 differences that are "
+    "none, one is expected to look like one."
+)
+
+
+def as_markdown(results: Sequence[Result]) -> str:
+    """A table of all results, what failed, and how to read it."""
+    head = ["score", "", "generator", "videos", "mean", "difference", "better"]
+    rows = [
+        [
+            one.name,
+            one.kind,
+            one.generator,
+            str(one.videos - one.failed),
+            f"{plain(one.interval.mean)} {_brackets(one.interval, plain)}".strip(),
+            _change(one.difference.interval) if one.difference else "",
+            f"{one.difference.improved:.0%} of {one.difference.pairs}" if one.difference else "",
+        ]
+        for one in results
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = [
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |"
+        for row in (head, ["-" * width for width in widths], *rows)
+    ]
+    failed = [f"{one.name} of {one.generator}: {one.failed} of {one.videos}" for one in results if one.failed and one.kind != "total"]
+    said = f"Scores that failed, left out together with the pairs that they belong to: {'; '.join(failed)}." if failed else ""
+    return "\n\n".join(filter(None, ["\n".join(lines), said, NOTE])) + "\n"
+
+
+def _change(interval: Interval) -> str:
+    if not math.isfinite(interval.low):
+        return f"{signed(interval.mean)} (one prompt: no interval)"
+    # As many digits as tell the interval from 0: three, or more where all of it is smaller than that shows.
+    largest = max(abs(interval.low), abs(interval.high))
+    digits = 3 if largest == 0 else min(9, max(3, 1 - math.floor(math.log10(largest))))
+    shown = partial(signed, digits=digits)
+    return f"{shown(interval.mean)} {_brackets(interval, shown)}{'' if interval.direction else ' ≈'}"
+
+
+def _brackets(interval: Interval, shown: Any) -> str:
+    return f"[{shown(interval.low)}, {shown(interval.high)}]" if math.isfinite(interval.low) else ""

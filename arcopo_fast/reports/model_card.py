@@ -1,0 +1,79 @@
+"""The model card of a run's adapter: README.md beside its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from arcopo_fast.config.reading import resolved_yaml
+from arcopo_fast.config.schema import Config
+from arcopo_fast.reports.html import plain, signed
+from arcopo_fast.reports.results import changes
+
+_METHODS = {"copo": "AR-CoPO (arXiv 2603.17461)", "sde_grpo": "SDE-GRPO"}
+
+
+HOW_TO_LOAD = """## How to load it
+
+`adapter_model.safetensors` with `adapter_config.json` is PEFT's form, `pytorch_lora_weights.safetensors` is diffusers':
+
+```python
+transformer.load_lora_adapter("adapter", weight_name="pytorch_lora_weights.safetensors", prefix="transformer")  # WanTransformer3DModel
+model = peft.PeftModel.from_pretrained(model, "adapter")
+```
+
+The terms of use are those of the generator that it adapts.
+"""
+"""Ends the card of any adapter."""
+
+
+def config_hash(config: Config) -> str:
+    """Twelve characters that change with any setting."""
+    return hashlib.sha256(resolved_yaml(config).encode()).hexdigest()[:12]
+
+
+def model_card(config: Config, evaluation: Mapping[str, Any]) -> str:
+    """README.md of the adapter's directory: what it is, how it was made, what it changed and how to load it."""
+    header = yaml.safe_dump(
+        {"library_name": "peft", "base_model": config.generator.checkpoint, "tags": ["text-to-video", "lora", "reinforcement-learning"]},
+        sort_keys=False,
+    )
+    rows = [
+        f"| {one.name} | {one.kind} | {plain(one.before)} | {plain(one.after)} | {signed(one.change)}"
+        f"{f' ± {one.error:.3f}' if math.isfinite(one.error) else ''} |"
+        for one in changes(config, evaluation)
+    ]
+    results = "\n".join(["| | | before | after | change |", "|---|---|---|---|---|", *rows]) if rows else "Not evaluated."
+    weights = ", ".join(f"{name} x {weight:g}" for name, weight in config.rewards.items())
+    videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
+    return f"""---
+{header}---
+
+# {config.name}
+
+A LoRA adapter for the streaming autoregressive video generator `{config.generator.checkpoint}`, aligned with
+{_METHODS.get(config.objective.kind, config.objective.kind)} by arcopo_fast.
+
+| | |
+|---|---|
+| rewards | {weights} |
+| prompts | {config.prompts} |
+| groups | {config.train.mode.replace("_", "-")} |
+| iterations | {config.train.iterations}, groups of {config.rollout.group_size}, {config.objective.updates} updates each |
+| adapter | rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {", ".join(config.lora.targets)} |
+| optimizer | AdamW, learning rate {config.optimizer.lr:g} |
+| seed | {config.seed} |
+| configuration | {config_hash(config)} (SHA-256 of the run's config.yaml) |
+
+## What it changed
+
+{videos} videos of {config.evaluation.prompts} prompts that were not trained on, with the same noise before and after; intervals are one
+standard error over videos. What is held out was never trained on.
+
+{results}
+
+{HOW_TO_LOAD}"""

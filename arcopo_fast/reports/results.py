@@ -1,0 +1,279 @@
+"""What a run left behind, read back: its settings, its metrics, and how each reward and held-out metric changed.
+
+evaluation.json of a run directory is
+
+    {"before": {name: {"mean": m, "std": s, "values": [...]}}, "after": {...},
+     "videos": [{"prompt": text, "seed": n, "before": "samples/before-00.mp4", "after": ..., "reward_before": r, "reward_after": r}]}
+
+with "reward" among the names for the weighted sum that is trained on, and the values of one video at the same place before and after; null
+for a score that failed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from arcopo_fast.config.reading import load_config, shorten
+from arcopo_fast.config.schema import Config
+from arcopo_fast.errors import UserError
+from arcopo_fast.evaluation.scores import KINDS
+from arcopo_fast.storage.metrics import FILE, LARGEST, TOTAL, Number, read_metrics
+
+DEVICE = "device.json"  # what a run ran on: device, versions, ceilings, and by pivot the seconds below which no stage of an iteration gets
+Record = Mapping[str, Any]
+
+
+# What files hold -------------------------------------------------------------------------------------------------------------------
+
+
+class Document(BaseModel):
+    """A JSON file that a run writes and reads back, of which what is read has these types. Other keys are left alone."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Summary(Document):
+    """One score of an evaluation, over its videos; null where it failed."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    mean: Number = None
+    std: Number = None
+    values: list[Number] = []
+
+
+class Sample(Document):
+    """A video that was written before and after; both names are relative to the run's directory."""
+
+    prompt: str
+    seed: int | None = None
+    before: str | None = None
+    after: str | None = None
+    reward_before: Number = None
+    reward_after: Number = None
+
+
+class _Evaluation(Document):
+    before: dict[str, Summary] = {}
+    after: dict[str, Summary] = {}
+    videos: list[Sample] = []
+
+
+_Amount = Annotated[float, Field(ge=0, le=LARGEST)]
+
+
+class _Device(Document):
+    device: str
+    dtype: str
+    matmul: _Amount
+    bandwidth: _Amount
+    floor: dict[str, dict[str, _Amount]] = {}
+
+
+_D = TypeVar("_D", bound=Document)
+
+
+def read_document(path: Path, kind: type[_D], what: str) -> _D:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: it cannot be read, or it is not `what`, such as "the evaluation of a run".
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        raise UserError(
+            f"{path}: not {what} ({shorten(where + first['msg'], 160)}); the file was changed by something else than a run: put it back "
+            "from a copy"
+        ) from None
+
+
+# What they say ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """One reward or metric over the same videos before and after. A number that was not measured, or is not finite, is NaN.
+
+    kind: of `KINDS`. error: the standard error of the change, over videos. spread: the standard deviation of one video's value before.
+    better: what share of the videos has a higher value after; None where single values are not known. failed: videos that are left out,
+    as they have no value before or none after.
+    """
+
+    name: str
+    kind: str
+    before: float
+    after: float
+    error: float
+    spread: float
+    better: float | None
+    failed: int = 0
+
+    @property
+    def change(self) -> float:
+        return self.after - self.before
+
+    @property
+    def in_spreads(self) -> float:
+        """The change in standard deviations of a video before training."""
+        return self.change / self.spread if self.spread > 0 else math.nan
+
+    @property
+    def direction(self) -> int:
+        """1 or -1 if the change is more than two standard errors, else 0."""
+        return (self.change > 2 * self.error) - (self.change < -2 * self.error)
+
+    @property
+    def known(self) -> bool:
+        """There are a change and its error, so `direction` says something."""
+        return math.isfinite(self.change) and math.isfinite(self.error)
+
+
+def changes(config: Config, evaluation: Mapping[str, Any]) -> list[Change]:
+    """Every reward and metric that was measured before and after: the total, the rewards, then what is held out."""
+    found = []
+    for name, before in evaluation.get("before", {}).items():
+        after = evaluation.get("after", {}).get(name)
+        if after is None:
+            continue
+        kind = "total" if name == TOTAL else "trained" if config.rewards.get(name) else "held out"
+        first, second, spread = number(before.get("mean")), number(after.get("mean")), number(before.get("std"))
+        # The same prompt and noise: only the differences vary.
+        pairs = [(number(one), number(other)) for one, other in zip(before.get("values") or [], after.get("values") or [])]
+        whole = [pair for pair in pairs if all(map(math.isfinite, pair))]
+        if len(whole) < len(pairs):  # means over other videos before than after would show a change where there is none
+            first, second, spread = math.nan, math.nan, math.nan
+            if whole:
+                ones, others = zip(*whole)
+                first, second, spread = statistics.fmean(ones), statistics.fmean(others), statistics.pstdev(ones)
+        error, better = math.nan, None
+        differences = [other - one for one, other in whole]
+        if len(differences) > 1:
+            error = deviation(differences) / math.sqrt(len(differences))
+            better = sum(difference > 0 for difference in differences) / len(differences)
+        found.append(Change(name, kind, first, second, error, spread, better, len(pairs) - len(whole)))
+    return sorted(found, key=lambda one: KINDS.index(one.kind))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory; what the run did not come to is empty. left_out: sentences on what is there and not shown."""
+
+    directory: Path
+    config: Config
+    records: Sequence[Record]
+    evaluation: Mapping[str, Any]
+    device: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Sequence[str] = ()
+
+    @cached_property
+    def changes(self) -> list[Change]:
+        return changes(self.config, self.evaluation)
+
+    @property
+    def iterations(self) -> int:
+        """So many are done."""
+        return max((record["step"] for record in self.records if isinstance(record.get("step"), int)), default=0)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.changes) and self.iterations >= self.config.train.iterations
+
+
+def read_run(directory: str | Path) -> Run:
+    """Read what a run directory holds.
+
+    Raises:
+        UserError: there is no such run, or a file of it is broken.
+    """
+    directory = Path(directory)
+    if not (directory / "config.yaml").is_file():
+        problem = "holds no config.yaml" if directory.is_dir() else "is not a directory"
+        raise UserError(f"{directory} is not a run: it {problem}; give the directory that a run has made, as in runs/toy")
+    config = load_config(str(directory / "config.yaml"))
+    records = read_metrics(directory) if (directory / FILE).is_file() else []
+    evaluation = _read(directory / "evaluation.json", _Evaluation, "the evaluation of a run")
+    left_out, strangers = [], []
+    for entry in evaluation.get("videos", ()):
+        for side in ("before", "after"):
+            if entry[side] is not None and not _is_own_video(directory, entry[side]):
+                strangers.append(shorten(entry[side]))
+                entry[side] = None
+    if strangers:
+        names = ", ".join(strangers[:3]) + (f" and {len(strangers) - 3} more" if len(strangers) > 3 else "")
+        left_out.append(f"{directory / 'evaluation.json'} names what is no mp4 file inside the run's directory: {names}.")
+    device: Mapping[str, Any] = {}
+    try:
+        device = _read(directory / DEVICE, _Device, "what a run says of its device")
+    except UserError as error:  # it only adds to what is shown
+        left_out.append(f"{error}.")
+    return Run(directory, config, records, evaluation, device, left_out)
+
+
+def _read(path: Path, kind: type[Document], what: str) -> dict[str, Any]:
+    """Empty if there is none."""
+    return read_document(path, kind, what).model_dump() if path.is_file() else {}
+
+
+def _is_own_video(directory: Path, name: str) -> bool:
+    """Whether a name leads to an mp4 inside the directory, or to none at all, and by no link out of it."""
+    try:
+        path = (directory / name).resolve()
+        return path.suffix.lower() == ".mp4" and path.is_relative_to(directory.resolve()) and (path.is_file() or not path.exists())
+    except (OSError, ValueError, RuntimeError):  # no name of a file, or links in a circle
+        return False
+
+
+def points(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
+    """(iteration, value) of a metric, by iteration; of one that was logged twice, as after a crash, the later. Finite numbers only."""
+    found = {record.get("step"): number(record.get(name)) for record in records}
+    return sorted((step, value) for step, value in found.items() if isinstance(step, int) and math.isfinite(value))
+
+
+def stage_seconds(records: Sequence[Record]) -> dict[str, float]:
+    """Mean seconds of an iteration by stage, in the order in which they come."""
+    timed = [record["time"] for record in records if isinstance(record.get("time"), Mapping) and record["time"]]
+    sums: dict[str, float] = {}
+    for times in timed:
+        for name, seconds in times.items():
+            if math.isfinite(number(seconds)):
+                sums[name] = sums.get(name, 0.0) + seconds
+    return {name: seconds / len(timed) for name, seconds in sums.items()}
+
+
+def stage_floors(records: Sequence[Record], device: Mapping[str, Any]) -> dict[str, float]:
+    """Mean seconds below which no stage of these iterations could get, by stage, of the pivots that they had; empty if that is unknown."""
+    floor = {pivot: seconds for pivot, seconds in (device.get("floor") or {}).items() if seconds}
+    timed = [record for record in records if isinstance(record.get("time"), Mapping) and record["time"]]
+    pivots = [str(int(record["pivot"])) for record in timed if number(record.get("pivot")).is_integer()]
+    if not timed or len(pivots) < len(timed) or not set(pivots) <= floor.keys():  # groups of one iteration that had several pivots
+        pivots = list(floor) if timed else []
+    sums: dict[str, float] = {}
+    for pivot in pivots:
+        for name, seconds in floor[pivot].items():
+            sums[name] = sums.get(name, 0.0) + seconds
+    return {name: seconds / len(pivots) for name, seconds in sums.items()}
+
+
+def number(value: Any) -> float:
+    """A float; NaN for anything that is not a finite number."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample's standard deviation; NaN of a single value."""
+    if len(values) < 2:
+        return math.nan
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))

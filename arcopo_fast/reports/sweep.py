@@ -1,0 +1,183 @@
+"""A merge sweep judged and shown: the dual criterion, tables, and a page that needs nothing else.
+
+Knows an evaluation by its summary, name -> mean, std and one value for each video, and nothing of how it came about.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from arcopo_fast.config.reading import resolved_yaml
+from arcopo_fast.config.schema import Config
+from arcopo_fast.reports.charts import Spread, line_chart
+from arcopo_fast.reports.html import page, plain, section, signed, table
+from arcopo_fast.reports.results import Change, changes
+from arcopo_fast.storage.metrics import TOTAL
+
+HELD_OUT = "held_out"  # the out-of-domain score, beside the scores of an evaluation
+_LABELS = {TOTAL: "in-domain", HELD_OUT: "out-of-domain"}
+
+Scores = Mapping[str, Mapping[str, Any]]
+Row = Sequence[tuple[str, str]]
+"""Cells of a table, as text: a value, and its change if there is one."""
+
+
+class Point(NamedTuple):
+    """One scale of a sweep. scores: every score against the base model's, TOTAL and HELD_OUT included."""
+
+    scale: float
+    scores: dict[str, Change]
+
+    @property
+    def both_above(self) -> bool:
+        """Equal is not above, and neither is NaN."""
+        return all(self.scores[name].change > 0 for name in (TOTAL, HELD_OUT))
+
+
+def choose_scale(points: Sequence[Point]) -> Point | None:
+    """The dual criterion: the largest scale at which both scores' means are above the base model's; None if there is none."""
+    return max((point for point in points if point.both_above), key=lambda point: point.scale, default=None)
+
+
+def with_held_out(scores: Scores, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """An evaluation's scores with one more, HELD_OUT: for each video the mean of the named ones."""
+    of_videos = zip(*(scores[name]["values"] for name in names), strict=True)
+    values = [None if None in of_video else sum(of_video) / len(names) for of_video in of_videos]
+    there = [value for value in values if value is not None]
+    mean, std = (statistics.fmean(there), statistics.pstdev(there)) if there else (None, None)
+    return {**scores, HELD_OUT: {"mean": mean, "std": std, "values": values}}
+
+
+def point_of(config: Config, scale: float, baseline: Scores, scores: Scores) -> Point:
+    """Every score of one scale against the base model's, with the standard error of the videos' differences."""
+    return Point(scale, {one.name: one for one in changes(config, {"before": baseline, "after": scores})})
+
+
+def as_json(point: Point, scores: Scores) -> dict[str, Any]:
+    """An entry of sweep.json. change, error: against the base model; null where no video, or for the error only one, has both scores."""
+
+    def known(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    compared = {name: {"change": known(one.change), "error": known(one.error)} | dict(scores[name]) for name, one in point.scores.items()}
+    return {"scale": point.scale, "both_above": point.both_above, "scores": compared}
+
+
+# Showing ---------------------------------------------------------------------------------------------------------------------------
+
+
+def result_line(chosen: Point | None) -> str:
+    """What the criterion chose, and how sure that is."""
+    if chosen is None:
+        return "No scale has both scores above the base model's, so no adapter is written."
+    unsure = [label for name, label in _LABELS.items() if not chosen.scores[name].direction]
+    caution = f" {' and '.join(unsure).capitalize()}, the change is within two standard errors." if unsure else ""
+    return f"Scale {scale_text(chosen.scale)} is the largest with both scores above the base model's.{caution}"
+
+
+def note(names: Sequence[str]) -> str:
+    """How the tables are to be read."""
+    return (
+        f"In-domain is the weighted sum of the rewards, out-of-domain the mean of {', '.join(names)}. Every row has the same prompts and "
+        f"noises; changes are against the base model, ± one standard error of the videos' differences, and ≈ marks those within two "
+        "of them. Scale 0 is the semi-on-policy adapter alone."
+    )
+
+
+def as_markdown(points: Sequence[Point], chosen: Point | None, names: Sequence[str]) -> str:
+    """The result and two tables: the criterion's two scores, then every reward and metric."""
+    lines = [result_line(chosen), ""]
+    for head, cells in _tables(points):
+        rows = [[f"{value} ({change})" if change else value for value, change in row] for row in cells]
+        widths = [max(map(len, column)) for column in zip(head, *rows)]
+        for row in (head, ["-" * width for width in widths], *rows):
+            lines.append(f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |")
+        lines.append("")
+    return "\n".join([*lines, note(names), ""])
+
+
+def as_page(
+    config: Config, adapters: Mapping[str, Mapping[str, Any]], points: Sequence[Point], chosen: Point | None, names: Sequence[str]
+) -> str:
+    """sweep.html: one file that needs nothing else. adapters: rank, alpha, sha256 and file of what was merged, by its name."""
+    videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
+    facts = f"generator {config.generator.checkpoint} · {videos} videos of {config.evaluation.prompts} prompts a scale"
+    header = (
+        f'<header><h1>Merge sweep</h1><p class="result"><span class="number">{scale_text(chosen.scale) if chosen else "none"}</span> '
+        f'{escape(result_line(chosen))}</p><p class="facts">{escape(facts)}</p></header>'
+    )
+    charts = "".join(
+        f"<figure><figcaption><b>{_LABELS[name].capitalize()}</b> {explained}</figcaption>{_chart(points, name)}</figure>"
+        for name, explained in ((TOTAL, "Weighted sum of the rewards."), (HELD_OUT, f"Mean of {escape(', '.join(names))}."))
+    )
+    merged = [
+        f'<tr><th scope="row">{escape(name)}</th><td>{one["rank"]}</td><td>{one["alpha"]:g}</td>'
+        f"<td><code>{one['sha256'][:16]}</code></td><td>{escape(one['file'])}</td></tr>"
+        for name, one in adapters.items()
+    ]
+    criterion, others = (_html_table(*one, chosen=points.index(chosen) if chosen else None) for one in _tables(points))
+    band = "The band is two standard errors of the change: where the base model's line runs inside, the two cannot be told apart."
+    recipe = f"<details><summary>config.yaml</summary><pre>{escape(resolved_yaml(config))}</pre></details>"
+    parts = [
+        header,
+        section("Both scores against the scale", f'<div class="charts">{charts}</div>', band),
+        section("The criterion", criterion, escape(note(names))),
+        section("Every reward and metric", others),
+        section("What was merged", table(["", "rank", "alpha", "SHA-256", "file"], merged)),
+        section("Settings", recipe),
+    ]
+    return page("Merge sweep - arcopo_fast", parts)
+
+
+def _tables(points: Sequence[Point]) -> list[tuple[list[str], list[Row]]]:
+    """Heads and rows, the base model's first: the criterion's scores with its verdict, then every reward and metric."""
+
+    def rows(names: Sequence[str]) -> Iterator[Row]:
+        yield [("base model", ""), *((plain(points[0].scores[name].before), "") for name in names)]
+        for point in points:
+            yield [(scale_text(point.scale), ""), *((plain(one.after), _change(one)) for one in (point.scores[name] for name in names))]
+
+    verdicts = [("", ""), *((_verdict(point), "") for point in points)]
+    criterion: list[Row] = [[*row, verdict] for row, verdict in zip(rows(list(_LABELS)), verdicts, strict=True)]
+    others = [name for name in points[0].scores if name not in _LABELS]
+    return [(["scale", *_LABELS.values(), ""], criterion), (["scale", *others], list(rows(others)))]
+
+
+def _verdict(point: Point) -> str:
+    missed = [label for name, label in _LABELS.items() if not point.scores[name].change > 0]
+    return "both above" if not missed else f"{missed[0]} not above" if len(missed) == 1 else "neither above"
+
+
+def _html_table(head: list[str], rows: Sequence[Row], *, chosen: int | None) -> str:
+    """chosen: the number of the point whose row is emphasised."""
+    lines = []
+    for index, ((name, _), *cells) in enumerate(rows, start=-1):
+        style = ' class="sum"' if index == chosen else ""
+        data = "".join(f"<td>{escape(value)}{f'<br><small>{escape(change)}</small>' if change else ''}</td>" for value, change in cells)
+        lines.append(f'<tr{style}><th scope="row" style="overflow-wrap: normal">{name}</th>{data}</tr>')
+    return table(head, lines)
+
+
+def _chart(points: Sequence[Point], name: str) -> str:
+    """A score against the scale with a band of two standard errors of its change, and the base model's as a level."""
+    compared = [(point.scale, point.scores[name]) for point in points]
+    means = [(scale, one.after) for scale, one in compared]
+    reach = [2 * one.error if math.isfinite(one.error) else 0.0 for _, one in compared]
+    band = [(x, y - error, y + error) for (x, y), error in zip(means, reach)]
+    spread = Spread(band, [[(x, low) for x, low, _ in band], [(x, high) for x, _, high in band]])
+    level = [(scale, one.before) for scale, one in compared]
+    return line_chart({"merged": means, "base model": level}, title=_LABELS[name], spreads={"merged": spread}, x_label="scale")
+
+
+def _change(one: Change) -> str:
+    error = f" ± {one.error:.3f}" if math.isfinite(one.error) else ""
+    return f"{signed(one.change)}{error}{'' if one.direction else ' ≈'}"
+
+
+def scale_text(scale: float) -> str:
+    """As the user wrote it."""
+    return f"{scale:.12g}"

@@ -1,0 +1,56 @@
+"""The input and the findings of `doctor --self-test`, shared by the checks of the method and the forecast of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from arcopo_fast.objectives.base import Items
+from arcopo_fast.train import Trainer
+from arcopo_fast.training.groups import JudgedGroup
+
+
+class Finding(NamedTuple):
+    """well: None for a remark. forecast: of what a run would learn, not of whether the method holds."""
+
+    what: str
+    well: bool | None
+    detail: str
+    forecast: bool = False
+
+
+@dataclass
+class Check:
+    """One judged group, on which all checks are made.
+
+    frames: of the first members [n, F, 3, H, W], decoded from their shared context. own: the same members' frames, each decoded alone.
+    """
+
+    trainer: Trainer
+    judged: JudgedGroup
+    frames: Tensor
+    own: Tensor
+    advantages: Tensor
+
+    def spread(self, name: str) -> float:
+        """The standard deviation of a reward in the group; NaN if no score is finite."""
+        scores = self.judged.rewards[name]
+        return scores[scores.isfinite()].double().std(correction=0).item() if scores.isfinite().any() else float("nan")
+
+
+class Replayed(NamedTuple):
+    """An iteration of two updates, seen from outside: its statistics, and its second update under the weights in between.
+
+    items: every (step, anchor) pair of the second update. ratio_minus_one [N, K], live [N, K]: of them, after the first step, against the
+    policy that made the group. gain: mean of A (ratio - 1) of the pairs of the first update, after its step. moved: share of the adapter's
+    elements with a gradient that are no longer what they were.
+    """
+
+    statistics: dict[str, float]
+    items: Items
+    ratio_minus_one: Tensor
+    live: Tensor
+    gain: float
+    moved: float

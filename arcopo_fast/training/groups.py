@@ -1,0 +1,234 @@
+"""Where the groups of an iteration come from: rollouts of the policy, judged on the spot, or a buffer of the reference policy's.
+
+Either way a group comes with its prompt and every reward's scores of its members. The rest of an iteration does not know the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from arcopo_fast.build import Generator, cache_policy
+from arcopo_fast.config.schema import Config
+from arcopo_fast.data.buffer import Buffer, Entry, all_metadata
+from arcopo_fast.data.prompts import Prompt, Prompts, digest
+from arcopo_fast.errors import UserError
+from arcopo_fast.model.lora import adapter_disabled
+from arcopo_fast.objectives.base import Objective
+from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rewards.fingerprint import fingerprint_of
+from arcopo_fast.rollout.decode import decode_branches
+from arcopo_fast.rollout.engine import Engine, Group
+from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import generator as random_for
+from arcopo_fast.runtime import profiling
+from arcopo_fast.runtime.memory import resident
+
+
+@dataclass
+class JudgedGroup:
+    """rewards: scores [G] by the reward's name; NaN where a reward failed."""
+
+    group: Group
+    prompt: Prompt
+    rewards: dict[str, Tensor]
+
+
+class GroupSource(Protocol):
+    def draw(self, iteration: int, index: int) -> JudgedGroup:
+        """The group `index` of an iteration; the same for the same numbers and seed."""
+
+
+def prompt_of(seed: int, prompts: Sequence[Prompt], iteration: int, index: int) -> Prompt:
+    """The prompt of the group `index` of an iteration."""
+    return prompts[int(random_for(seed, iteration, index, "prompt").integers(len(prompts)))]
+
+
+def training_prompts(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that a run's groups will be of: known before there is an engine."""
+    if config.train.buffer is not None:
+        return [_prompt_in(about) for about in all_metadata(config.train.buffer) if "prompt" in about]
+    groups = product(range(1, config.train.iterations + 1), range(config.rollout.prompts_per_iteration))
+    return [prompt_of(config.seed, prompts, iteration, index) for iteration, index in groups]
+
+
+class Rollouts:
+    """Groups of the policy as it is. Prompt, pivot and every noise are functions of (seed, iteration, index)."""
+
+    def __init__(
+        self, config: Config, generator: Generator, engine: Engine, objective: Objective[Any], prompts: Prompts, rewards: dict[str, Reward]
+    ) -> None:
+        self.config = config
+        self.generator = generator
+        self.engine = engine
+        self.objective = objective
+        self.prompts = prompts.training
+        self.rewards = rewards
+
+    def draw(self, iteration: int, index: int) -> JudgedGroup:
+        group, prompt = self.rollout(iteration, index)
+        try:
+            return JudgedGroup(group, prompt, self.judge(group, prompt))
+        except BaseException:
+            group.release()
+            raise
+
+    def rollout(self, iteration: int, index: int) -> tuple[Group, Prompt]:
+        """A group of videos for one prompt, not yet judged."""
+        config, shape = self.config, self.engine.shape
+        prompt = prompt_of(config.seed, self.prompts, iteration, index)
+        pivot = config.rollout.pivot
+        if isinstance(pivot, str):
+            key = ("pivot",) if pivot == "shared" else ("pivot", index)
+            pivot = 1 + int(random_for(config.seed, iteration, *key).integers(shape.chunks))
+        group = self.engine.rollout(
+            self.generator.encode_text([prompt.for_generator]),
+            KeyedNoise(shape.chunk, config.seed, iteration, index),
+            pivot=pivot - 1,
+            branches=config.rollout.group_size,
+            sigma=self.objective.noise_strength(config.rollout.noise_strength),
+            kernel=self.objective.kernel,
+            branches_per_wave=config.rollout.branches_per_wave,
+        )
+        return group, prompt
+
+    def judge(self, group: Group, prompt: Prompt) -> dict[str, Tensor]:
+        """Every reward's scores [G] of a group's videos, on the CPU, decoded and judged as many at a time as the recipe says."""
+        device, offload = self.generator.model.device, self.config.generator.offload
+        decoder = self.generator.decoder
+        parts: list[dict[str, Tensor]] = []
+        at_once = self.config.rollout.decode_branches or group.size
+        slices = decode_branches(decoder, group.latents, group.pivot, at_once)
+        for _ in range(math.ceil(group.size / at_once)):
+            with profiling.stage("decode"), resident(device, decoder.vae, offload=offload):
+                frames = next(slices)
+            with profiling.stage("reward"), resident(device, *self.rewards.values(), offload=offload):
+                parts.append(score(self.rewards, frames, [prompt.text] * len(frames), quarantine=True))
+            del frames  # the next ones need the memory
+        return {name: torch.cat([part[name].cpu() for part in parts]) for name in self.rewards}
+
+
+class BufferedGroups:
+    """Groups that the generator made before it was trained (semi-on-policy AR-CoPO), in an order drawn anew for every pass over them.
+
+    Raises:
+        UserError: the buffer is of another policy, holds no whole entry, or lacks a reward of the recipe.
+    """
+
+    def __init__(self, config: Config, generator: Generator, engine: Engine, objective: Objective[Any], buffer: Buffer) -> None:
+        self.config = config
+        self.generator = generator
+        self.engine = engine
+        self.objective = objective
+        self.buffer = buffer
+        self.indices = buffer.indices  # once: a collection may still be adding to it
+        scored = [name.removeprefix(REWARD) for name in next(buffer.entries(self.indices)).tensors if name.startswith(REWARD)]
+        if missing := [name for name in config.rewards if name not in scored]:
+            raise UserError(
+                f"{buffer.path} was not scored by {', '.join(missing)}, only by {', '.join(scored)}; choose rewards among these, "
+                "or collect a buffer with the others"
+            )
+
+    def draw(self, iteration: int, index: int) -> JudgedGroup:
+        place = (iteration - 1) * self.config.rollout.prompts_per_iteration + index
+        turn, place = divmod(place, len(self.indices))
+        order = random_for(self.config.seed, "buffer", turn).permutation(self.indices).tolist()
+        entry = next(self.buffer.entries(order[place:] + order[:place]))  # a broken entry's place is taken by the next one
+        return restore(entry, self.generator, self.engine, self.objective, list(self.config.rewards))
+
+
+REWARD = "reward/"
+"""Begins the name of a reward's scores [G] in a buffer's entry."""
+
+
+def store(judged: JudgedGroup) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A group as a buffer keeps it: tensors and what names them. Latents, never keys and values: those are rebuilt from the prefix.
+
+    inputs, predictions [T, G, F, C, h, w]: x_t and x0hat_t of the pivot chunk, x_0 being eps_i; initial [F, C, h, w]: eps*; prefix [frames,
+    C, h, w] float32, absent at the first chunk.
+    """
+    group, noise = judged.group, judged.group.noise
+    tensors = {"inputs": group.inputs, "predictions": group.predictions, "initial": noise.initial(group.pivot)[0]}
+    if group.pivot:
+        tensors["prefix"] = torch.cat(group.latents[: group.pivot], dim=1)[0]
+    tensors |= {REWARD + name: values for name, values in judged.rewards.items()}
+    about = {"prompt": judged.prompt.text, "pivot": group.pivot, "seed": noise.seed, "iteration": noise.iteration, "group": noise.group}
+    if judged.prompt.extended:
+        about["extended"] = judged.prompt.extended
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, about
+
+
+@torch.no_grad()
+def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objective[Any], rewards: list[str]) -> JudgedGroup:
+    """Return a stored group, its prefix rebuilt by clean passes of the generator without its adapter. Its `latents` end at the pivot.
+
+    The passes are the rollout's, so with the device and the libraries that made the group, keys and values are equal bit for bit; elsewhere
+    they differ by rounding, which the ratio does not see: old and new predictions have the same prefix.
+    """
+    about, device = entry.metadata, engine.model.device
+    pivot, prompt = about["pivot"], _prompt_in(about)
+    text = generator.encode_text([prompt.for_generator]).to(device)
+    sizes = engine.shape.chunk_frames[:pivot]
+    latents = [part.to(device) for part in entry.tensors["prefix"][None].split(sizes, dim=1)] if pivot else []
+    with adapter_disabled(engine.model):
+        prefix = engine.rebuild_prefix(text, latents)
+    try:
+        noise = KeyedNoise(engine.shape.chunk, about["seed"], about["iteration"], about["group"])
+        inputs, predictions = (entry.tensors[name].to(device) for name in ("inputs", "predictions"))
+        kernel = objective.kernel or engine.kernel
+        group = Group(text, pivot, prefix, inputs, predictions, latents, engine.steps_of(pivot), noise, kernel)
+        return JudgedGroup(group, prompt, {name: entry.tensors[REWARD + name] for name in rewards})
+    except BaseException:
+        prefix.cache.release()
+        raise
+
+
+def _prompt_in(about: Mapping[str, Any]) -> Prompt:
+    return Prompt(about["prompt"], about.get("extended"))
+
+
+# What a buffer is of ---------------------------------------------------------------------------------------------------------------
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, names and dtypes included. The model must have no adapter."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -> dict[str, Any]:
+    """What the groups of a buffer were drawn from; training must agree with every value. The generator must have no adapter."""
+    kernel = objective.kernel
+    reencoded = {"vae_dtype": config.generator.vae_dtype} if cache_policy(config).reencoded else {}
+    return reencoded | {
+        "weights": weights_digest(generator.model),
+        "text_encoder": generator.encode_text.fingerprint,
+        "video": config.video.model_dump(exclude={"fps", "decode_frames"}),
+        "sampler": config.sampler.model_dump(),
+        "cache": config.cache.model_dump(),
+        "group_size": config.rollout.group_size,
+        "noise_strength": objective.noise_strength(config.rollout.noise_strength),
+        "kernel": asdict(kernel) if kernel else None,
+    }
+
+
+def recipe_of(config: Config, prompts: Prompts, rewards: Mapping[str, Reward]) -> dict[str, Any]:
+    """What else made the entries of a buffer what they are; whoever adds to one must agree with it."""
+    return {
+        "seed": config.seed,
+        "prompts": digest(prompts.training),
+        "rewards": {name: fingerprint_of(reward) for name, reward in rewards.items()},
+        "pivot": config.rollout.pivot,
+        "dtype": config.generator.dtype,
+        "vae_dtype": config.generator.vae_dtype,
+    }

@@ -1,0 +1,308 @@
+"""Does the method hold on this machine, with this generator, these rewards? What must be true of any run, tried on one group.
+
+A run whose reward does not rise has either a bug or a recipe that does not suit it. These checks look for the bug: they use the recipe's
+generator, sizes, kernels and rewards, and the very parts that training consists of, and compare with what is worked out here, apart from
+those parts. `forecast` looks at the recipe. Nothing is written, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from itertools import chain, combinations
+
+import torch
+from torch import Tensor
+
+from arcopo_fast.config.schema import Config
+from arcopo_fast.model.lora import adapter_disabled, adapter_state, load_adapter_state
+from arcopo_fast.model.sizes import VAESizes
+from arcopo_fast.objectives.base import Items, RatioNotOne
+from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
+from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rollout.decode import decode_branches
+from arcopo_fast.runtime.memory import resident
+from arcopo_fast.train import Trainer
+from arcopo_fast.training.findings import Check, Finding, Replayed
+from arcopo_fast.training.forecast import forecast
+from arcopo_fast.training.groups import JudgedGroup, Rollouts
+
+LARGER_STEPS = (1, 10, 100)
+"""Times the recipe's learning rate: in half precision one small step may lie below what a prediction can show."""
+SAME_SCORE = 1e-3
+"""In units of the group's spread: a score that moves more when other videos stand beside it is no score of the video."""
+OWN_SCORE = 0.25
+"""In the same units: a score that lies further from that of the member decoded and judged alone is another member's."""
+COMPANIONS = 3
+"""Members that are judged alone and in each other's company."""
+
+
+def one_group(config: Config) -> Config:
+    """The recipe with one group, two updates at least and an evaluation as small as can be; sizes, kernels and precision are its own."""
+    rollout = config.rollout.model_copy(
+        update={
+            "prompts_per_iteration": 1,
+            "pivot": config.rollout.pivot if isinstance(config.rollout.pivot, int) else (config.video.count + 1) // 2,
+        }
+    )
+    objective = config.objective.model_copy(update={"updates": 2, "anchors": "fresh"})
+    train = config.train.model_copy(update={"mode": "on_policy", "buffer": None, "iterations": 1})
+    return config.model_copy(update={"rollout": rollout, "objective": objective, "train": train})
+
+
+def self_test(config: Config) -> Iterator[Finding]:
+    """Yield findings, one after the other, as they come.
+
+    Raises:
+        UserError: the recipe cannot be used.
+    """
+    trainer = Trainer(one_group(config))
+    assert isinstance(trainer.source, Rollouts)
+    began = time.monotonic()
+    group, prompt = trainer.source.rollout(1, 0)
+    with group:
+        judged = JudgedGroup(group, prompt, trainer.source.judge(group, prompt))
+        forked = f"{group.size} members that fork at chunk {group.pivot + 1} of {trainer.shape.chunks}"
+        yield Finding("a group", None, f"{forked}, made and judged in {time.monotonic() - began:.1f} s")
+        advantages = trainer.advantages(judged)
+        yield from _advantages(trainer, judged, advantages)
+        if not advantages.abs().any():  # the checks of the update need something to learn
+            advantages = torch.linspace(-1, 1, group.size, dtype=torch.float64)
+        check = Check(trainer, judged, *_frames(trainer, judged), advantages)
+        for checks in (_shared_frames, _fresh_adapter, _replay, _rewards):
+            yield from checks(check)
+        replayed = None
+        for finding in _update(check):
+            if isinstance(finding, Replayed):
+                replayed = finding
+            else:
+                yield finding
+        if config.train.mode != "on_policy":
+            yield from _reference(check)
+        if replayed is not None:
+            yield from forecast(check, replayed)
+
+
+@torch.no_grad()
+def _frames(trainer: Trainer, judged: JudgedGroup) -> tuple[Tensor, Tensor]:
+    """The first members' frames, decoded as a group is, and each by itself."""
+    group, decoder = judged.group, trainer.generator.decoder
+    count = min(COMPANIONS, group.size)
+    with resident(trainer.generator.model.device, decoder.vae, offload=trainer.config.generator.offload):
+        frames = next(decode_branches(decoder, group.latents, group.pivot, count))
+        alone = []
+        for member in range(count):
+            latents = torch.cat([chunk[member if len(chunk) > 1 else 0][None] for chunk in group.latents], dim=1)
+            alone.append(decoder.decode(latents, decoder.start())[0])
+    return frames, torch.cat(alone)
+
+
+def _advantages(trainer: Trainer, judged: JudgedGroup, advantages: Tensor) -> Iterator[Finding]:
+    """Advantages grow with the rewards; a group without any spread is another matter."""
+    weights = {name: weight for name, weight in trainer.config.rewards.items() if weight}
+    scores = {name: judged.rewards[name].double() for name in weights}
+    scored = torch.stack(list(scores.values())).isfinite().all(0)
+    total = torch.zeros(len(advantages), dtype=torch.float64)
+    for name, weight in weights.items():
+        spread = max(scores[name][scored].std(correction=0).item(), trainer.config.objective.advantage_std_floor)
+        apart = trainer.config.objective.reward_combine == "per_reward_zscore" and spread > 0
+        total += weight * scores[name] / (spread if apart else 1)
+    if scored.sum() < 2 or not advantages.any():
+        yield Finding("the advantages", None, "no two members differ in reward, so there are none")
+        return
+    agreement = torch.corrcoef(torch.stack([total[scored], advantages[scored]]))[0, 1].item()
+    yield Finding("the advantages", agreement > 0.8, f"grow with the rewards: a correlation of {agreement:.2f}")
+
+
+def _shared_frames(check: Check) -> Iterator[Finding]:
+    """Members show the same until the pivot, and not after it."""
+    trainer, group, frames = check.trainer, check.judged.group, check.frames
+    sizes = VAESizes.from_config(trainer.generator.decoder.vae.config)
+    before = sum(trainer.shape.chunk_frames[: group.pivot])
+    cut = sizes.pixel_frames(before) if before else 0
+    expected = sizes.pixel_frames(trainer.shape.frames)
+    inside = bool(frames.isfinite().all()) and frames.min().item() >= 0 and frames.max().item() <= 1
+    detail = f"{frames.shape[1]} of {expected}, from {frames.min():.2f} to {frames.max():.2f}"
+    yield Finding("frames", inside and frames.shape[1] == expected, detail)
+    if cut:
+        same = bool(torch.equal(frames[0, :cut], frames[1, :cut]))
+        yield Finding("the shared context", same, f"the first {cut} frames of two members are equal")
+    different = (frames[0, cut:] - frames[1, cut:]).square().mean().sqrt().item()
+    yield Finding("the perturbed noise", different > 0, f"from there on two members differ by {different:.3g} (root mean square of pixels)")
+
+
+@torch.no_grad()
+def _fresh_adapter(check: Check) -> Iterator[Finding]:
+    """A new adapter adds exactly nothing."""
+    items = _every_step(check)
+    ours = predictions(check, items)
+    with adapter_disabled(check.trainer.generator.model):
+        base = predictions(check, items)
+    yield Finding("a new adapter", bool(torch.equal(ours, base)), "predictions with it are those without it, bit for bit")
+
+
+@torch.no_grad()
+def _replay(check: Check) -> Iterator[Finding]:
+    """The replay predicts what the rollout did, and twice the same."""
+    group, items = check.judged.group, _every_step(check)
+
+    def replay() -> Tensor:
+        return torch.cat([check.trainer.engine.replay(group, part.steps, part.anchors) for part in _micro_batches(check, items)])
+
+    ours, theirs = replay(), group.predictions[items.steps, items.anchors]
+    apart = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
+    largest = 1e-4 if check.trainer.generator.model.dtype == torch.float32 else 0.05
+    detail = "bit for bit" if apart == 0 else f"within {apart:.1g} of their size, from batches of another shape; the ratio never sees that"
+    yield Finding("the replay", apart <= largest, f"gives back the rollout's predictions {detail}")
+    yield Finding("its repetition", bool(torch.equal(ours, replay())), "the same predictions again, bit for bit")
+
+
+def _rewards(check: Check) -> Iterator[Finding]:
+    """Each video's score is its own: that of the member decoded and judged alone, whatever stands beside it."""
+    trainer, frames = check.trainer, check.frames
+    text = check.judged.prompt.text
+    others = [prompt.text for prompt in [*trainer.prompts.training, *trainer.prompts.evaluation] if prompt.text != text]
+    prompts = [text, *others, text, text][: len(frames)]  # distinct as far as there are any
+    for name, reward in trainer.rewards.items():
+        spread = check.spread(name)
+
+        def judge(videos: Tensor, texts: list[str], name: str = name, reward: Reward = reward) -> Tensor:
+            return score({name: reward}, videos, texts, quarantine=True)[name].double().cpu()
+
+        began = time.monotonic()
+        with resident(trainer.generator.model.device, reward, offload=trainer.config.generator.offload):
+            alone = torch.cat([judge(own[None], [text]) for own in check.own])
+            pairs = [(1, 0), *combinations(range(len(frames)), 2)]  # the middle one of three meets the best, and the worst
+            company = [judge(frames[list(pair)], [prompts[video] for video in pair]).tolist() for pair in pairs]
+        seconds = (time.monotonic() - began) / (len(alone) + 2 * len(pairs))
+        seen: dict[int, list[float]] = {}
+        for pair, scores in zip(pairs, company):
+            for video, value in zip(pair, scores):
+                seen.setdefault(video, []).append(value)
+        moved = max(max(values) - min(values) for values in seen.values())
+        group_scores = check.judged.rewards[name][: len(alone)].double()
+        own = max((alone - group_scores).abs().max().item(), abs(seen[0][0] - alone[0].item()))
+        size = spread if spread > 0 else max(alone.abs().max().item(), 1e-30) * 1e-3
+        mean = check.judged.rewards[name].mean()
+        detail = (
+            f"{mean:.3g} on average, spread in the group {spread:.2g}; in other company within {moved:.1g}, of members judged alone "
+            f"within {own:.1g}; {seconds:.2f} s a video"
+        )
+        finite = bool(alone.isfinite().all()) and all(map(math.isfinite, chain(*seen.values())))
+        well = finite and moved <= SAME_SCORE * size
+        yield Finding(f"reward {name}", well and (own <= OWN_SCORE * spread or not spread > 0), detail)
+        if not spread > 0:
+            yield Finding(f"reward {name}", None, "does not tell the members apart: raise rollout.noise_strength, or take another reward")
+
+
+def _update(check: Check) -> Iterator[Finding | Replayed]:
+    """The ratio is 1 before the first step, the old policy stays the old one, and a step raises what it shall raise."""
+    trainer, objective, group = check.trainer, check.trainer.objective, check.judged.group
+    start = {name: tensor.clone() for name, tensor in adapter_state(trainer.generator.model).items()}
+    kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in trainer.parameters}
+    yield Finding("the master weights", kinds == {"float32"}, f"of the adapter are {', '.join(sorted(kinds))}")
+    target = objective.target(group, check.advantages)
+    first, second = (objective.draw_items(group, update) for update in range(2))
+    old_first, old_second = predictions(check, first), predictions(check, second)
+    replayed = None
+    for factor in LARGER_STEPS:
+        load_adapter_state(trainer.generator.model, start)
+        try:
+            statistics, between = _two_steps(check, factor)
+        except (RatioNotOne, GradientNotFinite) as error:
+            yield Finding("the ratio" if isinstance(error, RatioNotOne) else "the gradient", False, str(error))
+            return
+        if not between:
+            yield Finding("the gradient", False, "of the adapter is 0: nothing is learned from members that differ")
+            return
+        moved = _moved(start, adapter_state(trainer.generator.model))
+        load_adapter_state(trainer.generator.model, between[0])
+        gain = _gain(check, target, first, old_first)
+        ratio_minus_one, live, _ = _compare(check, target, second, old_second)
+        if factor == 1:
+            replayed = Replayed(statistics, second, ratio_minus_one, live, gain, moved)
+            yield Finding("the ratio", statistics["update1/ratio_max"] == 0, "exactly 1 before the first update")
+            yield Finding("the gradient", statistics["gradient_norm"] > 0, f"of the adapter: norm {statistics['gradient_norm']:.3g}")
+        if gain != 0:
+            break
+    there, here = statistics.get("update2/ratio_max", 0.0), ratio_minus_one.abs().max().item()
+    same = abs(there - here) <= 1e-3 * here
+    detail = f"in the second update |ratio - 1| reaches {there:.3g}; against the policy that made the group it is {here:.3g}"
+    yield Finding("the old policy", same and here > 0, detail)
+    yield Finding("the weights", moved > 0.99, f"{100 * moved:.1f} % of those with a gradient have moved after two steps")
+    step = "one update" if factor == 1 else f"one update at {factor} times the learning rate"
+    yield Finding("the objective", gain > 0, f"{step} makes well-scored members likelier: the mean of A (ratio - 1) is {gain:+.2g}")
+    if replayed is not None:
+        yield replayed
+
+
+def _reference(check: Check) -> Iterator[Finding]:
+    """Groups from a buffer are compared with the generator without its adapter, which has moved by now."""
+    trainer, group = check.trainer, check.judged.group
+    objective = type(trainer.objective)(trainer.engine, trainer.objective.settings, reference=True)
+    objective.moved = True
+    items = objective.draw_items(group, 0)
+    with adapter_disabled(trainer.generator.model):
+        old = predictions(check, items)
+    here = _compare(check, objective.target(group, check.advantages), items, old)[0].abs().max().item()
+    optimizer = torch.optim.AdamW(trainer.parameters, lr=trainer.config.optimizer.lr)
+    there = objective.update([(group, check.advantages)], Stepper(optimizer, eps=trainer.config.optimizer.eps))["update1/ratio_max"]
+    detail = f"|ratio - 1| of a moved policy reaches {there:.3g}; against the generator without its adapter it is {here:.3g}"
+    yield Finding("the reference policy", abs(there - here) <= 1e-3 * here and here > 0, detail)
+
+
+def _two_steps(check: Check, factor: int) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
+    """An iteration's two updates at a multiple of the learning rate: its statistics, and the adapter after each step."""
+    trainer, settings = check.trainer, check.trainer.config.optimizer
+    optimizer = torch.optim.AdamW(trainer.parameters, lr=factor * settings.lr, betas=settings.betas, weight_decay=0.0)
+    after: list[dict[str, Tensor]] = []
+    state = adapter_state(trainer.generator.model)  # views: the optimizer writes into what they show
+    optimizer.register_step_post_hook(lambda *_: after.append({name: tensor.clone() for name, tensor in state.items()}))
+    statistics = trainer.objective.update([(check.judged.group, check.advantages)], Stepper(optimizer, eps=settings.eps))
+    return statistics, after
+
+
+def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """The share of elements that changed, of tensors of which any did."""
+    changes = [before[name] != after[name] for name in before]
+    counts = [(int(change.sum()), change.numel()) for change in changes if change.any()]
+    return sum(moved for moved, _ in counts) / max(1, sum(size for _, size in counts))
+
+
+@torch.no_grad()
+def _compare(check: Check, target: object, items: Items, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ratio - 1 [N, K], live [N, K] and losses [N] of items under the present weights, against predictions `old`."""
+    objective, group, parts = check.trainer.objective, check.judged.group, _micro_batches(check, items)
+    outcomes = [
+        objective.loss(group, target, part, objective.predict(group, part, None), before)
+        for part, before in zip(parts, old.split([len(part.steps) for part in parts]))
+    ]
+    ratios, live, losses = (torch.cat(values) for values in zip(*((o.ratio_minus_one, o.live, o.loss) for o in outcomes)))
+    return ratios.cpu(), live.cpu(), losses.cpu()
+
+
+def _gain(check: Check, target: object, items: Items, old: Tensor) -> float:
+    """The mean of A (ratio - 1) over items and the members that each ratio is of."""
+    ratio_minus_one, _, _ = _compare(check, target, items, old)
+    advantages = check.advantages.to(ratio_minus_one)
+    everyone = advantages.expand_as(ratio_minus_one) if ratio_minus_one.shape[1] > 1 else advantages[items.anchors][:, None]
+    return (everyone * ratio_minus_one).mean().item()
+
+
+def _every_step(check: Check) -> Items:
+    """Every step of the first member."""
+    steps = check.trainer.objective.trainable_steps(check.judged.group)
+    return Items(torch.arange(steps), torch.zeros(steps, dtype=torch.long))
+
+
+def _micro_batches(check: Check, items: Items) -> list[Items]:
+    """As many at once as in training."""
+    size = check.trainer.objective.settings.micro_batch or len(items.steps)
+    return [Items(*part) for part in zip(items.steps.split(size), items.anchors.split(size))]
+
+
+@torch.no_grad()
+def predictions(check: Check, items: Items) -> Tensor:
+    """What the objective compares, of items [N, F, C, h, w] under the present weights."""
+    return torch.cat([check.trainer.objective.predict(check.judged.group, part, None) for part in _micro_batches(check, items)])

@@ -1,0 +1,76 @@
+"""What a run was begun with: samples that see any trained tensor, and a run held to it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from arcopo_fast.config.reading import load_config
+from arcopo_fast.errors import UserError
+from arcopo_fast.storage.identity import INPUTS, check_inputs, sampled_digest
+
+MADE_OF = {"transformer": "0123", "VAE": "4567"}
+CONFIG = load_config("toy")
+JUDGES = {"one": "89", "other": "ab"}
+
+
+def tensors() -> dict[str, Tensor]:
+    return {
+        "matrix": torch.randn(300, 70),
+        "half": torch.randn(129, dtype=torch.bfloat16),
+        "number": torch.randn(()),
+        "whole": torch.randint(100, (7,)),
+        "eight": torch.randn(200).to(torch.float8_e4m3fn),
+        "empty": torch.randn(0, 3),
+    }
+
+
+def test_samples_see_every_tensor_that_was_trained() -> None:
+    given = tensors()
+    digest = sampled_digest(given.items())
+    assert sampled_digest({name: tensor.clone() for name, tensor in given.items()}.items()) == digest
+    assert sampled_digest((given | {"matrix": given["matrix"].t().contiguous().t()}).items()) == digest, "strides do not matter"
+    others = [given | {name: (2 * tensor.float() + 1).to(tensor.dtype)} for name, tensor in given.items() if tensor.numel()]
+    for changed in ({"matrix": given["matrix"].double()}, {"matrix": given["matrix"].view(70, 300)}, {"more": torch.ones(1)}):
+        others.append(given | changed)
+    others += [{f"{name}'": tensor for name, tensor in given.items()}, {name: given[name] for name in list(given)[1:]}]
+    seen = {sampled_digest(other.items()) for other in others} | {sampled_digest(given.items(), b"code"), digest}
+    assert len(seen) == len(others) + 2
+
+
+def test_few_elements_are_read() -> None:
+    """Of an expanded tensor that could not be held."""
+    large = torch.randn(1).expand(1 << 28)
+    assert sampled_digest([("large", large)]) == sampled_digest([("large", large)])
+
+
+def test_a_run_is_held_to_what_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES, done=0)
+    check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES, done=3)
+    assert capsys.readouterr().err == ""
+    before = (tmp_path / INPUTS).read_bytes()
+    for change, said in (
+        ({"VAE": "0"}, "another VAE than"),
+        ({"VAE": "0", "transformer": "0"}, "another transformer and another VAE than"),
+        ({"prompts": "0"}, "another prompts than"),
+    ):
+        with pytest.raises(UserError, match=rf"^{tmp_path} was begun with {said} is here now.*start a new run$"):
+            check_inputs(tmp_path, CONFIG, MADE_OF | change, JUDGES | {"one": "0"}, done=3)
+    assert (tmp_path / INPUTS).read_bytes() == before and capsys.readouterr().err == ""
+    check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES | {"other": "cd"}, done=3)
+    assert capsys.readouterr().err.startswith(f"other: another code or other weights than when {tmp_path} was last running")
+    check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES | {"other": "cd"}, done=4)
+    assert capsys.readouterr().err == "", "said once"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", json.dumps({"made_of": 3, "judges": {}})])
+def test_what_is_damaged_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / INPUTS).write_text(content)
+    with pytest.raises(UserError, match=f"{INPUTS} is damaged.*remove it"):
+        check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES, done=random.randrange(9))
+    assert (tmp_path / INPUTS).read_text() == content
