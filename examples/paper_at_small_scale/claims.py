@@ -183,6 +183,7 @@ def scale_trades(scales: Sequence[float], in_domain: Sequence[Sequence[float]], 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's: of the ranks, ties sharing theirs; 0 where one of them does not vary."""
 
+
     def ranks(values: Sequence[float]) -> list[float]:
         return [(sum(other < value for other in values) + sum(other <= value for other in values)) / 2 for value in values]
 

@@ -1,6 +1,6 @@
 """The public operator: checks at the boundary, then one backend for each segment, merged by log-sum-exp.
 
-ARCOPO_ATTENTION=flash python ...     for a whole process: auto (default) or a name of `backends.BACKENDS`
+    ARCOPO_ATTENTION=flash python ...     for a whole process: auto (default) or a name of `backends.BACKENDS`
 """
 
 from __future__ import annotations
