@@ -41,6 +41,7 @@ from arcopo_fast.model.adapter_files import read_adapter
 from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.reports.html import page, section, table
+from arcopo_fast.reports.table import markdown_table
 from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.runtime.memory import resident, tune_for_cpu
@@ -300,12 +301,8 @@ def markdown(study: Study, summary: Sequence[dict[str, Any]]) -> str:
     names = noises(summary)
     parts = ["# Which noise decides", *filter(None, _about(study, summary))]
     for measure, title in MEASURES.items():
-        rows = [["pivot", *map(spoken, names), RATIO]]
-        rows += [[str(entry["pivot"]), *(number(entry[measure].get(name)) for name in [*names, RATIO])] for entry in summary]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        rows.insert(1, ["-" * width for width in widths])
-        lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
-        parts += [f"## {title}", "\n".join(f"| {line} |" for line in lines)]
+        rows = [[str(entry["pivot"]), *(number(entry[measure].get(name)) for name in [*names, RATIO])] for entry in summary]
+        parts += [f"## {title}", markdown_table(["pivot", *map(spoken, names), RATIO], rows).rstrip()]
     return "\n\n".join([*parts, "Ratio: the initial noise's change over that of the largest re-noise."]) + "\n"
 
 

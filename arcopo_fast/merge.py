@@ -29,10 +29,9 @@ from torch import Tensor
 
 from arcopo_fast.build import build_engine, load_generator, load_held_out, load_prompts, load_rewards, video_shape
 from arcopo_fast.cli import RecipeParser, adapter_path, numbers, run_command
-from arcopo_fast.config.reading import shorten
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt, digest
-from arcopo_fast.errors import UserError
+from arcopo_fast.errors import UserError, shorten
 from arcopo_fast.evaluation.judging import evaluate, videos_at_once
 from arcopo_fast.model.adapter_files import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, Adapter, read_adapter
 from arcopo_fast.model.lora import add_lora, load_adapter_state, merge_adapters, write_adapter

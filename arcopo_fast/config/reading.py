@@ -29,7 +29,7 @@ from pydantic.fields import FieldInfo
 
 from arcopo_fast.config.fields import Section, expanded
 from arcopo_fast.config.schema import DEFAULT_OBJECTIVE, Config, config_class, objective_class, objectives
-from arcopo_fast.errors import UserError
+from arcopo_fast.errors import UserError, shorten
 from arcopo_fast.storage.textfiles import read_text, text_problem
 
 DEFAULT_RECIPE = "toy"
@@ -251,12 +251,6 @@ def _in_quotes(path: str, text: str) -> str:
 
 
 # Explaining ------------------------------------------------------------------------------------------------------------------------
-
-
-def shorten(text: str, length: int = 80) -> str:
-    """At most `length` characters, on one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _explain(error: ValidationError, model: type[Config], origins: Mapping[str, str], source: str) -> str:

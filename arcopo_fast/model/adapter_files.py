@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from arcopo_fast.errors import UserError
-from arcopo_fast.model.checkpoints import check_finite, diffusers_name, read_container, rename, shorten, strip_wrappers
+from arcopo_fast.errors import UserError, listed
+from arcopo_fast.model.checkpoints import check_finite, diffusers_name, read_container, rename, strip_wrappers
 from arcopo_fast.storage.textfiles import parse_json, read_json
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -166,7 +166,7 @@ def _matrices(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     if not modules:
         raise UserError(f"{file} holds no adapter tensors")
     if halves := [name for name in modules if not {f"{name}.lora_A.weight", f"{name}.lora_B.weight"} <= state.keys()]:
-        raise UserError(f"{file}: {len(halves)} layers have only one of lora_A and lora_B ({shorten(halves)}); copy it again")
+        raise UserError(f"{file}: {len(halves)} layers have only one of lora_A and lora_B ({listed(halves)}); copy it again")
     return state
 
 

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from arcopo_fast.errors import UserError
+from arcopo_fast.errors import UserError, first_line, listed
 from arcopo_fast.model.sizes import check_sizes
 from arcopo_fast.model.tensors import check_dtype, check_finite, rename
 from arcopo_fast.storage import atomic as files
@@ -139,7 +139,7 @@ def read_state_dict(path: str | Path, *, weights: Literal["auto", "ema", "genera
         advice = "give a text-to-video one: images enter these generators as clean first latents"
         raise UserError(f"{path} is an image-to-video Wan checkpoint (it has a CLIP image branch); {advice}")
     if "patch_embedding.weight" not in state or "blocks.0.attn1.to_q.weight" not in state:
-        found = f"{len(state)} tensors such as {shorten(state, 3)}" if state else "no tensors"
+        found = f"{len(state)} tensors such as {listed(state, 3)}" if state else "no tensors"
         raise UserError(f"{path} is not a Wan transformer: it holds {found}; give a checkpoint of a causal Wan generator")
     return state
 
@@ -267,7 +267,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, source: str | P
         if name in state and state[name].shape != tensor.shape
     ]
     problems = [
-        f"{len(names)} {kind} ({shorten(names)})"
+        f"{len(names)} {kind} ({listed(names)})"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
         if names
     ]
@@ -304,10 +304,10 @@ def _read_directory(directory: Path) -> dict[str, Any]:
                 raise UserError(f"{index} names the file {file!r}, which lies outside its directory")
             part = _read_file(directory / file)
             if twice := part.keys() & state.keys():
-                raise UserError(f"{directory}: {len(twice)} tensors are in several shards ({shorten(twice, 3)}); copy the shards again")
+                raise UserError(f"{directory}: {len(twice)} tensors are in several shards ({listed(twice, 3)}); copy the shards again")
             state |= part
         if absent := [name for name in weight_map if name not in state]:
-            raise UserError(f"{directory}: its shards lack {len(absent)} of the index's tensors ({shorten(absent)}); copy them again")
+            raise UserError(f"{directory}: its shards lack {len(absent)} of the index's tensors ({listed(absent)}); copy them again")
         return state
     files = sorted(directory.glob(f"{WEIGHTS_NAME}*.safetensors"))
     if len(files) > 1:
@@ -337,7 +337,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise UnreadableFile(
-                f"{path} is damaged or not a safetensors file ({_first_line(error)}); copy or download it again"
+                f"{path} is damaged or not a safetensors file ({first_line(error, 100)}); copy or download it again"
             ) from error
     return _read_pickle(path)
 
@@ -363,18 +363,6 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= 100 else type(error).__name__
-
-
-def shorten(names: Iterable[str], limit: int = 10) -> str:
-    """The first names of many, sorted, and how many more there are, for messages."""
-    names = sorted(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
 # Writing ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -390,7 +378,7 @@ def save_transformer(directory: str | Path, state: Mapping[str, Tensor], config:
         UserError: the directory cannot be written, or holds other files.
     """
     if adapted := [name for name in state if ".lora_" in name or ".base_layer." in name]:
-        raise ValueError(f"the state dict has adapter names ({shorten(adapted, 3)}); merge or remove the adapter first")
+        raise ValueError(f"the state dict has adapter names ({listed(adapted, 3)}); merge or remove the adapter first")
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
     if "text_len" in config:
         config["_text_len"] = config.pop("text_len")  # diffusers ignores underscored entries; it has no text length of its own
@@ -433,5 +421,5 @@ def atomic_directory(directory: str | Path) -> Iterator[Path]:
         with files.atomic_directory(directory, only_same=True) as temporary:
             yield temporary
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error, 100)
         raise UserError(f"{directory} cannot be written: {reason}; free space there, or give another directory") from error

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from arcopo_fast.errors import UserError
+from arcopo_fast.errors import UserError, listed
 from arcopo_fast.model.adapter_files import (
     ADAPTER_NAME,
     DIFFUSERS_METADATA,
@@ -33,7 +33,7 @@ from arcopo_fast.model.adapter_files import (
     Adapter,
     read_adapter,
 )
-from arcopo_fast.model.checkpoints import atomic_directory, save_tensors, shorten
+from arcopo_fast.model.checkpoints import atomic_directory, save_tensors
 
 if TYPE_CHECKING:  # peft is imported where it is used: it takes as long as PyTorch, and a command line is read without it
     from peft import LoraConfig
@@ -173,7 +173,7 @@ def load_adapter_state(module: nn.Module, state: Mapping[str, Tensor], *, source
     own = adapter_state(module)
     reshaped = [name for name in own if name in state and state[name].shape != own[name].shape]
     groups = (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()), ("of another shape", reshaped))
-    problems = [f"{len(names)} {kind} ({shorten(names)})" for kind, names in groups if names]
+    problems = [f"{len(names)} {kind} ({listed(names)})" for kind, names in groups if names]
     if problems:
         raise UserError(f"{source} does not fit the module's adapter: {'; '.join(problems)}; use the same base, rank and targets")
     with torch.no_grad():
@@ -342,7 +342,7 @@ def load_adapter(module: Module, path: str | Path, *, alpha: float | None = None
     if not layers:
         linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
         if strangers := set(adapter.modules) - set(linear):
-            raise UserError(f"{path} adapts {len(strangers)} layers that the model lacks ({shorten(strangers)}); use its own base model")
+            raise UserError(f"{path} adapts {len(strangers)} layers that the model lacks ({listed(strangers)}); use its own base model")
         for name in adapter.modules:
             down, up, layer = adapter.state[f"{name}.lora_A.weight"], adapter.state[f"{name}.lora_B.weight"], linear[name]
             if (down.shape[1], up.shape[0]) != (layer.in_features, layer.out_features):

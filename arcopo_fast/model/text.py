@@ -28,8 +28,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from arcopo_fast.errors import UserError
-from arcopo_fast.model.checkpoints import load_into, read_container, shorten, strip_wrappers
+from arcopo_fast.errors import UserError, listed
+from arcopo_fast.model.checkpoints import load_into, read_container, strip_wrappers
 from arcopo_fast.model.tensors import rename
 from arcopo_fast.storage.textfiles import read_json
 
@@ -177,7 +177,7 @@ def load_umt5(files: TextEncoderFiles, *, dtype: torch.dtype = torch.bfloat16, d
     for file in files.weight_files:
         part = rename(strip_wrappers(read_container(file), file), transformers_name, file)
         if twice := part.keys() & state.keys():
-            raise UserError(f"{file} repeats {len(twice)} tensors of another shard ({shorten(twice, 3)}); copy the shards again")
+            raise UserError(f"{file} repeats {len(twice)} tensors of another shard ({listed(twice, 3)}); copy the shards again")
         state |= part
     if "shared.weight" in state:  # one table under two names, which some files hold once and some twice
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
@@ -200,8 +200,8 @@ def _sizes(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
     needed = ["shared.weight", f"{block}.0.SelfAttention.q.weight", f"{block}.0.SelfAttention.relative_attention_bias.weight"]
     needed.append(f"{block}.1.DenseReluDense.wi_0.weight")
     if missing := [name for name in needed if name not in state or state[name].dim() != 2 or not state[name].numel()]:
-        found = f"{len(state)} tensors such as {shorten(state, 3)}" if state else "no tensors"
-        raise UserError(f"{source} is not a UMT5 encoder: it lacks {shorten(missing)}; it holds {found}")
+        found = f"{len(state)} tensors such as {listed(state, 3)}" if state else "no tensors"
+        raise UserError(f"{source} is not a UMT5 encoder: it lacks {listed(missing)}; it holds {found}")
     embedding, query, bias, gate = (state[name].shape for name in needed)
     blocks = {match[1] for name in state if (match := re.match(r"encoder\.block\.(\d+)\.", name))}
     return {

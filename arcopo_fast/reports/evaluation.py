@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from arcopo_fast.evaluation.compare import Interval, Result
-from arcopo_fast.reports.html import plain, signed
+from arcopo_fast.reports.table import markdown_table, plain, signed
 
 NOTE = (
     "All generators have the same prompts and noises. Brackets are 95 % intervals, clustered by prompt, with Student's t; the difference "
@@ -33,14 +33,9 @@ def as_markdown(results: Sequence[Result]) -> str:
         ]
         for one in results
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = [
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |"
-        for row in (head, ["-" * width for width in widths], *rows)
-    ]
     failed = [f"{one.name} of {one.generator}: {one.failed} of {one.videos}" for one in results if one.failed and one.kind != "total"]
     said = f"Scores that failed, left out together with the pairs that they belong to: {'; '.join(failed)}." if failed else ""
-    return "\n\n".join(filter(None, ["\n".join(lines), said, NOTE])) + "\n"
+    return "\n\n".join(filter(None, [markdown_table(head, rows).rstrip(), said, NOTE])) + "\n"
 
 
 def _change(interval: Interval) -> str:

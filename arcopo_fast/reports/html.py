@@ -44,21 +44,6 @@ def chip(index: int) -> str:
     return f'<b class="chip f{index % COLOURS}">{index + 1}</b>'
 
 
-def plain(value: float) -> str:
-    """Three digits, with a true minus; a dash for what is not known."""
-    return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else "–"
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """With a sign, a true minus, and no sign for what rounds to zero; a dash for what is not known."""
-    if not math.isfinite(value):
-        return "–"
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        return text.lstrip("-")
-    return f"−{text[1:]}" if text.startswith("-") else f"+{text}"
-
-
 def give_or_take(error: float, digits: int = 3) -> str:
     """What follows a number with an error; nothing where that is not known."""
     return f" <small>± {error:.{digits}f}</small>" if math.isfinite(error) else ""

@@ -11,8 +11,8 @@ import yaml
 
 from arcopo_fast.config.reading import resolved_yaml
 from arcopo_fast.config.schema import Config
-from arcopo_fast.reports.html import plain, signed
-from arcopo_fast.reports.results import changes
+from arcopo_fast.reports.results import Change, changes
+from arcopo_fast.reports.table import markdown_table, plain, signed
 
 _METHODS = {"copo": "AR-CoPO (arXiv 2603.17461)", "sde_grpo": "SDE-GRPO"}
 
@@ -43,13 +43,21 @@ def model_card(config: Config, evaluation: Mapping[str, Any]) -> str:
         sort_keys=False,
     )
     rows = [
-        f"| {one.name} | {one.kind} | {plain(one.before)} | {plain(one.after)} | {signed(one.change)}"
-        f"{f' ± {one.error:.3f}' if math.isfinite(one.error) else ''} |"
-        for one in changes(config, evaluation)
+        [one.name, one.kind, plain(one.before), plain(one.after), signed(one.change) + _error(one)] for one in changes(config, evaluation)
     ]
-    results = "\n".join(["| | | before | after | change |", "|---|---|---|---|---|", *rows]) if rows else "Not evaluated."
+    results = markdown_table(["", "", "before", "after", "change"], rows, padded=False) if rows else "Not evaluated.\n"
     weights = ", ".join(f"{name} x {weight:g}" for name, weight in config.rewards.items())
     videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
+    facts = {
+        "rewards": weights,
+        "prompts": config.prompts,
+        "groups": config.train.mode.replace("_", "-"),
+        "iterations": f"{config.train.iterations}, groups of {config.rollout.group_size}, {config.objective.updates} updates each",
+        "adapter": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {', '.join(config.lora.targets)}",
+        "optimizer": f"AdamW, learning rate {config.optimizer.lr:g}",
+        "seed": f"{config.seed}",
+        "configuration": f"{config_hash(config)} (SHA-256 of the run's config.yaml)",
+    }
     return f"""---
 {header}---
 
@@ -58,22 +66,15 @@ def model_card(config: Config, evaluation: Mapping[str, Any]) -> str:
 A LoRA adapter for the streaming autoregressive video generator `{config.generator.checkpoint}`, aligned with
 {_METHODS.get(config.objective.kind, config.objective.kind)} by arcopo_fast.
 
-| | |
-|---|---|
-| rewards | {weights} |
-| prompts | {config.prompts} |
-| groups | {config.train.mode.replace("_", "-")} |
-| iterations | {config.train.iterations}, groups of {config.rollout.group_size}, {config.objective.updates} updates each |
-| adapter | rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {", ".join(config.lora.targets)} |
-| optimizer | AdamW, learning rate {config.optimizer.lr:g} |
-| seed | {config.seed} |
-| configuration | {config_hash(config)} (SHA-256 of the run's config.yaml) |
-
+{markdown_table(["", ""], facts.items(), padded=False)}
 ## What it changed
 
 {videos} videos of {config.evaluation.prompts} prompts that were not trained on, with the same noise before and after; intervals are one
 standard error over videos. What is held out was never trained on.
 
 {results}
-
 {HOW_TO_LOAD}"""
+
+
+def _error(change: Change) -> str:
+    return f" ± {change.error:.3f}" if math.isfinite(change.error) else ""

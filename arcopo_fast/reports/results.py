@@ -21,9 +21,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from arcopo_fast.config.reading import load_config, shorten
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import Config
-from arcopo_fast.errors import UserError
+from arcopo_fast.errors import UserError, shorten
 from arcopo_fast.evaluation.scores import KINDS
 from arcopo_fast.storage.metrics import FILE, LARGEST, TOTAL, Number, read_metrics
 

@@ -13,9 +13,10 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.reports.charts import line_chart
 from arcopo_fast.reports.curves import HEALTH, REWARD, Statistic, logs, reward_statistics, updates
 from arcopo_fast.reports.hacking import verdict
-from arcopo_fast.reports.html import figures, give_or_take, page, plain, section, signed, table, video, warning
+from arcopo_fast.reports.html import figures, give_or_take, page, section, table, video, warning
 from arcopo_fast.reports.results import Change, Record, Run, number, points, read_run, stage_floors, stage_seconds
 from arcopo_fast.reports.stall import notice, stalled_since
+from arcopo_fast.reports.table import plain, signed
 from arcopo_fast.storage.atomic import atomic_write
 
 _CHANGE_NOTE = (

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from arcopo_fast.config.reading import resolved_yaml
 from arcopo_fast.config.schema import Config
 from arcopo_fast.reports.charts import Spread, line_chart
-from arcopo_fast.reports.html import page, plain, section, signed, table
+from arcopo_fast.reports.html import page, section, table
 from arcopo_fast.reports.results import Change, changes
+from arcopo_fast.reports.table import markdown_table, plain, signed
 from arcopo_fast.storage.metrics import TOTAL
 
 HELD_OUT = "held_out"  # the out-of-domain score, beside the scores of an evaluation
@@ -90,14 +91,10 @@ def note(names: Sequence[str]) -> str:
 
 def as_markdown(points: Sequence[Point], chosen: Point | None, names: Sequence[str]) -> str:
     """The result and two tables: the criterion's two scores, then every reward and metric."""
-    lines = [result_line(chosen), ""]
+    parts = [f"{result_line(chosen)}\n"]
     for head, cells in _tables(points):
-        rows = [[f"{value} ({change})" if change else value for value, change in row] for row in cells]
-        widths = [max(map(len, column)) for column in zip(head, *rows)]
-        for row in (head, ["-" * width for width in widths], *rows):
-            lines.append(f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |")
-        lines.append("")
-    return "\n".join([*lines, note(names), ""])
+        parts.append(markdown_table(head, ([f"{value} ({change})" if change else value for value, change in row] for row in cells)))
+    return "\n".join([*parts, f"{note(names)}\n"])
 
 
 def as_page(

@@ -28,7 +28,7 @@ from urllib.parse import quote, unquote
 from tqdm import tqdm
 
 from arcopo_fast.config.fields import expanded
-from arcopo_fast.errors import UserError
+from arcopo_fast.errors import UserError, first_line
 from arcopo_fast.storage.atomic import atomic_write
 
 HUGGING_FACE, GITHUB = "hf://", "github://"
@@ -227,7 +227,7 @@ def _download(wanted: Source, files: Sequence[str]) -> Path:
             snapshot_download(wanted.repository, repo_type=wanted.kind, revision=wanted.revision, allow_patterns=patterns or None)
         )
     except Exception as error:  # offline, no such repository, a full disk: they have no common base
-        raise UserError(_absent(wanted, files, f"{type(error).__name__}: {_first_line(error)}")) from None
+        raise UserError(_absent(wanted, files, f"{type(error).__name__}: {first_line(error)}")) from None
     path = snapshot / wanted.inside
     if not path.exists() or _missing(path, files):
         raise UserError(_absent(wanted, files, "the repository has none, or this machine is offline"))
@@ -255,7 +255,7 @@ def _fetch(wanted: Source, files: Sequence[str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, content)
     except (OSError, HTTPException) as error:  # urllib's own are OSErrors
-        raise UserError(_absent(wanted, files, f"{type(error).__name__}: {_first_line(error)}")) from None
+        raise UserError(_absent(wanted, files, f"{type(error).__name__}: {first_line(error)}")) from None
     return path
 
 
@@ -319,8 +319,3 @@ def _what(wanted: Source, files: Sequence[str]) -> str:
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else "no reason given")[:200]

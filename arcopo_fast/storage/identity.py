@@ -13,9 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import Tensor
 
-from arcopo_fast.config.reading import shorten
 from arcopo_fast.config.schema import Config
-from arcopo_fast.errors import UserError
+from arcopo_fast.errors import UserError, shorten
 from arcopo_fast.reports.series import leaves
 from arcopo_fast.storage.atomic import atomic_write
 

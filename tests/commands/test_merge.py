@@ -28,9 +28,9 @@ from arcopo_fast.config.reading import load_config, resolved_yaml
 from arcopo_fast.evaluation.judging import Evaluation, evaluate
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import BLOCK_TARGETS, Adapter, adapter_parameters, add_lora, load_adapter, read_adapter, save_adapter
-from arcopo_fast.reports.html import signed
 from arcopo_fast.reports.results import Change
 from arcopo_fast.reports.sweep import Point, choose_scale, result_line
+from arcopo_fast.reports.table import signed
 
 SMALL = [
     "video.chunks=2",

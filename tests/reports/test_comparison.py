@@ -16,9 +16,9 @@ from support.runs import NAMES, PROMPT, Page, evaluation, settings, write_run
 
 from arcopo_fast.reports import comparison
 from arcopo_fast.reports.comparison import write_comparison
-from arcopo_fast.reports.html import plain, signed
 from arcopo_fast.reports.results import Run, read_run
 from arcopo_fast.reports.series import group, over_seeds
+from arcopo_fast.reports.table import plain, signed
 
 
 def labels(folder: Path, *variants: str) -> list[str]:

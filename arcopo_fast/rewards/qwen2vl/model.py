@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from arcopo_fast.errors import UserError
+from arcopo_fast.errors import UserError, listed
 from arcopo_fast.rewards.qwen2vl.frames import Patches
 from arcopo_fast.storage import hub
 from arcopo_fast.storage.textfiles import read_json
@@ -186,7 +186,7 @@ def load_strict(judge: Qwen2VLJudge, files: Mapping[str, Tensor], source: Path, 
             if name in state and state[name].shape != shape
         ],
     }
-    if found := [f"{len(some)} {kind} ({_shorten(some)})" for kind, some in problems.items() if some]:
+    if found := [f"{len(some)} {kind} ({listed(some)})" for kind, some in problems.items() if some]:
         raise UserError(f"{source} is not such a judge: {'; '.join(found)}; get it again, or the base model that belongs to it")
 
     if lora:
@@ -211,11 +211,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{file} holds no state dict; get it again")
     return dict(content)
-
-
-def _shorten(names: Iterable[str], limit: int = 10) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 _Model = TypeVar("_Model", bound=nn.Module)

@@ -1,0 +1,37 @@
+"""Numbers as text, and Markdown tables: what every report prints them with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False, padded: bool = True) -> str:
+    """Return a table; every line ends with a line feed.
+
+    numbers: align all columns but the first to the right. padded: give the cells of a column one width, to be read as text too.
+    """
+    lines = [head, *rows]
+    widths = [max(map(len, column)) if padded else 0 for column in zip(*lines, strict=True)]
+    right = [numbers and place > 0 for place in range(len(head))]
+    ruler = ["-" * (width - 1) + ":" if aligned else "-" * (width or 3) for width, aligned in zip(widths, right)]
+    lines.insert(1, ruler)
+    return "".join(
+        f"| {' | '.join(cell.rjust(width) if aligned else cell.ljust(width) for cell, width, aligned in zip(line, widths, right))} |\n"
+        for line in lines
+    )
+
+
+def plain(value: float) -> str:
+    """Return three digits, with a true minus; a dash for what is not known."""
+    return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """Return a number with its sign, a true minus, and no sign for what rounds to zero; a dash for what is not known."""
+    if not math.isfinite(value):
+        return "–"
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        return text.lstrip("-")
+    return f"−{text[1:]}" if text.startswith("-") else f"+{text}"
