@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from arcopo_fast.config.fields import ObjectiveSettings
-from arcopo_fast.config.schema import Config, objective_class
+from arcopo_fast.config.schema import Config, ObjectiveSettings, objective_class
 from arcopo_fast.data.prompts import Prompt, Prompts, read_prompt_set, split_prompts
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.adapter_files import read_adapter
-from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
+from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_state_dict
 from arcopo_fast.model.lora import fold_adapter
-from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes, published
+from arcopo_fast.model.sizes import PUBLISHED, CausalWanConfig, GeneratorSizes, VAESizes, published
 from arcopo_fast.model.text import OFFICIAL_TOKENIZER, OFFICIAL_WEIGHTS, CachedTextEncoder, TextEncoderFiles
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae

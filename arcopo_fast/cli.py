@@ -17,9 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from arcopo_fast.config.fields import expanded
 from arcopo_fast.config.reading import DEFAULT_RECIPE, keys_help, load_config, recipes, resolved_yaml
-from arcopo_fast.config.schema import Config
+from arcopo_fast.config.schema import Config, expanded
 from arcopo_fast.errors import UserError
 from arcopo_fast.runtime.interrupt import INTERRUPTED, KEPT, Handler, ignore, interrupt
 from arcopo_fast.storage import hub

@@ -31,8 +31,7 @@ import torch
 
 from arcopo_fast.build import Generator, encode_ahead, load_generator, load_held_out, load_prompts, load_rewards, video_shape
 from arcopo_fast.cli import Parser, RecipeParser, finite, positive_int, run_command, seed, shard
-from arcopo_fast.config.fields import expanded
-from arcopo_fast.config.schema import Config
+from arcopo_fast.config.schema import Config, expanded
 from arcopo_fast.data.prompts import Prompt, read_prompt_set
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.compare import Result, as_json, compare, with_total

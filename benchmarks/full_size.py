@@ -29,9 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity
 
-from arcopo_fast.model.causal_wan import CausalWanConfig
 from arcopo_fast.model.lora import add_lora
-from arcopo_fast.model.sizes import VAESizes
+from arcopo_fast.model.sizes import CausalWanConfig, VAESizes
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.planning.work import Workload
 from arcopo_fast.rewards.simple import Sharpness, Steadiness

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from arcopo_fast.build import check_fits, checkpoint_path
-from arcopo_fast.config.reading import _fields, load_config, resolved_yaml
+from arcopo_fast.config.explain import every_field
+from arcopo_fast.config.reading import load_config, resolved_yaml
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import read_prompt_set
 from arcopo_fast.errors import UserError
@@ -64,7 +65,7 @@ def draw(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(request.node.name)
 
 
-KEYS = [name for name, _ in _fields(Config)]
+KEYS = [name for name, _ in every_field(Config)]
 
 
 def test_overrides(draw: random.Random) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arcopo_fast.config.fields import expanded
+from arcopo_fast.config.schema import expanded
 from arcopo_fast.errors import UserError
 from arcopo_fast.storage import hub
 from arcopo_fast.storage.textfiles import parse_json, read_text, text_problem

@@ -10,8 +10,7 @@ and `arcopo_kernels.modulation.reference`, which are the specification of what l
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Hashable, NamedTuple, Sequence
+from typing import Hashable, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,43 +20,7 @@ from arcopo_kernels.qk_norm_rope import apply_rope, qk_norm_rope, rms_norm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-
-@dataclass(frozen=True)
-class CausalWanConfig:
-    """Sizes, under diffusers' names. The defaults are Wan2.1-T2V-1.3B."""
-
-    num_layers: int = 30
-    num_attention_heads: int = 12
-    attention_head_dim: int = 128
-    ffn_dim: int = 8960
-    freq_dim: int = 256
-    text_dim: int = 4096
-    text_len: int = 512
-    in_channels: int = 16
-    out_channels: int = 16
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        if self.patch_size[0] != 1:
-            raise ValueError(f"patch_size is {self.patch_size}; a causal generator needs one latent frame to a patch, (1, height, width)")
-        if self.attention_head_dim % 2 or self.freq_dim % 2:
-            raise ValueError(f"attention_head_dim {self.attention_head_dim} and freq_dim {self.freq_dim} must be even")
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    def tokens_per_frame(self, height: int, width: int) -> int:
-        """Tokens of one latent frame of `height` x `width` latent pixels."""
-        _, rows, columns = self.patch_size
-        if height % rows or width % columns:
-            raise ValueError(f"latent frames of {height}x{width} do not divide into patches of {rows}x{columns}")
-        return (height // rows) * (width // columns)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+from arcopo_fast.model.sizes import CausalWanConfig
 
 
 class CachedRun(NamedTuple):

@@ -6,14 +6,51 @@ For planning before anything is built, and for untrained generators. No tensors 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.causal_wan import CausalWanConfig
+
+
+@dataclass(frozen=True)
+class CausalWanConfig:
+    """Sizes, under diffusers' names. The defaults are Wan2.1-T2V-1.3B."""
+
+    num_layers: int = 30
+    num_attention_heads: int = 12
+    attention_head_dim: int = 128
+    ffn_dim: int = 8960
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if self.patch_size[0] != 1:
+            raise ValueError(f"patch_size is {self.patch_size}; a causal generator needs one latent frame to a patch, (1, height, width)")
+        if self.attention_head_dim % 2 or self.freq_dim % 2:
+            raise ValueError(f"attention_head_dim {self.attention_head_dim} and freq_dim {self.freq_dim} must be even")
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame of `height` x `width` latent pixels."""
+        _, rows, columns = self.patch_size
+        if height % rows or width % columns:
+            raise ValueError(f"latent frames of {height}x{width} do not divide into patches of {rows}x{columns}")
+        return (height // rows) * (width // columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
-from arcopo_fast.model.sizes import VAESizes
+from arcopo_fast.model.causal_wan import CausalWan
+from arcopo_fast.model.sizes import CausalWanConfig, VAESizes
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan

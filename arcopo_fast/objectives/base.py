@@ -21,19 +21,21 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, ClassVar, Generic, NamedTuple, Sequence, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Generic, NamedTuple, Sequence, TypeVar
 
 import torch
 from torch import Tensor
 
-from arcopo_fast.config.fields import ObjectiveSettings
+from arcopo_fast.config.schema import ObjectiveSettings
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import adapter_disabled
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
-from arcopo_fast.rollout.engine import Engine, Group, Stream
 from arcopo_fast.rollout.noise import generator
 from arcopo_fast.rollout.sampler import Kernel
 from arcopo_fast.runtime.profiling import stage
+
+if TYPE_CHECKING:  # reading a recipe imports its objective, and needs no engine
+    from arcopo_fast.rollout.engine import Engine, Group, Stream
 
 S = TypeVar("S", bound=ObjectiveSettings)
 R = TypeVar("R")

@@ -6,17 +6,18 @@ a softmax over their distances, and its clipped ratio is maximised (`arcopo_kern
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from arcopo_kernels.surrogate import copo_surrogate
 from pydantic import Field
 from torch import Tensor
 
-from arcopo_fast.config.fields import ObjectiveSettings, PositiveFloat
+from arcopo_fast.config.schema import ObjectiveSettings, PositiveFloat
 from arcopo_fast.objectives.base import Items, Objective, Outcome
-from arcopo_fast.rollout.engine import Group, Stream
 from arcopo_fast.rollout.sampler import Kernel, Steps
+
+if TYPE_CHECKING:
+    from arcopo_fast.rollout.engine import Group, Stream
 
 EULER = Kernel("ode")
 
@@ -69,6 +70,8 @@ class CopoObjective(Objective[CopoSettings]):
         return clean
 
     def loss(self, group: Group, target: Target, items: Items, new: Tensor, old: Tensor) -> Outcome:
+        from arcopo_kernels.surrogate import copo_surrogate  # here: reading a recipe imports this file, and needs no kernel
+
         loss, ratio_minus_one, live = copo_surrogate(
             new,
             old,

@@ -14,17 +14,19 @@ one, and all of an ODE. Source: ALGORITHM.md 4.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from arcopo_fast.config.fields import ObjectiveSettings, PositiveFloat
+from arcopo_fast.config.schema import ObjectiveSettings, PositiveFloat
 from arcopo_fast.errors import UserError
 from arcopo_fast.objectives.base import Items, Objective, Outcome
-from arcopo_fast.rollout.engine import Engine, Group, Stream
 from arcopo_fast.rollout.sampler import Kernel
+
+if TYPE_CHECKING:
+    from arcopo_fast.rollout.engine import Engine, Group, Stream
 
 DEFAULT_NOISE = {"consistency": 0.0, "dance_sde": 0.3, "flow_sde": 0.7, "flow_cps": 0.7}
 

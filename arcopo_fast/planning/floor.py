@@ -8,8 +8,7 @@ import torch
 
 from arcopo_fast.build import cache_policy, shape_of
 from arcopo_fast.config.schema import Config
-from arcopo_fast.model.causal_wan import CausalWanConfig
-from arcopo_fast.model.sizes import VAESizes
+from arcopo_fast.model.sizes import CausalWanConfig, VAESizes
 from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.planning.ceilings import Ceilings
 from arcopo_fast.planning.work import Workload, iteration

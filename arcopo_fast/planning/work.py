@@ -18,9 +18,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from arcopo_fast.model.causal_wan import CausalWanConfig
 from arcopo_fast.model.lora import BLOCK_TARGETS
-from arcopo_fast.model.sizes import Linear, VAESizes, block_linears, decoder_convolutions
+from arcopo_fast.model.sizes import CausalWanConfig, Linear, VAESizes, block_linears, decoder_convolutions
 from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import SamplerSettings, VideoShape

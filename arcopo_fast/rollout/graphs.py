@@ -20,8 +20,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig, ChunkContext, TextContext
+from arcopo_fast.model.causal_wan import CausalWan, ChunkContext, TextContext
 from arcopo_fast.model.lora import adapter_enabled
+from arcopo_fast.model.sizes import CausalWanConfig
 from arcopo_fast.rollout.sampler import CONSISTENCY, Kernel, Steps, Trajectory, denoise
 
 LAUNCHES_OF_A_BLOCK = 52

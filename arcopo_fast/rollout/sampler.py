@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
 
-from arcopo_fast.model.causal_wan import CausalWan, ChunkContext, TextContext
 from arcopo_fast.rollout.scheduler import Schedule, predict_clean
+
+if TYPE_CHECKING:
+    from arcopo_fast.model.causal_wan import CausalWan, ChunkContext, TextContext
 
 KernelKind = Literal["consistency", "ode", "dance_sde", "flow_sde", "flow_cps"]
 

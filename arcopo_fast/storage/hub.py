@@ -27,7 +27,7 @@ from urllib.parse import quote, unquote
 
 from tqdm import tqdm
 
-from arcopo_fast.config.fields import expanded
+from arcopo_fast.config.schema import expanded
 from arcopo_fast.errors import UserError, first_line
 from arcopo_fast.storage.atomic import atomic_write
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ import yaml
 
 import arcopo_fast
 from arcopo_fast import train
-from arcopo_fast.config.reading import _fields, keys_help, load_config, recipes, resolved_yaml, setting
-from arcopo_fast.config.schema import Config
+from arcopo_fast.config.explain import every_field
+from arcopo_fast.config.reading import keys_help, load_config, recipes, resolved_yaml, setting
+from arcopo_fast.config.schema import Config, objectives
 from arcopo_fast.errors import UserError
 
 # The numbers that the expected messages name; the shipped recipes may change.
@@ -69,6 +73,25 @@ def test_the_default_is_the_toy_recipe(tmp_path: Path) -> None:
     assert load_config() == load_config("toy") == load_config("toy.yaml")
     assert load_config().name == "toy"
     assert "toy" in recipes()
+
+
+def test_reading_recipes_imports_neither_the_engine_nor_a_kernel() -> None:
+    script = """
+import sys
+from arcopo_fast.config.reading import keys_help, load_config, recipes
+for recipe in recipes():
+    load_config(recipe)
+keys_help()  # of every objective
+print(*sys.modules)
+"""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True
+    )
+    modules = done.stdout.split()
+    assert {f"arcopo_fast.objectives.{kind}" for kind in objectives()} <= set(modules)
+    heavy = ("arcopo_kernels", "arcopo_fast.rollout.engine", "arcopo_fast.rollout.cache", "arcopo_fast.model.causal_wan")
+    assert not [module for module in modules if module.startswith((*heavy, "triton", "diffusers", "transformers", "peft"))]
 
 
 @pytest.mark.parametrize("recipe", recipes())
@@ -405,7 +428,7 @@ PLACES = ["prompts", "extended_prompts", "generator.checkpoint", "generator.base
 
 def test_every_key_that_is_a_path_is_of_the_type_that_expands_it() -> None:
     """By the words of its meaning, so that a new one cannot be forgotten; a run's name and the path of the replay are none."""
-    meanings = {name: info.description or "" for name, info in _fields(Config)}
+    meanings = {name: info.description or "" for name, info in every_field(Config)}
     found = {name for name, text in meanings.items() if re.search(r"\b(file|directory|path|hf)\b", text)}
     assert found - {"name", "objective.old_prediction"} == set(PLACES)
 

@@ -26,9 +26,8 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.evaluation.judging import evaluate
 from arcopo_fast.generate import Switch, first_frames, output_files, place_switches, sized_engine, stream_frames, with_frames
-from arcopo_fast.model.causal_wan import CausalWanConfig
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, read_adapter, save_adapter
-from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes
+from arcopo_fast.model.sizes import PUBLISHED, CausalWanConfig, GeneratorSizes, VAESizes
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise

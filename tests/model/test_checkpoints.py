@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.model import checkpoints
-from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
+from arcopo_fast.model.causal_wan import CausalWan
+from arcopo_fast.model.sizes import CausalWanConfig
 
 CONFIG = small_config(in_channels=4, out_channels=4)
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "public_sf_global.safetensors"  # written by the official code

@@ -10,8 +10,7 @@ import torch
 from support.runs import Page, evaluation, settings, write_run
 
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.model.causal_wan import CausalWanConfig
-from arcopo_fast.model.sizes import VAESizes
+from arcopo_fast.model.sizes import CausalWanConfig, VAESizes
 from arcopo_fast.planning.ceilings import Ceilings, measure_ceilings
 from arcopo_fast.planning.floor import floors, workload_of
 from arcopo_fast.planning.work import iteration

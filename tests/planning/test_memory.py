@@ -20,8 +20,8 @@ from arcopo_fast.build import generator_sizes, pool_pages, shape_of
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
-from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes, transformer_parameters, vae_parameters
+from arcopo_fast.model.causal_wan import CausalWan
+from arcopo_fast.model.sizes import PUBLISHED, CausalWanConfig, GeneratorSizes, VAESizes, transformer_parameters, vae_parameters
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.planning import memory as footprint
 from arcopo_fast.planning.memory import GB, SLACK, Settings, estimate, host_bytes

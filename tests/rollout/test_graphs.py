@@ -15,8 +15,9 @@ from arcopo_kernels import PagePool
 from support.models import SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 
-from arcopo_fast.model.causal_wan import CausalWanConfig, TextContext
+from arcopo_fast.model.causal_wan import TextContext
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora
+from arcopo_fast.model.sizes import CausalWanConfig
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings
 from arcopo_fast.rollout import graphs
 from arcopo_fast.rollout.cache import CachePolicy

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from arcopo_fast.model.causal_wan import CausalWan, CausalWanConfig
+from arcopo_fast.model.causal_wan import CausalWan
+from arcopo_fast.model.sizes import CausalWanConfig
 from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
 
