@@ -14,7 +14,6 @@ more prompts.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 import sys
@@ -47,6 +46,7 @@ from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.runtime.memory import resident, tune_for_cpu
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.storage.atomic import atomic_write
+from arcopo_fast.storage.identity import describe, digest, require_same
 from arcopo_fast.storage.video import stack_png, write_png_sheet
 
 MEASURES = {
@@ -173,10 +173,7 @@ class Study:
             former, records = dict(document["settings"]), list(document["records"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} cannot be read as a study ({error!r}); remove it, or give another --out") from None
-        keys = [key for key in {**former, **settings} if former.get(key) != settings.get(key)]
-        if keys:
-            differ = "; ".join(f"{key} was {json.dumps(former.get(key))}, now {json.dumps(settings.get(key))}" for key in keys)
-            raise UserError(f"{directory} holds a study with other settings: {differ}; give another --out, or remove the directory")
+        require_same(f"{directory} holds a study with other settings", former, settings, "give another --out, or remove the directory")
         return cls(directory, settings, records)
 
     def missing(self, prompt: int, pivots: int) -> list[int]:
@@ -205,16 +202,13 @@ def settings_of(config: Config, prompts: Sequence[str], adapter: Path | None, dr
         "evaluation": {"seed"},
     }
     kept = config.model_dump(mode="json", include={"seed": True, **sections}, exclude={"video": {"fps", "decode_frames"}})
-    settings: dict[str, Any] = {}
-    for name, value in kept.items():
-        settings |= {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
-    digest = "none"
+    adapted = "none"
     if adapter:
         given = read_adapter(adapter)
         tensors = {name: tensor.contiguous() for name, tensor in given.state.items()}
-        digest = hashlib.sha256(safetensors.torch.save(tensors, {"alpha": f"{given.alpha:g}"})).hexdigest()[:12]
-    text = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
-    return settings | {"prompts": f"{config.prompts} ({text})", "adapter": digest, "draws": draws}
+        adapted = digest(safetensors.torch.save(tensors, {"alpha": f"{given.alpha:g}"}))[:12]
+    text = digest("\n".join(prompts))[:12]
+    return describe({**kept, "prompts": f"{config.prompts} ({text})", "adapter": adapted, "draws": draws})
 
 
 # Statistics ------------------------------------------------------------------------------------------------------------------------

@@ -51,10 +51,10 @@ from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.storage.atomic import atomic_write, check_out
 from arcopo_fast.storage.hub import find
+from arcopo_fast.storage.identity import describe, weights_digest
 from arcopo_fast.storage.metrics import TOTAL
 from arcopo_fast.storage.video import write_mp4
 from arcopo_fast.toy import data as toy_data
-from arcopo_fast.training.groups import weights_digest
 
 PROGRAM = "python -m arcopo_fast.evaluate"
 BITS_PER_PIXEL = 0.8
@@ -299,21 +299,20 @@ def name_of(file: Path) -> str:
 
 def settings_of(config: Config, generator: Generator, judges: Mapping[str, Reward]) -> dict[str, Any]:
     """What every score depends on, by dotted keys. The generator has no adapter yet. judges: rewards and held-out metrics."""
-    settings: dict[str, Any] = {
-        "seed": config.evaluation.seed,
-        "videos_per_prompt": config.evaluation.videos_per_prompt,  # a video's noise depends on it
-        "weights": weights_digest(generator.model),
-        "vae_weights": weights_digest(generator.decoder.vae),
-        "text_encoder": generator.encode_text.fingerprint,
-        "reward_servers.frames": config.reward_servers.frames,
-    }
-    sections = config.model_dump(mode="json", include={"video", "sampler", "cache", "rewards"})
-    sections["generator"] = config.generator.model_dump(include={"dtype", "vae_dtype"})  # its weights are above, its name may differ
-    sections["code_and_weights"] = {name: fingerprint_of(judge) for name, judge in judges.items()}
-    for name, section in sections.items():
-        settings |= {f"{name}.{key}": value for key, value in section.items()}
-    del settings["video.decode_frames"]  # says how, not what
-    return settings
+    return describe(
+        {
+            "seed": config.evaluation.seed,
+            "videos_per_prompt": config.evaluation.videos_per_prompt,  # a video's noise depends on it
+            "weights": weights_digest(generator.model),
+            "vae_weights": weights_digest(generator.decoder.vae),
+            "text_encoder": generator.encode_text.fingerprint,
+            "reward_servers.frames": config.reward_servers.frames,
+            "video": config.video.model_dump(mode="json", exclude={"decode_frames"}),  # says how, not what
+            **config.model_dump(mode="json", include={"sampler", "cache", "rewards"}),
+            "generator": config.generator.model_dump(include={"dtype", "vae_dtype"}),  # its weights are above, its name may differ
+            "code_and_weights": {name: fingerprint_of(judge) for name, judge in judges.items()},
+        }
+    )
 
 
 def batches(generators: Sequence[Adapted], prompts: Sequence[Prompt], videos: int, size: int) -> Iterator[list[Video]]:

@@ -15,7 +15,6 @@ An evaluation is kept as soon as it is done; the same command goes on from there
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from arcopo_fast.build import build_engine, load_generator, load_held_out, load_
 from arcopo_fast.cli import RecipeParser, adapter_path, numbers, run_command
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt, digest
-from arcopo_fast.errors import UserError, shorten
+from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.judging import evaluate, videos_at_once
 from arcopo_fast.model.adapter_files import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS, Adapter, read_adapter
 from arcopo_fast.model.lora import add_lora, load_adapter_state, merge_adapters, write_adapter
@@ -42,6 +41,7 @@ from arcopo_fast.runtime.interrupt import Interrupted
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.storage.atomic import atomic_write, check_out, remove_directory, settle
+from arcopo_fast.storage.identity import describe, file_digest, require_same
 from arcopo_fast.storage.locks import LOCK, owned
 from arcopo_fast.storage.metrics import TOTAL
 from arcopo_fast.storage.textfiles import read_json
@@ -76,8 +76,7 @@ def read_source(path: Path) -> Source:
     adapter = read_adapter(file)
     config = read_json(file.with_name(PEFT_CONFIG)) if file.name == PEFT_WEIGHTS else {}
     base_model = config.get("base_model_name_or_path")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Source(file, digest, adapter, base_model if isinstance(base_model, str) else None)
+    return Source(file, file_digest(file), adapter, base_model if isinstance(base_model, str) else None)
 
 
 def read_pair(semi: Path, on: Path) -> tuple[Source, Source]:
@@ -282,10 +281,7 @@ def settings_of(config: Config, semi: Source, on: Source, prompts: Sequence[Prom
     """What the numbers of an evaluation depend on, by dotted keys."""
     adapters = {"semi": semi.summary(), "on": on.summary()}
     sections = {"seed", "prompts", "generator", "video", "sampler", "cache", "rewards", "evaluation"}
-    settings: dict[str, Any] = {}
-    for name, value in (adapters | config.model_dump(mode="json", include=sections)).items():
-        settings |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    settings["prompts.sha256"] = digest(prompts)
+    settings = describe(adapters | config.model_dump(mode="json", include=sections) | {"prompts.sha256": digest(prompts)})
     return {name: value for name, value in settings.items() if name not in ("semi.file", "on.file")}  # the same file may have moved
 
 
@@ -311,14 +307,8 @@ def kept_evaluations(
         if not file.is_file():
             continue
         record = read_document(file, _Kept, "an evaluation of a sweep")
-        former = record.settings
-        if differing := sorted(key for key in {*former, *settings} if former.get(key) != settings.get(key)):
-            key, others = differing[0], f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-            there, here = (shorten(str(values.get(key, "absent")), 16) for values in (former, settings))
-            raise UserError(
-                f"{out} holds a sweep of which {key} is {there}, and here it is {here}{others}; give another --out, or begin anew with "
-                "--overwrite"
-            )
+        advice = "give another --out, or begin anew with --overwrite"
+        require_same(f"{out} holds a sweep with other settings", record.settings, settings, advice)
         kept[scale] = {name: summary.model_dump() for name, summary in record.scores.items()}
     return kept
 

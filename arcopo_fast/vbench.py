@@ -19,7 +19,6 @@ processes may share the work; `generate --prompt EXTENDED --seed SEED` with a se
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -55,8 +54,8 @@ from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.storage.atomic import atomic_write, check_out
 from arcopo_fast.storage.hub import find
+from arcopo_fast.storage.identity import digest, file_digest, require_same, weights_digest
 from arcopo_fast.storage.video import Mp4Writer
-from arcopo_fast.training.groups import weights_digest
 
 PROGRAM = "python -m arcopo_fast.vbench"
 
@@ -70,7 +69,7 @@ def sampling_of(config: Config, generator: Generator, prompts: str) -> dict[str,
         "weights": weights_digest(generator.model),
         "vae_weights": weights_digest(generator.decoder.vae),
         "text_encoder": generator.encode_text.fingerprint,
-        "manifest": hashlib.sha256(prompts.encode()).hexdigest(),
+        "manifest": digest(prompts),
         "video": config.video.model_dump(exclude={"decode_frames"}),
         "sampler": config.sampler.model_dump(),
         "cache": config.cache.model_dump(),
@@ -90,8 +89,7 @@ def begin(out: Path, prompts: str, sampling: Mapping[str, Any], sources: Mapping
     record = out / "sampling.json"
     if record.is_file():
         earlier = json.loads(record.read_text(encoding="utf-8"))["sampling"]
-        if differing := [name for name, value in sampling.items() if earlier.get(name) != json.loads(json.dumps(value))]:
-            raise UserError(f"{out} has videos of something else: its {', '.join(differing)} differ (see {record}); give another --out")
+        require_same(f"{out} has videos of something else (see {record})", earlier, sampling, "give another --out")
     (out / "videos").mkdir(parents=True, exist_ok=True)
     atomic_write(out / "manifest.jsonl", prompts)
     atomic_write(record, json.dumps({"sampling": sampling, "sources": sources}, indent=2) + "\n")
@@ -166,7 +164,7 @@ def sample(argv: list[str]) -> None:
 
 
 def _source(path: Path) -> dict[str, str]:
-    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"path": str(path), "sha256": file_digest(path)}
 
 
 # Scoring them ----------------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.storage.atomic import atomic_path, atomic_write, settle
+from arcopo_fast.storage.identity import require_same, values_digest
 from arcopo_fast.storage.locks import lock
 
 FORMAT = 1
@@ -334,20 +335,11 @@ def _checksum(content: bytes | bytearray) -> bytes:
     return digest.hexdigest().encode()
 
 
-# Fingerprints ----------------------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(values: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that stand for plain, possibly nested values: of the SHA-256 of their JSON, with sorted keys and no spaces."""
-    return hashlib.sha256(_json(values).encode()).hexdigest()[:16]
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+# buffer.json -----------------------------------------------------------------------------------------------------------------------
 
 
 def _signed(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {"fingerprint": fingerprint(values), "values": values}
+    return {"fingerprint": values_digest(values), "values": values}
 
 
 def _write_document(path: Path, document: Mapping[str, Any]) -> None:
@@ -361,7 +353,7 @@ def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_bytes())
         version = document["format"]
-        signed = all(document[kind]["fingerprint"] == fingerprint(document[kind]["values"]) for kind in ("policy", "recipe"))
+        signed = all(document[kind]["fingerprint"] == values_digest(document[kind]["values"]) for kind in ("policy", "recipe"))
         groups = document["groups"]
         intact = signed and (groups is None or (type(groups) is int and groups > 0))
     except (FileNotFoundError, NotADirectoryError):
@@ -380,27 +372,7 @@ def _read_document(path: Path) -> dict[str, Any]:
 def _check(path: Path, document: Mapping[str, Any], **given: Mapping[str, Any]) -> None:
     """Refuse a buffer that was made from other values than those given for "policy" and "recipe"."""
     for kind, values in given.items():
-        here, there = fingerprint(values), document[kind]["fingerprint"]
-        if here != there:
-            differences = _differences(values, document[kind]["values"])
-            raise UserError(
-                f"the replay buffer {path} was collected with another {kind} ({here} here, {there} in the buffer): {differences}; "
-                "use the settings that it was collected with, or another directory"
-            )
-
-
-def _differences(here: Mapping[str, Any], there: Mapping[str, Any], most: int = 8) -> str:
-    """In words, by dotted key, what differs between nested values."""
-    mine, theirs = dict(_leaves(here)), dict(_leaves(there))
-    keys = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
-    said = [f"{key}: {mine.get(key, 'nothing')} here, {theirs.get(key, 'nothing')} in the buffer" for key in keys[:most]]
-    return "; ".join(said + [f"and {len(keys) - most} more"] * (len(keys) > most))
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys with their values as JSON; an empty section is a value."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value, sort_keys=True)
+        stamps = f"{values_digest(values)} here, {document[kind]['fingerprint']} in the buffer"
+        problem = f"the replay buffer {path} was collected with another {kind} ({stamps})"
+        advice = "use the settings that it was collected with, or another directory"
+        require_same(problem, document[kind]["values"], values, advice, places=("here", "in the buffer"))

@@ -8,7 +8,6 @@ An extended prompt is what a language model has made of the prompt: the generato
 from __future__ import annotations
 
 import csv
-import hashlib
 import importlib.resources
 import io
 import json
@@ -22,7 +21,7 @@ import numpy as np
 
 from arcopo_fast.config.schema import expanded
 from arcopo_fast.errors import UserError
-from arcopo_fast.storage import hub
+from arcopo_fast.storage import hub, identity
 from arcopo_fast.storage.textfiles import parse_json, read_text, text_problem
 
 BENCH = "bench"
@@ -114,7 +113,7 @@ def read_prompts(source: str | Path) -> list[str]:
 
 def digest(prompts: Sequence[Prompt]) -> str:
     """SHA-256 of prompts, their order and their extended forms."""
-    return hashlib.sha256("\n".join("\t".join(filter(None, prompt)) for prompt in prompts).encode()).hexdigest()
+    return identity.digest("\n".join("\t".join(filter(None, prompt)) for prompt in prompts))
 
 
 def split_prompts(prompts: Sequence[Prompt], evaluation: int, random: np.random.Generator) -> Prompts:

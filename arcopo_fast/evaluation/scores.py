@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 
-from arcopo_fast.data.buffer import fingerprint
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
 from arcopo_fast.storage.atomic import atomic_write
+from arcopo_fast.storage.identity import require_same, values_digest
 from arcopo_fast.storage.locks import lock
 
 FORMAT = 1
@@ -95,7 +95,7 @@ class ScoreDirectory:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.settings = settings
-        self.fingerprint = fingerprint(settings)
+        self.fingerprint = values_digest(settings)
         self._judges = {key.partition(".")[2] for key in settings if key.startswith(("rewards.", "code_and_weights."))}
 
     @classmethod
@@ -115,7 +115,7 @@ class ScoreDirectory:
                 if not (path / STAMP).exists():
                     atomic_write(path / STAMP, json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")
         there = cls.open(path)
-        check_same(path, there.settings, settings, "here")
+        require_same(f"{path} holds scores with other settings", there.settings, settings, "give another --out")
         return there
 
     @classmethod
@@ -232,7 +232,8 @@ class ScoreDirectory:
         Raises:
             UserError: it has other settings.
         """
-        check_same(self.path, self.settings, other.settings, f"in {other.path}")
+        places = f"in {other.path}", f"in {self.path}"
+        require_same("the evaluations have different settings", self.settings, other.settings, "give another --out", places=places)
         for file in sorted((other.path / SCORES).glob("*.jsonl")):
             here = self.path / SCORES / file.name
             # A longer file of the same name is a later state of the same one: files only grow.
@@ -295,14 +296,6 @@ def _place(video: Video) -> int:
     """A video's place in the file of claims: those of a generator are beside each other, in the order of prompt and number."""
     generator = int.from_bytes(hashlib.sha256(video.generator.encode()).digest()[:3], "big")  # two with the same digits wait in vain
     return 1 + (generator << 38) + (video.prompt << 16) + video.number
-
-
-def check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any], where: str) -> None:
-    """Raise `UserError` if settings differ. where: the second ones are."""
-    if differing := [key for key in {**there, **here} if there.get(key) != here.get(key)]:
-        key, others = differing[0], f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-        one, other = (str(settings.get(key, "absent"))[:40] for settings in (there, here))
-        raise UserError(f"{path} holds scores with {key} {one}, and {where} it is {other}{others}; give another --out")
 
 
 def _short(adapter: Mapping[str, Any] | None) -> str:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from arcopo_fast.errors import UserError, listed
 from arcopo_fast.model.checkpoints import load_into, read_container, strip_wrappers
 from arcopo_fast.model.tensors import rename
+from arcopo_fast.storage.identity import digest
 from arcopo_fast.storage.textfiles import read_json
 
 if TYPE_CHECKING:  # imported where an encoder is loaded: with every embedding cached, neither is needed
@@ -121,18 +122,18 @@ class TextEncoderFiles:
         """
         blocks, length = 64, 1 << 16
         configs = [self.weights / "config.json"] if self.weights.is_dir() else []
-        digest = hashlib.sha256()
+        found = hashlib.sha256()
         for path in [*self.weight_files, *configs, self.tokenizer]:
             try:
                 with path.open("rb") as file:
                     size = file.seek(0, os.SEEK_END)
-                    digest.update(size.to_bytes(8, "big"))
+                    found.update(size.to_bytes(8, "big"))
                     for block in range(blocks):
                         file.seek(max(0, size - length) * block // (blocks - 1))
-                        digest.update(file.read(length))
+                        found.update(file.read(length))
             except OSError as error:
                 raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        return digest.hexdigest()
+        return found.hexdigest()
 
 
 # Module names inside one block of the official encoder, and outside the blocks: those of transformers. (wan/modules/t5.py, T5Encoder)
@@ -373,7 +374,7 @@ class CachedTextEncoder:
 
     def _file(self, prompt: str) -> Path:
         key = json.dumps([prompt, self.fingerprint, self.text_len])
-        return self.directory / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+        return self.directory / f"{digest(key)}.safetensors"
 
     def _read(self, prompt: str) -> Tensor | None:
         """The rows of a cleaned prompt; None if they are not there, or not what was written."""
@@ -411,4 +412,4 @@ class CachedTextEncoder:
 def _digest(prompt: str, rows: Tensor) -> str:
     """Of a prompt and its rows, bit for bit."""
     about = json.dumps([prompt, str(rows.dtype), list(rows.shape)])
-    return hashlib.sha256(about.encode() + rows.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return digest(about.encode() + rows.contiguous().view(torch.uint8).numpy().tobytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from arcopo_fast.config.reading import resolved_yaml
 from arcopo_fast.config.schema import Config
 from arcopo_fast.reports.results import Change, changes
 from arcopo_fast.reports.table import markdown_table, plain, signed
+from arcopo_fast.storage.identity import digest
 
 _METHODS = {"copo": "AR-CoPO (arXiv 2603.17461)", "sde_grpo": "SDE-GRPO"}
 
@@ -33,7 +33,7 @@ The terms of use are those of the generator that it adapts.
 
 def config_hash(config: Config) -> str:
     """Twelve characters that change with any setting."""
-    return hashlib.sha256(resolved_yaml(config).encode()).hexdigest()[:12]
+    return digest(resolved_yaml(config))[:12]
 
 
 def model_card(config: Config, evaluation: Mapping[str, Any]) -> str:

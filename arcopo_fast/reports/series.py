@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
 from arcopo_fast.config.schema import Config
 from arcopo_fast.reports.charts import Points, Spread
 from arcopo_fast.reports.results import Run, deviation
+from arcopo_fast.storage.identity import leaves
 
 # And of no series: what a run is called, where it goes, what repeats it, and where its buffer lies, which is collected with a seed too.
 _OF_THE_RUN = ("name", "seed", "run", "train.buffer")
@@ -35,15 +34,6 @@ def settings(config: Config) -> dict[str, str]:
         for key, value in leaves(config)
         if key not in _OF_THE_RUN and key.split(".")[0] not in _OF_THE_RUN
     }
-
-
-def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting, by its dotted key."""
-    for name, value in section:
-        if isinstance(value, BaseModel):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def group(runs: Sequence[Run]) -> list[Series]:

@@ -14,7 +14,6 @@ missing is said with its size and where to get it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import urllib.request
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from arcopo_fast.config.schema import expanded
 from arcopo_fast.errors import UserError, first_line
 from arcopo_fast.storage.atomic import atomic_write
+from arcopo_fast.storage.identity import file_digest
 
 HUGGING_FACE, GITHUB = "hf://", "github://"
 VARIABLE = "ARCOPO_MODELS"
@@ -293,15 +293,8 @@ def known_files(wanted: Source, path: Path, files: Sequence[str]) -> Iterator[tu
 
 def sha256(file: Path) -> str:
     """Of a file of any size, with a bar where there is a terminal."""
-    digest = hashlib.sha256()
-    with (
-        file.open("rb") as opened,
-        tqdm(total=file.stat().st_size, desc=file.name, unit="B", unit_scale=True, leave=False, disable=None) as bar,
-    ):
-        while part := opened.read(1 << 24):
-            digest.update(part)
-            bar.update(len(part))
-    return digest.hexdigest()
+    with tqdm(total=file.stat().st_size, desc=file.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        return file_digest(file, bar.update)
 
 
 def _absent(wanted: Source, files: Sequence[str], reason: str) -> str:

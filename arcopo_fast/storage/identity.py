@@ -1,41 +1,140 @@
-"""What a run was begun with, beyond its settings: a file can change under its name while the run is stopped."""
+"""What content is, in a few digits; what numbers depend on, and whether that is still the same.
+
+Files keep these digests and descriptions, so their values stay as they are: `digest` of bytes or text, `file_digest`, `values_digest` of
+settings, `weights_digest` of a whole model, `sampled_digest` where reading a whole model would take too long. `describe` and
+`require_same` are for results that are added to, and inputs.json for a run that goes on: a file can change under its name meanwhile.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
-from torch import Tensor
 
-from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError, shorten
-from arcopo_fast.reports.series import leaves
 from arcopo_fast.storage.atomic import atomic_write
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import, and a report is written without it
+    from torch import Tensor, nn
 
 INPUTS = "inputs.json"
 SAMPLES = 64
+MOST_NAMED = 8
+"""Differences that a message names."""
+
+
+# Digests ---------------------------------------------------------------------------------------------------------------------------
+
+
+def digest(content: str | bytes) -> str:
+    """Return the SHA-256 of bytes, or of a text in UTF-8, as 64 hexadecimal digits."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def file_digest(file: Path, read: Callable[[int], object] = lambda size: None) -> str:
+    """Return the SHA-256 of a file of any size. read: called with the number of bytes after each part that was read."""
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(1 << 24):
+            found.update(part)
+            read(len(part))
+    return found.hexdigest()
+
+
+def values_digest(values: Mapping[str, Any]) -> str:
+    """Return 16 digits of the SHA-256 of plain, possibly nested values: of their JSON, with sorted keys and no spaces."""
+    return digest(json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False))[:16]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's weights, names and dtypes included. The model must have no adapter."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def sampled_digest(tensors: Iterable[tuple[str, Tensor]], about: bytes = b"") -> str:
-    """16 hexadecimal digits: of each tensor its name, dtype, shape and up to 2 x `SAMPLES` of its elements.
+    """Return 16 digits of each tensor's name, dtype, shape and up to 2 x `SAMPLES` of its elements.
 
     Training changes all elements, and to read the weights of a large model would take longer than to load them.
 
     about: what else tells them apart.
     """
-    digest = hashlib.sha256(about)
+    import torch
+
+    found = hashlib.sha256(about)
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // SAMPLES)].cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        samples = flat[:: max(1, flat.numel() // SAMPLES)].cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(samples.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+# What numbers depend on ------------------------------------------------------------------------------------------------------------
+
+
+def describe(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what numbers depend on, as JSON gives it back: a section's values by "section.key", a single value by its name.
+
+    Of what weights and judges are of, say their digests: the same file may lie elsewhere, and another one under the same name.
+    """
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
+        found |= {f"{name}.{key}": value for key, value in part.items()} if isinstance(part, Mapping) else {name: part}
+    return json.loads(json.dumps(found))
+
+
+def require_same(
+    problem: str, there: Mapping[str, Any], here: Mapping[str, Any], advice: str, *, places: tuple[str, str] = ("here", "there")
+) -> None:
+    """Raise `UserError` if two descriptions, possibly nested, differ: "PROBLEM: KEY: 2 here, 1 there; ADVICE".
+
+    What one of them lacks is equal to null: an earlier version may not have known the setting.
+
+    Args:
+        there: of what lies on the disk.
+        places: the words for where a value is `here`, and `there`.
+    """
+    there, here = dict(_flat(there)), dict(_flat(json.loads(json.dumps(here))))
+    if keys := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
+        named = [f"{key}: {_shown(here, key)} {places[0]}, {_shown(there, key)} {places[1]}" for key in keys[:MOST_NAMED]]
+        more = [f"and {len(keys) - MOST_NAMED} more"] if len(keys) > MOST_NAMED else []
+        raise UserError(f"{problem}: {'; '.join([*named, *more])}; {advice}")
+
+
+def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every setting of a recipe, by its dotted key."""
+    for name, value in section:
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested values by dotted keys; an empty section is a value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return shorten(json.dumps(values[key], ensure_ascii=False, sort_keys=True)) if key in values else "nothing"
+
+
+# A run that goes on ----------------------------------------------------------------------------------------------------------------
 
 
 class _Document(BaseModel):
@@ -61,7 +160,7 @@ _FREE = (
 )
 
 
-def check_settings(run: Path, config: Config) -> None:
+def check_settings(run: Path, config: BaseModel) -> None:
     """Say on stderr which settings of a run that goes on are others than when it was last running.
 
     Raises:
@@ -85,7 +184,7 @@ def check_settings(run: Path, config: Config) -> None:
         print(f"{run / 'config.yaml'} was changed since the run last went on: {said(changed)}; from here on it counts", file=sys.stderr)
 
 
-def check_inputs(run: Path, config: Config, made_of: Mapping[str, str], judges: Mapping[str, str], *, done: int) -> None:
+def check_inputs(run: Path, config: BaseModel, made_of: Mapping[str, str], judges: Mapping[str, str], *, done: int) -> None:
     """Keep what a new run is made of; hold a run that goes on to it.
 
     Args:
@@ -125,11 +224,7 @@ def _read(file: Path) -> _Document | None:
         raise UserError(f"{file} is damaged, so what the run was begun with is unknown; remove it to go on with what is here") from None
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def _settings(config: BaseModel) -> dict[str, Any]:
     """Every setting by its dotted key, as JSON gives it back; where the run lies is none of it."""
     values = {key: value for key, value in leaves(config) if not key.startswith("run.")}
     return json.loads(json.dumps(values))
-
-
-def _shown(settings: Mapping[str, Any], key: str) -> str:
-    return shorten(json.dumps(settings[key], ensure_ascii=False)) if key in settings else "nothing"

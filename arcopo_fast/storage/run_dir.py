@@ -8,7 +8,6 @@ A checkpoint holds SHA256SUMS, which `sha256sum -c SHA256SUMS` reads too.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import sys
@@ -30,6 +29,7 @@ from arcopo_fast.storage.atomic import (
     to_disk,
     why_not,
 )
+from arcopo_fast.storage.identity import file_digest
 from arcopo_fast.storage.locks import Owner
 
 SUMS = "SHA256SUMS"
@@ -229,15 +229,7 @@ def damage(checkpoint: Path) -> str | None:
 def _digests(directory: Path) -> dict[str, str]:
     """SHA-256 of each file below a directory, by its path there."""
     files = sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file())
-    return {name: _digest(directory / name) for name in files if name != SUMS}
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return {name: file_digest(directory / name) for name in files if name != SUMS}
 
 
 # A new directory -------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Knows nothing of the captions' grammar; any sentence of known words is encoded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.storage.identity import digest
 
 FILE_NAME = "text_encoder.safetensors"
 TEXT_DIM = 32
@@ -72,9 +72,8 @@ class ToyTextEncoder:
     @property
     def fingerprint(self) -> str:
         """A digest of the vocabulary, the table and the number of rows."""
-        digest = hashlib.sha256(json.dumps([self.vocabulary, self.text_len, list(self.table.shape)]).encode())
-        digest.update(self.table.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        about = json.dumps([self.vocabulary, self.text_len, list(self.table.shape)])
+        return digest(about.encode() + self.table.contiguous().numpy().tobytes())
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the table (fp16) and the vocabulary to one safetensors file in `directory`."""

@@ -5,7 +5,6 @@ Either way a group comes with its prompt and every reward's scores of its member
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from itertools import product
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arcopo_fast.build import Generator, cache_policy
 from arcopo_fast.config.schema import Config
@@ -30,6 +29,7 @@ from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.rollout.noise import generator as random_for
 from arcopo_fast.runtime import profiling
 from arcopo_fast.runtime.memory import resident
+from arcopo_fast.storage.identity import weights_digest
 
 
 @dataclass
@@ -195,15 +195,6 @@ def _prompt_in(about: Mapping[str, Any]) -> Prompt:
 
 
 # What a buffer is of ---------------------------------------------------------------------------------------------------------------
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a model's weights, names and dtypes included. The model must have no adapter."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -> dict[str, Any]:

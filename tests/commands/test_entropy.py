@@ -160,9 +160,12 @@ def test_an_interrupted_study_goes_on(
     monkeypatch.setattr(entropy, "load_generator", None)  # nothing is missing: nothing is loaded
     assert run_command(main, arguments) == 0 and "| pivot" in capsys.readouterr().out
     other = refused(capsys, *arguments, "sampler.steps=[1000,400]", "evaluation.seed=5", "cache.window=4", "--draws", "1")
-    assert "sampler.steps was [1000.0, 300.0], now [1000.0, 400.0]" in other and "evaluation.seed was 1234, now 5" in other
+    assert "sampler.steps: [1000.0, 400.0] here, [1000.0, 300.0] there" in other and "evaluation.seed: 5 here, 1234 there" in other
     assert (
-        "cache.window was null, now 4" in other and "draws was 2, now 1" in other and str(tmp_path / "a") in other and "video" not in other
+        "cache.window: 4 here, null there" in other
+        and "draws: 1 here, 2 there" in other
+        and str(tmp_path / "a") in other
+        and "video" not in other
     )
     assert read(tmp_path / "a") == theirs
     # What changes no number is no other study.
@@ -194,7 +197,7 @@ def test_an_adapter_is_studied(finished: Path, tmp_path: Path, capsys: pytest.Ca
     assert len(ratios) == 3 and max(abs(ratio - 1) for ratio in ratios) > 1e-3, "one alone may come out nearly the same"
     capsys.readouterr()
     said = refused(capsys, *SMALL, "--draws", "1", "--out", str(tmp_path / "study"))
-    assert f'adapter was "{changed["settings"]["adapter"]}", now "none"' in said
+    assert f'adapter: "none" here, "{changed["settings"]["adapter"]}" there' in said
 
 
 @pytest.mark.parametrize(("setting", "said"), [("sampler.steps=[1000]", "of a single step"), ("sampler.kind=ode", "of kind ode")])

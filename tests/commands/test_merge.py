@@ -330,8 +330,8 @@ def test_a_sweep_goes_on_after_an_interrupt(
     monkeypatch.setattr(merge, "evaluate", untouched)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for change, parts in (
-        (["evaluation.seed=7"], ("of which evaluation.seed is 1234", "here it is 7", "--overwrite")),
-        (["rewards={toy_vq: 1}"], ("rewards.toy_", "more)")),
+        (["evaluation.seed=7"], ("with other settings: evaluation.seed: 7 here, 1234 there", "--overwrite")),
+        (["rewards={toy_vq: 1}"], ("rewards.toy_", "; rewards.toy_")),
         (["--semi", runs[1]], ("semi.",)),
     ):
         status, said, _ = command(capsys, *call, "0.8", *change)
@@ -389,7 +389,7 @@ def test_a_damaged_evaluation_of_a_sweep_is_one_line(
         (out / "evaluations" / "baseline.json").write_text(json.dumps(changed).replace('"here"', text) if path else text)
         status, said, _ = command(capsys, *call)
         assert status == 2 and len(said) == 1 and "Traceback" not in said[0], (path, said)
-        assert "not an evaluation of a sweep" in said[0] or "holds a sweep of which" in said[0]
+        assert "not an evaluation of a sweep" in said[0] or "holds a sweep with other settings" in said[0]
 
 
 def raising(*arguments: Any) -> None:

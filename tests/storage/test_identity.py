@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
-from arcopo_fast.storage.identity import INPUTS, check_inputs, sampled_digest
+from arcopo_fast.storage.identity import INPUTS, check_inputs, describe, digest, file_digest, require_same, sampled_digest, values_digest
 
 MADE_OF = {"transformer": "0123", "VAE": "4567"}
 CONFIG = load_config("toy")
@@ -47,6 +48,40 @@ def test_few_elements_are_read() -> None:
     """Of an expanded tensor that could not be held."""
     large = torch.randn(1).expand(1 << 28)
     assert sampled_digest([("large", large)]) == sampled_digest([("large", large)])
+
+
+def test_a_digest_of_values_is_of_their_sorted_json() -> None:
+    assert values_digest({"b": (1, 2), "a": {"y": 1.5, "x": None}}) == values_digest({"a": {"x": None, "y": 1.5}, "b": [1, 2]})
+    assert values_digest({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()[:16]
+    assert len({values_digest(values) for values in ({}, {"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, {"a": [1]}, {"a": {}})}) == 7
+
+
+def test_a_digest_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
+    content, read = random.randbytes(3 << 20), []
+    (tmp_path / "file").write_bytes(content)
+    assert file_digest(tmp_path / "file", read.append) == digest(content) == hashlib.sha256(content).hexdigest()
+    assert sum(read) == len(content) and digest("é") == digest("é".encode())
+
+
+def test_a_description_is_flat_and_as_json_gives_it_back() -> None:
+    found = describe({"seed": 3, "sampler": {"steps": (1000, 500), "shift": None}, "rewards": {}})
+    assert found == {"seed": 3, "sampler.steps": [1000, 500], "sampler.shift": None} == json.loads(json.dumps(found))
+
+
+def test_what_differs_is_named() -> None:
+    there = {"seed": 3, "sampler": {"steps": [1000, 500], "shift": None}, "old": None}
+    for same in (there, describe(there), {"seed": 3.0, "sampler": {"steps": (1000, 500)}, "new": None}):
+        require_same("it differs", there, same, "do something")
+    with pytest.raises(UserError) as error:
+        require_same(
+            "it differs", there, {"sampler.steps": [1000], "sampler.shift": 5, "long": "x" * 200}, "do something", places=("here", "in it")
+        )
+    assert str(error.value) == (
+        f'it differs: long: "{"x" * 76}... here, nothing in it; sampler.shift: 5 here, null in it; sampler.steps: [1000] here, '
+        "[1000, 500] in it; seed: nothing here, 3 in it; do something"
+    )
+    with pytest.raises(UserError, match=r"key07: .*; and 12 more; do"):
+        require_same("it differs", {}, {f"key{number:02d}": number for number in range(20)}, "do something")
 
 
 def test_a_run_is_held_to_what_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
