@@ -36,14 +36,14 @@ from arcopo_fast.cli import RecipeParser, adapter_path, positive_int, run_comman
 from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.influence import mean_squared_change, noise_name, substitute
+from arcopo_fast.evaluation.judging import Judging
 from arcopo_fast.model.adapter_files import read_adapter
 from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.reports.html import page, section, table
 from arcopo_fast.reports.table import markdown_table
-from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.noise import KeyedNoise
-from arcopo_fast.runtime.memory import resident, tune_for_cpu
+from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.storage.atomic import atomic_write
 from arcopo_fast.storage.identity import describe, digest, require_same
@@ -113,14 +113,12 @@ class Generation:
         """The change of the frames from the pivot on, of each row but the first, [rows - 1]; every row's frames at `times`, made small."""
         first, base = self._start(pivot), None
         changes, sheet = [], []
-        decoder, rollout = self.generator.decoder, self.config.rollout
-        with resident(self.generator.model.device, decoder.vae, offload=self.config.generator.offload):
-            for frames in decode_branches(decoder, latents, pivot, rollout.decode_branches):
-                base = frames[:1, first:].clone() if base is None else base
-                changes.append(mean_squared_change(255 * torch.cat([base, frames[:, first:]])))
-                small = max(1, min(frames.shape[-2:]) // FRAME_SIDE)
-                sheet.append(functional.avg_pool2d(frames[:, times].flatten(0, 1), small).unflatten(0, (len(frames), -1)).cpu())
-                del frames  # the next ones need the memory
+        for frames in Judging.of(self.config, self.generator).decode(latents, pivot):
+            base = frames[:1, first:].clone() if base is None else base
+            changes.append(mean_squared_change(255 * torch.cat([base, frames[:, first:]])))
+            small = max(1, min(frames.shape[-2:]) // FRAME_SIDE)
+            sheet.append(functional.avg_pool2d(frames[:, times].flatten(0, 1), small).unflatten(0, (len(frames), -1)).cpu())
+            del frames  # the next ones need the memory
         return torch.cat(changes)[1:], torch.cat(sheet)
 
     def _start(self, chunk: int) -> int:

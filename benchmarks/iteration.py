@@ -15,6 +15,7 @@ import torch
 from arcopo_kernels.testing import error_ratio
 from torch import Tensor
 
+from arcopo_fast.evaluation.judging import Judging, joined
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.model.sizes import VAESizes
@@ -24,9 +25,8 @@ from arcopo_fast.objectives.copo import CopoObjective
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.planning.work import Work, Workload
 from arcopo_fast.planning.work import iteration as iteration_work
-from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.cache import CachePolicy
-from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, Group, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, normal
 from arcopo_fast.runtime import profiling
@@ -141,16 +141,12 @@ class OurPath:
     def judge(self, group: Group) -> dict[str, Tensor]:
         """Rewards [G] by name, decoded and judged as many branches at a time as the workload says."""
         assert self.decoder is not None
-        slices = decode_branches(self.decoder, group.latents, group.pivot, self.scene.workload.decode_branches)
+        judging = Judging(self.decoder, self.scene.workload.decode_branches)
         parts: list[dict[str, Tensor]] = []
-        while True:
-            with profiling.stage("decode"):
-                frames = next(slices, None)
-            if frames is None:
-                return {name: torch.cat([part[name] for part in parts]) for name in self.scene.rewards}
-            with profiling.stage("reward"):
-                parts.append(score(self.scene.rewards, frames, [self.scene.prompt] * len(frames)))
+        for frames, scores in judging.judge(self.scene.rewards, group.latents, [self.scene.prompt] * group.size, group.pivot):
             del frames  # the next ones need the memory
+            parts.append(scores)
+        return joined(parts)
 
 
 class ReferencePath:

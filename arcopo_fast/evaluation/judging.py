@@ -1,4 +1,4 @@
-"""Judge a generator on fixed prompts and noises: the rewards it is trained on and the held-out metrics it is not.
+"""From latents to scores, slice by slice; and judging a generator on fixed prompts and noises, by trained rewards and held-out metrics.
 
 A score that failed is NaN, in a summary null; it is counted, and no mean has it in it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,81 @@ from torch import Tensor
 from arcopo_fast.build import Generator, pool_pages
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt
+from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.objectives.advantage import weighted_total
 from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
+from arcopo_fast.runtime import profiling
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.storage.metrics import TOTAL
 
 BATCH = 8
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How latents become frames, and frames scores: slice by slice, so that memory holds the frames of one slice.
+
+    decoder: of the generator's VAE.
+    at_once: videos of a slice; None: all of them.
+    device: where the VAE and the rewards go from host memory while they work; None: they stay where they are.
+    """
+
+    decoder: StreamingDecoder
+    at_once: int | None = None
+    device: torch.device | None = None
+
+    @classmethod
+    def of(cls, config: Config, generator: Generator) -> Judging:
+        """Return what a recipe says: `rollout.decode_branches` and `generator.offload`."""
+        return cls(generator.decoder, config.rollout.decode_branches, generator.model.device if config.generator.offload else None)
+
+    def at_work(self, *things: object) -> AbstractContextManager[None]:
+        """Keep the modules among `things` on the device inside the block, if they wait elsewhere."""
+        return nullcontext() if self.device is None else resident(self.device, *things, offload=True)
+
+    def decode(self, latents: Sequence[Tensor], pivot: int = 0) -> Iterator[Tensor]:
+        """Yield frames [n, F, 3, H, W] in [0, 1] of a slice after the other, see `decode_branches`.
+
+        Delete a slice before the next one is asked for: its memory is needed.
+
+        Args:
+            latents: of each chunk [1 or N, F, C, h, w]: one video before the pivot, N videos from it on.
+            pivot: the chunk from which the videos differ, counted from 0.
+        """
+        videos = len(latents[-1])
+        slices = decode_branches(self.decoder, latents, pivot, self.at_once)
+        for _ in range(math.ceil(videos / (self.at_once or videos))):
+            with profiling.stage("decode"), self.at_work(self.decoder.vae):
+                frames = next(slices)
+            yield frames
+            del frames  # the next ones need the memory
+
+    def judge(
+        self, rewards: Mapping[str, Reward], latents: Sequence[Tensor], prompts: Sequence[str], pivot: int = 0
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield each slice's frames, see `decode`, and its scores [n] fp32 on the CPU by the reward's name, NaN where a reward failed.
+
+        Args:
+            rewards: see `score`.
+            latents, pivot: see `decode`.
+            prompts: one for each of the N videos.
+        """
+        done = 0
+        for frames in self.decode(latents, pivot):
+            own = list(prompts[done : done + len(frames)])
+            with profiling.stage("reward"), self.at_work(*rewards.values()):
+                scores = score(rewards, frames, own, quarantine=True)
+            done += len(frames)
+            yield frames, {name: values.cpu() for name, values in scores.items()}
+            del frames
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the scores [N] of all slices, by name."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @dataclass
@@ -71,21 +139,12 @@ def judge(
     Args:
         prompts: one for each video. groups: which noise is whose.
 
-    Yields:
-        frames [n, F, 3, H, W] in [0, 1], and every score [n] on the CPU by its name; NaN for one that failed.
+    Returns:
+        frames and scores of a slice after the other, see `Judging.judge`.
     """
     rows = [KeyedNoise(engine.shape.chunk, config.evaluation.seed, group=group) for group in groups]
     latents = engine.generate(generator.encode_text([prompt.for_generator for prompt in prompts]), StackedNoise(rows))
-    device, offload, decoder = generator.model.device, config.generator.offload, generator.decoder
-    done = 0
-    for some in latents.split(config.rollout.decode_branches or len(latents)):
-        with resident(device, decoder.vae, offload=offload):
-            frames = decoder.decode(some, decoder.start())[0]  # what it would go on with is not kept
-        with resident(device, *rewards.values(), offload=offload), torch.no_grad():
-            scores = score(rewards, frames, [prompt.text for prompt in prompts[done : done + len(some)]], quarantine=True)
-        yield frames, {name: values.cpu() for name, values in scores.items()}
-        del frames  # the next ones need the memory
-        done += len(some)
+    return Judging.of(config, generator).judge(rewards, [latents], [prompt.text for prompt in prompts])
 
 
 def evaluate(
@@ -102,16 +161,15 @@ def evaluate(
     """
     every = [prompt for prompt in prompts for _ in range(config.evaluation.videos_per_prompt)]
     batch = videos_at_once(config, engine.shape)
-    scores: dict[str, list[Tensor]] = {}
+    parts: list[dict[str, Tensor]] = []
     shown: list[Tensor] = []
     for start in range(0, len(every), batch):
         part = every[start : start + batch]
         groups = range(start, start + len(part))
-        for frames, judged in judge(config, generator, engine, part, groups, {**rewards, **held_out}):
-            for name, values in judged.items():
-                scores.setdefault(name, []).append(values)
+        for frames, scores in judge(config, generator, engine, part, groups, {**rewards, **held_out}):
+            parts.append(scores)
             shown.append(frames[: max(0, config.evaluation.sample_videos - sum(map(len, shown)))].to("cpu", copy=True))
             del frames
-    joined = {name: torch.cat(values) for name, values in scores.items()}
-    total = weighted_total(joined, config.rewards)
-    return Evaluation({TOTAL: total} | joined, [prompt.text for prompt in every], torch.cat(shown)[: config.evaluation.sample_videos])
+    judged = joined(parts)
+    total = weighted_total(judged, config.rewards)
+    return Evaluation({TOTAL: total} | judged, [prompt.text for prompt in every], torch.cat(shown)[: config.evaluation.sample_videos])

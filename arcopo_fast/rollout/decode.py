@@ -49,11 +49,6 @@ def _whole(shared: Tensor | None, own: Tensor) -> Tensor:
     return own if shared is None else torch.cat([shared.expand(len(own), *shared.shape[1:]), own], dim=1)
 
 
-def decode_group(decoder: StreamingDecoder, latents: Sequence[Tensor], pivot: int, branches_at_once: int | None = None) -> Tensor:
-    """All of `decode_branches`: [G, F, 3, H, W]."""
-    return torch.cat(list(decode_branches(decoder, latents, pivot, branches_at_once)))
-
-
 class Reencoder:
     """Encodes a pixel frame of a video as an image of its own, as Krea realtime does with the first frame of its context.
 

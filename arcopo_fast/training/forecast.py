@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from arcopo_fast.evaluation.judging import Judging
 from arcopo_fast.rewards.base import score
-from arcopo_fast.runtime.memory import resident
 from arcopo_fast.training.findings import Check, Finding, Replayed
 
 ALIKE = 1e-5
@@ -100,7 +100,7 @@ def _noise(check: Check) -> Iterator[Finding]:
                 remedy = "raise rollout.noise_strength, or take another reward"
                 yield Finding(f"the spread of {name}", False, f"is 0 in this group, so there is nothing to learn: {remedy}", forecast=True)
             continue
-        with resident(trainer.generator.model.device, reward, offload=trainer.config.generator.offload):
+        with Judging.of(trainer.config, trainer.generator).at_work(reward):
             several = [score({name: reward}, frames, [text] * len(frames), quarantine=True)[name].double().cpu() for _ in range(2)]
             alone = [score({name: reward}, frame[None], [text], quarantine=True)[name].double().cpu() for frame in frames]
         noise = max((several[0] - other).abs().max().item() for other in (several[1], torch.cat(alone)))

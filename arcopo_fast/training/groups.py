@@ -5,7 +5,6 @@ Either way a group comes with its prompt and every reward's scores of its member
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -19,16 +18,14 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.data.buffer import Buffer, Entry, all_metadata
 from arcopo_fast.data.prompts import Prompt, Prompts, digest
 from arcopo_fast.errors import UserError
+from arcopo_fast.evaluation.judging import Judging, joined
 from arcopo_fast.model.lora import adapter_disabled
 from arcopo_fast.objectives.base import Objective
-from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.fingerprint import fingerprint_of
-from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.rollout.noise import generator as random_for
-from arcopo_fast.runtime import profiling
-from arcopo_fast.runtime.memory import resident
 from arcopo_fast.storage.identity import weights_digest
 
 
@@ -100,19 +97,13 @@ class Rollouts:
         return group, prompt
 
     def judge(self, group: Group, prompt: Prompt) -> dict[str, Tensor]:
-        """Every reward's scores [G] of a group's videos, on the CPU, decoded and judged as many at a time as the recipe says."""
-        device, offload = self.generator.model.device, self.config.generator.offload
-        decoder = self.generator.decoder
+        """Return every reward's scores [G] of a group's videos, on the CPU, decoded and judged as many at a time as the recipe says."""
+        judging = Judging.of(self.config, self.generator)
         parts: list[dict[str, Tensor]] = []
-        at_once = self.config.rollout.decode_branches or group.size
-        slices = decode_branches(decoder, group.latents, group.pivot, at_once)
-        for _ in range(math.ceil(group.size / at_once)):
-            with profiling.stage("decode"), resident(device, decoder.vae, offload=offload):
-                frames = next(slices)
-            with profiling.stage("reward"), resident(device, *self.rewards.values(), offload=offload):
-                parts.append(score(self.rewards, frames, [prompt.text] * len(frames), quarantine=True))
+        for frames, scores in judging.judge(self.rewards, group.latents, [prompt.text] * group.size, group.pivot):
             del frames  # the next ones need the memory
-        return {name: torch.cat([part[name].cpu() for part in parts]) for name in self.rewards}
+            parts.append(scores)
+        return joined(parts)
 
 
 class BufferedGroups:

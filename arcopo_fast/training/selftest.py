@@ -10,19 +10,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, combinations
 
 import torch
 from torch import Tensor
 
 from arcopo_fast.config.schema import Config
+from arcopo_fast.evaluation.judging import Judging
 from arcopo_fast.model.lora import adapter_disabled, adapter_state, load_adapter_state
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.base import Items, RatioNotOne
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
 from arcopo_fast.rewards.base import Reward, score
-from arcopo_fast.rollout.decode import decode_branches
-from arcopo_fast.runtime.memory import resident
 from arcopo_fast.train import Trainer
 from arcopo_fast.training.findings import Check, Finding, Replayed
 from arcopo_fast.training.forecast import forecast
@@ -87,15 +87,11 @@ def self_test(config: Config) -> Iterator[Finding]:
 @torch.no_grad()
 def _frames(trainer: Trainer, judged: JudgedGroup) -> tuple[Tensor, Tensor]:
     """The first members' frames, decoded as a group is, and each by itself."""
-    group, decoder = judged.group, trainer.generator.decoder
+    group, judging = judged.group, Judging.of(trainer.config, trainer.generator)
     count = min(COMPANIONS, group.size)
-    with resident(trainer.generator.model.device, decoder.vae, offload=trainer.config.generator.offload):
-        frames = next(decode_branches(decoder, group.latents, group.pivot, count))
-        alone = []
-        for member in range(count):
-            latents = torch.cat([chunk[member if len(chunk) > 1 else 0][None] for chunk in group.latents], dim=1)
-            alone.append(decoder.decode(latents, decoder.start())[0])
-    return frames, torch.cat(alone)
+    together = replace(judging, at_once=count).decode(group.latents, group.pivot)
+    own = [chunk.expand(group.size, *chunk.shape[1:])[:count] for chunk in group.latents]
+    return next(together), torch.cat(list(replace(judging, at_once=1).decode(own)))
 
 
 def _advantages(trainer: Trainer, judged: JudgedGroup, advantages: Tensor) -> Iterator[Finding]:
@@ -171,7 +167,7 @@ def _rewards(check: Check) -> Iterator[Finding]:
             return score({name: reward}, videos, texts, quarantine=True)[name].double().cpu()
 
         began = time.monotonic()
-        with resident(trainer.generator.model.device, reward, offload=trainer.config.generator.offload):
+        with Judging.of(trainer.config, trainer.generator).at_work(reward):
             alone = torch.cat([judge(own[None], [text]) for own in check.own])
             pairs = [(1, 0), *combinations(range(len(frames)), 2)]  # the middle one of three meets the best, and the worst
             company = [judge(frames[list(pair)], [prompts[video] for video in pair]).tolist() for pair in pairs]
