@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from arcopo_fast.config.reading import DEFAULT_RECIPE, keys_help, load_config, recipes, resolved_yaml
 from arcopo_fast.config.schema import Config, expanded
 from arcopo_fast.errors import UserError
-from arcopo_fast.runtime.interrupt import INTERRUPTED, KEPT, Handler, ignore, interrupt
+from arcopo_fast.runtime.console import INTERRUPTED, KEPT, Handler, ignore, interrupt
 from arcopo_fast.storage import hub
 
 BAD_INPUT = 2

@@ -17,8 +17,8 @@ from arcopo_fast.cli import RecipeParser, positive_int, run_command
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.objectives.advantage import weighted_total
+from arcopo_fast.runtime.console import Progress
 from arcopo_fast.runtime.memory import tune_for_cpu
-from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.training.groups import Rollouts, policy_of, prompt_of, recipe_of, store
 
 

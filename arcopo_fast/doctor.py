@@ -25,7 +25,7 @@ from arcopo_fast.model.checkpoints import UnreadableFile
 from arcopo_fast.rewards.registry import reward_files
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.storage import hub
-from arcopo_fast.storage.versions import version_of
+from arcopo_fast.storage.identity import version_of
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors", "huggingface_hub", "av")
 MISSING = 1

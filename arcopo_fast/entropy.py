@@ -43,8 +43,8 @@ from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.reports.html import page, section, table
 from arcopo_fast.reports.table import markdown_table
 from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.runtime.console import Progress
 from arcopo_fast.runtime.memory import tune_for_cpu
-from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.storage.atomic import atomic_write
 from arcopo_fast.storage.identity import describe, digest, require_same
 from arcopo_fast.storage.video import stack_png, write_png_sheet

@@ -46,9 +46,8 @@ from arcopo_fast.reports.evaluation import as_markdown
 from arcopo_fast.reports.sweep import scale_text
 from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError
 from arcopo_fast.rewards.fingerprint import fingerprint_of
-from arcopo_fast.runtime.interrupt import Interrupted, Interruption
+from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
 from arcopo_fast.runtime.memory import tune_for_cpu
-from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.storage.atomic import atomic_write, check_out
 from arcopo_fast.storage.hub import find
 from arcopo_fast.storage.identity import describe, weights_digest

@@ -37,9 +37,8 @@ from arcopo_fast.model.lora import adapter_state, load_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource, StackedNoise
-from arcopo_fast.runtime.interrupt import Interrupted, Interruption
+from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
 from arcopo_fast.runtime.memory import resident, tune_for_cpu
-from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.storage.atomic import check_out
 from arcopo_fast.storage.video import NOT_FINITE, Mp4Writer
 

@@ -37,9 +37,8 @@ from arcopo_fast.model.lora import add_lora, load_adapter_state, merge_adapters,
 from arcopo_fast.reports.model_card import HOW_TO_LOAD
 from arcopo_fast.reports.results import Document, Summary, number, read_document
 from arcopo_fast.reports.sweep import Point, Scores, as_json, as_markdown, as_page, choose_scale, point_of, scale_text, with_held_out
-from arcopo_fast.runtime.interrupt import Interrupted
+from arcopo_fast.runtime.console import Interrupted, Progress
 from arcopo_fast.runtime.memory import tune_for_cpu
-from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.storage.atomic import atomic_write, check_out, remove_directory, settle
 from arcopo_fast.storage.identity import describe, file_digest, require_same
 from arcopo_fast.storage.locks import LOCK, owned

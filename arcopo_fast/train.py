@@ -56,14 +56,12 @@ from arcopo_fast.rewards.base import Reward, RewardError
 from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.runtime import profiling
-from arcopo_fast.runtime.interrupt import Interrupted, Interruption
+from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.profiling import Trace
-from arcopo_fast.runtime.progress import Progress
-from arcopo_fast.storage.identity import check_inputs, check_settings, sampled_digest
+from arcopo_fast.storage.identity import check_inputs, check_settings, sampled_digest, version_of
 from arcopo_fast.storage.metrics import TOTAL, MetricsWriter
 from arcopo_fast.storage.run_dir import RunDirectory, step_of
-from arcopo_fast.storage.versions import version_of
 from arcopo_fast.storage.video import write_mp4
 from arcopo_fast.training.groups import BufferedGroups, GroupSource, JudgedGroup, Rollouts, policy_of, training_prompts
 

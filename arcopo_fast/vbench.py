@@ -49,9 +49,8 @@ from arcopo_fast.evaluation.vbench.data import (
 from arcopo_fast.evaluation.vbench.scorer import Scorer, score_dimension
 from arcopo_fast.generate import load_scaled_adapter, sized_engine, stream_frames
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
-from arcopo_fast.runtime.interrupt import Interrupted, Interruption
+from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
 from arcopo_fast.runtime.memory import tune_for_cpu
-from arcopo_fast.runtime.progress import Progress
 from arcopo_fast.storage.atomic import atomic_write, check_out
 from arcopo_fast.storage.hub import find
 from arcopo_fast.storage.identity import digest, file_digest, require_same, weights_digest

@@ -23,7 +23,7 @@ from arcopo_fast.rewards import wire
 from arcopo_fast.rewards.custom import find
 from arcopo_fast.rewards.registry import REWARDS, goes_by_seconds, load_reward
 from arcopo_fast.rewards.server import RewardServer, Scorer
-from arcopo_fast.runtime.interrupt import Interruption
+from arcopo_fast.runtime.console import Interruption
 from arcopo_fast.runtime.memory import tune_for_cpu
 
 PROGRAM = "python -m arcopo_fast.rewards"

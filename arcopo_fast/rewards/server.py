@@ -33,7 +33,7 @@ from torch import Tensor
 from arcopo_fast.rewards import wire
 from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError, score
 from arcopo_fast.rewards.fingerprint import fingerprint_of
-from arcopo_fast.storage.versions import version_of
+from arcopo_fast.storage.identity import version_of
 
 CONNECTIONS = 1024
 SILENCE = 30.0  # seconds in which a client must have sent its headers, or the next piece of its body

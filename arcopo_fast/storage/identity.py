@@ -8,6 +8,7 @@ settings, `weights_digest` of a whole model, `sampled_digest` where reading a wh
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -78,6 +79,14 @@ def sampled_digest(tensors: Iterable[tuple[str, Tensor]], about: bytes = b"") ->
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         found.update(samples.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None for one that is not installed, as this one is not where it lies on PYTHONPATH."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 # What numbers depend on ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
 from arcopo_fast.objectives.base import GradientNotFinite
-from arcopo_fast.runtime.interrupt import Interruption
+from arcopo_fast.runtime.console import Interruption
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.storage.run_dir import RunDirectory
 from arcopo_fast.train import Trainer, main

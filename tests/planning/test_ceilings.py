@@ -16,7 +16,7 @@ from arcopo_fast.planning.floor import floors, workload_of
 from arcopo_fast.planning.work import iteration
 from arcopo_fast.reports.results import DEVICE, stage_floors
 from arcopo_fast.reports.run import write_report
-from arcopo_fast.storage.versions import version_of
+from arcopo_fast.storage.identity import version_of
 
 
 def test_ceilings_are_those_of_a_machine() -> None:

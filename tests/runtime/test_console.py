@@ -1,4 +1,4 @@
-"""The progress line: on a terminal, in a log file, and on other ranks."""
+"""The progress line: on a terminal and in a log file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import time
 from io import StringIO
 
-from arcopo_fast.runtime.progress import Progress
+from arcopo_fast.runtime.console import Progress
 
 
 class Terminal(StringIO):
@@ -51,9 +51,3 @@ def test_what_was_done_elsewhere_counts_as_done_and_not_for_the_pace() -> None:
         last = stream.getvalue().rstrip().splitlines()[-1].rsplit("\r", 1)[-1]
         pace = re.search(r"([0-9.]+) s/it", last)
         assert "1000/1000" in last and pace and float(pace[1]) >= 0.05, last
-
-
-def test_other_ranks_say_nothing() -> None:
-    for stream in (StringIO(), Terminal()):
-        run(Progress(5, rank=1, stream=stream))
-        assert stream.getvalue() == ""
