@@ -6,7 +6,6 @@ Whatever is wrong with the input is said here, as a UserError, before anything i
 from __future__ import annotations
 
 import importlib.resources
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -22,9 +21,10 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.model.adapter_files import read_adapter
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_state_dict
+from arcopo_fast.model.families import LAYOUTS, OFFICIAL, SIZES, base_files, published, sizes_by_name
 from arcopo_fast.model.lora import fold_adapter
-from arcopo_fast.model.sizes import PUBLISHED, CausalWanConfig, GeneratorSizes, VAESizes, published
-from arcopo_fast.model.text import OFFICIAL_TOKENIZER, OFFICIAL_WEIGHTS, CachedTextEncoder, TextEncoderFiles
+from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes, VAESizes
+from arcopo_fast.model.text import CachedTextEncoder, TextEncoderFiles
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
 from arcopo_fast.objectives.base import Objective
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 
 UNTRAINED = "random:"
 """Begins a `generator.checkpoint` that names a size instead of a place."""
-
-OFFICIAL_VAE = "Wan2.1_VAE.pth"
 
 
 class TextEncoder(Protocol):
@@ -85,20 +83,11 @@ def checkpoint_path(checkpoint: str) -> Path:
     if checkpoint == "toy":
         return Path(str(importlib.resources.files("arcopo_fast.toy") / "checkpoint"))
     if not hub.is_published(checkpoint) and not Path(checkpoint).expanduser().exists():
-        untrained = ", ".join(UNTRAINED + size for size in PUBLISHED)
+        untrained = ", ".join(UNTRAINED + size for size in SIZES)
         raise UserError(
             f"there is no checkpoint at {checkpoint}; give 'toy', its path, hf://owner/name/path, or for untrained weights {untrained}"
         )
     return hub.find(checkpoint)
-
-
-def base_files(base: str) -> list[str]:
-    """What is needed of a Wan2.1 repository beside the generator itself: its text encoder and its VAE, in the layout it has."""
-    if not hub.is_published(base):
-        return []
-    if base.partition("@")[0].rstrip("/").endswith("-Diffusers"):
-        return ["text_encoder/*", "tokenizer/tokenizer.json", "vae/*"]
-    return [OFFICIAL_WEIGHTS, f"{OFFICIAL_TOKENIZER}/tokenizer.json", OFFICIAL_VAE]
 
 
 def generator_sizes(checkpoint: str, base: str | None = None) -> GeneratorSizes:
@@ -110,9 +99,9 @@ def generator_sizes(checkpoint: str, base: str | None = None) -> GeneratorSizes:
     if checkpoint.startswith(UNTRAINED):
         return published(checkpoint.removeprefix(UNTRAINED))
     if hub.is_published(checkpoint) and hub.local(checkpoint) is None:
-        if (size := _size_in_name(checkpoint, base)) is None:
+        if (sizes := sizes_by_name(checkpoint, base)) is None:
             raise UserError(f"{checkpoint} is not on this machine, and its name does not say its size; get it first, or set generator.base")
-        return published(size)
+        return sizes
     path = checkpoint_path(checkpoint)
     config = read_config(path)
     if config is None or any(name not in config for name in ("num_layers", "num_attention_heads", "ffn_dim")):
@@ -136,12 +125,6 @@ def _text_to_video(sizes: Mapping[str, Any], source: Path) -> CausalWanConfig:
     return config
 
 
-def _size_in_name(checkpoint: str, base: str | None) -> str | None:
-    """The published size that a name speaks of."""
-    found = re.search(r"(?<![\d.])(1\.3b|14b)", f"{base or ''} {checkpoint}".lower())
-    return found[1] if found else None
-
-
 def check_fits(config: Config) -> None:
     """Raise `UserError` if the recipe's sizes, generator, VAE and text encoder do not go together.
 
@@ -150,8 +133,8 @@ def check_fits(config: Config) -> None:
     """
     checkpoint, base = config.generator.checkpoint, config.generator.base
     if hub.is_published(checkpoint) and hub.local(checkpoint) is None:
-        if size := _size_in_name(checkpoint, base):
-            _check_patches(config, published(size).transformer)
+        if found := sizes_by_name(checkpoint, base):
+            _check_patches(config, found.transformer)
         return
     sizes = generator_sizes(checkpoint, base)
     _check_patches(config, sizes.transformer)
@@ -198,10 +181,10 @@ def vae_path(directory: Path) -> Path:
             f"{directory} is the transformer alone; set generator.base to where its text encoder and VAE are, as in "
             "hf://Wan-AI/Wan2.1-T2V-1.3B"
         )
-    path = directory / OFFICIAL_VAE if (directory / OFFICIAL_VAE).is_file() else directory / "vae"
-    if not path.exists():
-        raise UserError(f"{directory} has no VAE; expected vae/, or {OFFICIAL_VAE}, beside a text encoder")
-    return path
+    found = next((path for layout in LAYOUTS if (path := directory / layout.vae).exists()), None)
+    if found is None:
+        raise UserError(f"{directory} has no VAE; expected vae/, or {OFFICIAL.vae}, beside a text encoder")
+    return found
 
 
 def device_of(name: str) -> torch.device:
@@ -318,9 +301,18 @@ def pool_pages(config: Config, shape: VideoShape, *, videos: int | None = None) 
 
 
 def build_engine(
-    config: Config, model: CausalWan, shape: VideoShape, *, videos: int | None = None, vae: AutoencoderKLWan | None = None
+    config: Config,
+    model: CausalWan,
+    shape: VideoShape,
+    *,
+    videos: int | None = None,
+    pages: int | None = None,
+    vae: AutoencoderKLWan | None = None,
 ) -> Engine:
-    """An engine whose pool holds a group of the recipe, or `videos` independent videos. vae: for generators that encode frames again."""
+    """Return an engine whose pool holds a group of the recipe, or `videos` independent videos, or `pages` frames.
+
+    vae: for generators that encode frames again.
+    """
     sampler, policy = config.sampler, cache_policy(config)
     reencoder = None
     if policy.reencoded and vae is not None:
@@ -337,7 +329,7 @@ def build_engine(
             sampler.kind,
         ),
         policy,
-        pages=pool_pages(config, shape, videos=videos),
+        pages=pages or pool_pages(config, shape, videos=videos),
         cuda_graphs=config.rollout.cuda_graphs,
         reencoder=reencoder,
     )

@@ -46,8 +46,8 @@ from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.advantage import group_advantages, weighted_total, zscore
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.planning.ceilings import measure_ceilings
-from arcopo_fast.planning.floor import floors
 from arcopo_fast.planning.plan import dry_run, over_plan
+from arcopo_fast.planning.work import floors
 from arcopo_fast.reports.model_card import model_card
 from arcopo_fast.reports.results import DEVICE, Change, changes
 from arcopo_fast.reports.run import write_report

@@ -29,7 +29,7 @@ SMALL = ("video.chunks=2", "sampler.steps=[1000, 350]", "rollout.group_size=3", 
 
 
 class Shape(NamedTuple):
-    """A case: the workload and the pivot, counted from 0, or what is varied and which of its values. `--sweep` keeps one case a `model`."""
+    """A case: the recipe's overrides, and the pivot, from 0, or what is varied and which value. `--sweep` keeps one case a `model`."""
 
     model: str
     overrides: tuple[str, ...] = ()
@@ -91,9 +91,9 @@ def test_iteration(bench: Bench, best: Ceilings, report: list[dict[str, Any]], s
     pivot = shape.pivot
     if shape.varied:
         what, index = shape.varied
-        scene = scene.resized(iteration.sweep(scene.workload)[what][index])
-        pivot = scene.workload.middle
-    bench.figures |= {"operator": "iteration", "mode": "rollout+update", "case": f"{scene.workload.name} p={pivot + 1}"}
+        scene = iteration.sweep(scene, what)[index]
+        pivot = scene.middle
+    bench.figures |= {"operator": "iteration", "mode": "rollout+update", "case": f"{scene.name} p={pivot + 1}"}
     samples = {OURS: Samples(ours := OurPath(scene.copy(), pivot))}
     more: dict[str, Any] = {"varied": shape.varied[0]} if shape.varied else {}
     if not shape.varied:
@@ -109,6 +109,6 @@ def test_iteration(bench: Bench, best: Ceilings, report: list[dict[str, Any]], s
     bench.benchmark.pedantic(one_round, rounds=comparison.rounds)
     timings: dict[str, Timing] = comparison.timings()
     stages = {name: samples[name].medians(timing.rounds) for name, timing in timings.items()}
-    bench.figures |= iteration.case(scene.workload, pivot, best, timings, stages, memory=iteration.memory(ours), **more)
+    bench.figures |= iteration.case(scene, pivot, best, timings, stages, memory=iteration.memory(ours), **more)
     report.append(bench.figures)
     assert not iteration.problems(ours)

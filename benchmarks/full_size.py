@@ -20,7 +20,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,26 +28,35 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity
 
+from arcopo_fast.build import generator_sizes
+from arcopo_fast.config.reading import load_config
+from arcopo_fast.config.schema import Config
 from arcopo_fast.model.lora import add_lora
-from arcopo_fast.model.sizes import CausalWanConfig, VAESizes
+from arcopo_fast.model.sizes import GeneratorSizes
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
-from arcopo_fast.planning.work import Workload
 from arcopo_fast.rewards.simple import Sharpness, Steadiness
-from arcopo_fast.rollout.engine import SamplerSettings, VideoShape
 from arcopo_fast.runtime import profiling
 from benchmarks import results, shapes
-from benchmarks.iteration import PER_BRANCH, OurPath, ReferencePath, Samples, Scene, case, memory, problems, random_advantages, sweep
+from benchmarks.iteration import (
+    PER_BRANCH,
+    VARIED,
+    OurPath,
+    ReferencePath,
+    Samples,
+    Scene,
+    case,
+    changed,
+    memory,
+    problems,
+    random_advantages,
+    sweep,
+)
 from benchmarks.results import OURS
 from benchmarks.timing import Ceilings, Timer, _timing, measure_ceilings
 
-FULL = Workload(
-    "Wan 1.3B",
-    CausalWanConfig(),
-    VideoShape.of(7, 3, 16, 60, 104),
-    SamplerSettings((1000, 750, 500, 250), warp=True, shift=5.0),
-    dtype=torch.bfloat16,
-)
-"""The sizes and numbers of the recipe bench_1_3b, all at once; how they are cut into parts depends on the device."""
+NAME = "Wan 1.3B"
+FULL = changed(load_config("bench_1_3b"), rollout={"branches_per_wave": None, "decode_branches": None}, objective={"micro_batch": None})
+"""The recipe, all at once; how it is cut into parts depends on the device."""
 
 
 @cache
@@ -77,7 +85,7 @@ class Cut(NamedTuple):
 
 
 CUTS = {
-    24: Cut(1, 1, 1),  # as `train bench_1_3b --dry-run` advises
+    24: Cut(1, 2, 1),  # as `train bench_1_3b --dry-run` advises
     80: Cut(4, 1, 1, resident=2 * 2 * 10**9),  # the recipe's own, beside a judge of two billion parameters
     141: Cut(12, 4, 4),
 }
@@ -86,11 +94,10 @@ USABLE = 0.96
 """Of a card's GB: cards fall short of their names, and CUDA's context takes some."""
 
 
-def cut_for(gigabytes: int, workload: Workload = FULL) -> Workload:
-    """The workload, cut for a card of so many GB."""
-    cut = CUTS[gigabytes]
-    copo = workload.copo.model_copy(update={"micro_batch": cut.micro_batch})
-    return replace(workload, copo=copo, branches_per_wave=cut.branches_per_wave, decode_branches=cut.decode_branches)
+def cut_for(gigabytes: int, config: Config = FULL) -> Config:
+    """Return the recipe, cut for a card of so many GB."""
+    branches, decoded, micro_batch, _ = CUTS[gigabytes]
+    return changed(config, rollout={"branches_per_wave": branches, "decode_branches": decoded}, objective={"micro_batch": micro_batch})
 
 
 def card(device: torch.device = shapes.DEVICE) -> int:
@@ -101,26 +108,26 @@ def card(device: torch.device = shapes.DEVICE) -> int:
     return max((size for size in CUTS if size * USABLE <= total), default=min(CUTS))
 
 
-def full(workload: Workload | None = None, device: torch.device = shapes.DEVICE) -> Scene:
-    """An untrained generator, cut for the device; without its VAE where diffusers is not installed."""
-    workload = workload or cut_for(card(device))
-    model = untrained_wan(workload.model, dtype=workload.dtype, device=device, seed=0)
-    add_lora(model, rank=workload.lora_rank, alpha=workload.lora_alpha, seed=0)
+def full(config: Config | None = None, sizes: GeneratorSizes | None = None, device: torch.device = shapes.DEVICE) -> Scene:
+    """Return an untrained generator, cut for the device; without its VAE where diffusers is not installed."""
+    config = config or cut_for(card(device))
+    sizes = sizes or generator_sizes(config.generator.checkpoint)
+    dtype, vae_dtype = (getattr(torch, name) for name in (config.generator.dtype, config.generator.vae_dtype))
+    model = untrained_wan(sizes.transformer, dtype=dtype, device=device, seed=0)
+    add_lora(model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets, seed=0)
     prompt = "a paper boat drifts down a stream"
-    text = HashedText(workload.model.text_len, workload.model.text_dim)([prompt])
+    text = HashedText(sizes.transformer.text_len, sizes.transformer.text_dim)([prompt])
     if not has_diffusers():
-        return Scene(replace(workload, vae=None), model, text, prompt)
-    vae = untrained_vae(workload.vae or VAESizes(), dtype=workload.dtype, device=device, seed=0)
-    return Scene(
-        workload, model, text, prompt, vae, {"sharpness": Sharpness(), "steadiness": Steadiness()}, {"sharpness": 1.0, "steadiness": 1.0}
-    )
+        return Scene(NAME, config, model, text, prompt)
+    vae = untrained_vae(sizes.vae, dtype=vae_dtype, device=device, seed=0)
+    return Scene(NAME, config, model, text, prompt, vae, {"sharpness": Sharpness(), "steadiness": Steadiness()})
 
 
 # Parts -------------------------------------------------------------------------------------------------------------------------------
 
 REFERENCE_BRANCHES = 2
 """Of the group, run by the reference path; the others are taken to cost the same."""
-FIRST, MIDDLE, LAST = 1, FULL.middle + 1, FULL.shape.chunks
+FIRST, MIDDLE, LAST = 1, FULL.video.count // 2 + 1, FULL.video.count
 COMPARED = (MIDDLE, LAST, FIRST)
 """Pivots, counted from 1, at which the reference path runs too."""
 PARTS = (
@@ -133,7 +140,7 @@ PARTS = (
     f"reference-p{FIRST}",
     *(f"engine-p{pivot}" for pivot in range(FIRST, LAST + 1) if pivot not in COMPARED),
     *(f"within-{gigabytes}" for gigabytes in sorted(CUTS, reverse=True)[1:]),
-    *(f"sweep-{name}" for name in sweep(FULL)),
+    *(f"sweep-{name}" for name in VARIED),
 )
 """What tells most comes first: a run that is cut short has measured that."""
 
@@ -145,8 +152,7 @@ def measure_part(name: str, scene: Scene, timer: Timer, ceilings: Ceilings, roun
     """
     kind, _, what = name.partition("-")
     if kind == "sweep":
-        varied = sweep(scene.workload)[what]
-        cases = [_measure_ours(scene.resized(workload), workload.middle, timer, ceilings, 1, varied=what) for workload in varied]
+        cases = [_measure_ours(varied, varied.middle, timer, ceilings, 1, varied=what) for varied in sweep(scene, what)]
     elif kind == "within":
         cases = _measure_within(int(what), scene, timer, ceilings)
     else:
@@ -165,11 +171,11 @@ def _measure_ours(scene: Scene, pivot: int, timer: Timer, ceilings: Ceilings, ro
     samples = Samples(path := OurPath(scene, pivot))
     timing = _timing(sample(samples, timer, rounds), 0.0)
     figures = {"memory": memory(path), "problems": problems(path), **more}
-    return case(scene.workload, pivot, ceilings, {OURS: timing}, {OURS: samples.medians(rounds)}, **figures)
+    return case(scene, pivot, ceilings, {OURS: timing}, {OURS: samples.medians(rounds)}, **figures)
 
 
 def _measure_reference(scene: Scene, pivot: int, timer: Timer, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
-    size = scene.workload.group_size
+    size = scene.config.rollout.group_size
     run = min(REFERENCE_BRANCHES, size)
     samples = Samples(ReferencePath(scene, pivot, branches=run))
     total = sample(samples, timer, rounds)
@@ -178,7 +184,7 @@ def _measure_reference(scene: Scene, pivot: int, timer: Timer, ceilings: Ceiling
     added = sum(stages.values()) - sum(measured.values())
     timing = _timing([seconds + added for seconds in total], 0.0)
     extrapolated = {"measured_branches": run, "of": size, "stages": PER_BRANCH}
-    return case(scene.workload, pivot, ceilings, {"reference": timing}, {"reference": stages}, extrapolated=extrapolated)
+    return case(scene, pivot, ceilings, {"reference": timing}, {"reference": stages}, extrapolated=extrapolated)
 
 
 def _measure_within(gigabytes: int, scene: Scene, timer: Timer, ceilings: Ceilings) -> list[dict[str, Any]]:
@@ -187,11 +193,11 @@ def _measure_within(gigabytes: int, scene: Scene, timer: Timer, ceilings: Ceilin
     Raises:
         OutOfMemoryError: it does not fit, in whatever small pieces.
     """
-    workload = cut_for(gigabytes, replace(scene.workload, name=f"{scene.workload.name} within {gigabytes} GB"))
-    device, pivots = scene.model.device, (0, workload.shape.chunks - 1)
+    cut = scene.resized(f"{scene.name} within {gigabytes} GB", cut_for(gigabytes, scene.config))
+    device, pivots = scene.model.device, (0, cut.shape.chunks - 1)
     with limited(gigabytes, device):
         judge = torch.empty(CUTS[gigabytes].resident if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-        cases = [_measure_ours(scene.resized(workload), pivot, timer, ceilings, 1, varied="memory") for pivot in pivots]
+        cases = [_measure_ours(cut, pivot, timer, ceilings, 1, varied="memory") for pivot in pivots]
         del judge  # until here it takes its room
     return cases
 
@@ -228,7 +234,8 @@ def kernels(scene: Scene, pivot: int, timer: Timer) -> dict[str, dict[str, Any]]
 
     Each with its name, calls, seconds and share of all kernels' seconds. Where kernels run less than nearly all the time, the host is late.
     """
-    path = OurPath(scene.resized(replace(scene.workload, group_size=min(PROFILED_GROUP, scene.workload.group_size))), pivot)
+    few = changed(scene.config, rollout={"group_size": min(PROFILED_GROUP, scene.config.rollout.group_size)})
+    path = OurPath(scene.resized(scene.name, few), pivot)
     path.iteration()  # warm up
     gpu = scene.model.device.type == "cuda"
     found: dict[str, dict[str, Any]] = {}
@@ -252,14 +259,14 @@ def kernels(scene: Scene, pivot: int, timer: Timer) -> dict[str, dict[str, Any]]
     with path.rollout() as group:
         if path.decoder is not None:
             profile("decoding and rewards", lambda: path.judge(group))
-        profile("update", lambda: path.update(group, random_advantages(path.scene.workload)))
+        profile("update", lambda: path.update(group, random_advantages(few)))
     return found
 
 
-def fingerprint(workload: Workload | None = None) -> str:
+def fingerprint(config: Config | None = None) -> str:
     """Of the settings and of every source file that a measurement depends on: what is the same need not be measured again."""
-    workload = workload or cut_for(card())
-    digest = hashlib.sha256(repr((workload, REFERENCE_BRANCHES, has_diffusers())).encode())
+    config = config or cut_for(card())
+    digest = hashlib.sha256(repr((config, REFERENCE_BRANCHES, has_diffusers())).encode())
     root = results.ROOT.parent
     for folder in ("arcopo_fast", "kernels/arcopo_kernels", "benchmarks"):
         for path in sorted((root / folder).rglob("*.py")):

@@ -1,6 +1,6 @@
 """One AR-CoPO iteration by the engine and by the reference path: how both are built, run and measured.
 
-The workloads are `toy`, the shipped recipe, for a CPU, and `full_size.full`, for a GPU.
+The scenes are `toy`, the shipped recipe, for a CPU, and `full_size.full`, bench_1_3b, for a GPU.
 """
 
 from __future__ import annotations
@@ -15,22 +15,33 @@ import torch
 from arcopo_kernels.testing import error_ratio
 from torch import Tensor
 
+from arcopo_fast.build import (
+    build_engine,
+    build_objective,
+    cache_policy,
+    checkpoint_path,
+    load_generator,
+    load_prompts,
+    load_rewards,
+    shape_of,
+    wave_size,
+)
+from arcopo_fast.config.reading import load_config
+from arcopo_fast.config.schema import Config
 from arcopo_fast.evaluation.judging import Judging, joined
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
 from arcopo_fast.objectives.advantage import group_advantages
-from arcopo_fast.objectives.copo import CopoObjective
 from arcopo_fast.objectives.optimizer import Stepper
-from arcopo_fast.planning.work import Work, Workload
+from arcopo_fast.planning.work import Work, frame_tokens
 from arcopo_fast.planning.work import iteration as iteration_work
 from arcopo_fast.rewards.base import Reward
-from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, Group, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, normal
 from arcopo_fast.runtime import profiling
-from benchmarks.reference.iteration import Reference, Result
+from benchmarks.reference.iteration import Reference, Result, adamw
 from benchmarks.results import OURS
 from benchmarks.timing import Ceilings
 
@@ -46,47 +57,55 @@ TOLERANCES = {torch.float32: {"latents": 1e-4, "rewards": 1e-2, "adapter": 1e-2}
 magnify the smallest gradients; the tests hold the real tolerances, in float64."""
 
 
-# Workloads ---------------------------------------------------------------------------------------------------------------------------
+# Scenes ------------------------------------------------------------------------------------------------------------------------------
+
+
+def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """Return the recipe with other values in some of its sections, as in `changed(config, rollout={"group_size": 4})`."""
+    return config.model_copy(update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()})
 
 
 @dataclass
 class Scene:
-    """What an iteration works on: a generator with LoRA, its prompt, and what turns latents into rewards (None: nothing does)."""
+    """What an iteration works on: a recipe, a generator with LoRA, its prompt, and what turns latents into rewards (None: nothing does)."""
 
-    workload: Workload
+    name: str
+    config: Config
     model: CausalWan
     text: Tensor
     prompt: str
     vae: AutoencoderKLWan | None = None
     rewards: Mapping[str, Reward] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> VideoShape:
+        return shape_of(self.config, self.model.config.in_channels)
 
     @property
     def noise(self) -> KeyedNoise:
-        return KeyedNoise(self.workload.shape.chunk, seed=0)
+        return KeyedNoise(self.shape.chunk, seed=0)
 
-    def resized(self, workload: Workload) -> Scene:
-        """The same generator in another workload."""
-        return replace(self, workload=workload)
+    @property
+    def middle(self) -> int:
+        """The pivot in the middle, counted from 0."""
+        return self.shape.chunks // 2
+
+    def resized(self, name: str, config: Config) -> Scene:
+        """Return the same generator under another recipe."""
+        return replace(self, name=name, config=config)
 
     def copy(self) -> Scene:
-        """With weights of its own."""
+        """Return a scene with weights of its own."""
         return replace(self, model=copy.deepcopy(self.model))
 
 
 def toy(*overrides: str) -> Scene:
-    """The shipped toy recipe."""
-    from arcopo_fast.build import checkpoint_path, load_generator, load_prompts, load_rewards
-    from arcopo_fast.config.reading import load_config
-    from arcopo_fast.planning.floor import workload_of
-
+    """Return the shipped toy recipe's scene."""
     config = load_config("toy", overrides)
     generator, prompt = load_generator(config), load_prompts(config).training[0].text
     add_lora(generator.model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets, seed=config.seed)
     vae = load_vae(checkpoint_path(config.generator.checkpoint) / "vae")
-    workload = workload_of(config, "toy", generator.model.config, VAESizes.from_config(vae.config))
-    text = generator.encode_text([prompt])
-    return Scene(workload, generator.model, text, prompt, vae, load_rewards(config), config.rewards)
+    return Scene("toy", config, generator.model, generator.encode_text([prompt]), prompt, vae, load_rewards(config))
 
 
 # The two paths -----------------------------------------------------------------------------------------------------------------------
@@ -96,52 +115,49 @@ class OurPath:
     """The library: what `train.Trainer.iteration` does."""
 
     def __init__(self, scene: Scene, pivot: int) -> None:
-        workload = scene.workload
+        config = scene.config
         self.scene, self.pivot = scene, pivot
-        wave = min(workload.branches_per_wave or workload.group_size, workload.group_size)
-        self.plan = Engine.plan(workload.shape, workload.policy, pivot, wave)
-        self.engine = Engine(
-            scene.model, workload.shape, workload.sampler, workload.policy, pages=max(1, self.plan.pages), cuda_graphs="auto"
-        )
-        self.objective = CopoObjective(self.engine, workload.copo)
+        self.plan = Engine.plan(scene.shape, cache_policy(config), pivot, wave_size(config))
+        self.engine = build_engine(config, scene.model, scene.shape, pages=max(1, self.plan.pages))
+        self.objective = build_objective(config, self.engine)
         self.parameters = adapter_parameters(scene.model)
-        self.optimizer = workload.optimizer(self.parameters)
-        self.stepper = Stepper(self.optimizer, gradient_clip=workload.gradient_clip)
+        self.optimizer = adamw(config, self.parameters)
+        self.stepper = Stepper(self.optimizer, gradient_clip=config.optimizer.gradient_clip)
         self.decoder: StreamingDecoder | None = None
         if scene.vae is not None:
-            self.decoder = StreamingDecoder(channels_last(copy.deepcopy(scene.vae)), workload.decode_frames)
+            self.decoder = StreamingDecoder(channels_last(copy.deepcopy(scene.vae)), config.video.decode_frames)
 
     def iteration(self, advantages: Tensor | None = None) -> Result:
-        scene, workload = self.scene, self.scene.workload
+        config = self.scene.config
         with self.rollout() as group:
             rewards: dict[str, Tensor] = {}
             if self.decoder is not None:
                 rewards = self.judge(group)
-                advantages = group_advantages(rewards, dict(scene.weights), std_floor=workload.advantage_std_floor)
+                advantages = group_advantages(rewards, config.rewards, std_floor=config.objective.advantage_std_floor)
             if advantages is None:
-                advantages = random_advantages(workload)
+                advantages = random_advantages(config)
             statistics = self.update(group, advantages)
             latents = torch.cat([chunk.expand(group.size, *chunk.shape[1:]) for chunk in group.latents], dim=1)
         return Result(latents, rewards, advantages, statistics)
 
     def rollout(self) -> Group:
-        scene, workload = self.scene, self.scene.workload
+        settings = self.scene.config.rollout
         return self.engine.rollout(
-            scene.text,
-            scene.noise,
+            self.scene.text,
+            self.scene.noise,
             pivot=self.pivot,
-            branches=workload.group_size,
-            sigma=workload.noise_strength,
-            branches_per_wave=workload.branches_per_wave,
+            branches=settings.group_size,
+            sigma=settings.noise_strength,
+            branches_per_wave=settings.branches_per_wave,
         )
 
     def update(self, group: Group, advantages: Tensor) -> dict[str, float]:
         return self.objective.update([(group, advantages)], self.stepper)
 
     def judge(self, group: Group) -> dict[str, Tensor]:
-        """Rewards [G] by name, decoded and judged as many branches at a time as the workload says."""
+        """Rewards [G] by name, decoded and judged as many branches at a time as the recipe says."""
         assert self.decoder is not None
-        judging = Judging(self.decoder, self.scene.workload.decode_branches)
+        judging = Judging(self.decoder, self.scene.config.rollout.decode_branches)
         parts: list[dict[str, Tensor]] = []
         for frames, scores in judging.judge(self.scene.rewards, group.latents, [self.scene.prompt] * group.size, group.pivot):
             del frames  # the next ones need the memory
@@ -154,19 +170,19 @@ class ReferencePath:
 
     def __init__(self, scene: Scene, pivot: int, *, branches: int | None = None, mp4: bool = False) -> None:
         self.scene, self.pivot, self.branches = scene, pivot, branches
-        self.reference = Reference(scene.workload, scene.model, scene.vae, scene.rewards, scene.weights, mp4=mp4)
+        self.reference = Reference(scene.config, scene.model, scene.vae, scene.rewards, mp4=mp4)
         self.parameters = self.reference.parameters
 
     def iteration(self, advantages: Tensor | None = None) -> Result:
         scene = self.scene
         if scene.vae is None and advantages is None:
-            advantages = random_advantages(scene.workload)
+            advantages = random_advantages(scene.config)
         return self.reference.iteration(scene.text, scene.prompt, scene.noise, self.pivot, advantages=advantages, branches=self.branches)
 
 
-def random_advantages(workload: Workload) -> Tensor:
-    """Where there are no rewards: [G] float64, mean 0, variance 1."""
-    drawn = normal((workload.group_size,), 0, "advantages").double()
+def random_advantages(config: Config) -> Tensor:
+    """Return what stands for advantages where there are no rewards: [G] float64, mean 0, variance 1."""
+    drawn = normal((config.rollout.group_size,), 0, "advantages").double()
     return (drawn - drawn.mean()) / drawn.std(correction=0)
 
 
@@ -202,7 +218,7 @@ def agreement(ours: OurPath, reference: ReferencePath) -> dict[str, float]:
     pairs = list(zip(ours.parameters, reference.parameters))
     errors["adapter"] = error_ratio(torch.cat([p.flatten() for p, _ in pairs]), torch.cat([q.flatten() for _, q in pairs]))
     assert a.statistics.get("update1/ratio_max", 0.0) == 0, "before the first update the ratio must be exactly 1"
-    for name, allowed in TOLERANCES[ours.scene.workload.dtype].items():
+    for name, allowed in TOLERANCES[ours.scene.model.dtype].items():
         assert errors.get(name, 0.0) <= allowed, (
             f"engine and reference path: error ratio of {name} {errors[name]:.3g}, allowed {allowed:.3g}"
         )
@@ -213,19 +229,21 @@ def agreement(ours: OurPath, reference: ReferencePath) -> dict[str, float]:
 
 
 def case(
-    workload: Workload,
+    scene: Scene,
     pivot: int,
     ceilings: Ceilings,
     timings: Mapping[str, Any],
     stages: Mapping[str, Mapping[str, float]],
     **more: Any,
 ) -> dict[str, Any]:
-    """The figures of one workload and pivot, as `measure.Bench` gives those of an operator, and its stages.
+    """Return the figures of one scene and pivot, as `measure.Bench` gives those of an operator, and its stages.
 
     timings: by path ("arcopo", "reference"), whole iterations; stages: by path, seconds by stage. "other" is what is in no stage.
     more: other fields; `varied` says what was varied, in a sweep.
     """
-    work = iteration_work(workload, pivot)
+    config, model, group = scene.config, scene.model.config, scene.config.rollout.group_size
+    work = iteration_work(config, model, VAESizes.from_config(scene.vae.config) if scene.vae is not None else None, pivot)
+    tokens = group * scene.shape.frames * frame_tokens(config, model)  # of the finished videos
     total = sum(work.values(), Work())
     variants = {name: {**timing._asdict(), "error": None} for name, timing in timings.items()}
     rows = []
@@ -244,20 +262,20 @@ def case(
     return {
         "operator": "iteration",
         "mode": "rollout+update",
-        "case": f"{workload.name} p={pivot + 1}",
-        "workload": workload.name,
+        "case": f"{scene.name} p={pivot + 1}",
+        "workload": scene.name,
         "pivot": pivot + 1,
-        "chunks": workload.shape.chunks,
+        "chunks": scene.shape.chunks,
         "implementation": None,
         "settings": {
-            "branches_per_wave": min(workload.branches_per_wave or workload.group_size, workload.group_size),
-            "decode_branches": min(workload.decode_branches or workload.group_size, workload.group_size),
-            "micro_batch": workload.copo.micro_batch,
+            "branches_per_wave": wave_size(config),
+            "decode_branches": min(config.rollout.decode_branches or group, group),
+            "micro_batch": config.objective.micro_batch,
         },
         "limit": "matmul",
         "of_ceiling": yardstick["of_floor"],
         **yardstick,
-        "tokens_per_second": {name: workload.video_tokens / time for name, time in times.items()},
+        "tokens_per_second": {name: tokens / time for name, time in times.items()},
         "ratios": {"reference": ratio, "compiled": None, "best": None},
         "best": None,
         "alternatives": [],
@@ -291,7 +309,7 @@ def memory(path: OurPath) -> dict[str, Any]:
 
 def problems(path: OurPath) -> list[str]:
     """What the path did other than planned, since its first iteration; what was measured of it is not what its case says."""
-    engine, settings, planned = path.engine, path.objective.settings, path.scene.workload.copo
+    engine, settings, planned = path.engine, path.objective.settings, path.scene.config.objective
     found = []
     if engine.pool.peak_in_use != path.plan.pages:
         found.append(f"the engine held {engine.pool.peak_in_use} pages, planned were {path.plan.pages}")
@@ -302,32 +320,30 @@ def problems(path: OurPath) -> list[str]:
     return found
 
 
-def sweep(workload: Workload) -> dict[str, list[Workload]]:
-    """What cost grows with: the workload with other sizes, by what is varied."""
-    shape, steps = workload.shape, workload.sampler.steps
-    chunk = shape.chunk_frames[-1]
-    window = CachePolicy(window=4 * chunk, sink=chunk)
+VARIED = ("group", "steps", "length", "resolution")
+"""What `sweep` varies."""
 
-    def of_length(chunks: int, policy: CachePolicy) -> Workload:
-        kind = f"window={policy.window}" if policy.window else "no window"
-        long = VideoShape((chunk,) * chunks, shape.channels, shape.height, shape.width)
-        return replace(workload, name=f"{workload.name} L={chunks} {kind}", shape=long, policy=policy)
 
-    def of_size(height: int, width: int) -> Workload:
-        other = replace(shape, height=height, width=width)
-        return replace(workload, name=f"{workload.name} {height}x{width} latents", shape=other)
-
-    sizes = [
-        (shape.height // 4 * 2, shape.width // 4 * 2),
-        (shape.height * 3 // 8 * 2, shape.width * 3 // 8 * 2),
-        (shape.height, shape.width),
+def sweep(scene: Scene, what: str) -> list[Scene]:
+    """Return the scene with other sizes: what cost grows with."""
+    config, name, video = scene.config, scene.name, scene.config.video
+    height, width, frames, steps = video.latent_height, video.latent_width, video.chunk_frames, config.sampler.steps
+    if what == "group":
+        return [scene.resized(f"{name} G={size}", changed(config, rollout={"group_size": size})) for size in (4, 8, 12, 24)]
+    if what == "steps":
+        lists = [steps[:count] for count in range(1, len(steps) + 1)]
+        return [scene.resized(f"{name} T={len(kept)}", changed(config, sampler={"steps": kept})) for kept in lists]
+    if what == "length":
+        return [
+            scene.resized(
+                f"{name} L={chunks} {f'window={window}' if window else 'no window'}",
+                changed(config, video={"chunks": chunks}, cache={"window": window, "sink": sink}),
+            )
+            for chunks in (video.chunks, 2 * video.chunks)
+            for window, sink in ((None, 0), (4 * frames, frames))
+        ]
+    sizes = [(height // 4 * 2, width // 4 * 2), (height * 3 // 8 * 2, width * 3 // 8 * 2), (height, width)]
+    return [
+        scene.resized(f"{name} {rows}x{columns} latents", changed(config, video={"latent_height": rows, "latent_width": columns}))
+        for rows, columns in sizes
     ]
-    return {
-        "group": [replace(workload, name=f"{workload.name} G={size}", group_size=size) for size in (4, 8, 12, 24)],
-        "steps": [
-            replace(workload, name=f"{workload.name} T={count}", sampler=replace(workload.sampler, steps=steps[:count]))
-            for count in range(1, len(steps) + 1)
-        ],
-        "length": [of_length(chunks, policy) for chunks in (shape.chunks, 2 * shape.chunks) for policy in (CachePolicy(), window)],
-        "resolution": [of_size(*size) for size in sizes],
-    }

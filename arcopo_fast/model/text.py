@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from arcopo_fast.errors import UserError, listed
 from arcopo_fast.model.checkpoints import load_into, read_container, strip_wrappers
+from arcopo_fast.model.families import LAYOUTS, OFFICIAL
 from arcopo_fast.model.tensors import rename
 from arcopo_fast.storage.identity import digest
 from arcopo_fast.storage.textfiles import read_json
@@ -39,9 +40,6 @@ if TYPE_CHECKING:  # imported where an encoder is loaded: with every embedding c
     from transformers import UMT5EncoderModel
 
 logger = logging.getLogger(__name__)
-
-OFFICIAL_WEIGHTS = "models_t5_umt5-xxl-enc-bf16.pth"
-OFFICIAL_TOKENIZER = "google/umt5-xxl"
 
 # Prompts ---------------------------------------------------------------------------------------------------------------------------
 
@@ -72,19 +70,18 @@ class TextEncoderFiles:
 
     @classmethod
     def find(cls, directory: str | Path) -> TextEncoderFiles:
-        """In a Wan2.1 directory, official or in diffusers' form.
+        """Return the files of a Wan2.1 directory, official or in diffusers' form.
 
         Raises:
             UserError: it has none, or lacks a part.
         """
         directory = Path(directory)
-        if (directory / OFFICIAL_WEIGHTS).is_file():
-            files = cls(directory / OFFICIAL_WEIGHTS, directory / OFFICIAL_TOKENIZER / "tokenizer.json")
-        elif (directory / "text_encoder").is_dir():
-            files = cls(directory / "text_encoder", directory / "tokenizer" / "tokenizer.json")
-        else:
-            expected = f"{OFFICIAL_WEIGHTS} (11.4 GB) beside {OFFICIAL_TOKENIZER}/, or diffusers' text_encoder/ beside tokenizer/"
+        layout = next((layout for layout in LAYOUTS if (directory / layout.text).exists()), None)
+        if layout is None:
+            official, tokenizer = OFFICIAL.text, Path(OFFICIAL.tokenizer).parent
+            expected = f"{official} (11.4 GB) beside {tokenizer}/, or diffusers' text_encoder/ beside tokenizer/"
             raise UserError(f"{directory} has no text encoder; expected {expected}; both come with Wan-AI/Wan2.1-T2V-1.3B on Hugging Face")
+        files = cls(directory / layout.text, directory / layout.tokenizer)
         if not files.tokenizer.is_file():
             raise UserError(f"{files.tokenizer} does not exist (17 MB); copy it from where {files.weights.name} came from")
         return files

@@ -13,12 +13,14 @@ from itertools import product
 from math import ceil
 from typing import NamedTuple
 
+from arcopo_kernels.paging import GroupPlan
+
 from arcopo_fast.build import cache_policy, pool_pages, shape_of, wave_size
 from arcopo_fast.config.schema import Config
 from arcopo_fast.evaluation.judging import videos_at_once
-from arcopo_fast.model.sizes import GeneratorSizes, decoder_convolutions, transformer_parameters, vae_parameters
-from arcopo_fast.planning.floor import workload_of
-from arcopo_fast.planning.work import lora_parameters
+from arcopo_fast.model.sizes import GeneratorSizes
+from arcopo_fast.planning.layers import decoder_convolutions, transformer_parameters, vae_parameters
+from arcopo_fast.planning.work import adapted_linears, frame_tokens, itemsize, lora_parameters
 from arcopo_fast.rewards.registry import reward_bytes as bytes_of
 from arcopo_fast.rollout.engine import Engine, VideoShape
 
@@ -101,96 +103,133 @@ class Estimate(NamedTuple):
 
 
 def estimate(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) -> Estimate:
-    """The bytes of a run at its worst pivot.
+    """Return the bytes of a run at its worst pivot.
 
     Args:
-        reward_bytes: of rewards, their weights and working set, on top of what those of the recipe declare.
+        reward_bytes: bytes of rewards, their weights and working set, on top of what those of the recipe declare.
     """
-    model, shape, settings = sizes.transformer, shape_of(config, sizes.transformer.in_channels), Settings.of(config)
-    width, updates, buffered = _itemsize(config.generator.dtype), config.objective.updates, config.train.buffer is not None
-    group, prompts, branches = config.rollout.group_size, config.rollout.prompts_per_iteration, settings.branches_per_wave
-    adapters = ADAPTER * lora_parameters(workload_of(config, config.name, model, sizes.vae))
+    making = _rebuilding if config.train.buffer is not None else _rolling_out
+    parts = [_kept(config, sizes, reward_bytes), making(config, sizes), _updating(config, sizes), _evaluating(config, sizes)]
+    components = {name: size for part in parts for name, size in part.components.items()}
+    return Estimate(components, {stage: names for part in parts for stage, names in part.stages.items()})
+
+
+def _at_work(config: Config, *working: str) -> tuple[str, ...]:
+    """Return which of decoder and rewards the device holds while `working` have their turn: with offloading no others."""
+    return working if config.generator.offload else ("decoder weights", "rewards")
+
+
+def _kept(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Estimate:
+    """Count what outlives a stage: weights, adapters, the pool, and what a group keeps from its rollout to its update.
+
+    A group keeps the inputs and predictions of the pivot's T steps, 2 T chunks a member (twice while its waves are joined), and all its
+    chunks, or on a buffer the prefix's. Each update but the first, on a buffer each, keeps the old prediction of its pairs, a chunk each.
+    """
+    model, branches = sizes.transformer, wave_size(config)
+    shape, buffered = _shape(config, sizes), config.train.buffer is not None
+    group, prompts, updates = config.rollout.group_size, config.rollout.prompts_per_iteration, config.objective.updates
+    adapters = ADAPTER * lora_parameters(config, model)
 
     # The pool is there all the time. What a run on a buffer does not need of it for prefixes, only the evaluations use.
     pages, whole = pool_pages(config, shape), pool_pages(config, shape, videos=1)
-    plans = [Engine.plan(shape, cache_policy(config), pivot, branches) for pivot in range(shape.chunks)]
-    worst = max(plans, key=lambda each: each.pages)
+    worst = _worst_plan(config, sizes)
     tails = pages - (prompts + (config.objective.context == "recompute")) * whole if buffered else branches * worst.tail
+    joined, asked = (1, updates) if buffered else (2, updates - 1)
+    stored = joined * group * 2 * _steps(config) + (1 if buffered else group) * shape.chunks + asked * pairs_of(config)
+    return Estimate(
+        {
+            "generator weights": itemsize(config.generator.dtype) * transformer_parameters(model),
+            "adapters, float32": adapters,
+            "optimiser and gradients": 3 * adapters,  # two moments
+            "keys and values of the prefix": (pages - tails) * _page_bytes(config, sizes),
+            f"keys and values of {'evaluations' if buffered else 'the branches'}": tails * _page_bytes(config, sizes),
+            "keys and values of the text": _text_bytes(config, sizes),
+            "latents of the group": prompts * stored * _chunk(shape),
+            "decoder weights": itemsize(config.generator.vae_dtype) * vae_parameters(sizes.vae),
+            "rewards": reward_bytes + bytes_of(name for name in config.rewards if name not in config.reward_servers.addresses),
+            "copies while judging": 2 * _video(config, sizes),  # of the one video that is looked at
+        },
+        {},
+    )
 
-    # Inputs and predictions of the pivot's steps, twice while the waves are joined; every chunk, or the prefix's; old predictions.
-    if buffered:
-        stored = group * 2 * _steps(config) + shape.chunks + updates * pairs_of(config)
-    else:
-        stored = group * (2 * 2 * _steps(config) + shape.chunks) + (updates - 1) * pairs_of(config)
 
-    texts = 2 * model.num_layers * model.text_len * model.dim * width  # of one prompt, in every layer
+def _worst_plan(config: Config, sizes: GeneratorSizes) -> GroupPlan:
+    """Return the pages of the pivot whose waves need most."""
+    shape, branches = _shape(config, sizes), wave_size(config)
+    plans = (Engine.plan(shape, cache_policy(config), pivot, branches) for pivot in range(shape.chunks))
+    return max(plans, key=lambda plan: plan.pages)
 
-    components = {
-        "generator weights": width * transformer_parameters(model),
-        "adapters, float32": adapters,
-        "optimiser and gradients": 3 * adapters,  # two moments
-        "keys and values of the prefix": (pages - tails) * _page_bytes(config, sizes),
-        f"keys and values of {'evaluations' if buffered else 'the branches'}": tails * _page_bytes(config, sizes),
-        "keys and values of the text": texts,
-        "latents of the group": prompts * stored * _chunk(shape),
-        "decoder weights": _itemsize(config.generator.vae_dtype) * vae_parameters(sizes.vae),
-        "rewards": reward_bytes + bytes_of(name for name in config.rewards if name not in config.reward_servers.addresses),
+
+def _making(config: Config, sizes: GeneratorSizes, name: str, states: int) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return what making videos needs beside the network (a component `name` where Krea encodes frames again), and what is there with it.
+
+    Encoding again takes the decoder's states of `states` videos and of the one at work, and the frames of one video at most.
+    """
+    if not cache_policy(config).reencoded:
+        return {}, _at_work(config)
+    needs = (states + 1) * _decoder_cache(config, sizes) + _decoding(config, sizes) + _video(config, sizes)
+    return {name: needs}, (*_at_work(config, "decoder weights"), name)
+
+
+def _rebuilding(config: Config, sizes: GeneratorSizes) -> Estimate:
+    """Count the making of a prefix for a group from a buffer: one video, at the length of a whole one."""
+    again, making = _making(config, sizes, "re-encoding", 1)
+    needs = {"rebuilding a prefix": _denoising(config, sizes, 1, pool_pages(config, _shape(config, sizes), videos=1))}
+    return Estimate(again | needs, {"prefix": (*making, *needs)})
+
+
+def _rolling_out(config: Config, sizes: GeneratorSizes) -> Estimate:
+    """Count the making of a group: waves of branches, decoded and judged in slices.
+
+    The prefix's frames and its place in the decoder stay until the last slice is judged; a slice's frames hold the shared ones again.
+    """
+    branches, slices = Settings.of(config)[:2]
+    cache, video = _decoder_cache(config, sizes), _video(config, sizes)
+    worst, (again, making) = _worst_plan(config, sizes), _making(config, sizes, "re-encoding", 1 + branches)
+    needs = {
+        "denoising a wave": _denoising(config, sizes, branches, branches * worst.tail + worst.prefix),
+        "decoder cache of the prefix": cache,
+        "decoder caches of a slice": slices * cache,
+        "decoding": slices * (_decoding(config, sizes) + video),
+        "frames of a slice": (slices + 1) * video,  # the shared frames stand alone as well
     }
-    decoder: tuple[str, ...] = ("decoder weights",)
-    judges: tuple[str, ...] = ("rewards",)
-    network: tuple[str, ...] = ()
-    if not settings.offload:
-        decoder = judges = network = (*decoder, *judges)
+    decoding = ("decoder cache of the prefix", "decoder caches of a slice", "decoding", "frames of a slice")
+    stages = {
+        "rollout": (*making, "denoising a wave"),
+        "decode": (*_at_work(config, "decoder weights"), *decoding),
+        "reward": (*_at_work(config, "rewards"), "decoder cache of the prefix", "frames of a slice", "copies while judging"),
+    }
+    return Estimate(again | needs, stages)
 
-    cache, decoding, video = _decoder_cache(config, sizes), _decoding(config, sizes), _video(config, sizes, shape)
-    # Before and after the run some videos are made at once, in the run's pool.
-    videos = videos_at_once(config, shape)
-    at_once = min(videos, settings.decode_branches)
-    making = evaluating = network
-    if cache_policy(config).reencoded:
-        # Of the prefix, of every branch and of the one at work; the frames of one video, at most.
-        components["re-encoding"] = (2 + (0 if buffered else branches)) * cache + decoding + video
-        components["evaluation: re-encoding"] = (videos + 1) * cache + decoding + video
-        making, evaluating = (*decoder, *network, "re-encoding"), (*decoder, *network, "evaluation: re-encoding")
 
-    if buffered:
-        components["rebuilding a prefix"] = _denoising(config, sizes, shape, 1, whole)
-        stages = {"prefix": (*making, "rebuilding a prefix")}
-    else:
-        components |= {
-            "denoising a wave": _denoising(config, sizes, shape, branches, branches * worst.tail + worst.prefix),
-            "decoder cache of the prefix": cache,
-            "decoder caches of a slice": settings.decode_branches * cache,
-            "decoding": settings.decode_branches * (decoding + video),
-            "frames of a slice": (settings.decode_branches + 1) * video,  # the shared frames stand alone as well
-        }
-        # The prefix's frames and its place in the decoder stay until the last slice is judged.
-        stages = {
-            "rollout": (*making, "denoising a wave"),
-            "decode": (*decoder, "decoder cache of the prefix", "decoder caches of a slice", "decoding", "frames of a slice"),
-            "reward": (*judges, "decoder cache of the prefix", "frames of a slice", "copies while judging"),
-        }
-    components |= {
-        "copies while judging": 2 * video,  # of the one video that is looked at
-        "replay and its gradient": _replay(config, sizes, shape, settings),
-        "evaluation: keys and values of the texts": (videos - 1) * texts,  # each video has a prompt of its own
-        "evaluation: denoising": _denoising(config, sizes, shape, videos, videos * whole),
-        "evaluation: decoding": at_once * (decoding + video),
-        "evaluation: caches": at_once * cache,
+def _updating(config: Config, sizes: GeneratorSizes) -> Estimate:
+    needs = {"replay and its gradient": _replay(config, sizes)}
+    return Estimate(needs, {"update": (*_at_work(config), *needs)})
+
+
+def _evaluating(config: Config, sizes: GeneratorSizes) -> Estimate:
+    """Count the evaluations before and after a run: some videos at once in the run's pool, each with a prompt of its own."""
+    shape = _shape(config, sizes)
+    videos, video = videos_at_once(config, shape), _video(config, sizes)
+    at_once, (again, making) = min(videos, Settings.of(config).decode_branches), _making(config, sizes, "evaluation: re-encoding", videos)
+    needs = {
+        "evaluation: keys and values of the texts": (videos - 1) * _text_bytes(config, sizes),
+        "evaluation: denoising": _denoising(config, sizes, videos, videos * pool_pages(config, shape, videos=1)),
+        "evaluation: decoding": at_once * (_decoding(config, sizes) + video),
+        "evaluation: caches": at_once * _decoder_cache(config, sizes),
         "evaluation: frames": at_once * video,
     }
-    stages |= {
-        "update": (*network, "replay and its gradient"),
-        "evaluation: rollout": (*evaluating, "evaluation: keys and values of the texts", "evaluation: denoising"),
-        "evaluation: decode": (*decoder, "evaluation: decoding", "evaluation: caches", "evaluation: frames"),
-        "evaluation: reward": (*judges, "evaluation: frames", "copies while judging"),
+    stages = {
+        "evaluation: rollout": (*making, "evaluation: keys and values of the texts", "evaluation: denoising"),
+        "evaluation: decode": (*_at_work(config, "decoder weights"), *(f"evaluation: {part}" for part in ("decoding", "caches", "frames"))),
+        "evaluation: reward": (*_at_work(config, "rewards"), "evaluation: frames", "copies while judging"),
     }
-    return Estimate(components, stages)
+    return Estimate(again | needs, stages)
 
 
 def host_bytes(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
     """What the host keeps of the reference policy's predictions, at most: of a group all members at all steps, of a run what it draws."""
-    chunk = _chunk(shape_of(config, sizes.transformer.in_channels))
+    chunk = _chunk(_shape(config, sizes))
     drawn = config.train.iterations * config.rollout.prompts_per_iteration * config.objective.updates * pairs_of(config)
     return config.rollout.group_size * _steps(config) * chunk, drawn * chunk
 
@@ -200,8 +239,14 @@ def _chunk(shape: VideoShape) -> int:
     return 4 * max(shape.chunk_frames) * shape.channels * shape.height * shape.width
 
 
-def _itemsize(dtype: str) -> int:
-    return {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+def _shape(config: Config, sizes: GeneratorSizes) -> VideoShape:
+    return shape_of(config, sizes.transformer.in_channels)
+
+
+def _text_bytes(config: Config, sizes: GeneratorSizes) -> int:
+    """Keys and values of one prompt in every layer."""
+    model = sizes.transformer
+    return 2 * model.num_layers * model.text_len * model.dim * itemsize(config.generator.dtype)
 
 
 def _steps(config: Config) -> int:
@@ -217,26 +262,22 @@ def pairs_of(config: Config) -> int:
     return objective.largest_update * chosen
 
 
-def _frame_tokens(config: Config, sizes: GeneratorSizes) -> int:
-    return sizes.transformer.tokens_per_frame(config.video.latent_height, config.video.latent_width)
-
-
 def _page_bytes(config: Config, sizes: GeneratorSizes) -> int:
     """Keys and values of one latent frame in every layer."""
     model = sizes.transformer
-    return 2 * model.num_layers * _frame_tokens(config, sizes) * model.dim * _itemsize(config.generator.dtype)
+    return 2 * model.num_layers * frame_tokens(config, sizes.transformer) * model.dim * itemsize(config.generator.dtype)
 
 
-def _denoising(config: Config, sizes: GeneratorSizes, shape: VideoShape, branches: int, pages: int) -> int:
+def _denoising(config: Config, sizes: GeneratorSizes, branches: int, pages: int) -> int:
     """The most that lives at once in a forward pass without gradient: inside a block's feed-forward.
 
     Then there are seven tensors of the hidden size (two residual streams and what the block's names still hold) and two of the inner size,
     before and after GELU. Pages that are cached un-roped are roped for one layer at a time.
     """
-    model, width, tokens = sizes.transformer, _itemsize(config.generator.dtype), _frame_tokens(config, sizes)
+    model, width, tokens = sizes.transformer, itemsize(config.generator.dtype), frame_tokens(config, sizes.transformer)
     token = (model.dim * 7 + model.ffn_dim * 2) * width
     roped = 0 if cache_policy(config).roped else pages * tokens * model.dim * width
-    return branches * max(shape.chunk_frames) * tokens * token + roped
+    return branches * max(_shape(config, sizes).chunk_frames) * tokens * token + roped
 
 
 def kept_by_block(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
@@ -247,11 +288,11 @@ def kept_by_block(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
     their norm, beside its values. Frozen linear layers keep nothing. An adapter keeps its input, which layers that read one tensor share,
     and the product with A.
     """
-    model, width = sizes.transformer, _itemsize(config.generator.dtype)
+    model, width = sizes.transformer, itemsize(config.generator.dtype)
     token = width * (12 * model.dim + model.ffn_dim) + 2 * 4 * model.num_attention_heads
     row = width * 3 * model.dim
     shared = {"attn1", "attn2", "text"}  # kept anyway, or one tensor for all layers
-    for linear in workload_of(config, config.name, model, sizes.vae).adapted.values():
+    for linear in adapted_linears(config, model).values():
         kept = width * config.lora.rank
         if linear.source not in shared:
             kept += width * linear.inputs
@@ -263,17 +304,20 @@ def kept_by_block(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
     return token, row
 
 
-def _replay(config: Config, sizes: GeneratorSizes, shape: VideoShape, settings: Settings) -> int:
-    """Activations of a micro-batch (checkpointed: the inputs of all blocks and one block's activations), and what its backward works in."""
-    model, width, frame = sizes.transformer, _itemsize(config.generator.dtype), _frame_tokens(config, sizes)
-    tokens = settings.micro_batch * max(shape.chunk_frames) * frame
+def _replay(config: Config, sizes: GeneratorSizes) -> int:
+    """Activations of a micro-batch, and what its backward works in.
+
+    Kept is what every block keeps and the head's input; checkpointed, the inputs of all blocks and of the head, and what one block keeps.
+    Beside it stands the more of two moments: in the feed-forward the gradients of its inner tensor and of its output; in attention those
+    of q, k and v, float32 sums of the first, and the dropped gradients of the prefix, when what GELU kept is free again.
+    """
+    model, width, frame = sizes.transformer, itemsize(config.generator.dtype), frame_tokens(config, sizes.transformer)
+    settings, shape = Settings.of(config), _shape(config, sizes)
+    tokens, visible = settings.micro_batch * max(shape.chunk_frames) * frame, pool_pages(config, shape, videos=1)
     kept, row = kept_by_block(config, sizes)
     hidden = tokens * model.dim * width
     blocks = (model.num_layers + 1) * hidden + tokens * kept if settings.checkpoint else model.num_layers * tokens * kept + hidden
     text = model.num_layers * model.text_len * row
-    visible = pool_pages(config, shape, videos=1)
-    # In the feed-forward the gradients of its inner tensor and its output; in attention those of q, k and v, float32 sums of the first, and
-    # the dropped gradients of the prefix, when what GELU kept is free again.
     feed_forward = tokens * (model.ffn_dim + model.dim) * width
     attention = tokens * model.dim * (6 * width + 4) + 2 * visible * frame * model.dim * width - tokens * model.ffn_dim * width
     roped = 0 if cache_policy(config).roped else model.num_layers * visible * frame * model.dim * width
@@ -284,7 +328,7 @@ def _decoder_cache(config: Config, sizes: GeneratorSizes) -> int:
     """One video's causal cache: the last two input frames of every causal convolution."""
     pixels = config.video.latent_height * config.video.latent_width
     cached = sum(2 * conv.inputs * conv.spatial**2 for conv in decoder_convolutions(sizes.vae) if conv.cached)
-    return _itemsize(config.generator.vae_dtype) * pixels * cached
+    return itemsize(config.generator.vae_dtype) * pixels * cached
 
 
 def _decoding(config: Config, sizes: GeneratorSizes) -> int:
@@ -296,10 +340,10 @@ def _largest_window(config: Config, sizes: GeneratorSizes) -> int:
     """What the hungriest causal convolution reads, for one video: two frames of history and those of the call."""
     pixels, frames = config.video.latent_height * config.video.latent_width, config.video.decode_frames
     windows = (conv.inputs * conv.spatial**2 * (2 + frames * conv.temporal) for conv in decoder_convolutions(sizes.vae) if conv.cached)
-    return _itemsize(config.generator.vae_dtype) * pixels * max(windows)
+    return itemsize(config.generator.vae_dtype) * pixels * max(windows)
 
 
-def _video(config: Config, sizes: GeneratorSizes, shape: VideoShape) -> int:
+def _video(config: Config, sizes: GeneratorSizes) -> int:
     """The frames of one video, float32."""
     pixels = config.video.latent_height * config.video.latent_width * sizes.vae.spatial_factor**2
-    return 4 * 3 * sizes.vae.pixel_frames(shape.frames) * pixels
+    return 4 * 3 * sizes.vae.pixel_frames(_shape(config, sizes).frames) * pixels

@@ -1,47 +1,70 @@
-"""The settings with which a run fits a GPU, the fastest of them, and what `--dry-run` prints of it.
+"""The settings with which a run fits a GPU, those that cost the fewest passes, and what `--dry-run` prints of it.
 
     python -m arcopo_fast.train RECIPE --dry-run        for the GPU that is here, or for 24, 40, 80 and 141 GB
 
-`footprint` counts the memory, `work` the arithmetic. Times are predictions, compared with each other only.
+`memory` counts the bytes. Seconds are not predicted: plans are compared by what they repeat, and then by the parts they cut a run into.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import accumulate, pairwise
 from math import ceil
 from typing import Callable, NamedTuple, Sequence
 
 import torch
 
-from arcopo_fast.build import cache_policy, check_fits, generator_sizes, shape_of
+from arcopo_fast.build import check_fits, generator_sizes, shape_of
 from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.judging import videos_at_once
-from arcopo_fast.model.sizes import GeneratorSizes, transformer_parameters, vae_parameters
-from arcopo_fast.planning.floor import workload_of
+from arcopo_fast.model.sizes import GeneratorSizes
+from arcopo_fast.planning.layers import transformer_parameters
 from arcopo_fast.planning.memory import CONTEXT, GB, SETTINGS, SLACK, Estimate, Settings, estimate, host_bytes, pairs_of
-from arcopo_fast.planning.work import decode, forward, steps_of, visible_frames
-from arcopo_fast.rollout.engine import VideoShape
 
 DEVICES = (24.0, 40.0, 80.0, 141.0)
 """GB of the cards that a plan is made for where none is named and none is here."""
 MISSING = 0.01
 """Share by which cards fall short of their name."""
-EQUALLY_FAST = 1.003
-"""Times that differ by less are the same to this cost model."""
+
+
+class Passes(NamedTuple):
+    """What settings make a run do more than once: for a group and its updates, or, where a run on a buffer makes videos, for an evaluation.
+
+    trips: of decoder and rewards between host and device. repeated: (anchor, step) pairs whose forward pass is done again for the gradient.
+    waves, slices, micro_batches: parts that the branches, the videos to decode and the updates are cut into.
+    """
+
+    trips: int
+    repeated: int
+    waves: int
+    slices: int
+    micro_batches: int
+
+    def cost(self, *, buffered: bool) -> tuple[int, ...]:
+        """Return what plans are ordered by: the first number that differs decides.
+
+        Moving weights costs most, then arithmetic that is repeated. Parts only make calls smaller: a wave has dozens of calls of the
+        network, a slice or a micro-batch few. A run on a buffer makes videos in its two evaluations alone, so its updates come first.
+        """
+        if buffered:
+            return self.repeated, self.micro_batches, self.trips, self.waves + self.slices
+        return self.trips, self.repeated, self.waves, self.slices + self.micro_batches
+
+
+PASSES = ("trips of decoder and rewards", "forward passes repeated", "waves of branches", "slices that are decoded", "micro-batches")
+"""What `--dry-run` calls the fields of `Passes`, in its order."""
 
 
 class Plan(NamedTuple):
-    """Settings, the memory they need, and the seconds that an H200 is predicted to take: good for comparing plans, not for more."""
+    """Settings, the memory they need, the passes they take, and the order that these give: see `Passes.cost`."""
 
     settings: Settings
     estimate: Estimate
-    seconds: float
+    passes: Passes
+    cost: tuple[int, ...]
 
 
 def plan(config: Config, sizes: GeneratorSizes, device_bytes: int, *, reward_bytes: int = 0) -> Plan:
-    """The fastest settings that fit a device of `device_bytes`; of those that are about as fast, the ones that need least memory.
+    """Return the settings with the fewest passes that fit a device of `device_bytes`; of equals, those that need least memory.
 
     Args:
         reward_bytes: see `estimate`.
@@ -49,24 +72,23 @@ def plan(config: Config, sizes: GeneratorSizes, device_bytes: int, *, reward_byt
     Raises:
         UserError: nothing fits.
     """
-    return _fastest(_plans(config, sizes, reward_bytes), device_bytes)
+    return _best(_plans(config, sizes, reward_bytes), device_bytes)
 
 
 def _plan_of(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Plan:
     """The configuration's own settings."""
-    needs = estimate(config, sizes, reward_bytes=reward_bytes)
-    return Plan(Settings.of(config), needs, seconds(config, sizes, reward_bytes=reward_bytes))
+    needs, taken = estimate(config, sizes, reward_bytes=reward_bytes), passes(config, sizes)
+    return Plan(Settings.of(config), needs, taken, taken.cost(buffered=config.train.buffer is not None))
 
 
 def _plans(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> list[Plan]:
     return [_plan_of(settings.apply(config), sizes, reward_bytes) for settings in Settings.choices(config)]
 
 
-def _fastest(plans: Sequence[Plan], device_bytes: int) -> Plan:
+def _best(plans: Sequence[Plan], device_bytes: int) -> Plan:
     fitting = [each for each in plans if each.estimate.peak <= device_bytes * (1 - MISSING)]
     if fitting:
-        limit = EQUALLY_FAST * min(each.seconds for each in fitting)
-        return min((each for each in fitting if each.seconds <= limit), key=lambda each: (each.estimate.peak, each.seconds))
+        return min(fitting, key=lambda each: (each.cost, each.estimate.peak))
     least = min(plans, key=lambda each: each.estimate.peak).estimate
     passing = {name for names in least.stages.values() for name in names} - set(least.stages[least.peak_stage])
     largest = max((name for name in least.components if name not in passing), key=least.components.__getitem__)
@@ -77,101 +99,21 @@ def _fastest(plans: Sequence[Plan], device_bytes: int) -> Plan:
     )
 
 
-# Time ------------------------------------------------------------------------------------------------------------------------------
-# Rates of an H200, operations a second by bytes of an element. Published or estimated, none measured with this code.
-
-MATMUL = {2: 788e12, 4: 50e12}
-ATTENTION = {2: 600e12, 4: 40e12}
-DECODER = {2: 220e12, 4: 40e12}
-FILL = ((1, 0.87), (2, 0.96), (4, 0.96), (12, 0.998))
-"""Share of the matmul rate that a batch of so many chunks reaches; between them a straight line."""
-LAUNCH = 5e-6
-BLOCK_LAUNCHES, DECODER_LAUNCHES = 45, 400
-"""Kernels of a transformer block and of a decoder call. Where the arithmetic is shorter, launching them is the time."""
-HOST_LINK = 6e9
-"""Bytes a second between the host's memory, not pinned, and the device's."""
-
-
-def seconds(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) -> float:
-    """The predicted time of an iteration on an H200, judging not counted; the mean over the pivots that the recipe allows.
-
-    In a run on a buffer the evaluations weigh: each iteration bears its share of them.
-
-    Args:
-        reward_bytes: see `estimate`; they move when decoder and rewards take turns.
-    """
-    workload, settings = workload_of(config, config.name, sizes.transformer, sizes.vae), Settings.of(config)
-    shape, updates, buffered = workload.shape, config.objective.updates, config.train.buffer is not None
-    width, vae_width = workload.dtype.itemsize, getattr(torch, config.generator.vae_dtype).itemsize
-    launches = sizes.transformer.num_layers * BLOCK_LAUNCHES * LAUNCH
-    batches, one = _parts(pairs_of(config), settings.micro_batch), Counter([1])
-    work = [forward(workload, frames, visible_frames(workload, chunk)) for chunk, frames in enumerate(shape.chunk_frames)]
-    reencoded = _reencoded(config, shape)
-    swap = 2 * (vae_width * vae_parameters(sizes.vae) + reward_bytes) / HOST_LINK if settings.offload else 0.0  # there and back
-
-    def network(chunk: int, parts: Counter[int], passes: tuple[int, int, int] = (1, 1, 1)) -> float:
-        """Batches of one chunk through the network, each kind of operation `passes` times a forward pass's."""
-        total, kinds = 0.0, (work[chunk].linear, work[chunk].lora, work[chunk].self_attention + work[chunk].cross_attention)
-        for batch, count in parts.items():
-            rates = MATMUL[width] * _fill(batch), MATMUL[width], ATTENTION[width]
-            arithmetic = batch * sum(times * part / rate for times, part, rate in zip(passes, kinds, rates))
-            total += count * max(passes[0] * launches, arithmetic)
-        return total
-
-    def decoder(first: int, last: int, parts: Counter[int]) -> float:
-        """Batches of latent frames [first, last) through the decoder."""
-        once = decode(sizes.vae, shape.height, shape.width, last - first, start=not first).vae / DECODER[vae_width]
-        calls = ceil((last - first) / config.video.decode_frames)
-        return sum(count * max(batch * once, calls * DECODER_LAUNCHES * LAUNCH) for batch, count in parts.items())
-
-    def videos(pivot: int, count: int, waves: Counter[int], slices: Counter[int]) -> float:
-        """Make and decode `count` videos that share what comes before the pivot."""
-        total, prefix = 0.0, sum(shape.chunk_frames[:pivot])
-        for chunk in range(shape.chunks):
-            clean = chunk < shape.chunks - 1
-            total += (steps_of(workload, chunk) + clean) * network(chunk, waves if chunk >= pivot else one)
-        total += decoder(0, reencoded[pivot], one) + decoder(reencoded[pivot], reencoded[-1], Counter({1: count}))
-        return total + decoder(0, prefix, one) + decoder(prefix, shape.frames, slices) + swap * sum(slices.values())
-
-    def group(pivot: int) -> float:
-        if buffered:
-            return sum(network(chunk, one) for chunk in range(pivot)) + decoder(0, reencoded[pivot], one)
-        size = config.rollout.group_size
-        return videos(pivot, size, _parts(size, settings.branches_per_wave), _parts(size, settings.decode_branches))
-
-    def update(pivot: int) -> float:
-        # Backward: frozen layers once more, adapters twice, attention 2.5 times at 5/6 of its rate; a checkpointed forward once more.
-        again, old = int(settings.checkpoint), updates if buffered else updates - 1
-        return updates * network(pivot, batches, (2 + again, 3 + again, 4 + again)) + old * network(pivot, batches)
-
-    def evaluation() -> float:
-        count, at_once = config.evaluation.prompts * config.evaluation.videos_per_prompt, videos_at_once(config, shape)
-        return videos(0, count, _parts(count, at_once), _parts(count, min(at_once, settings.decode_branches)))
-
-    pivots = [config.rollout.pivot - 1] if isinstance(config.rollout.pivot, int) else range(shape.chunks)
-    total = config.rollout.prompts_per_iteration * sum(group(pivot) + update(pivot) for pivot in pivots) / len(pivots)
-    return total + (2 * evaluation() / config.train.iterations if buffered else 0.0)
-
-
-def _reencoded(config: Config, shape: VideoShape) -> list[int]:
-    """Latent frames of a video that are decoded before each chunk, for the sake of its context, those before earlier chunks included."""
-    policy, starts = cache_policy(config), accumulate(shape.chunk_frames[:-1], initial=0)
-    if not policy.reencoded or policy.window is None:
-        return [0] * shape.chunks
-    context = policy.context_frames(max(shape.chunk_frames))
-    return [start - context + 1 if start >= policy.window else 0 for start in starts]
-
-
-def _parts(whole: int, size: int) -> Counter[int]:
-    """Sizes of the parts, and how many there are of each."""
-    return Counter(min(size, whole - done) for done in range(0, whole, size))
-
-
-def _fill(batch: int) -> float:
-    for (fewer, low), (more, high) in pairwise(FILL):
-        if batch <= more:
-            return low + (high - low) * (batch - fewer) / (more - fewer)
-    return FILL[-1][1]
+def passes(config: Config, sizes: GeneratorSizes) -> Passes:
+    """Count how often a recipe does what memory for everything at once would let it do once."""
+    settings, shape, updates = Settings.of(config), shape_of(config, sizes.transformer.in_channels), config.objective.updates
+    videos, wave, finished = config.rollout.group_size, settings.branches_per_wave, config.rollout.group_size
+    if config.train.buffer is not None:
+        videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
+        wave = finished = videos_at_once(config, shape)
+    slices = ceil(videos / min(finished, settings.decode_branches))
+    return Passes(
+        trips=slices if settings.offload else 0,
+        repeated=updates * pairs_of(config) if settings.checkpoint else 0,
+        waves=ceil(videos / wave),
+        slices=slices,
+        micro_batches=updates * ceil(pairs_of(config) / settings.micro_batch),
+    )
 
 
 # The table -------------------------------------------------------------------------------------------------------------------------
@@ -193,7 +135,7 @@ def dry_run(config: Config, devices: Sequence[float] = (), *, reward_bytes: int 
     for device in devices or DEVICES:
         name = f"{device:.3g} GB"
         try:
-            columns[name] = _fastest(plans, int(device * GB))
+            columns[name] = _best(plans, int(device * GB))
         except UserError as error:
             columns[name] = str(error)
     return "\n".join([*_heading(config, sizes), "", *_table(columns), "", *_advice(columns)])
@@ -218,7 +160,7 @@ def _heading(config: Config, sizes: GeneratorSizes) -> list[str]:
     lines = [
         f"{config.name}: {size} parameters in {config.generator.dtype}; {sizes.vae.pixel_frames(shape.frames)} frames of {pixels}; "
         f"groups of {config.rollout.group_size}",
-        "Nothing is started. Predicted, for the recipe as it stands and for the fastest settings that fit each device:",
+        "Nothing is started. Predicted memory, of the recipe as it stands and of the settings with the fewest passes that fit each device:",
     ]
     if config.train.buffer is not None:
         group, run = (_gigabytes(size) for size in host_bytes(config, sizes))
@@ -229,7 +171,6 @@ def _heading(config: Config, sizes: GeneratorSizes) -> list[str]:
 def _table(columns: dict[str, Plan | str]) -> list[str]:
     plans = [each if isinstance(each, Plan) else None for each in columns.values()]
     known = [each for each in plans if each is not None]
-    fastest = min(each.seconds for each in known)
 
     def row(label: str, cell: Callable[[Plan], str]) -> str:
         return f"{label:34}" + "".join(f"{'-' if each is None else cell(each):>14}" for each in plans)
@@ -237,7 +178,10 @@ def _table(columns: dict[str, Plan | str]) -> list[str]:
     lines = [f"{'':34}" + "".join(f"{name:>14}" for name in columns)]
     for index, key in enumerate(SETTINGS):
         lines.append(row(key, lambda each: str(each.settings[index]).lower()))  # noqa: B023, called at once
-    lines += [row("predicted time of an iteration", lambda each: f"{each.seconds / fastest:.2f}x"), "", "GB, at the worst pivot"]
+    lines += ["", "Passes, each over a part of the work"]
+    for index, name in enumerate(PASSES):
+        lines.append(row(f"  {name}", lambda each: str(each.passes[index])))  # noqa: B023
+    lines += ["", "GB, at the worst pivot"]
     for name in known[0].estimate.components:
         lines.append(row(f"  {name}", lambda each: _gigabytes(each.estimate.components[name])))  # noqa: B023
     lines += ["", f"GB of the device by stage, with {SLACK:.0%} for the allocator and {CONTEXT / GB:.1f} for CUDA"]

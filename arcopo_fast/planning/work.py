@@ -11,68 +11,17 @@ written once. Those of the VAE and the rewards are not counted, so their floor i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from arcopo_fast.model.lora import BLOCK_TARGETS
-from arcopo_fast.model.sizes import CausalWanConfig, Linear, VAESizes, block_linears, decoder_convolutions
-from arcopo_fast.objectives.copo import CopoSettings
-from arcopo_fast.rollout.cache import CachePolicy
-from arcopo_fast.rollout.engine import SamplerSettings, VideoShape
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One iteration: sizes and settings, of the engine and of the reference path alike."""
-
-    name: str
-    model: CausalWanConfig
-    shape: VideoShape
-    sampler: SamplerSettings
-    policy: CachePolicy = CachePolicy()
-    group_size: int = 12
-    noise_strength: float = 0.5
-    copo: CopoSettings = CopoSettings()
-    lora_rank: int = 64
-    lora_alpha: float = 128
-    lora_targets: tuple[str, ...] = BLOCK_TARGETS
-    lr: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
-    gradient_clip: float | None = 1.0
-    advantage_std_floor: float = 0.0
-    dtype: torch.dtype = torch.float32
-    branches_per_wave: int | None = None
-    decode_branches: int | None = None
-    decode_frames: int = 1
-    vae: VAESizes | None = field(default_factory=VAESizes)
-
-    @property
-    def frame_tokens(self) -> int:
-        return self.model.tokens_per_frame(self.shape.height, self.shape.width)
-
-    @property
-    def video_tokens(self) -> int:
-        """Of the finished videos of a group."""
-        return self.group_size * self.shape.frames * self.frame_tokens
-
-    @property
-    def adapted(self) -> dict[str, Linear]:
-        """The linear layers of a block that have an adapter, by name. Targets outside of the blocks, small layers, are left out."""
-        linears = block_linears(self.model).items()
-        return {name: linear for name, linear in linears if any(f".{name}".endswith(f".{target}") for target in self.lora_targets)}
-
-    @property
-    def middle(self) -> int:
-        """The pivot in the middle, counted from 0."""
-        return self.shape.chunks // 2
-
-    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-        return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+from arcopo_fast.build import cache_policy, shape_of
+from arcopo_fast.config.schema import Config
+from arcopo_fast.model.sizes import CausalWanConfig, VAESizes
+from arcopo_fast.planning.ceilings import Ceilings
+from arcopo_fast.planning.layers import Linear, block_linears, decoder_convolutions
 
 
 @dataclass(frozen=True)
@@ -118,57 +67,58 @@ ADAMW_PASSES = 7
 """Parameter, gradient and both moments read; parameter and moments written."""
 
 
-def forward(workload: Workload, frames: int, visible: int, *, store_only: Literal["", "early", "whole"] = "") -> Work:
-    """One chunk of `frames` frames of one video through the network, `visible` frames in sight, itself included.
+def forward(config: Config, model: CausalWanConfig, frames: int, visible: int, *, store_only: bool = False) -> Work:
+    """Count one chunk of `frames` frames of one video through the network, `visible` frames in sight, itself included.
 
-    store_only: a clean pass; "early" ends with the last block's keys and values, "whole" is a full forward.
+    A linear layer takes 2 x inputs x outputs for each token, attention 2 x keys x dim for the scores and as much for the values.
+
+    Args:
+        store_only: a clean pass, which ends with the last block's keys and values.
     """
-    config, adapted = workload.model, workload.adapted
-    dim, inner, layers = config.dim, config.ffn_dim, config.num_layers
-    tokens, keys = frames * workload.frame_tokens, visible * workload.frame_tokens
-    patch = config.in_channels * config.patch_size[1] * config.patch_size[2]
-    head = config.out_channels * config.patch_size[1] * config.patch_size[2]
-    early = store_only == "early"
-    blocks = layers - 1 if early else layers
+    adapted = adapted_linears(config, model)
+    dim, inner, layers = model.dim, model.ffn_dim, model.num_layers
+    tokens, keys = frames * frame_tokens(config, model), visible * frame_tokens(config, model)
+    patch, head = (channels * model.patch_size[1] * model.patch_size[2] for channels in (model.in_channels, model.out_channels))
+    blocks = layers - 1 if store_only else layers
     linear = 2 * tokens * (patch * dim + blocks * (6 * dim**2 + 2 * dim * inner))
-    linear += 2 * (config.freq_dim * dim + dim**2 + 6 * dim**2)  # the timestep: one row
-    lora = 2 * tokens * blocks * _adapters(workload, (layer for layer in adapted.values() if not layer.of_text))
-    if early:  # the last block's keys and values
+    linear += 2 * (model.freq_dim * dim + dim**2 + 6 * dim**2)  # the timestep: one row
+    lora = 2 * tokens * blocks * _adapters(config, (layer for layer in adapted.values() if not layer.of_text))
+    if store_only:  # the last block's keys and values
         linear += 2 * tokens * 2 * dim**2
-        lora += 2 * tokens * _adapters(workload, (adapted[name] for name in ("attn1.to_k", "attn1.to_v") if name in adapted))
+        lora += 2 * tokens * _adapters(config, (adapted[name] for name in ("attn1.to_k", "attn1.to_v") if name in adapted))
     else:
         linear += 2 * tokens * dim * head
     return Work(
         linear=linear,
         self_attention=4 * tokens * keys * dim * blocks,
-        cross_attention=4 * tokens * config.text_len * dim * blocks,
+        cross_attention=4 * tokens * model.text_len * dim * blocks,
         lora=lora,
-        traffic=BLOCK_PASSES * tokens * dim * blocks * workload.dtype.itemsize,
+        traffic=BLOCK_PASSES * tokens * dim * blocks * itemsize(config.generator.dtype),
     )
 
 
-def text(workload: Workload, *, backward: bool = False) -> Work:
-    """The prompt's embedder and every block's keys and values of it; with `backward`, and the gradient of their adapters."""
-    config, dim = workload.model, workload.model.dim
-    linear = 2 * config.text_len * (config.text_dim * dim + dim**2 + config.num_layers * 2 * dim**2)
-    of_text = (layer for layer in workload.adapted.values() if layer.of_text)
-    lora = 2 * config.text_len * config.num_layers * _adapters(workload, of_text)
+def text(config: Config, model: CausalWanConfig, *, backward: bool = False) -> Work:
+    """Count the prompt's embedder and every block's keys and values of it; with `backward`, also the gradient of their adapters."""
+    dim = model.dim
+    linear = 2 * model.text_len * (model.text_dim * dim + dim**2 + model.num_layers * 2 * dim**2)
+    of_text = (layer for layer in adapted_linears(config, model).values() if layer.of_text)
+    lora = 2 * model.text_len * model.num_layers * _adapters(config, of_text)
     # The embedding that goes in gets no gradient: of an adapter B A x those of A and B and of A x, 3 products of 4.
     return Work(linear=linear, lora=lora * (1 + 1.5 * backward))
 
 
-def replay(workload: Workload, frames: int, visible: int, backward: AttentionBackward = NEEDED) -> Work:
-    """One (anchor, step) pair forward and backward, without its prompt.
+def replay(config: Config, model: CausalWanConfig, frames: int, visible: int, backward: AttentionBackward = NEEDED) -> Work:
+    """Count one (anchor, step) pair forward and backward, without its prompt.
 
     Frozen weights get no gradient, so a linear layer's backward is one product; what needs none either is the input of the first block's
     queries, keys and values, and of the patch embedding.
     """
-    config, dim, tokens = workload.model, workload.model.dim, frames * workload.frame_tokens
-    once = forward(workload, frames, visible)
-    patch = config.in_channels * config.patch_size[1] * config.patch_size[2]
-    unneeded = 2 * tokens * (patch * dim + 3 * dim**2) + 2 * (config.freq_dim * dim + dim**2 + 6 * dim**2)
+    dim, tokens = model.dim, frames * frame_tokens(config, model)
+    once = forward(config, model, frames, visible)
+    patch = model.in_channels * model.patch_size[1] * model.patch_size[2]
+    unneeded = 2 * tokens * (patch * dim + 3 * dim**2) + 2 * (model.freq_dim * dim + dim**2 + 6 * dim**2)
     own = frames / visible
-    first = workload.lora_rank * sum(layer.inputs for layer in workload.adapted.values() if layer.source == "norm1")
+    first = config.lora.rank * sum(layer.inputs for layer in adapted_linears(config, model).values() if layer.source == "norm1")
     return Work(
         linear=2 * once.linear - unneeded,
         self_attention=once.self_attention * (1 + own * backward.trained + (1 - own) * backward.frozen),
@@ -178,16 +128,15 @@ def replay(workload: Workload, frames: int, visible: int, backward: AttentionBac
     )
 
 
-def visible_frames(workload: Workload, chunk: int) -> int:
-    """Frames in sight of a chunk, itself included."""
-    until = sum(workload.shape.chunk_frames[: chunk + 1])
-    return min(until, workload.policy.window or until)
+def visible_frames(config: Config, model: CausalWanConfig, chunk: int) -> int:
+    """Return how many frames a chunk sees, itself included."""
+    until = sum(shape_of(config, model.in_channels).chunk_frames[: chunk + 1])
+    return min(until, config.cache.window or until)
 
 
-def steps_of(workload: Workload, chunk: int) -> int:
-    """T of a chunk."""
-    first = workload.sampler.first_chunk_steps
-    return len(first) if chunk == 0 and first is not None else len(workload.sampler.steps)
+def steps_of(config: Config, chunk: int) -> int:
+    """Return T of a chunk."""
+    return len(config.sampler.first_chunk_steps or config.sampler.steps) if chunk == 0 else len(config.sampler.steps)
 
 
 def decode(sizes: VAESizes, height: int, width: int, frames: int, *, start: bool = True) -> Work:
@@ -208,44 +157,77 @@ def _decode_frame(sizes: VAESizes, height: int, width: int, first: bool) -> floa
     return flops
 
 
-def iteration(workload: Workload, pivot: int) -> dict[str, Work]:
-    """The work of each stage that has any; `pivot` counts from 0."""
-    shape, copo, group = workload.shape, workload.copo, workload.group_size
+def iteration(config: Config, model: CausalWanConfig, vae: VAESizes | None, pivot: int) -> dict[str, Work]:
+    """Count the work of a group of AR-CoPO on its own rollouts, by stage; `pivot` counts from 0, without a `vae` nothing is decoded."""
+    shape, objective, group = shape_of(config, model.in_channels), config.objective, config.rollout.group_size
 
     def chunks(first: int, last: int, clean: bool) -> Work:
-        """Denoising, or the clean passes, of chunks [first, last) of one video."""
+        """Count denoising, or the clean passes, of chunks [first, last) of one video."""
         total = Work()
         for chunk in range(first, last):
-            frames, visible = shape.chunk_frames[chunk], visible_frames(workload, chunk)
-            once = forward(workload, frames, visible, store_only="early" if clean else "")
-            total += once * (1 if clean else steps_of(workload, chunk))
+            once = forward(config, model, shape.chunk_frames[chunk], visible_frames(config, model, chunk), store_only=clean)
+            total += once * (1 if clean else steps_of(config, chunk))
         return total
 
     last = shape.chunks - 1
-    frames, visible = shape.chunk_frames[pivot], visible_frames(workload, pivot)
-    items = min(copo.largest_update, group) * steps_of(workload, pivot)
-    prompts = -(-items // (copo.micro_batch or items))  # the prompt is encoded once for each micro-batch
-    train = replay(workload, frames, visible) * items + text(workload, backward=True) * prompts
-    old = forward(workload, frames, visible) * items + text(workload) * prompts
-    parameters = lora_parameters(workload)
+    frames, visible = shape.chunk_frames[pivot], visible_frames(config, model, pivot)
+    items = min(objective.largest_update, group) * steps_of(config, pivot)
+    prompts = -(-items // (objective.micro_batch or items))  # the prompt is encoded once for each micro-batch
+    train = replay(config, model, frames, visible) * items + text(config, model, backward=True) * prompts
+    old = forward(config, model, frames, visible) * items + text(config, model) * prompts
     stages = {
         "prefix": chunks(0, pivot, False) + chunks(0, pivot, True),
         "denoise": chunks(pivot, shape.chunks, False) * group,
         "clean": chunks(pivot, last, True) * group,
-        "replay": train * copo.updates + old * (copo.updates - 1),
-        "optimiser": Work(traffic=ADAMW_PASSES * 4 * parameters) * copo.updates,
+        "replay": train * objective.updates + old * (objective.updates - 1),
+        "optimiser": Work(traffic=ADAMW_PASSES * 4 * lora_parameters(config, model)) * objective.updates,
     }
-    if workload.vae is not None:
+    if vae is not None:
         before = sum(shape.chunk_frames[:pivot])
-        own = decode(workload.vae, shape.height, shape.width, shape.frames - before, start=not pivot)
-        stages["decode"] = decode(workload.vae, shape.height, shape.width, before) + own * group
+        own = decode(vae, shape.height, shape.width, shape.frames - before, start=not pivot)
+        stages["decode"] = decode(vae, shape.height, shape.width, before) + own * group
     return {name: work for name, work in stages.items() if work != Work()}
 
 
-def lora_parameters(workload: Workload) -> int:
-    return workload.model.num_layers * _adapters(workload, workload.adapted.values())
+def floors(config: Config, model: CausalWanConfig, vae: VAESizes, ceilings: Ceilings) -> dict[int, dict[str, float]]:
+    """Return the seconds below which no stage of a recipe's iteration gets on a device, by pivot, from 1: empty where nothing is counted.
+
+    Counted are iterations of AR-CoPO on its own rollouts, each frame cached once. Matrix products and convolutions at the ceiling of a
+    large matrix product, then the passes between them at that of a copy; rewards are not counted.
+    """
+    if config.objective.kind != "copo" or config.train.buffer is not None or cache_policy(config).recomputed:
+        return {}
+    return {
+        pivot + 1: {
+            stage: config.rollout.prompts_per_iteration * ceilings.seconds(work.flops, work.traffic)
+            for stage, work in iteration(config, model, vae, pivot).items()
+        }
+        for pivot in range(config.video.count)
+    }
 
 
-def _adapters(workload: Workload, layers: Iterable[Linear]) -> int:
+def adapted_linears(config: Config, model: CausalWanConfig) -> dict[str, Linear]:
+    """Return the linear layers of a block that have an adapter, by name. Targets outside of the blocks, small layers, are left out."""
+    linears, targets = block_linears(model).items(), config.lora.targets
+    return {name: linear for name, linear in linears if any(f".{name}".endswith(f".{target}") for target in targets)}
+
+
+def lora_parameters(config: Config, model: CausalWanConfig) -> int:
+    """Return how many parameters the adapters of all blocks have."""
+    return model.num_layers * _adapters(config, adapted_linears(config, model).values())
+
+
+def _adapters(config: Config, layers: Iterable[Linear]) -> int:
     """Parameters of the adapters of some layers; a row that goes through them takes one multiplication and one addition for each."""
-    return workload.lora_rank * sum(layer.inputs + layer.outputs for layer in layers)
+    return config.lora.rank * sum(layer.inputs + layer.outputs for layer in layers)
+
+
+def frame_tokens(config: Config, model: CausalWanConfig) -> int:
+    """Return the tokens of a latent frame."""
+    return model.tokens_per_frame(config.video.latent_height, config.video.latent_width)
+
+
+def itemsize(dtype: str) -> int:
+    """Return the bytes of an element of a recipe's dtype."""
+    size: int = getattr(torch, dtype).itemsize
+    return size

@@ -43,35 +43,13 @@ class Published(NamedTuple):
 
 
 FILES = {
-    "Wan-AI/Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth": Published(
-        11_361_920_418, "7cace0da2b446bbbbc57d031ab6cf163a3d59b366da94e5afe36745b746fd81d"
-    ),
-    "Wan-AI/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth": Published(507_609_880, "38071ab59bd94681c686fa51d75a1968f64e470262043be31f7a094e442fd981"),
-    "Wan-AI/Wan2.1-T2V-1.3B/google/umt5-xxl/tokenizer.json": Published(
-        16_837_417, "6e197b4d3dbd71da14b4eb255f4fa91c9c1f2068b20a2de2472967ca3d22602b"
-    ),
-    "gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt": Published(5_680_000_000),
-    "zhuhz22/Causal-Forcing/chunkwise/causal_forcing.pt": Published(
-        5_676_282_643, "cf75ee5cc6f4e2e336c59c973f5544655d8f0aa481761efe6de1b9cb2eb0cd9d"
-    ),
-    "zhuhz22/Causal-Forcing/framewise/causal_forcing.pt": Published(
-        5_676_220_819, "70cae8c3b0b7191fa9840b4f6fe8655ba0cf5c6520c87ba85a46b861c3735cd3"
-    ),
-    "zhuhz22/Causal-Forcing/causal-forcing++/framewise-2step.pt": Published(
-        5_676_220_819, "8f899a016dffb9539788fac82c6200e43ef6e23b6e61ec6b885bb507a760ce42"
-    ),
-    "zhuhz22/Causal-Forcing/causal-forcing++/framewise-1step.pt": Published(
-        5_676_220_819, "bdb1b475fc88d528f510158a0990cd457f02c661b527ceb11ca9e4728533e2d0"
-    ),
-    "Efficient-Large-Model/LongLive-1.3B/models/longlive_base.pt": Published(5_680_000_000),
-    "Efficient-Large-Model/LongLive-1.3B/models/lora.pt": Published(1_400_000_000),
-    "krea/krea-realtime-video/krea-realtime-video-14b.safetensors": Published(28_600_000_000),
     "KlingTeam/VideoReward/checkpoint-11352/model.pth": Published(
         5_031_072_529, "48375908e6112de9f0248402db156a23b480709a6960b091c598c6f4c88d21b9"
     ),
     "MizzenAI/HPSv3/HPSv3.safetensors": Published(16_500_000_000),
 }
-"""Large files that recipes and rewards name, as published. Where the SHA-256 is known, a copy of another size is not whole."""
+"""Large files by owner/name/path, as published: the rewards', to which `model.families` adds the generators'. Where the SHA-256 is known, a
+copy of another size is not whole."""
 
 
 _REFERENCE = r"refs/(?:pr/[0-9]+|convert/[\w.-]+)"  # revisions of Hugging Face that are written with their slashes

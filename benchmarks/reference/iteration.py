@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arcopo_fast.build import shape_of
+from arcopo_fast.config.schema import Config
 from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.planning.work import Workload
+from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.noise import KeyedNoise, generator
 from arcopo_fast.rollout.sampler import Steps
@@ -29,18 +31,28 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
 
-def _check_supported(workload: Workload) -> None:
-    """This path writes one algorithm, not every option of it.
+def _supported(config: Config) -> CopoSettings:
+    """Return the recipe's objective: this path writes one algorithm, not every option of it.
 
     Raises:
         ValueError: a setting that it has not.
     """
+    objective = config.objective
+    if not isinstance(objective, CopoSettings):
+        raise ValueError(f"the reference path has objective.kind 'copo' only; got {objective.kind!r}")
     needed = {"distance": "consistency", "distance_reduction": "mean", "steps": "all", "skip_last_step": False, "context": "rollout"}
     for name, value in needed.items():
-        if (given := getattr(workload.copo, name)) != value:
+        if (given := getattr(objective, name)) != value:
             raise ValueError(f"the reference path has objective.{name} {value!r} only; got {given!r}")
-    if workload.copo.tau == "auto" or workload.sampler.kind != "consistency" or workload.policy.variant != "self_forcing":
+    if objective.tau == "auto" or config.sampler.kind != "consistency" or config.cache.variant != "self_forcing":
         raise ValueError("the reference path has a fixed tau, the consistency sampler and the self_forcing cache only")
+    return objective
+
+
+def adamw(config: Config, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    """Return the recipe's optimizer, with PyTorch's eps."""
+    settings = config.optimizer
+    return torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
 
 
 @dataclass
@@ -63,35 +75,33 @@ class Result:
 
 
 class Reference:
-    """Runs the iteration of a workload on a model with LoRA adapters.
+    """Runs the iteration of a recipe on a model with LoRA adapters.
 
     Args:
         vae: diffusers' own, or None: nothing is decoded and judged, and advantages must be given.
-        rewards, weights: the weighted sum of these rewards is what advantages are made of.
+        rewards: their sum, weighted as in the recipe, is what advantages are made of.
         mp4: frames reach the rewards through an H.264 file in memory, as where rewards read video files.
     """
 
     def __init__(
         self,
-        workload: Workload,
+        config: Config,
         model: CausalWan,
         vae: AutoencoderKLWan | None = None,
         rewards: Mapping[str, Reward] | None = None,
-        weights: Mapping[str, float] | None = None,
         *,
         mp4: bool = False,
     ) -> None:
-        _check_supported(workload)
-        self.workload = workload
+        self.config, self.objective = config, _supported(config)
         self.wan = ReferenceWan(model)
         self.vae = vae
-        self.rewards, self.weights = dict(rewards or {}), dict(weights or {})
+        self.rewards = dict(rewards or {})
         self.mp4 = mp4
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = workload.optimizer(self.parameters)
-        shape, policy = workload.shape, workload.policy
-        tokens = model.config.tokens_per_frame(shape.height, shape.width)
-        self.cache = DenseCache(model, shape.frames, tokens, policy.window, policy.sink)
+        self.optimizer = adamw(config, self.parameters)
+        self.shape = shape_of(config, model.config.in_channels)
+        tokens = model.config.tokens_per_frame(self.shape.height, self.shape.width)
+        self.cache = DenseCache(model, self.shape.frames, tokens, config.cache.window, config.cache.sink)
 
     def iteration(
         self, text: Tensor, prompt: str, noise: KeyedNoise, pivot: int, *, advantages: Tensor | None = None, branches: int | None = None
@@ -117,7 +127,7 @@ class Reference:
     @torch.no_grad()
     def rollout(self, text: Tensor, noise: KeyedNoise, pivot: int, branches: int | None = None) -> Candidates:
         """The group's videos, one after the other."""
-        size = self.workload.group_size
+        size = self.config.rollout.group_size
         measured = branches or size
         draws = self.draw(noise, pivot)
         videos = [self.video(text, draws, pivot, branch) for branch in range(measured)]
@@ -127,11 +137,11 @@ class Reference:
 
     def draw(self, noise: KeyedNoise, pivot: int) -> tuple[list[Tensor], list[list[Tensor]], Tensor]:
         """All noise of the iteration, on the device: each chunk's initial noise and re-noise, the pivot's initial noise of each branch."""
-        workload, device = self.workload, self.wan.model.device
-        chunks = range(workload.shape.chunks)
+        settings, device = self.config.rollout, self.wan.model.device
+        chunks = range(self.shape.chunks)
         initial = [noise.initial(chunk).to(device) for chunk in chunks]
         renoise = [[noise.renoise(chunk, step).to(device) for step in range(len(self.steps_of(chunk)) - 1)] for chunk in chunks]
-        return initial, renoise, noise.neighbours(pivot, workload.group_size, workload.noise_strength).to(device)
+        return initial, renoise, noise.neighbours(pivot, settings.group_size, settings.noise_strength).to(device)
 
     def video(
         self, text: Tensor, draws: tuple[list[Tensor], list[list[Tensor]], Tensor], pivot: int, branch: int
@@ -142,7 +152,7 @@ class Reference:
         latents: list[Tensor] = []
         kept: tuple[list[Tensor], list[Tensor]] = ([], [])
         frame = 0
-        for chunk in range(self.workload.shape.chunks):
+        for chunk in range(self.shape.chunks):
             x = neighbours[branch : branch + 1] if chunk == pivot else initial[chunk]
             steps = self.steps_of(chunk)
             with stage("prefix" if chunk < pivot else "denoise"):
@@ -154,7 +164,7 @@ class Reference:
                     if step + 1 < len(steps):
                         x = renoised(clean, renoise[chunk][step], steps.sigmas[step + 1])
             with stage("prefix" if chunk < pivot else "clean"):
-                self.wan(clean, self.workload.sampler.context_noise, text_cache, self.cache, frame, write=True)
+                self.wan(clean, self.config.sampler.context_noise, text_cache, self.cache, frame, write=True)
             latents.append(clean)
             frame += clean.shape[1]
         return torch.stack(kept[0]), torch.stack(kept[1]), torch.cat(latents, dim=1)
@@ -166,7 +176,7 @@ class Reference:
         return clean.to(torch.promote_types(flow.dtype, torch.float32))
 
     def steps_of(self, chunk: int) -> Steps:
-        sampler = self.workload.sampler
+        sampler = self.config.sampler
         listed = sampler.first_chunk_steps if chunk == 0 and sampler.first_chunk_steps is not None else sampler.steps
         return Steps.from_schedule(Schedule(sampler.shift), listed, warp=sampler.warp)
 
@@ -197,14 +207,14 @@ class Reference:
 
     def advantages(self, rewards: Mapping[str, Tensor]) -> Tensor:
         """(r - mean r) / std r of the weighted sum, [G] float64."""
-        total = torch.stack([self.weights[name] * values.double() for name, values in rewards.items()]).sum(dim=0)
-        return (total - total.mean()) / total.std(correction=0).clamp_min(self.workload.advantage_std_floor)
+        total = torch.stack([self.config.rewards[name] * values.double() for name, values in rewards.items()]).sum(dim=0)
+        return (total - total.mean()) / total.std(correction=0).clamp_min(self.objective.advantage_std_floor)
 
     # Update
 
     def update(self, candidates: Candidates, advantages: Tensor, text: Tensor, noise: KeyedNoise, pivot: int) -> dict[str, float]:
         """All policy updates. The cache still holds the frames before the pivot, which are the same for every branch."""
-        settings = self.workload.copo
+        settings = self.objective
         items = [list(self.items(noise, pivot, update)) for update in range(settings.updates)]
         statistics: dict[str, list[float]] = {}
         with stage("replay"), torch.no_grad():  # predictions of later updates' anchors by the policy of the rollout
@@ -223,7 +233,7 @@ class Reference:
                     ratios.append(ratio)
             with stage("optimiser"):
                 norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-                factor = min(1.0, (self.workload.gradient_clip or math.inf) / norm.item())
+                factor = min(1.0, (self.config.optimizer.gradient_clip or math.inf) / norm.item())
                 for parameter in self.parameters:
                     if parameter.grad is not None and factor < 1:
                         parameter.grad *= factor
@@ -237,14 +247,14 @@ class Reference:
     def items(self, noise: KeyedNoise, pivot: int, update: int) -> Iterator[tuple[int, int]]:
         """(step, anchor) pairs of an update: anchors without replacement, each at every step."""
         random = generator(noise.seed, noise.iteration, noise.group, "anchors", update)
-        size = self.workload.group_size
-        for anchor in random.choice(size, size=min(self.workload.copo.anchors_per_update, size), replace=False).tolist():
+        size = self.config.rollout.group_size
+        for anchor in random.choice(size, size=min(self.objective.anchors_per_update, size), replace=False).tolist():
             for step in range(len(self.steps_of(pivot))):
                 yield step, anchor
 
     def replay(self, candidates: Candidates, text: Tensor, pivot: int, step: int, anchor: int) -> Tensor:
         """The present weights' prediction [1, F, C, h, w] from an anchor's stored input; gradient stays in the chunk."""
-        frame = sum(self.workload.shape.chunk_frames[:pivot])
+        frame = sum(self.shape.chunk_frames[:pivot])
         x = candidates.inputs[step, anchor].unsqueeze(0)
         return self.predict(x, self.steps_of(pivot), step, self.wan.encode_text(text), frame, write=False)
 

@@ -3,47 +3,39 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 from arcopo_kernels.testing import error_ratio
-from support.models import SAMPLER, random_text, small_config, small_model
+from support.models import random_text, small_model
 from torch import Tensor
 
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora
-from arcopo_fast.objectives.copo import CopoSettings
-from arcopo_fast.planning.work import Workload
-from arcopo_fast.rollout.cache import CachePolicy
-from arcopo_fast.rollout.engine import VideoShape
-from benchmarks.iteration import OurPath, ReferencePath, Scene, agreement
+from benchmarks.iteration import OurPath, ReferencePath, Scene, agreement, changed
 from benchmarks.reference import wan
 from benchmarks.reference.iteration import Reference, Result, through_mp4
 
-SHAPE = VideoShape.of(3, 2, 8, 4, 6, independent_first_frame=True)
 # The first update moves the ratios of the second one by a few hundredths: some leave the clip, others do not.
-WORKLOAD = Workload(
-    "small",
-    small_config(),
-    SHAPE,
-    replace(SAMPLER, first_chunk_steps=(1000, 600), context_noise=10.0),
-    group_size=4,
-    noise_strength=0.7,
-    copo=CopoSettings(anchors_per_update=3, updates=2, clip=2e-2, tau=0.7),
-    lora_rank=4,
-    lora_alpha=8,
-    lr=1e-3,
-    vae=None,
+CONFIG = load_config(
+    "bench_1_3b",
+    [
+        *("video.chunks=3", "video.chunk_frames=2", "video.independent_first_frame=true", "video.latent_height=4", "video.latent_width=6"),
+        *("sampler.steps=[1000, 750, 500]", "sampler.first_chunk_steps=[1000, 600]", "sampler.context_noise=10"),
+        *("rollout.group_size=4", "rollout.noise_strength=0.7", "rollout.branches_per_wave=null", "objective.micro_batch=null"),
+        *("objective.anchors_per_update=3", "objective.clip=2e-2", "objective.tau=0.7"),
+        *("lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-3"),
+    ],
 )
-POLICIES = {"global": CachePolicy(), "window": CachePolicy(window=4), "window and sink": CachePolicy(window=5, sink=1)}
+POLICIES = {"global": {}, "window": {"window": 4}, "window and sink": {"window": 5, "sink": 1}}
 
 
-def scene_of(dtype: torch.dtype = torch.float64, **changes: object) -> Scene:
+def scene_of(dtype: torch.dtype = torch.float64, **sections: dict[str, object]) -> Scene:
     model = add_lora(small_model(dtype), rank=4, alpha=8, targets=BLOCK_TARGETS, seed=1, dtype=torch.promote_types(dtype, torch.float32))
     with torch.no_grad():  # an adapter in the middle of training: B is not zero any more
         for parameter in adapter_parameters(model):
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return Scene(replace(WORKLOAD, dtype=dtype, **changes), model, random_text(), "")  # type: ignore[arg-type]
+    return Scene("small", changed(CONFIG, **sections), model, random_text(), "")
 
 
 def run(path: OurPath | ReferencePath, advantages: Tensor) -> tuple[Result, list[list[Tensor]]]:
@@ -66,10 +58,10 @@ BUDGETS = {
 
 
 @pytest.mark.parametrize("dtype", BUDGETS, ids=str)
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+@pytest.mark.parametrize("cache", POLICIES.values(), ids=POLICIES.keys())
 @pytest.mark.parametrize("pivot", [0, 2, 3])
-def test_the_two_paths_are_one_algorithm(dtype: torch.dtype, policy: CachePolicy, pivot: int) -> None:
-    scene, budget = scene_of(dtype, policy=policy), BUDGETS[dtype]
+def test_the_two_paths_are_one_algorithm(dtype: torch.dtype, cache: dict[str, object], pivot: int) -> None:
+    scene, budget = scene_of(dtype, cache=cache), BUDGETS[dtype]
     advantages = torch.randn(4, dtype=torch.float64)
     paths = both(scene, pivot)
     (ours, our_gradients), (theirs, their_gradients) = (run(path, advantages) for path in paths)
@@ -124,15 +116,15 @@ def test_a_fault_is_seen(monkeypatch: pytest.MonkeyPatch, corrupt: object) -> No
 
 def test_some_branches_stand_for_all() -> None:
     scene = scene_of()
-    whole = Reference(scene.workload, scene.model).rollout(scene.text, scene.noise, 1)
-    part = Reference(scene.workload, scene.model).rollout(scene.text, scene.noise, 1, branches=3)
+    whole = Reference(scene.config, scene.model).rollout(scene.text, scene.noise, 1)
+    part = Reference(scene.config, scene.model).rollout(scene.text, scene.noise, 1, branches=3)
     assert part.predictions.shape == whole.predictions.shape and part.latents.shape == whole.latents.shape
     assert torch.equal(part.latents[:3], whole.latents[:3]) and torch.equal(part.latents[3], whole.latents[0])
 
 
 def test_the_reference_writes_no_gradient_into_its_cache() -> None:
     scene = scene_of()
-    reference = Reference(scene.workload, scene.model)
+    reference = Reference(scene.config, scene.model)
     candidates = reference.rollout(scene.text, scene.noise, 1)
     before = copy.deepcopy(reference.cache.keys)
     reference.replay(candidates, scene.text, 1, step=0, anchor=2).sum().backward()
@@ -140,12 +132,12 @@ def test_the_reference_writes_no_gradient_into_its_cache() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"copo": CopoSettings(tau="auto")}, {"copo": CopoSettings(steps=0.6)}, {"sampler": replace(SAMPLER, kind="ode")}]
+    "change", [{"objective": {"tau": "auto"}}, {"objective": {"steps": 0.6}}, {"sampler": {"kind": "ode"}}, {"cache": {"variant": "krea"}}]
 )
-def test_what_the_reference_lacks_is_said(change: dict[str, object]) -> None:
+def test_what_the_reference_lacks_is_said(change: dict[str, dict[str, object]]) -> None:
     scene = scene_of(**change)
     with pytest.raises(ValueError, match="the reference path has"):
-        Reference(scene.workload, scene.model)
+        Reference(scene.config, scene.model)
 
 
 def test_frames_survive_an_mp4() -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from arcopo_fast.planning.floor import workload_of
-from arcopo_fast.planning.work import Workload
-from arcopo_fast.rollout.engine import VideoShape
+from arcopo_fast.config.schema import Config
+from arcopo_fast.model.sizes import GeneratorSizes
 from benchmarks import full_size, gpu, iteration, results, shapes, tables
+from benchmarks.iteration import changed
 from benchmarks.results import OURS
 from benchmarks.timing import Ceilings, Timer
 
@@ -70,14 +70,20 @@ def test_the_benchmark_runs_and_says_everything(tmp_path: Path) -> None:
     assert "| 2 of 2 |" in text and all(f"| {row['stage']} |" in text for row in case["stages"])
 
 
-def tiny() -> Workload:
-    """The full-size workload, but for its sizes."""
-    full = full_size.FULL
-    model = replace(full.model, num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=40, text_dim=20, text_len=7)
-    shape = VideoShape.of(full.shape.chunks, 1, 16, 4, 4)
-    fewer = {"sampler": replace(full.sampler, steps=(1000, 500)), "copo": full.copo.model_copy(update={"anchors_per_update": 2})}
-    small = replace(full, model=model, shape=shape, group_size=4, lora_rank=2, dtype=torch.float32, vae=None, **fewer)
-    return full_size.cut_for(141, small)
+def tiny() -> tuple[Config, GeneratorSizes]:
+    """The full-size recipe, but for its sizes."""
+    sizes = GeneratorSizes()
+    model = replace(sizes.transformer, num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=40, text_dim=20, text_len=7)
+    config = changed(
+        full_size.FULL,
+        generator={"dtype": "float32"},
+        video={"chunk_frames": 1, "latent_height": 4, "latent_width": 4},
+        sampler={"steps": [1000.0, 500.0]},
+        rollout={"group_size": 4},
+        objective={"anchors_per_update": 2},
+        lora={"rank": 2},
+    )
+    return full_size.cut_for(141, config), replace(sizes, transformer=model)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +92,7 @@ def parts() -> dict[str, dict[str, Any]]:
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(full_size, "has_diffusers", lambda: False)
-        scene = full_size.full(tiny(), torch.device("cpu"))
+        scene = full_size.full(*tiny(), torch.device("cpu"))
     assert scene.vae is None
     timer, environment = Timer(torch.device("cpu")), results.environment(shapes.DEVICE)
     names = ["engine-p1", "engine-p4", "reference-p4", "profile-p4", "engine-p7", "reference-p7", "within-80", "sweep-length"]
@@ -136,7 +142,7 @@ def test_the_profile_names_what_takes_long(parts: dict[str, dict[str, Any]]) -> 
 
 def test_the_reference_is_extrapolated_by_branch(parts: dict[str, dict[str, Any]]) -> None:
     """What is measured of 2 of 4 branches counts twice, the replay once."""
-    scene = replace(full_size.full(tiny(), torch.device("cpu")), vae=None)
+    scene = replace(full_size.full(*tiny(), torch.device("cpu")), vae=None)
 
     class Steady(Timer):
         def sample(self, call: Any, host: float = 0.0) -> float:
@@ -279,7 +285,7 @@ def test_a_part_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(full_size, "measure_part", measure_part)
     monkeypatch.setattr(full_size, "measure_ceilings", lambda timer: CEILINGS)
-    monkeypatch.setattr(full_size, "full", lambda: iteration.Scene(tiny(), None, None, ""))  # type: ignore[arg-type]
+    monkeypatch.setattr(full_size, "full", lambda: iteration.Scene("tiny", tiny()[0], None, None, ""))  # type: ignore[arg-type]
     names, file = ["engine-p1", "engine-p4", "engine-p7"], tmp_path / "parts.json"
     assert full_size.main([*names, "--write", str(file)]) == 1
     out, err = capsys.readouterr()
@@ -302,7 +308,7 @@ def test_the_cuts_are_those_of_the_planner_and_the_recipe() -> None:
     for gigabytes, settings in planned.items():
         assert settings == Settings(*full_size.CUTS[gigabytes][:3], checkpoint=False, offload=False)
         cut = full_size.cut_for(gigabytes)
-        assert (cut.branches_per_wave, cut.decode_branches, cut.copo.micro_batch) == full_size.CUTS[gigabytes][:3]
+        assert (cut.rollout.branches_per_wave, cut.rollout.decode_branches, cut.objective.micro_batch) == full_size.CUTS[gigabytes][:3]
     assert full_size.CUTS[80].resident == 4 * 10**9, "a judge of two billion parameters in half precision"
 
 
@@ -314,7 +320,7 @@ def test_a_card_takes_the_largest_cut_that_it_has_the_memory_for(monkeypatch: py
 
 def test_less_memory_than_the_cut_needs_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that went on with smaller waves, or an update with smaller micro-batches, did not do what is reported."""
-    scene = replace(full_size.full(tiny(), torch.device("cpu")), vae=None)
+    scene = replace(full_size.full(*tiny(), torch.device("cpu")), vae=None)
     original = iteration.OurPath.iteration
 
     def falls_back(path: iteration.OurPath, advantages: Any = None) -> Any:
@@ -341,18 +347,13 @@ def test_the_full_size_is_that_of_the_recipe() -> None:
     from arcopo_fast.config.reading import load_config
 
     config = load_config("bench_1_3b")
-    recipe, full = workload_of(config, full_size.FULL.name, full_size.FULL.model, full_size.FULL.vae), full_size.FULL
-    cut = {"branches_per_wave": None, "decode_branches": None}
     assert config.generator.checkpoint == "random:1.3b" and config.generator.vae_dtype == "bfloat16"
-    whole = {"micro_batch": None}
-    assert replace(recipe, copo=recipe.copo.model_copy(update=whole), **cut) == replace(
-        full, copo=full.copo.model_copy(update=whole), **cut
-    )
+    assert full_size.cut_for(80) == full_size.cut_for(80, config)
 
 
 def test_the_fingerprint_knows_settings_and_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     once = full_size.fingerprint()
-    assert full_size.fingerprint() == once and full_size.fingerprint(replace(full_size.FULL, group_size=11)) != once
+    assert full_size.fingerprint() == once and full_size.fingerprint(changed(full_size.FULL, rollout={"group_size": 11})) != once
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "arcopo_fast").mkdir()
     monkeypatch.setattr(results, "ROOT", tmp_path / "benchmarks")

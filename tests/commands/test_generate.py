@@ -26,8 +26,9 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.evaluation.judging import evaluate
 from arcopo_fast.generate import Switch, first_frames, output_files, place_switches, sized_engine, stream_frames, with_frames
+from arcopo_fast.model.families import SIZES
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, read_adapter, save_adapter
-from arcopo_fast.model.sizes import PUBLISHED, CausalWanConfig, GeneratorSizes, VAESizes
+from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes, VAESizes
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
@@ -404,7 +405,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 def test_untrained_generators_work_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     small = CausalWanConfig(num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=40, freq_dim=16, text_dim=16, text_len=20)
-    monkeypatch.setitem(PUBLISHED, "tiny", GeneratorSizes(small, VAESizes(base_dim=8)))
+    monkeypatch.setitem(SIZES, "tiny", GeneratorSizes(small, VAESizes(base_dim=8)))
     arguments = ["generator.checkpoint=random:tiny", "--prompt", "Any words at all", "--frames", 20, "--out", tmp_path / "a.mp4"]
     status, _, files = command(capsys, *arguments)
     assert status == 0 and len(decoded(files[0])) == 21

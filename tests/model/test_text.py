@@ -42,6 +42,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from arcopo_fast.errors import UserError
 from arcopo_fast.model import text
 from arcopo_fast.model.checkpoints import read_container
+from arcopo_fast.model.families import OFFICIAL
 from arcopo_fast.model.text import CachedTextEncoder, TextEncoderFiles, UMT5TextEncoder, clean_prompt, load_umt5
 
 # Files in the published formats -------------------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def test_bfloat16_weights_are_used_where_they_lie(tmp_path: Path, monkeypatch: p
     assert {parameter.data_ptr() for parameter in model.parameters()} == {tensor.data_ptr() for tensor in read.values()}
     maps = Path("/proc/self/maps")
     if maps.exists():
-        areas = [line.split()[0].split("-") for line in maps.read_text().splitlines() if line.endswith(text.OFFICIAL_WEIGHTS)]
+        areas = [line.split()[0].split("-") for line in maps.read_text().splitlines() if line.endswith(OFFICIAL.text)]
         assert all(any(int(a, 16) <= tensor.data_ptr() < int(b, 16) for a, b in areas) for tensor in read.values())
     assert model.shared is model.encoder.embed_tokens
     assert sum(parameter.numel() for parameter in model.parameters()) == sum(tensor.numel() for tensor in state.values())
@@ -261,7 +262,7 @@ def test_missing_and_unexpected_names_are_listed(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         load(directory)
     names = "1 missing (encoder.block.1.layer.0.SelfAttention.o.weight)", "1 unexpected (blocks.0.attn.bias)"
-    one_line(error, text.OFFICIAL_WEIGHTS, *names, f"encoder.final_layer_norm.weight [{DIM + 1}] instead of [{DIM}]")
+    one_line(error, OFFICIAL.text, *names, f"encoder.final_layer_norm.weight [{DIM + 1}] instead of [{DIM}]")
 
 
 @pytest.mark.parametrize("name", sorted(official_state()))
@@ -285,17 +286,17 @@ def test_a_missing_shard_is_an_error(tmp_path: Path) -> None:
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         TextEncoderFiles.find(tmp_path)
-    one_line(error, tmp_path, text.OFFICIAL_WEIGHTS, "11.4 GB", "text_encoder/", "Wan-AI/Wan2.1-T2V-1.3B")
+    one_line(error, tmp_path, OFFICIAL.text, "11.4 GB", "text_encoder/", "Wan-AI/Wan2.1-T2V-1.3B")
 
     directory = write_official(tmp_path / "other", {"head.weight": torch.randn(3, 3)})
     with pytest.raises(UserError) as error:
         load(directory)
-    one_line(error, text.OFFICIAL_WEIGHTS, "not a UMT5 encoder", "shared.weight", "head.weight")
+    one_line(error, OFFICIAL.text, "not a UMT5 encoder", "shared.weight", "head.weight")
 
-    (directory / text.OFFICIAL_WEIGHTS).write_bytes(random.randbytes(500))
+    (directory / OFFICIAL.text).write_bytes(random.randbytes(500))
     with pytest.raises(UserError) as error:
         load(directory)
-    one_line(error, text.OFFICIAL_WEIGHTS, "damaged")
+    one_line(error, OFFICIAL.text, "damaged")
 
     config = write_diffusers(tmp_path / "diffusers", official_state()) / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "t5"}))

@@ -13,7 +13,8 @@ from torch import nn
 from arcopo_fast.build import device_of, load_generator, load_held_out, load_prompts
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.sizes import PUBLISHED, GeneratorSizes, VAESizes
+from arcopo_fast.model.families import SIZES
+from arcopo_fast.model.sizes import GeneratorSizes, VAESizes
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.model.vae import decode_video
 from arcopo_fast.storage.metrics import read_metrics
@@ -84,7 +85,7 @@ def test_an_unknown_size() -> None:
 def test_the_recipe_runs_on_an_untrained_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`bench_1_3b`, smaller in every size."""
     model = replace(DEEP, num_layers=2, in_channels=16, out_channels=16)
-    monkeypatch.setitem(PUBLISHED, "tiny", GeneratorSizes(model, VAE))
+    monkeypatch.setitem(SIZES, "tiny", GeneratorSizes(model, VAE))
     small = ["video.chunks=2", "video.chunk_frames=1", "video.latent_height=2", "video.latent_width=4", "sampler.steps=[1000, 500]"]
     few = ["rollout.group_size=3", "objective.anchors_per_update=2", "lora.rank=4", "lora.alpha=8", "train.iterations=1"]
     main(["bench_1_3b", "generator.checkpoint=random:tiny", *small, *few, "generator.device=cpu", f"run.directory={tmp_path}"])

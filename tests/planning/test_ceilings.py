@@ -12,8 +12,7 @@ from support.runs import Page, evaluation, settings, write_run
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.model.sizes import CausalWanConfig, VAESizes
 from arcopo_fast.planning.ceilings import Ceilings, measure_ceilings
-from arcopo_fast.planning.floor import floors, workload_of
-from arcopo_fast.planning.work import iteration
+from arcopo_fast.planning.work import floors, iteration
 from arcopo_fast.reports.results import DEVICE, stage_floors
 from arcopo_fast.reports.run import write_report
 from arcopo_fast.storage.identity import version_of
@@ -37,7 +36,7 @@ def test_floors_are_the_counted_work_at_the_ceilings() -> None:
     ceilings = Ceilings(4e12, 800e12)
     found = floors(config, CausalWanConfig(), VAESizes(), ceilings)
     assert list(found) == [1, 2, 3, 4, 5, 6, 7]
-    work = iteration(workload_of(config, "x", CausalWanConfig(), VAESizes()), 3)
+    work = iteration(config, CausalWanConfig(), VAESizes(), 3)
     assert found[4].keys() == work.keys() >= {"prefix", "denoise", "clean", "decode", "replay", "optimiser"}
     for stage, seconds in found[4].items():
         assert seconds == pytest.approx(3 * (work[stage].flops / 800e12 + work[stage].traffic / 4e12))

@@ -16,20 +16,23 @@ from support.measure import LiveBytes, kept_for_backward
 from support.replay import Replay
 
 from arcopo_fast import collect
-from arcopo_fast.build import generator_sizes, pool_pages, shape_of
+from arcopo_fast.build import checkpoint_path, generator_sizes, pool_pages, shape_of
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.model.sizes import PUBLISHED, CausalWanConfig, GeneratorSizes, VAESizes, transformer_parameters, vae_parameters
+from arcopo_fast.model.families import SIZES
+from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes, VAESizes
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.planning import memory as footprint
-from arcopo_fast.planning.memory import GB, SLACK, Settings, estimate, host_bytes
+from arcopo_fast.planning.layers import transformer_parameters, vae_parameters
+from arcopo_fast.planning.memory import GB, SLACK, estimate, host_bytes
+from arcopo_fast.planning.work import frame_tokens, itemsize
 from arcopo_fast.rewards import simple
 from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.train import Trainer
 
-FULL = PUBLISHED["1.3b"]
+FULL = SIZES["1.3b"]
 REWARD_OF_2B = 2 * 2 * 10**9
 BUFFERED = ["train.mode=semi_on_policy", "train.buffer=somewhere"]
 MODEL = CausalWanConfig(2, 2, 16, 192, 16, 12, 24, 4, 4)
@@ -51,7 +54,7 @@ def close(value: float, expected: float, tolerance: float) -> bool:
 
 
 def test_parameters_are_those_of_built_modules() -> None:
-    for sizes in (*PUBLISHED.values(), GeneratorSizes(MODEL, VAES["wan2.2"]), GeneratorSizes(MODEL, VAES["wan2.1"])):
+    for sizes in (*SIZES.values(), GeneratorSizes(MODEL, VAES["wan2.2"]), GeneratorSizes(MODEL, VAES["wan2.1"])):
         with torch.device("meta"):
             model = CausalWan(sizes.transformer)
         assert transformer_parameters(sizes.transformer) == sum(parameter.numel() for parameter in model.parameters())
@@ -61,7 +64,7 @@ def test_parameters_are_those_of_built_modules() -> None:
 def test_the_toy_and_a_path_have_the_sizes_of_their_files(tmp_path: Path) -> None:
     toy = generator_sizes("toy")
     assert (toy.transformer.num_layers, toy.transformer.dim, toy.transformer.text_len, toy.vae.patch_size) == (5, 128, 8, 2)
-    shipped = Path(footprint.__file__).parent / "toy" / "checkpoint"
+    shipped = checkpoint_path("toy")
     assert generator_sizes(str(shipped)) == toy
     # A file without a config.json: the shapes of its weights; heads of 128, and Wan2.1's VAE.
     alone = tmp_path / "weights.safetensors"
@@ -108,7 +111,7 @@ def test_a_recomputed_context() -> None:
     shape, page, needs = shape_of(config, 16), footprint._page_bytes(config, FULL), estimate(config, FULL)
     assert pool_pages(config, shape) == 3 + 3 * branches and pool_pages(config, shape, videos=4) == 12
     assert needs.components["keys and values of the branches"] == 3 * branches * page
-    states = needs.components["re-encoding"] - footprint._decoding(config, FULL) - footprint._video(config, FULL, shape)
+    states = needs.components["re-encoding"] - footprint._decoding(config, FULL) - footprint._video(config, FULL)
     assert states == (branches + 2) * footprint._decoder_cache(config, FULL) and "re-encoding" in needs.stages["rollout"]
     assert "decoder weights" in estimate(bench(*again, "generator.offload=true"), FULL).stages["rollout"]
     assert "re-encoding" not in estimate(bench(*kept), FULL).components
@@ -147,8 +150,8 @@ def test_what_a_replay_keeps(sizes: GeneratorSizes, device: str, overrides: list
     config = bench(*overrides)
     replay, model = Replay(config, sizes, device), sizes.transformer
     token, row = footprint.kept_by_block(config, sizes)
-    tokens = len(replay.x) * config.video.chunk_frames * footprint._frame_tokens(config, sizes)
-    hidden = tokens * model.dim * footprint._itemsize(config.generator.dtype)
+    tokens = len(replay.x) * config.video.chunk_frames * frame_tokens(config, model)
+    hidden = tokens * model.dim * itemsize(config.generator.dtype)
     with arcopo_kernels.use("triton"):
         kept, flow = kept_for_backward(replay, replay.constants)
         predicted = model.num_layers * (tokens * token + model.text_len * row) + hidden  # the last is the head's input
@@ -163,8 +166,7 @@ def test_what_a_replay_keeps(sizes: GeneratorSizes, device: str, overrides: list
             with live:
                 replay.network(replay.x, replay.t, text, replay.context)
         if ALL in overrides:
-            shape = shape_of(config, model.in_channels)
-            predicted = footprint._denoising(config, sizes, shape, len(replay.x), 0)
+            predicted = footprint._denoising(config, sizes, len(replay.x), 0)
             assert close(live.peak, predicted, 2.5 * tolerance), (live.peak, predicted)
 
 
@@ -179,7 +181,7 @@ def test_the_most_that_a_replay_needs(checkpoint: bool) -> None:
     live = LiveBytes(replay.constants)
     with arcopo_kernels.use("triton"), live:
         replay(checkpoint).sum().backward()
-    predicted = footprint._replay(config, sizes, shape_of(config, 16), Settings.of(config))
+    predicted = footprint._replay(config, sizes)
     # What a kernel allocates inside itself shows in no count, and of a block that is computed again some is free before the rest is there:
     # the planner counts more than is seen here.
     assert (0.85 if checkpoint else 0.95) * predicted <= live.peak - gradients <= 1.01 * predicted, (live.peak - gradients, predicted)
@@ -206,8 +208,7 @@ def test_the_decoder(name: str) -> None:
     with live:
         pixels, _ = decoder.decode(torch.randn(batch, frames, 4, 6, 10), cache)
     assert live.largest == batch * footprint._largest_window(config, sizes)
-    shape = shape_of(config, 4)
-    assert footprint._video(config, sizes, shape) == 4 * pixels[0, 0].numel() * (1 + 20 * 2 ** sum(sizes.vae.temperal_downsample))
+    assert footprint._video(config, sizes) == 4 * pixels[0, 0].numel() * (1 + 20 * 2 ** sum(sizes.vae.temperal_downsample))
     # The caches that are made, beside those that were there, and the working set.
     predicted = batch * (footprint._decoder_cache(config, sizes) + footprint._decoding(config, sizes)) + pixels.nbytes
     assert 0.6 * predicted <= live.peak <= 1.1 * predicted, (live.peak, predicted)
@@ -302,9 +303,9 @@ def test_the_stages_of_a_run_on_a_buffer(offload: bool) -> None:
         weights = {"decoder weights", "rewards"} & {*needs.stages[name]}
         waiting = {"evaluation: decode": {"decoder weights"}, "evaluation: reward": {"rewards"}}.get(name, set())
         assert weights == (waiting if offload else {"decoder weights", "rewards"})
-    assert needs.components["rebuilding a prefix"] == footprint._denoising(config, FULL, shape_of(config, 16), 1, 18)
+    assert needs.components["rebuilding a prefix"] == footprint._denoising(config, FULL, 1, 18)
     # Krea's prefixes decode frames and encode them again, one video's.
     again = estimate(bench(*BUFFERED, flag, "cache.variant=krea", "cache.window=6"), FULL)
     assert "re-encoding" in again.stages["prefix"] and "decoder weights" in again.stages["prefix"]
-    states = again.components["re-encoding"] - footprint._decoding(config, FULL) - footprint._video(config, FULL, shape_of(config, 16))
+    states = again.components["re-encoding"] - footprint._decoding(config, FULL) - footprint._video(config, FULL)
     assert states == 2 * footprint._decoder_cache(config, FULL)

@@ -11,24 +11,36 @@ import pytest
 import torch
 from arcopo_kernels.dispatch import INTERPRETED
 from support.measure import MovedBytes
-from support.models import SAMPLER, random_text, small_config, small_model
+from support.models import random_text, small_config, small_model
 from support.replay import Replay
 from torch.utils.flop_counter import FlopCounterMode
 
+from arcopo_fast.build import build_engine
 from arcopo_fast.config.reading import load_config
+from arcopo_fast.config.schema import Config
+from arcopo_fast.model.families import published
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.model.sizes import GeneratorSizes, VAESizes
-from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.planning import work as work_of
-from arcopo_fast.planning.work import DENSE, STORED, Workload
-from arcopo_fast.rollout.cache import CachePolicy
+from arcopo_fast.planning.work import DENSE, STORED
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.graphs import LAUNCHES_OF_A_BLOCK
 from arcopo_fast.rollout.noise import KeyedNoise
-from benchmarks.full_size import FULL
+from benchmarks.iteration import changed
 
+MODEL = small_config()
+SMALL = [
+    *("video.chunks=3", "video.chunk_frames=2", "video.latent_height=4", "video.latent_width=6", "sampler.steps=[1000, 750, 500]"),
+    *("rollout.group_size=3", "rollout.branches_per_wave=null", "objective.micro_batch=null", "objective.anchors_per_update=3"),
+    *("lora.rank=4", "lora.alpha=8"),
+]
 SHAPE = VideoShape.of(3, 2, 8, 4, 6)
-SMALL = Workload("small", small_config(), SHAPE, SAMPLER, group_size=3, lora_rank=4, lora_alpha=8, vae=None)
+WAN = published("1.3b").transformer
+FULL = load_config("bench_1_3b", ["objective.micro_batch=null"])
+
+
+def small(*overrides: str) -> Config:
+    return load_config("bench_1_3b", [*SMALL, *overrides])
 
 
 def counted(call: Callable[[], Any]) -> float:
@@ -37,45 +49,41 @@ def counted(call: Callable[[], Any]) -> float:
     return counter.get_total_flops()
 
 
-def engine_of(workload: Workload) -> Engine:
-    model = add_lora(small_model(), rank=workload.lora_rank, alpha=8, targets=workload.lora_targets, seed=1)
-    pages = Engine.pages_for(workload.shape, workload.group_size, policy=workload.policy)
-    return Engine(model, workload.shape, workload.sampler, workload.policy, pages=pages)
+def engine_of(config: Config) -> Engine:
+    model = add_lora(small_model(), rank=config.lora.rank, alpha=8, targets=config.lora.targets, seed=1)
+    return build_engine(config, model, SHAPE)
 
 
-FEW = ("attn1.to_v", "attn2.to_k", "ffn.net.2")
+FEW = "lora.targets=[attn1.to_v, attn2.to_k, ffn.net.2]"
 """Targets of another adapter: keys and values of one kind each."""
 
 
 @pytest.mark.parametrize("pivot", range(3))
-@pytest.mark.parametrize(
-    "workload",
-    [SMALL, replace(SMALL, policy=CachePolicy(window=4, sink=1)), replace(SMALL, lora_targets=FEW)],
-    ids=["global", "window", "few adapters"],
-)
-def test_a_rollout_counts_what_pytorch_counts(pivot: int, workload: Workload) -> None:
-    engine, noise = engine_of(workload), KeyedNoise(SHAPE.chunk, seed=1)
+@pytest.mark.parametrize("overrides", [[], ["cache.window=4", "cache.sink=1"], [FEW]], ids=["global", "window", "few adapters"])
+def test_a_rollout_counts_what_pytorch_counts(pivot: int, overrides: list[str]) -> None:
+    config = small(*overrides)
+    engine, noise, group = engine_of(config), KeyedNoise(SHAPE.chunk, seed=1), config.rollout.group_size
     # A clean pass embeds its timestep once for the whole batch; the formula is of one video.
-    dim, freq = workload.model.dim, workload.model.freq_dim
-    shared = 2 * (freq * dim + 7 * dim**2) * (workload.group_size - 1) * (workload.shape.chunks - 1 - pivot)
+    shared = 2 * (MODEL.freq_dim * MODEL.dim + 7 * MODEL.dim**2) * (group - 1) * (SHAPE.chunks - 1 - pivot)
     with torch.no_grad():
-        flops = counted(lambda: engine.rollout(random_text(), noise, pivot=pivot, branches=workload.group_size, sigma=0.5).release())
-    work = work_of.iteration(workload, pivot)
-    expected = work_of.text(workload).flops + sum(work[stage].flops for stage in ("prefix", "denoise", "clean") if stage in work)
+        flops = counted(lambda: engine.rollout(random_text(), noise, pivot=pivot, branches=group, sigma=0.5).release())
+    work = work_of.iteration(config, MODEL, None, pivot)
+    expected = work_of.text(config, MODEL).flops + sum(work[stage].flops for stage in ("prefix", "denoise", "clean") if stage in work)
     assert flops == expected - shared
 
 
 @pytest.mark.parametrize("pivot", range(3))
 def test_a_replay_counts_what_pytorch_counts(pivot: int) -> None:
-    engine, noise = engine_of(SMALL), KeyedNoise(SHAPE.chunk, seed=1)
+    config = small()
+    engine, noise = engine_of(config), KeyedNoise(SHAPE.chunk, seed=1)
     items = torch.tensor([0, 2, 1])
     with engine.rollout(random_text(), noise, pivot=pivot, branches=3, sigma=0.5) as group:
         flops = counted(lambda: engine.replay(group, items, items.flip(0)).sum().backward())
         without_gradient = counted(lambda: torch.no_grad()(engine.replay)(group, items, items))
-    frames, visible = SHAPE.chunk_frames[pivot], work_of.visible_frames(SMALL, pivot)
-    one, text = work_of.replay(SMALL, frames, visible, STORED), work_of.text(SMALL, backward=True)
-    assert flops == (one * 3 + text).flops
-    assert without_gradient == (work_of.forward(SMALL, frames, visible) * 3 + work_of.text(SMALL)).flops
+    frames, visible = SHAPE.chunk_frames[pivot], work_of.visible_frames(config, MODEL, pivot)
+    pair, text = work_of.replay(config, MODEL, frames, visible, STORED), work_of.text(config, MODEL, backward=True)
+    assert flops == (pair * 3 + text).flops
+    assert without_gradient == (work_of.forward(config, MODEL, frames, visible) * 3 + work_of.text(config, MODEL)).flops
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts what the fused operators move, in Triton's interpreter")
@@ -85,32 +93,32 @@ def test_what_lies_between_the_products_is_fused() -> None:
     config = load_config("bench_1_3b", ["objective.micro_batch=2"])
     moved, calls = {}, {}
     for layers in (1, 3):
-        one = Replay(config, GeneratorSizes(replace(FULL.model, num_layers=layers)), "meta")
+        one = Replay(config, GeneratorSizes(replace(WAN, num_layers=layers)), "meta")
         with arcopo_kernels.use("triton"), torch.no_grad():
             text, counter = one.network.encode_text(one.text), MovedBytes()
             with counter:
                 one.network(one.x, one.t, text, one.context)
         moved[layers], calls[layers] = counter.outside("mm", "attention", "linear"), counter.calls.total()
-    hidden = 2 * 3 * FULL.frame_tokens * FULL.model.dim * 2
-    gelu = 2 * FULL.model.ffn_dim / FULL.model.dim
+    hidden = 2 * 3 * work_of.frame_tokens(config, WAN) * WAN.dim * 2
+    gelu = 2 * WAN.ffn_dim / WAN.dim
     assert (moved[3] - moved[1]) / 2 / hidden == pytest.approx(work_of.BLOCK_PASSES + gelu, rel=0.02)
     of_two_segments = 2  # beside the first one's: the second one's, and the merge
     assert (calls[3] - calls[1]) / 2 + of_two_segments == LAUNCHES_OF_A_BLOCK
 
 
 def test_an_iterations_replay_is_made_of_its_items() -> None:
-    workload = replace(SMALL, copo=CopoSettings(anchors_per_update=2, updates=3, micro_batch=4))
-    one, forward = work_of.replay(workload, 2, 4), work_of.forward(workload, 2, 4)
-    text, trained = work_of.text(workload), work_of.text(workload, backward=True)
-    work = work_of.iteration(workload, 1)  # 2 anchors at 3 steps in micro-batches of 4: the prompt is encoded twice
-    assert work["replay"].flops == pytest.approx((one * 18 + trained * 6 + forward * 12 + text * 4).flops)
+    config = small("objective.anchors_per_update=2", "objective.updates=3", "objective.micro_batch=4")
+    pair, forward = work_of.replay(config, MODEL, 2, 4), work_of.forward(config, MODEL, 2, 4)
+    text, trained = work_of.text(config, MODEL), work_of.text(config, MODEL, backward=True)
+    work = work_of.iteration(config, MODEL, None, 1)  # 2 anchors at 3 steps in micro-batches of 4: the prompt is encoded twice
+    assert work["replay"].flops == pytest.approx((pair * 18 + trained * 6 + forward * 12 + text * 4).flops)
     assert work["optimiser"].flops == 0 < work["optimiser"].traffic
 
 
-@pytest.mark.parametrize("targets", [SMALL.lora_targets, FEW], ids=["all", "few"])
-def test_the_adapters_parameters_are_counted(targets: tuple[str, ...]) -> None:
-    workload = replace(SMALL, lora_targets=targets)
-    assert work_of.lora_parameters(workload) == sum(p.numel() for p in adapter_parameters(engine_of(workload).model))
+@pytest.mark.parametrize("overrides", [[], [FEW]], ids=["all", "few"])
+def test_the_adapters_parameters_are_counted(overrides: list[str]) -> None:
+    config = small(*overrides)
+    assert work_of.lora_parameters(config, MODEL) == sum(p.numel() for p in adapter_parameters(engine_of(config).model))
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["Wan2.1", "residual"])
@@ -147,7 +155,7 @@ COST_MODEL = {
 
 
 def test_the_constants_of_the_cost_model() -> None:
-    one = work_of.forward(FULL, 3, 3)
+    one = work_of.forward(FULL, WAN, 3, 3)
     assert one.linear / 1e12 == pytest.approx(11.71, rel=5e-3) and one.lora / one.linear == pytest.approx(0.061, rel=0.02)
     assert one.self_attention / 1e12 == pytest.approx(4.04, rel=2e-3) and one.cross_attention / 1e12 == pytest.approx(0.44, rel=0.01)
     first, two = (work_of.decode(VAESizes(), 60, 104, frames).vae / 1e12 for frames in (1, 2))
@@ -157,17 +165,17 @@ def test_the_constants_of_the_cost_model() -> None:
 @pytest.mark.parametrize("pivot", COST_MODEL)
 def test_the_full_size_agrees_with_the_cost_model(pivot: int) -> None:
     prefix, denoise, clean, vae, replay = COST_MODEL[pivot]
-    bare = replace(FULL, lora_rank=0)
-    work = work_of.iteration(bare, pivot - 1)
+    bare = changed(FULL, lora={"rank": 0})
+    work = work_of.iteration(bare, WAN, VAESizes(), pivot - 1)
     visible = 3 * pivot
     # The cost model's clean passes run to the end.
-    whole = [work_of.forward(bare, 3, 3 * chunk).flops / 1e12 for chunk in range(1, 8)]
+    whole = [work_of.forward(bare, WAN, 3, 3 * chunk).flops / 1e12 for chunk in range(1, 8)]
     assert 5 * sum(whole[: pivot - 1]) == pytest.approx(prefix, rel=0.02)
     assert work["denoise"].flops / 1e12 == pytest.approx(denoise, rel=0.02)
     assert 12 * sum(whole[pivot - 1 : 6]) == pytest.approx(clean, rel=0.02)
     assert work["decode"].flops / 1e12 == pytest.approx(vae, rel=0.02)
-    assert 32 * work_of.replay(FULL, 3, visible, DENSE).flops / 1e12 == pytest.approx(replay, rel=0.02)
+    assert 32 * work_of.replay(FULL, WAN, 3, visible, DENSE).flops / 1e12 == pytest.approx(replay, rel=0.02)
     # What is counted as needed is a little less: the last block of a clean pass, and no gradient of cached keys.
     if "clean" in work:
         assert 0.9 * clean < work["clean"].flops / 1e12 < clean
-    assert work_of.replay(FULL, 3, visible).flops <= work_of.replay(FULL, 3, visible, DENSE).flops
+    assert work_of.replay(FULL, WAN, 3, visible).flops <= work_of.replay(FULL, WAN, 3, visible, DENSE).flops

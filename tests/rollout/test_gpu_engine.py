@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from arcopo_fast.build import build_engine
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora
-from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.rewards.simple import Sharpness, Steadiness
 from arcopo_fast.rollout import graphs
 from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise
 from benchmarks.full_size import FULL
-from benchmarks.iteration import OurPath, Scene, memory, problems
+from benchmarks.iteration import OurPath, Scene, changed, memory, problems
 from benchmarks.reference.iteration import Reference
 
 CUDA = torch.device("cuda")
@@ -33,16 +33,12 @@ SHAPE = VideoShape.of(3, 3, 16, 12, 20)
 SIZES = small_config(
     num_layers=3, num_attention_heads=4, attention_head_dim=64, ffn_dim=512, text_dim=64, text_len=20, in_channels=16, out_channels=16
 )
-MIDDLE = replace(
+MIDDLE = changed(
     FULL,
-    name="middle",
-    model=SIZES,
-    shape=SHAPE,
-    group_size=5,
-    copo=CopoSettings(anchors_per_update=2, updates=2),
-    lora_rank=8,
-    lora_alpha=16,
-    vae=None,
+    video={"chunks": 3, "latent_height": SHAPE.height, "latent_width": SHAPE.width},
+    rollout={"group_size": 5},
+    objective={"anchors_per_update": 2, "updates": 2},
+    lora={"rank": 8, "alpha": 16.0},
 )
 
 
@@ -52,14 +48,14 @@ def scene_of(dtype: torch.dtype, device: torch.device = CUDA) -> Scene:
     with torch.no_grad():
         for parameter in adapter_parameters(model):
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return Scene(replace(MIDDLE, dtype=dtype), model.to(device), torch.randn(1, 20, 64, device=device), "")
+    return Scene("middle", MIDDLE, model.to(device), torch.randn(1, 20, 64, device=device), "")
 
 
 def as_dtype(scene: Scene, dtype: torch.dtype) -> Scene:
     """The same weights, base and adapter, in another dtype."""
     other = scene.copy()
     other.model.to(dtype)
-    return other.resized(replace(scene.workload, dtype=dtype))
+    return other
 
 
 class SameDevice(TorchDispatchMode):
@@ -89,7 +85,7 @@ def watched_rollout(engine: Engine, text: Tensor, monkeypatch: pytest.MonkeyPatc
 
 
 def engine_of(model: CausalWan) -> Engine:
-    return Engine(model, SHAPE, MIDDLE.sampler, MIDDLE.policy, pages=Engine.pages_for(SHAPE, 5))
+    return build_engine(MIDDLE, model, SHAPE)
 
 
 def test_denoising_copies_nothing_between_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +170,7 @@ def test_latents_are_those_of_plain_pytorch(pivot: int) -> None:
     ours = OurPath(half, pivot)
     with torch.no_grad(), ours.engine.rollout(half.text, half.noise, pivot=pivot, branches=5, sigma=0.5) as group:
         latents = torch.cat([chunk.expand(5, *chunk.shape[1:]) for chunk in group.latents], dim=1)
-    same, reference = (Reference(scene.workload, scene.model).rollout(scene.text, scene.noise, pivot) for scene in (half, exact))
+    same, reference = (Reference(scene.config, scene.model).rollout(scene.text, scene.noise, pivot) for scene in (half, exact))
     assert_no_worse("latents", latents, same.latents, reference.latents, factor=2.0)
 
 
@@ -185,7 +181,7 @@ def test_gradients_are_those_of_plain_pytorch(pivot: int) -> None:
     half = scene_of(torch.bfloat16)
     exact = as_dtype(half, torch.float64)
     ours = OurPath(half, pivot)
-    paths = {name: Reference(scene.workload, scene.copy().model) for name, scene in (("same", half), ("exact", exact))}
+    paths = {name: Reference(scene.config, scene.copy().model) for name, scene in (("same", half), ("exact", exact))}
     with ours.engine.rollout(half.text, half.noise, pivot=pivot, branches=5, sigma=0.5) as group:
         weight = torch.randn_like(group.predictions[1, 3])
         (ours.engine.replay(group, torch.tensor([1]), torch.tensor([3]))[0] * weight).sum().backward()
@@ -217,7 +213,7 @@ def test_cuda_graphs_change_no_bit() -> None:
     scene = scene_of(torch.bfloat16)
     latents = []
     for mode in ("off", "on"):
-        engine = Engine(scene.model, SHAPE, MIDDLE.sampler, MIDDLE.policy, pages=Engine.pages_for(SHAPE, 5), cuda_graphs=mode)
+        engine = build_engine(changed(MIDDLE, rollout={"cuda_graphs": mode}), scene.model, SHAPE)
         for _ in range(3):  # the second time a place is captured, the third it is replayed
             with engine.rollout(scene.text, scene.noise, pivot=1, branches=5, sigma=0.5) as group:
                 latents.append(torch.cat([chunk.expand(5, *chunk.shape[1:]) for chunk in group.latents], dim=1))
