@@ -7,7 +7,7 @@ import pytest
 from arcopo_fast.build import generator_sizes
 from arcopo_fast.config.reading import load_config, recipes
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.families import FAMILIES, SIZES, WAN_1_3B, Family, base_files
+from arcopo_fast.model.families import FAMILIES, OFFICIAL, SIZES, WAN_1_3B, Family, base_files
 from arcopo_fast.storage import hub
 
 RECIPES = {load_config(name).generator.checkpoint: name for name in recipes()}
@@ -38,6 +38,7 @@ def test_a_familys_size_is_known_before_it_is_here(family: Family, monkeypatch: 
 
 
 def test_what_a_base_is_asked_for() -> None:
-    assert base_files("hf://Wan-AI/Wan2.1-T2V-1.3B") == list(WAN_1_3B.files)[:1] + list(WAN_1_3B.files)[:0:-1]
+    assert base_files("hf://Wan-AI/Wan2.1-T2V-1.3B") == [OFFICIAL.text, OFFICIAL.tokenizer, OFFICIAL.vae]
+    assert set(WAN_1_3B.files) == set(OFFICIAL.files)
     assert base_files("hf://Wan-AI/Wan2.1-T2V-1.3B-Diffusers@main") == ["text_encoder/*", "tokenizer/tokenizer.json", "vae/*"]
     assert base_files("/data/Wan2.1-T2V-1.3B") == []
