@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -34,22 +34,19 @@ from arcopo_fast.cli import Parser, RecipeParser, finite, positive_int, run_comm
 from arcopo_fast.config.schema import Config, expanded
 from arcopo_fast.data.prompts import Prompt, read_prompt_set
 from arcopo_fast.errors import UserError
+from arcopo_fast.evaluation.adapters import Adapted, AdapterOption, adapted_generators, prepare_adapters
 from arcopo_fast.evaluation.compare import Result, as_json, compare, with_total
 from arcopo_fast.evaluation.judging import judge, videos_at_once
 from arcopo_fast.evaluation.scores import BASE, ScoreDirectory, Scores, ScoreWriter, Video
 from arcopo_fast.generate import sized_engine
-from arcopo_fast.merge import Source, read_source
-from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.model.lora import adapter_state, add_lora, load_adapter_state
+from arcopo_fast.model.lora import set_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.reports.evaluation import as_markdown
-from arcopo_fast.reports.sweep import scale_text
 from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError
 from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.storage.atomic import atomic_write, check_out
-from arcopo_fast.storage.hub import find
 from arcopo_fast.storage.identity import describe, weights_digest
 from arcopo_fast.storage.metrics import TOTAL
 from arcopo_fast.storage.video import write_mp4
@@ -60,29 +57,6 @@ BITS_PER_PIXEL = 0.8
 """Of an mp4 as `runtime.video` writes it. An assumption, for the line about the disk; pictures with little in them take less."""
 POLL = 0.2
 """Seconds between two looks at what other processes make."""
-
-
-class AdapterOption(NamedTuple):
-    """What --adapter says. name: None for that of its file or directory."""
-
-    name: str | None
-    path: str
-    scales: tuple[float, ...]
-
-
-class Adapted(NamedTuple):
-    """The generator with an adapter, W + scale dW; source None: without. name: in the table and the files."""
-
-    name: str
-    source: Source | None = None
-    scale: float = 0.0
-
-    @property
-    def identity(self) -> dict[str, Any] | None:
-        """What its scores depend on, the name of the file not being part of it."""
-        if self.source is None:
-            return None
-        return {"sha256": self.source.sha256, "alpha": self.source.adapter.alpha, "scale": self.scale}
 
 
 class Evaluator:
@@ -116,7 +90,8 @@ class Evaluator:
         """
         if self._current != videos[0].generator:
             self._current = videos[0].generator
-            use_adapter(self.generator.model, self.generators[self._current])
+            adapted = self.generators[self._current]
+            set_adapter(self.generator.model, adapted.adapter, adapted.scale)
         prompts = [self.prompts[video.prompt] for video in videos]
         groups = [video.prompt * self.config.evaluation.videos_per_prompt + video.number for video in videos]
         values: dict[Video, dict[str, float]] = {}
@@ -230,67 +205,6 @@ def prepare_text(generator: Generator, prompts: Sequence[Prompt]) -> None:
     encode_ahead(generator.encode_text, texts)
     for text in texts:
         generator.encode_text([text])
-
-
-def prepare_adapters(model: CausalWan, sources: Sequence[Source]) -> None:
-    """Give the model an adapter that can hold each of `sources` in turn: all their layers, the largest of their ranks.
-
-    Raises:
-        UserError: one of them does not fit the model.
-    """
-    if not sources:
-        return
-    rank, targets = max(source.adapter.rank for source in sources), sorted({name for source in sources for name in source.adapter.modules})
-    add_lora(model, rank=rank, alpha=rank, targets=targets, seed=0)
-    own = adapter_state(model)
-    for source in sources:
-        for name, tensor in source.adapter.state.items():
-            side = 1 if ".lora_A." in name else 0
-            if tensor.shape[side] != own[name].shape[side]:
-                sizes = f"{tensor.shape[side]} {('outputs', 'inputs')[side]}, the model's layer {own[name].shape[side]}"
-                raise UserError(f"{source.file}: the adapter of {name.rpartition('.lora_')[0]} has {sizes}; use its own base model")
-
-
-def use_adapter(model: CausalWan, adapted: Adapted) -> None:
-    """Compute W + scale dW from now on.
-
-    Without an adapter, or in layers and ranks that this one lacks, what is added is exactly zero. The adapter is not disabled for that:
-    CUDA graphs that the engine captured without its operations would be replayed with it.
-    """
-    state = {name: torch.zeros_like(tensor) for name, tensor in adapter_state(model).items()}
-    if adapted.source is not None:
-        adapter = adapted.source.adapter
-        for name, tensor in adapter.state.items():
-            if ".lora_A." in name:
-                state[name][: adapter.rank] = tensor
-            else:
-                state[name][:, : adapter.rank] = tensor * (adapted.scale * adapter.alpha / adapter.rank)
-    load_adapter_state(model, state)
-
-
-def adapted_generators(options: Sequence[AdapterOption], *, base: bool) -> list[Adapted]:
-    """The generators to compare, in order. base: the one without an adapter is the first.
-
-    Raises:
-        UserError: an adapter cannot be read, or two have the same name.
-    """
-    found = [Adapted(BASE)] if base else []
-    for option in options:
-        source = read_source(find(option.path))
-        name = option.name or name_of(source.file)
-        for scale in option.scales:
-            label = f"{name}@{scale_text(scale)}"
-            if any(label == other.name for other in found):
-                raise UserError(f"--adapter {option.path}: there are two of the name {label}; tell them apart, as in --adapter NAME=PATH")
-            found.append(Adapted(label, source, scale))
-    return found
-
-
-def name_of(file: Path) -> str:
-    """An adapter's name, from the innermost of its file and directories that says something: runs/on/adapter/... is called on."""
-    parts = [file.stem, *(folder.name for folder in file.absolute().parents)]
-    silent = ("", "adapter", "adapter_model", "pytorch_lora_weights")
-    return re.sub(r"[^\w.-]+", "-", next((part for part in parts if part not in silent), "adapter"))
 
 
 # What is made, and what its scores depend on ---------------------------------------------------------------------------------------

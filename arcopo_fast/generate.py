@@ -32,8 +32,7 @@ from arcopo_fast.cli import RecipeParser, adapter_path, finite, positive_int, ru
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import check_prompt, read_prompts
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.model.lora import adapter_state, load_adapter
+from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource, StackedNoise
@@ -113,7 +112,7 @@ def generate(
         torch.set_num_threads(config.train.threads)
     generator = load_generator(config)
     if adapter is not None:
-        load_scaled_adapter(generator.model, adapter, adapter_scale)
+        load_adapter(generator.model, adapter, scale=adapter_scale)
     vae = VAESizes.from_config(generator.decoder.vae.config)
     usual = video_shape(config, generator)
     if frames is not None:
@@ -223,14 +222,6 @@ def sized_engine(config: Config, generator: Generator, shape: VideoShape, videos
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; the allocator of a CPU has none of its own
         reason = str(error).splitlines()[0]
         raise UserError(f"{size}, which do not fit ({reason}); set cache.window, or lower --frames or --batch") from error
-
-
-def load_scaled_adapter(model: CausalWan, path: Path, scale: float) -> None:
-    """Give the model W + scale dW, of the adapter of a run directory, an adapter directory or a file."""
-    load_adapter(model, path / "adapter" if (path / "adapter").is_dir() else path)
-    for name, tensor in adapter_state(model).items():
-        if ".lora_B." in name:
-            tensor.mul_(scale)
 
 
 # The command -----------------------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.data.prompts import digest
 from arcopo_fast.errors import UserError
+from arcopo_fast.evaluation.changes import Change, changes
 from arcopo_fast.evaluation.judging import Evaluation, evaluate
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter, save_adapter
 from arcopo_fast.model.sizes import VAESizes
@@ -49,7 +50,7 @@ from arcopo_fast.planning.ceilings import measure_ceilings
 from arcopo_fast.planning.plan import dry_run, over_plan
 from arcopo_fast.planning.work import floors
 from arcopo_fast.reports.model_card import model_card
-from arcopo_fast.reports.results import DEVICE, Change, changes
+from arcopo_fast.reports.results import DEVICE
 from arcopo_fast.reports.run import write_report
 from arcopo_fast.reports.stall import PATIENCE, notice, stalled_since
 from arcopo_fast.rewards.base import Reward, RewardError

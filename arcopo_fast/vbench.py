@@ -47,7 +47,8 @@ from arcopo_fast.evaluation.vbench.data import (
     videos_of,
 )
 from arcopo_fast.evaluation.vbench.scorer import Scorer, score_dimension
-from arcopo_fast.generate import load_scaled_adapter, sized_engine, stream_frames
+from arcopo_fast.generate import sized_engine, stream_frames
+from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
 from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
 from arcopo_fast.runtime.memory import tune_for_cpu
@@ -148,7 +149,7 @@ def sample(argv: list[str]) -> None:
     generator = load_generator(config)
     scale = 1.0 if options.lora_scale is None else options.lora_scale
     if options.lora:
-        load_scaled_adapter(generator.model, options.lora, scale)
+        load_adapter(generator.model, options.lora, scale=scale)
     sources = {
         "checkpoint": config.generator.checkpoint,
         "adapter": {"path": str(options.lora), "scale": scale} if options.lora else None,

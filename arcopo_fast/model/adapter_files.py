@@ -26,6 +26,7 @@ PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # diffusers' header entry: the adapter's configuration as JSON
 DIFFUSERS_PREFIX = "transformer."
+RUNS_ADAPTER = "adapter"  # the adapter's directory in that of a run or a sweep
 ADAPTER_NAME = "default"  # peft's, which stands in the names of a module's parameters and of careless files'
 
 CONFIGS = (PEFT_CONFIG, "lora_config.json")
@@ -64,8 +65,8 @@ def read_adapter(path: str | Path, *, alpha: float | None = None) -> Adapter:
     Alpha is what the file's header, its tensors, a configuration beside it or `alpha` says; where none does, alpha is the rank.
 
     Args:
-        path: a directory that holds PEFT's or else diffusers' form, a `.safetensors` file of any name, or LongLive's `lora.pt` (official
-            names, possibly under `generator_lora`).
+        path: a run's directory, one that holds PEFT's or else diffusers' form, a `.safetensors` file of any name, or LongLive's `lora.pt`
+            (official names, possibly under `generator_lora`).
         alpha: for files that do not say it.
 
     Raises:
@@ -98,10 +99,11 @@ def read_adapter(path: str | Path, *, alpha: float | None = None) -> Adapter:
 
 
 def adapter_file(path: Path) -> Path:
-    """Return the file with an adapter's weights: `path`, or the one that a directory holds in a standard form, PEFT's first."""
+    """Return the file with an adapter's weights: `path`, or the one that a directory or a run's directory holds, in PEFT's form first."""
     if not path.is_dir():
         return path
-    file = next((path / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS) if (path / name).exists()), None)
+    folder = path / RUNS_ADAPTER if (path / RUNS_ADAPTER).is_dir() else path
+    file = next((folder / name for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS) if (folder / name).exists()), None)
     if file is None:
         raise UserError(f"{path} has neither {PEFT_WEIGHTS} nor {DIFFUSERS_WEIGHTS}; give an adapter directory, or the file itself")
     return file

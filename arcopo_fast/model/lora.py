@@ -181,6 +181,26 @@ def load_adapter_state(module: nn.Module, state: Mapping[str, Tensor], *, source
             tensor.copy_(state[name])
 
 
+def set_adapter(module: nn.Module, adapter: Adapter | None, scale: float = 1.0) -> None:
+    """Let a module compute W + scale dW from now on; without `adapter`, W.
+
+    The module has an adapter with room for this one: its layers, at least its rank. What lies beside it there is zero and adds exactly
+    nothing, and so does all of it for None: the module's adapter is not disabled, because CUDA graphs that an engine captured without its
+    operations would be replayed with it.
+    """
+    state = {name: torch.zeros_like(tensor) for name, tensor in adapter_state(module).items()}
+    if adapter is not None:
+        config = _config(module)
+        given, own = adapter.alpha / adapter.rank, config.lora_alpha / config.r
+        factor = scale if given == own else scale * adapter.alpha / adapter.rank / own
+        for name, tensor in adapter.state.items():
+            if ".lora_A." in name:
+                state[name][: adapter.rank] = tensor
+            else:
+                state[name][:, : adapter.rank] = tensor.float() * factor
+    load_adapter_state(module, state)
+
+
 @contextmanager
 def adapter_disabled(module: nn.Module) -> Iterator[None]:
     """Within the block the module computes what its base computes. May be nested; `requires_grad` flags come out as they went in."""
@@ -331,8 +351,12 @@ def fold_adapter(state: Mapping[str, Tensor], adapter: Adapter, *, source: str |
     return folded
 
 
-def load_adapter(module: Module, path: str | Path, *, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> Module:
-    """Read an adapter (see `read_adapter`) into a module; one without adapter is given it. Returns the same module.
+def load_adapter(
+    module: Module, path: str | Path, *, scale: float = 1.0, alpha: float | None = None, dtype: torch.dtype = torch.float32
+) -> Module:
+    """Read an adapter (see `read_adapter`) into a module, which then computes W + scale dW; one without adapter is given it.
+
+    Returns the same module.
 
     Raises:
         UserError: `read_adapter`'s, or the adapter has other layers, shapes or scale than the module.
@@ -357,4 +381,6 @@ def load_adapter(module: Module, path: str | Path, *, alpha: float | None = None
             own = f"the module's adapter has rank {own_config.r} and alpha {own_config.lora_alpha:g}"
             raise UserError(f"{path} has rank {adapter.rank} and alpha {adapter.alpha:g}, {own}; configure the same")
     load_adapter_state(module, adapter.state, source=path)
+    if scale != 1:
+        set_adapter(module, adapter, scale)
     return module

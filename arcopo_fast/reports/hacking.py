@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from arcopo_fast.evaluation.changes import Change
 from arcopo_fast.reports.charts import Mark, scatter_chart
 from arcopo_fast.reports.html import figures, warning
-from arcopo_fast.reports.results import Change, Run
+from arcopo_fast.reports.results import Run
 
 _ADVICE = (
     "Look at the videos. Then stop earlier, weigh the rewards differently, or merge the adapter with a semi-on-policy one "

@@ -1,4 +1,4 @@
-"""The model card of a run's adapter: README.md beside its weights."""
+"""The model card of an adapter, of a run's or a merged one: README.md beside its weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import yaml
 
 from arcopo_fast.config.reading import resolved_yaml
 from arcopo_fast.config.schema import Config
-from arcopo_fast.reports.results import Change, changes
+from arcopo_fast.evaluation.adapters import Pair, scale_text
+from arcopo_fast.evaluation.changes import Change, changes
 from arcopo_fast.reports.table import markdown_table, plain, signed
 from arcopo_fast.storage.identity import digest
 
@@ -78,3 +79,25 @@ standard error over videos. What is held out was never trained on.
 
 def _error(change: Change) -> str:
     return f" ± {change.error:.3f}" if math.isfinite(change.error) else ""
+
+
+def merged_card(pair: Pair, scale: float, base_model: str | None, results: str = "") -> str:
+    """README.md of a merged adapter. results: the sweep that chose it, as Markdown."""
+    base = {"base_model": base_model} if base_model else {}
+    header = yaml.safe_dump({"library_name": "peft", **base, "tags": ["text-to-video", "lora", "ar-copo"]}, sort_keys=False)
+    rows = [
+        [kind, f"{factor:g}", f"{source.adapter.rank}", f"{source.adapter.alpha:g}", str(source.file), f"`{source.sha256}`"]
+        for kind, factor, source in (("semi-on-policy", 1.0, pair.semi), ("on-policy", scale, pair.on))
+    ]
+    chosen = f"\n## How the scale was chosen\n\n{results}" if results else ""
+    return f"""---
+{header}---
+
+# Merged adapter, scale {scale_text(scale)}
+
+Two LoRA adapters in one: W + dW_semi + {scale_text(scale)} dW_on, the merge of AR-CoPO (arXiv 2603.17461), by arcopo_fast. It is exact:
+B and A are concatenated along the rank, {pair.semi.adapter.rank} + {pair.on.adapter.rank}.
+
+{markdown_table(["adapter", "scale", "rank", "alpha", "file", "SHA-256"], rows, padded=False).rstrip()}
+{chosen}
+{HOW_TO_LOAD}"""

@@ -10,14 +10,16 @@ from typing import Any
 
 from arcopo_fast.config.reading import resolved_yaml
 from arcopo_fast.config.schema import Config
+from arcopo_fast.evaluation.changes import Change
 from arcopo_fast.reports.charts import line_chart
 from arcopo_fast.reports.curves import HEALTH, REWARD, Statistic, logs, reward_statistics, updates
 from arcopo_fast.reports.hacking import verdict
 from arcopo_fast.reports.html import figures, give_or_take, page, section, table, video, warning
-from arcopo_fast.reports.results import Change, Record, Run, number, points, read_run, stage_floors, stage_seconds
+from arcopo_fast.reports.results import Record, Run, points, read_run, stage_floors, stage_seconds
 from arcopo_fast.reports.stall import notice, stalled_since
 from arcopo_fast.reports.table import plain, signed
 from arcopo_fast.storage.atomic import atomic_write
+from arcopo_fast.storage.metrics import number
 
 _CHANGE_NOTE = (
     "The same prompts and the same noise before and after. The interval is one standard error over videos; the last column is the change "

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import yaml
 
 from arcopo_fast.config.schema import Config
+from arcopo_fast.evaluation.changes import deviation
 from arcopo_fast.reports.charts import Points, Spread
-from arcopo_fast.reports.results import Run, deviation
+from arcopo_fast.reports.results import Run
 from arcopo_fast.storage.identity import leaves
 
 # And of no series: what a run is called, where it goes, what repeats it, and where its buffer lies, which is collected with a seed too.

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from arcopo_fast.reports.results import Record, number
+from arcopo_fast.reports.results import Record
+from arcopo_fast.storage.metrics import number
 
 PATIENCE = 10
 """Iterations in a row that make a stall: single ones may lack variance."""

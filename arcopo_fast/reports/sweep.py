@@ -1,64 +1,67 @@
-"""A merge sweep judged and shown: the dual criterion, tables, and a page that needs nothing else.
-
-Knows an evaluation by its summary, name -> mean, std and one value for each video, and nothing of how it came about.
-"""
+"""A merge sweep shown: tables, a page that needs nothing else, and the adapter of the chosen scale."""
 
 from __future__ import annotations
 
+import json
 import math
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from arcopo_fast.config.reading import resolved_yaml
 from arcopo_fast.config.schema import Config
+from arcopo_fast.evaluation.adapters import Pair, scale_text
+from arcopo_fast.evaluation.changes import Change
+from arcopo_fast.evaluation.sweep import ADAPTER, HELD_OUT, MERGE, Point, Summaries, Sweep
+from arcopo_fast.model.lora import write_adapter
 from arcopo_fast.reports.charts import Spread, line_chart
 from arcopo_fast.reports.html import page, section, table
-from arcopo_fast.reports.results import Change, changes
+from arcopo_fast.reports.model_card import merged_card
 from arcopo_fast.reports.table import markdown_table, plain, signed
+from arcopo_fast.storage.atomic import atomic_write, remove_directory
 from arcopo_fast.storage.metrics import TOTAL
 
-HELD_OUT = "held_out"  # the out-of-domain score, beside the scores of an evaluation
 _LABELS = {TOTAL: "in-domain", HELD_OUT: "out-of-domain"}
 
-Scores = Mapping[str, Mapping[str, Any]]
 Row = Sequence[tuple[str, str]]
 """Cells of a table, as text: a value, and its change if there is one."""
 
 
-class Point(NamedTuple):
-    """One scale of a sweep. scores: every score against the base model's, TOTAL and HELD_OUT included."""
-
-    scale: float
-    scores: dict[str, Change]
-
-    @property
-    def both_above(self) -> bool:
-        """Equal is not above, and neither is NaN."""
-        return all(self.scores[name].change > 0 for name in (TOTAL, HELD_OUT))
-
-
-def choose_scale(points: Sequence[Point]) -> Point | None:
-    """The dual criterion: the largest scale at which both scores' means are above the base model's; None if there is none."""
-    return max((point for point in points if point.both_above), key=lambda point: point.scale, default=None)
-
-
-def with_held_out(scores: Scores, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """An evaluation's scores with one more, HELD_OUT: for each video the mean of the named ones."""
-    of_videos = zip(*(scores[name]["values"] for name in names), strict=True)
-    values = [None if None in of_video else sum(of_video) / len(names) for of_video in of_videos]
-    there = [value for value in values if value is not None]
-    mean, std = (statistics.fmean(there), statistics.pstdev(there)) if there else (None, None)
-    return {**scores, HELD_OUT: {"mean": mean, "std": std, "values": values}}
+def write_sweep(out: Path, config: Config, found: Sweep) -> str:
+    """Write what comes of a sweep: sweep.md, sweep.html, sweep.json and, if a scale was chosen, the adapter. Returns the Markdown."""
+    markdown = as_markdown(found)
+    if found.chosen:
+        write_merged(out / ADAPTER, found.pair, found.chosen.scale, results=markdown)
+    elif (out / ADAPTER / MERGE).is_file():  # of other scales or metrics
+        remove_directory(out / ADAPTER)
+    document = {
+        "adapters": _merged(found.pair),
+        "in_domain": TOTAL,
+        "out_of_domain": found.names,
+        "baseline": found.evaluations[None],
+        "scales": [as_json(point, found.evaluations[point.scale]) for point in found.points],
+        "chosen": found.chosen.scale if found.chosen else None,
+    }
+    atomic_write(out / "sweep.md", f"# Merge sweep\n\n{markdown}")
+    atomic_write(out / "sweep.html", as_page(config, found))
+    atomic_write(out / "sweep.json", json.dumps(document, indent=2) + "\n")
+    return markdown
 
 
-def point_of(config: Config, scale: float, baseline: Scores, scores: Scores) -> Point:
-    """Every score of one scale against the base model's, with the standard error of the videos' differences."""
-    return Point(scale, {one.name: one for one in changes(config, {"before": baseline, "after": scores})})
+def write_merged(directory: Path, pair: Pair, scale: float, *, results: str = "") -> None:
+    """Write the adapter in both forms, its model card and `merge.json`, in the place of what `directory` held. results: for the card."""
+    base_model = pair.base_models[0] if len(pair.base_models) == 1 else None
+    record = {name: source.summary() for name, source in pair._asdict().items()} | {"scale": scale}
+    more = {MERGE: json.dumps(record, indent=2) + "\n", "README.md": merged_card(pair, scale, base_model, results)}
+    write_adapter(directory, pair.merged(scale), base_model=base_model, more=more)
 
 
-def as_json(point: Point, scores: Scores) -> dict[str, Any]:
+def _merged(pair: Pair) -> dict[str, dict[str, Any]]:
+    return {"semi-on-policy": pair.semi.summary(), "on-policy": pair.on.summary()}
+
+
+def as_json(point: Point, scores: Summaries) -> dict[str, Any]:
     """An entry of sweep.json. change, error: against the base model; null where no video, or for the error only one, has both scores."""
 
     def known(value: float) -> float | None:
@@ -89,18 +92,17 @@ def note(names: Sequence[str]) -> str:
     )
 
 
-def as_markdown(points: Sequence[Point], chosen: Point | None, names: Sequence[str]) -> str:
+def as_markdown(found: Sweep) -> str:
     """The result and two tables: the criterion's two scores, then every reward and metric."""
-    parts = [f"{result_line(chosen)}\n"]
-    for head, cells in _tables(points):
+    parts = [f"{result_line(found.chosen)}\n"]
+    for head, cells in _tables(found.points):
         parts.append(markdown_table(head, ([f"{value} ({change})" if change else value for value, change in row] for row in cells)))
-    return "\n".join([*parts, f"{note(names)}\n"])
+    return "\n".join([*parts, f"{note(found.names)}\n"])
 
 
-def as_page(
-    config: Config, adapters: Mapping[str, Mapping[str, Any]], points: Sequence[Point], chosen: Point | None, names: Sequence[str]
-) -> str:
-    """sweep.html: one file that needs nothing else. adapters: rank, alpha, sha256 and file of what was merged, by its name."""
+def as_page(config: Config, found: Sweep) -> str:
+    """sweep.html: one file that needs nothing else."""
+    points, chosen, names = found.points, found.chosen, found.names
     videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
     facts = f"generator {config.generator.checkpoint} · {videos} videos of {config.evaluation.prompts} prompts a scale"
     header = (
@@ -114,7 +116,7 @@ def as_page(
     merged = [
         f'<tr><th scope="row">{escape(name)}</th><td>{one["rank"]}</td><td>{one["alpha"]:g}</td>'
         f"<td><code>{one['sha256'][:16]}</code></td><td>{escape(one['file'])}</td></tr>"
-        for name, one in adapters.items()
+        for name, one in _merged(found.pair).items()
     ]
     criterion, others = (_html_table(*one, chosen=points.index(chosen) if chosen else None) for one in _tables(points))
     band = "The band is two standard errors of the change: where the base model's line runs inside, the two cannot be told apart."
@@ -173,8 +175,3 @@ def _chart(points: Sequence[Point], name: str) -> str:
 def _change(one: Change) -> str:
     error = f" ± {one.error:.3f}" if math.isfinite(one.error) else ""
     return f"{signed(one.change)}{error}{'' if one.direction else ' ≈'}"
-
-
-def scale_text(scale: float) -> str:
-    """As the user wrote it."""
-    return f"{scale:.12g}"

@@ -118,6 +118,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def number(value: Any) -> float:
+    """Return a float; NaN for anything that is not a finite number."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
 def _read(line: bytes) -> dict[str, Any] | None:
     """A line's record; None if it is not one."""
     try:

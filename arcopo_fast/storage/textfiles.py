@@ -7,9 +7,11 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from arcopo_fast.errors import UserError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from arcopo_fast.errors import UserError, shorten
 
 # UTF-32's mark for little-endian begins with UTF-16's, so it comes first.
 _OTHER_ENCODINGS = (
@@ -88,6 +90,34 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a JSON {type(content).__name__}; expected an object")
     return content
+
+
+class Document(BaseModel):
+    """A JSON file that a run writes and reads back, of which what is read has these types. Other keys are left alone."""
+
+    model_config = ConfigDict(strict=True)
+
+
+_D = TypeVar("_D", bound=Document)
+
+
+def read_document(path: Path, kind: type[_D], what: str) -> _D:
+    """Return what a JSON file holds.
+
+    Raises:
+        UserError: it cannot be read, or it is not `what`, such as "the evaluation of a run".
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        raise UserError(
+            f"{path}: not {what} ({shorten(where + first['msg'], 160)}); the file was changed by something else than a run: put it back "
+            "from a copy"
+        ) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -28,11 +28,11 @@ from arcopo_fast import evaluate
 from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_held_out, load_prompts, load_rewards, video_shape
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config
+from arcopo_fast.evaluation.adapters import AdapterOption, adapted_generators, name_of, prepare_adapters
 from arcopo_fast.evaluation.judging import evaluate as evaluate_once
 from arcopo_fast.evaluation.judging import videos_at_once
 from arcopo_fast.evaluation.scores import BASE, ScoreDirectory, Scores, Video
-from arcopo_fast.generate import load_scaled_adapter
-from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, adapter_state, add_lora, save_adapter
+from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, adapter_state, add_lora, load_adapter, save_adapter, set_adapter
 from arcopo_fast.rewards.base import FramesNotFinite
 from arcopo_fast.rewards.client import RewardServerError
 
@@ -134,7 +134,7 @@ def test_the_numbers_are_those_of_a_training_runs_evaluation(evaluated: Path, ad
     for name, adapter, scale in ((BASE, None, 1.0), ("on@1", "on", 1.0), ("on@-0.5", "on", -0.5), ("mine@1", "semi", 1.0)):
         generator = load_generator(config)
         if adapter:
-            load_scaled_adapter(generator.model, adapters[adapter], scale)
+            load_adapter(generator.model, adapters[adapter], scale=scale)
         engine = build_engine(config, generator.model, video_shape(config, generator))
         expected = evaluate_once(config, generator, engine, load_prompts(config).evaluation, load_rewards(config), load_held_out(generator))
         for score, values in expected.scores.items():
@@ -431,18 +431,18 @@ def test_an_adapter_and_its_scales() -> None:
         "x/my lora.safetensors": "my-lora",
         "y/pytorch_lora_weights.safetensors": "y",
     }
-    assert {path: evaluate.name_of(Path(path)) for path in names} == names
+    assert {path: name_of(Path(path)) for path in names} == names
 
 
 def test_adapters_in_turn_leave_nothing_behind(adapters: dict[str, Path]) -> None:
     """What the model holds is the same whatever it held before, and in the layers and ranks that an adapter lacks it is zero."""
     model = load_generator(load_config("toy", SMALL[1:])).model
-    options = [evaluate.AdapterOption(None, str(adapters[name]), (0.5,)) for name in ("on", "semi", "zero")]
-    generators = evaluate.adapted_generators(options, base=True)
-    evaluate.prepare_adapters(model, [one.source for one in generators if one.source])
+    options = [AdapterOption(None, str(adapters[name]), (0.5,)) for name in ("on", "semi", "zero")]
+    generators = adapted_generators(options, base=True)
+    prepare_adapters(model, [one.source for one in generators if one.source])
     states: dict[str, list[dict[str, torch.Tensor]]] = {}
     for one in [*generators, *random.sample(generators, 4), *generators]:
-        evaluate.use_adapter(model, one)
+        set_adapter(model, one.adapter, one.scale)
         states.setdefault(one.name, []).append({name: tensor.clone() for name, tensor in adapter_state(model).items()})
     for name, found in states.items():
         assert all(torch.equal(state[key], found[0][key]) for state in found for key in state), name

@@ -27,7 +27,7 @@ from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.evaluation.judging import evaluate
 from arcopo_fast.generate import Switch, first_frames, output_files, place_switches, sized_engine, stream_frames, with_frames
 from arcopo_fast.model.families import SIZES
-from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, read_adapter, save_adapter
+from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, load_adapter, read_adapter, save_adapter
 from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes, VAESizes
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
@@ -262,7 +262,7 @@ def test_adapters_of_a_run_in_either_form_at_any_scale(run: Path, tmp_path: Path
 def test_a_scaled_adapter_adds_so_much_of_itself_and_is_what_diffusers_computes(scale: float, run: Path) -> None:
     adapter = read_adapter(run / "adapter")
     model, merged = load_model(checkpoint_path("toy")), load_model(checkpoint_path("toy"))
-    generate.load_scaled_adapter(model, run, scale)
+    load_adapter(model, run, scale=scale)
     for name in adapter.modules:
         down, up = (adapter.state[f"{name}.lora_{letter}.weight"] for letter in "AB")
         merged.get_submodule(name).weight += (scale * adapter.alpha / adapter.rank) * up @ down

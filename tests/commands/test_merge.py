@@ -25,11 +25,14 @@ from arcopo_fast.build import build_engine, checkpoint_path, load_generator, loa
 from arcopo_fast.build import video_shape as shape_of
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config, resolved_yaml
+from arcopo_fast.errors import UserError
+from arcopo_fast.evaluation import sweep
+from arcopo_fast.evaluation.changes import Change
 from arcopo_fast.evaluation.judging import Evaluation, evaluate
+from arcopo_fast.evaluation.sweep import Point, choose_scale
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import BLOCK_TARGETS, Adapter, adapter_parameters, add_lora, load_adapter, read_adapter, save_adapter
-from arcopo_fast.reports.results import Change
-from arcopo_fast.reports.sweep import Point, choose_scale, result_line
+from arcopo_fast.reports.sweep import result_line
 from arcopo_fast.reports.table import signed
 
 SMALL = [
@@ -198,11 +201,11 @@ def test_a_choice_within_its_error_is_called_so() -> None:
 
 def test_what_is_held_out() -> None:
     config = load_config("toy", ["rewards={toy_vq: 1, toy_mq: 0}"])
-    assert merge.out_of_domain(config, ["a", "b"], []) == ["a", "b"]
-    assert merge.out_of_domain(config, ["a", "b"], ["b", "toy_mq", "b"]) == ["b", "toy_mq"]
+    assert sweep.out_of_domain(config, ["a", "b"], []) == ["a", "b"]
+    assert sweep.out_of_domain(config, ["a", "b"], ["b", "toy_mq", "b"]) == ["b", "toy_mq"]
     for metrics, chosen, part in ((["a"], ["toy_vq"], "trains on toy_vq"), (["a"], ["c"], "'c'"), ([], [], "no held-out metrics")):
-        with pytest.raises(merge.UserError, match=part):
-            merge.out_of_domain(config, metrics, chosen)
+        with pytest.raises(UserError, match=part):
+            sweep.out_of_domain(config, metrics, chosen)
 
 
 # The sweep
@@ -294,14 +297,14 @@ def test_a_sweep_goes_on_after_an_interrupt(
     out = tmp_path / "sweep"
     call = ["--semi", runs[0], "--on", runs[1], "--out", out, "--sweep"]
     interrupted = MadeUp((0.5, 0.5), (0.6, 0.7), KeyboardInterrupt)
-    monkeypatch.setattr(merge, "evaluate", interrupted)
+    monkeypatch.setattr(sweep, "evaluate", interrupted)
     status, said, _ = command(capsys, *call, "0,0.4,0.8")
     assert status == 130 and interrupted.calls == 3 and "interrupted" in said[-1]
     assert sorted(path.name for path in out.rglob("*")) == ["baseline.json", "evaluations", "scale-0.json"]
     first = (out / "evaluations" / "baseline.json").read_bytes()
 
     rest = MadeUp((0.7, 0.6), (0.8, 0.4))
-    monkeypatch.setattr(merge, "evaluate", rest)
+    monkeypatch.setattr(sweep, "evaluate", rest)
     status, said, printed = command(capsys, *call, "0,0.4,0.8")
     assert status == 0 and rest.calls == 2 and "2 of 4" in said[0] and "Scale 0.4 is the largest" in printed
     assert (out / "evaluations" / "baseline.json").read_bytes() == first
@@ -311,13 +314,13 @@ def test_a_sweep_goes_on_after_an_interrupt(
     # again: nothing to do; another scale: only that one
     for scales, means, chosen in (("0.8,0.4", [], 0.4), ("0.6,0.8", [(0.75, 0.55)], 0.6)):
         made_up = MadeUp(*means)
-        monkeypatch.setattr(merge, "evaluate", made_up)
+        monkeypatch.setattr(sweep, "evaluate", made_up)
         assert command(capsys, *call, scales)[0] == 0 and made_up.calls == len(means)
         assert json.loads((out / "adapter" / "merge.json").read_text())["scale"] == chosen
 
     # anew; then with a scale of which none improves both, which is no failure and leaves no adapter of before
     anew = MadeUp((0.5, 0.5), (0.4, 0.7), (0.6, 0.6), (0.8, 0.4))
-    monkeypatch.setattr(merge, "evaluate", anew)
+    monkeypatch.setattr(sweep, "evaluate", anew)
     assert command(capsys, *call, "0.4", "--overwrite")[0] == 0 and anew.calls == 3
     assert {path.name for path in (out / "evaluations").iterdir()} == {"baseline.json", "scale-0.json", "scale-0.4.json"}
     assert json.loads((out / "sweep.json").read_text())["chosen"] == 0.4
@@ -327,7 +330,7 @@ def test_a_sweep_goes_on_after_an_interrupt(
 
     # other settings or adapters are refused by one line that names what differs, and nothing changes
     untouched = MadeUp()
-    monkeypatch.setattr(merge, "evaluate", untouched)
+    monkeypatch.setattr(sweep, "evaluate", untouched)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for change, parts in (
         (["evaluation.seed=7"], ("with other settings: evaluation.seed: 7 here, 1234 there", "--overwrite")),
@@ -357,14 +360,14 @@ def test_one_process_owns_a_sweep_and_what_a_kill_left_is_removed(
     (out / "evaluations").mkdir(parents=True)
     (out / "evaluations" / ".baseline.abcdefgh.json").write_text("half")
     (out / ".sweep.abcdefgh.html").write_text("half")
-    monkeypatch.setattr(merge, "evaluate", evaluate)
+    monkeypatch.setattr(sweep, "evaluate", evaluate)
     assert command(capsys, *call)[0] == 0
     assert all(status == 2 and f"{out} is in use by process {os.getpid()} on " in said[0] for status, said, _ in seen) and len(seen) == 3
     assert not [path for path in out.rglob("*") if path.name.startswith(".")]
     # One that was killed between the two renames of a replacement.
     whole = {path.name: path.read_bytes() for path in (out / "adapter").iterdir()}
     (out / "adapter").rename(out / ".adapter.01234567.old")
-    monkeypatch.setattr(merge, "judge", lambda *arguments: None)
+    monkeypatch.setattr(merge, "write_sweep", lambda *arguments: None)
     assert command(capsys, *call)[0] == 0
     assert {path.name: path.read_bytes() for path in (out / "adapter").iterdir()} == whole
 
@@ -375,7 +378,7 @@ def test_a_damaged_evaluation_of_a_sweep_is_one_line(
 ) -> None:
     out = tmp_path / "sweep"
     call = ["--semi", runs[0], "--on", runs[1], "--out", out, "--sweep", "0.4"]
-    monkeypatch.setattr(merge, "load_generator", raising)  # whatever is refused is so before that
+    monkeypatch.setattr(sweep, "load_generator", raising)  # whatever is refused is so before that
     summary = {"mean": 0.5, "std": 0.1, "values": [0.4, 0.6]}
     document = {"scale": None, "settings": {}, "scores": {"reward": summary}}
     for path in [(), ("settings",), ("scores",), ("scores", "reward"), *(("scores", "reward", name) for name in ("mean", "std", "values"))]:

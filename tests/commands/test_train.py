@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_model, video_shape
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.generate import load_scaled_adapter, stream_frames
+from arcopo_fast.generate import stream_frames
 from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.model.vae import load_vae
 from arcopo_fast.rollout.noise import KeyedNoise
@@ -172,7 +172,7 @@ def test_the_adapter_gives_the_same_video_in_diffusers_own_pipeline(finished: Pa
 
     plain = ours()
     torch.testing.assert_close(theirs(), plain, rtol=0, atol=1e-5)
-    load_scaled_adapter(generator.model, finished, 1.0)
+    load_adapter(generator.model, finished)
     pipeline.load_lora_weights(str(finished / "adapter"))
     adapted = ours()
     assert (adapted - plain).abs().max() > 1e-3, "the adapter must show"

@@ -16,9 +16,10 @@ from support.runs import NAMES, PROMPT, STEPS, Page, evaluation, settings, write
 
 from arcopo_fast.config.reading import load_config, resolved_yaml
 from arcopo_fast.errors import UserError
+from arcopo_fast.evaluation.changes import changes
 from arcopo_fast.reports.charts import Mark, Spread, _ticks, line_chart, scatter_chart
 from arcopo_fast.reports.model_card import config_hash, model_card
-from arcopo_fast.reports.results import changes, points, stage_seconds
+from arcopo_fast.reports.results import points, stage_seconds
 from arcopo_fast.reports.run import write_report
 from arcopo_fast.storage.metrics import MetricsWriter
 from arcopo_fast.storage.run_dir import RunDirectory
