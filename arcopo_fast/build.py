@@ -32,9 +32,9 @@ from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.client import remote_rewards
 from arcopo_fast.rewards.registry import load_reward
 from arcopo_fast.rewards.wire import read_token
-from arcopo_fast.rollout.cache import CachePolicy
+from arcopo_fast.rollout.cache import pages_for, plan_pages, variant_of
 from arcopo_fast.rollout.decode import Reencoder
-from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
+from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import generator as random_for
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.storage import hub
@@ -262,74 +262,34 @@ def encode_ahead(encode_text: TextEncoder, prompts: Iterable[str]) -> None:
         encode_text.encode_all(list(prompts))
 
 
-def video_shape(config: Config, generator: Generator) -> VideoShape:
-    return shape_of(config, generator.model.config.in_channels)
-
-
-def shape_of(config: Config, channels: int) -> VideoShape:
-    """The shape of the recipe's videos in latents of `channels` channels."""
-    video = config.video
-    return VideoShape.of(
-        video.chunks,
-        video.chunk_frames,
-        channels,
-        video.latent_height,
-        video.latent_width,
-        independent_first_frame=video.independent_first_frame,
-    )
-
-
-def cache_policy(config: Config) -> CachePolicy:
-    cache = config.cache
-    return CachePolicy(cache.variant, cache.window, cache.sink, cache.global_sink)
-
-
-def wave_size(config: Config) -> int:
-    """Branches that are finished at once."""
-    return min(config.rollout.branches_per_wave or config.rollout.group_size, config.rollout.group_size)
-
-
-def pool_pages(config: Config, shape: VideoShape, *, videos: int | None = None) -> int:
-    """Pages that the groups of an iteration need at the worst pivot, or `videos` independent videos."""
-    policy = cache_policy(config)
-    visible = Engine.plan(shape, policy, shape.chunks - 1, 1).prefix  # what one whole video holds at most
+def pool_pages(config: Config, *, videos: int | None = None) -> int:
+    """Return the pages that the groups of an iteration need at the worst pivot, or `videos` independent videos."""
+    chunks = config.video.chunk_sizes
+    visible = plan_pages(config.cache, chunks, len(chunks) - 1, 1).prefix  # what one whole video holds at most
     if videos:
         return max(1, videos * visible)
     # Every group of an iteration holds its prefix until the update; a context that is recomputed stands beside the rollout's own.
     held = config.rollout.prompts_per_iteration - 1 + (config.objective.context == "recompute")
-    return Engine.pages_for(shape, wave_size(config), policy=policy) + held * visible
+    return pages_for(config.cache, chunks, config.rollout.wave_size) + held * visible
 
 
 def build_engine(
-    config: Config,
-    model: CausalWan,
-    shape: VideoShape,
-    *,
-    videos: int | None = None,
-    pages: int | None = None,
-    vae: AutoencoderKLWan | None = None,
+    config: Config, model: CausalWan, *, videos: int | None = None, pages: int | None = None, vae: AutoencoderKLWan | None = None
 ) -> Engine:
-    """Return an engine whose pool holds a group of the recipe, or `videos` independent videos, or `pages` frames.
+    """Return an engine whose pool holds a group of the recipe, or `videos` independent videos, or `pages` latent frames.
 
-    vae: for generators that encode frames again.
+    Args:
+        vae: for a cache that encodes frames again.
     """
-    sampler, policy = config.sampler, cache_policy(config)
     reencoder = None
-    if policy.reencoded and vae is not None:
+    if vae is not None and variant_of(config.cache).reencodes(config.cache):
         reencoder = Reencoder(vae, partial(resident, model.device, vae, offload=config.generator.offload))
     return Engine(
         model,
-        shape,
-        SamplerSettings(
-            tuple(sampler.steps),
-            sampler.warp,
-            sampler.shift,
-            tuple(sampler.first_chunk_steps) if sampler.first_chunk_steps else None,
-            sampler.context_noise,
-            sampler.kind,
-        ),
-        policy,
-        pages=pages or pool_pages(config, shape, videos=videos),
+        VideoShape.of(config.video, model.config.in_channels),
+        config.sampler,
+        config.cache,
+        pages=pages or pool_pages(config, videos=videos),
         cuda_graphs=config.rollout.cuda_graphs,
         reencoder=reencoder,
     )

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from arcopo_fast.build import build_engine, build_objective, encode_ahead, load_generator, load_prompts, load_rewards, video_shape
+from arcopo_fast.build import build_engine, build_objective, encode_ahead, load_generator, load_prompts, load_rewards
 from arcopo_fast.cli import RecipeParser, positive_int, run_command
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.buffer import Buffer
@@ -32,7 +32,7 @@ def collect(config: Config, path: str, groups: int) -> Buffer:
         torch.set_num_threads(config.train.threads)
     rewards, prompts, generator = load_rewards(config), load_prompts(config), load_generator(config)
     encode_ahead(generator.encode_text, (prompt_of(config.seed, prompts.training, index, 0).for_generator for index in range(groups)))
-    engine = build_engine(config, generator.model, video_shape(config, generator), vae=generator.decoder.vae)
+    engine = build_engine(config, generator.model, vae=generator.decoder.vae)
     objective = build_objective(config, engine)
     buffer = Buffer.create(path, policy_of(config, generator, objective), recipe_of(config, prompts, rewards), groups=groups)
     source = Rollouts(config, generator, engine, objective, prompts, rewards)

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from arcopo_fast.build import build_engine, load_generator, load_prompts, video_shape, wave_size
+from arcopo_fast.build import build_engine, load_generator, load_prompts
 from arcopo_fast.cli import RecipeParser, adapter_path, positive_int, run_command
 from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
@@ -76,12 +76,12 @@ class Generation:
         self.generator = load_generator(config)
         if adapter:
             load_adapter(self.generator.model, adapter)
-        self.shape = video_shape(config, self.generator)
         most = 1 + draws * max(len(config.sampler.steps), len(config.sampler.first_chunk_steps or ()))
-        self.branches = max(2, min(most, wave_size(config)))
+        self.branches = max(2, min(most, config.rollout.wave_size))
         # With a window the context holds frames that its branches no longer see: one video more.
         videos = self.branches + (config.cache.window is not None)
-        self.engine = build_engine(config, self.generator.model, self.shape, videos=videos, vae=self.generator.decoder.vae)
+        self.engine = build_engine(config, self.generator.model, videos=videos, vae=self.generator.decoder.vae)
+        self.shape = self.engine.shape
         self.pixel_frames = VAESizes.from_config(self.generator.decoder.vae.config).pixel_frames
 
     def measure(self, index: int, prompt: str, pivots: Sequence[int], figures: Path | None) -> Iterator[Record]:

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from arcopo_fast.build import Generator, encode_ahead, load_generator, load_held_out, load_prompts, load_rewards, video_shape
+from arcopo_fast.build import Generator, encode_ahead, load_generator, load_held_out, load_prompts, load_rewards
 from arcopo_fast.cli import Parser, RecipeParser, finite, positive_int, run_command, seed, shard
 from arcopo_fast.config.schema import Config, expanded
 from arcopo_fast.data.prompts import Prompt, read_prompt_set
@@ -44,6 +44,7 @@ from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.reports.evaluation import as_markdown
 from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError
 from arcopo_fast.rewards.fingerprint import fingerprint_of
+from arcopo_fast.rollout.engine import VideoShape
 from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.storage.atomic import atomic_write, check_out
@@ -71,7 +72,7 @@ class Evaluator:
         self.rewards = load_rewards(config)
         self.generator = load_generator(config)
         self.held_out = load_held_out(self.generator)
-        self.shape = video_shape(config, self.generator)
+        self.shape = VideoShape.of(config.video, self.generator.model.config.in_channels)
         self.settings = settings_of(config, self.generator, {**self.rewards, **self.held_out})
         self.adapters = {one.name: one.identity for one in generators}
         self._current: str | None = None
@@ -80,7 +81,7 @@ class Evaluator:
 
     def make_room(self, videos: int) -> None:
         """For so many videos at once; before `score`."""
-        self.engine = sized_engine(self.config, self.generator, self.shape, videos, longer=False)
+        self.engine = sized_engine(self.config, self.generator, videos, longer=False)
 
     def score(self, videos: Sequence[Video], files: Mapping[Video, Path]) -> dict[Video, dict[str, float]]:
         """The scores of a batch, of one generator's videos; those that have a file are written to it.
@@ -137,7 +138,7 @@ def evaluate(
     directory = ScoreDirectory.create(out, evaluator.settings)
     scores = directory.read()
     directory.check(scores, prompts, evaluator.adapters)
-    batch = batch or videos_at_once(config, evaluator.shape)
+    batch = batch or videos_at_once(config)
     parts = list(batches(generators, prompts, config.evaluation.videos_per_prompt, batch))
     wanted = {video for part in parts for video in part}
     if known := len(wanted & scores.values.keys()):

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arcopo_fast.build import Generator, build_engine, encode_ahead, load_generator, pool_pages, video_shape
+from arcopo_fast.build import Generator, build_engine, encode_ahead, load_generator, pool_pages
 from arcopo_fast.cli import RecipeParser, adapter_path, finite, positive_int, run_command, seed
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import check_prompt, read_prompts
@@ -114,10 +114,10 @@ def generate(
     if adapter is not None:
         load_adapter(generator.model, adapter, scale=adapter_scale)
     vae = VAESizes.from_config(generator.decoder.vae.config)
-    usual = video_shape(config, generator)
+    usual = config.video.chunks
     if frames is not None:
         config = with_frames(config, frames, vae)
-    shape, batch = video_shape(config, generator), min(batch, len(prompts))
+    shape, batch = VideoShape.of(config.video, generator.model.config.in_channels), min(batch, len(prompts))
     total = vae.pixel_frames(shape.frames)
     if frames not in (None, total):
         print(f"{frames} frames are not whole chunks of {config.video.chunk_frames} latent frames: making {total}", file=sys.stderr)
@@ -125,7 +125,7 @@ def generate(
     encode_ahead(generator.encode_text, [*prompts, *placed.values()])
     latent_switches = {frame: generator.encode_text([prompt]) for frame, prompt in placed.items()}
     text = generator.encode_text(prompts)
-    engine = sized_engine(config, generator, shape, batch, longer=shape.chunks > usual.chunks)
+    engine = sized_engine(config, generator, batch, longer=config.video.chunks > usual)
     files[0].parent.mkdir(parents=True, exist_ok=True)
     with Interruption("the chunk") as interruption:
         for start in range(0, len(prompts), batch):
@@ -206,19 +206,20 @@ def place_switches(switches: Sequence[Switch], shape: VideoShape, vae: VAESizes)
     return placed
 
 
-def sized_engine(config: Config, generator: Generator, shape: VideoShape, videos: int, *, longer: bool) -> Engine:
+def sized_engine(config: Config, generator: Generator, videos: int, *, longer: bool) -> Engine:
     """An engine for `videos` videos at once. longer: than the recipe's, so what a cache without window then takes is worth a line.
 
     Raises:
         UserError: its keys and values do not fit the memory.
     """
-    model, pages = generator.model, pool_pages(config, shape, videos=videos)
-    page = 2 * model.config.num_layers * model.config.tokens_per_frame(shape.height, shape.width) * model.config.dim * model.dtype.itemsize
+    model, pages = generator.model, pool_pages(config, videos=videos)
+    tokens = model.config.tokens_per_frame(config.video.latent_height, config.video.latent_width)
+    page = 2 * model.config.num_layers * tokens * model.config.dim * model.dtype.itemsize
     size = f"keys and values of {pages} latent frames take {pages * page / 2**30:.3g} GiB"
     if longer and config.cache.window is None:
         print(f"{size}: the cache has no window, so it grows with the video; set cache.window to bound it", file=sys.stderr)
     try:
-        return build_engine(config, model, shape, videos=videos, vae=generator.decoder.vae)
+        return build_engine(config, generator.model, videos=videos, vae=generator.decoder.vae)
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; the allocator of a CPU has none of its own
         reason = str(error).splitlines()[0]
         raise UserError(f"{size}, which do not fit ({reason}); set cache.window, or lower --frames or --batch") from error

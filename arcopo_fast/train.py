@@ -32,7 +32,6 @@ from arcopo_fast.build import (
     load_held_out,
     load_prompts,
     load_rewards,
-    video_shape,
 )
 from arcopo_fast.cli import RecipeParser, numbers, positive_int, run_command
 from arcopo_fast.config.reading import setting
@@ -96,8 +95,8 @@ class Trainer:
         ahead = [*training_prompts(config, self.prompts.training), *self.prompts.evaluation]
         encode_ahead(self.generator.encode_text, (prompt.for_generator for prompt in ahead))
         self.held_out = load_held_out(self.generator)
-        self.shape = video_shape(config, self.generator)
-        self.engine: Engine = build_engine(config, self.generator.model, self.shape, vae=self.generator.decoder.vae)
+        self.engine: Engine = build_engine(config, self.generator.model, vae=self.generator.decoder.vae)
+        self.shape = self.engine.shape
         self.objective = build_objective(config, self.engine)
         self.source: GroupSource
         if config.train.buffer is None:

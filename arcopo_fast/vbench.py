@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from arcopo_fast.build import Generator, encode_ahead, load_generator, video_shape
+from arcopo_fast.build import Generator, encode_ahead, load_generator
 from arcopo_fast.cli import Parser, RecipeParser, adapter_path, finite, positive_int, run_command, run_subcommand, shard
 from arcopo_fast.cli import seed as seed_option
 from arcopo_fast.config.schema import Config
@@ -108,15 +108,15 @@ def make_videos(config: Config, generator: Generator, videos: Sequence[Video], d
     if not missing:
         return
     encode_ahead(generator.encode_text, [video.text for video in missing])
-    shape, batch = video_shape(config, generator), min(batch, len(missing))
-    engine = sized_engine(config, generator, shape, batch, longer=False)
+    batch = min(batch, len(missing))
+    engine = sized_engine(config, generator, batch, longer=False)
     with Interruption("the videos at hand") as interruption, Progress(len(videos), len(videos) - len(missing)) as progress:
         for start in range(0, len(missing), batch):
             if interruption.asked:
                 raise Interrupted(f"{progress.done} of {len(videos)} videos are made; the same command makes the others")
             part = missing[start : start + batch]
             text = generator.encode_text([video.text for video in part])
-            noise = StackedNoise([KeyedNoise(shape.chunk, video.seed) for video in part])
+            noise = StackedNoise([KeyedNoise(engine.shape.chunk, video.seed) for video in part])
             with ExitStack() as stack:
                 writers = [stack.enter_context(Mp4Writer(directory / video.file, config.video.fps, smallest_side=1)) for video in part]
                 for chunk in stream_frames(generator, engine, text, noise, offload=config.generator.offload):

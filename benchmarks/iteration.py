@@ -18,13 +18,10 @@ from torch import Tensor
 from arcopo_fast.build import (
     build_engine,
     build_objective,
-    cache_policy,
     checkpoint_path,
     load_generator,
     load_prompts,
     load_rewards,
-    shape_of,
-    wave_size,
 )
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import Config
@@ -38,7 +35,8 @@ from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.planning.work import Work, frame_tokens
 from arcopo_fast.planning.work import iteration as iteration_work
 from arcopo_fast.rewards.base import Reward
-from arcopo_fast.rollout.engine import Engine, Group, VideoShape
+from arcopo_fast.rollout.cache import plan_pages
+from arcopo_fast.rollout.engine import Group, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, normal
 from arcopo_fast.runtime import profiling
 from benchmarks.reference.iteration import Reference, Result, adamw
@@ -79,7 +77,7 @@ class Scene:
 
     @property
     def shape(self) -> VideoShape:
-        return shape_of(self.config, self.model.config.in_channels)
+        return VideoShape.of(self.config.video, self.model.config.in_channels)
 
     @property
     def noise(self) -> KeyedNoise:
@@ -117,8 +115,8 @@ class OurPath:
     def __init__(self, scene: Scene, pivot: int) -> None:
         config = scene.config
         self.scene, self.pivot = scene, pivot
-        self.plan = Engine.plan(scene.shape, cache_policy(config), pivot, wave_size(config))
-        self.engine = build_engine(config, scene.model, scene.shape, pages=max(1, self.plan.pages))
+        self.plan = plan_pages(config.cache, scene.shape.chunk_frames, pivot, config.rollout.wave_size)
+        self.engine = build_engine(config, scene.model, pages=max(1, self.plan.pages))
         self.objective = build_objective(config, self.engine)
         self.parameters = adapter_parameters(scene.model)
         self.optimizer = adamw(config, self.parameters)
@@ -268,7 +266,7 @@ def case(
         "chunks": scene.shape.chunks,
         "implementation": None,
         "settings": {
-            "branches_per_wave": wave_size(config),
+            "branches_per_wave": config.rollout.wave_size,
             "decode_branches": min(config.rollout.decode_branches or group, group),
             "micro_batch": config.objective.micro_batch,
         },

@@ -105,9 +105,14 @@ class VideoConfig(Section):
     decode_frames: Positive = Field(1, description="latent frames that the VAE decodes in one call: more is faster for small videos only")
 
     @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """The latent frames of each chunk, an independent first frame included."""
+        return (1,) * self.independent_first_frame + (self.chunk_frames,) * self.chunks
+
+    @property
     def count(self) -> int:
-        """All chunks, an independent first frame included: where a pivot can lie."""
-        return self.chunks + self.independent_first_frame
+        """The number of all chunks: a pivot can lie in each."""
+        return len(self.chunk_sizes)
 
 
 class SamplerConfig(Section):
@@ -141,6 +146,20 @@ class CacheConfig(Section):
     )
     global_sink: bool = Field(True, description="the sink survives a prompt switch (longlive)")
 
+    @model_validator(mode="after")
+    def _window_holds_the_sink(self) -> CacheConfig:
+        if self.window is not None and self.window <= self.sink:
+            raise ValueError(f"cache.window {self.window} is too small for the sink of {self.sink} latent frames and a chunk")
+        if self.variant == "infinity_rope" and self.window is not None and self.sink < 1:
+            raise ValueError("cache.sink must be at least 1 for infinity_rope with a window")
+        if self.variant == "krea" and (self.window is None or self.sink > 1):
+            window = "null" if self.window is None else self.window
+            raise ValueError(
+                "krea computes a context anew for every chunk: it needs a cache.window, and a cache.sink of 0 or 1; "
+                f"given cache.window {window} and cache.sink {self.sink}"
+            )
+        return self
+
 
 class RolloutConfig(Section):
     """How a group of candidates is made."""
@@ -160,6 +179,11 @@ class RolloutConfig(Section):
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         "auto", description="replay the denoising steps of a chunk as one CUDA graph; auto: where launches, not arithmetic, take the time"
     )
+
+    @property
+    def wave_size(self) -> int:
+        """The branches that are finished at once."""
+        return min(self.branches_per_wave or self.group_size, self.group_size)
 
     @field_validator("group_size")
     @classmethod
@@ -338,12 +362,10 @@ class Config(Section):
                 f"cache.sink {cache.sink} is more than the first chunk's {first} latent frames: official LongLive then attends to frames "
                 "that were never written, which is not reproduced; give a sink of at most the first chunk"
             )
-        if cache.variant == "infinity_rope" and cache.window is not None and cache.sink < 1:
-            raise ValueError("cache.sink must be at least 1 for infinity_rope with a window")
-        if cache.variant == "krea" and (cache.window is None or cache.window <= video.chunk_frames or cache.sink > 1):
+        if cache.variant == "krea" and cache.window is not None and cache.window <= video.chunk_frames:
             raise ValueError(
                 f"krea computes a context anew for every chunk: cache.window {cache.window} must be more than the chunk's "
-                f"{video.chunk_frames} latent frames, and cache.sink {cache.sink} 0 or 1"
+                f"{video.chunk_frames} latent frames"
             )
         if isinstance(rollout.pivot, int) and not 1 <= rollout.pivot <= video.count:
             raise ValueError(f"rollout.pivot {rollout.pivot} is beyond the video of L = {video.count} chunks; give 1 to {video.count}")

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from arcopo_fast.config.schema import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.rollout.cache import CachePolicy
-from arcopo_fast.rollout.engine import Engine, SamplerSettings, Stream, VideoShape
+from arcopo_fast.rollout.cache import pages_for
+from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource, StackedNoise
 
 
@@ -114,7 +115,7 @@ def _finish(engine: Engine, prefix: Stream, pivot: int, noise: StackedNoise) -> 
     rows, chunks = len(noise.sources), engine.shape.chunks
     stream = replace(prefix, cache=prefix.cache.fork(rows), latents=list(prefix.latents))
     try:
-        stream.cache.reserve(engine.plan(engine.shape, engine.policy, pivot, rows).tail)
+        stream.cache.reserve(engine.plan(pivot, rows).tail)
         for chunk in range(pivot, chunks):
             engine.extend(stream, chunk, noise.initial(chunk), noise, last=chunk == chunks - 1)
     finally:
@@ -122,7 +123,7 @@ def _finish(engine: Engine, prefix: Stream, pivot: int, noise: StackedNoise) -> 
     return stream.latents
 
 
-def noise_influence(model: CausalWan, text: Tensor, shape: VideoShape, sampler: SamplerSettings, *, seed: int) -> dict[str, list[float]]:
+def noise_influence(model: CausalWan, text: Tensor, shape: VideoShape, sampler: SamplerConfig, *, seed: int) -> dict[str, list[float]]:
     """Mean squared change of the whole latent video, averaged over prompts, for each pivot chunk.
 
     Args:
@@ -132,7 +133,8 @@ def noise_influence(model: CausalWan, text: Tensor, shape: VideoShape, sampler: 
     Returns:
         {"initial": [L], "renoise1": [L], ..., "ratio": [L]}; ratio is the initial noise's change over the largest change of any re-noise.
     """
-    engine = Engine(model, shape, sampler, CachePolicy(), pages=Engine.pages_for(shape, 1 + len(sampler.steps)))
+    cache = CacheConfig()
+    engine = Engine(model, shape, sampler, cache, pages=pages_for(cache, shape.chunk_frames, 1 + len(sampler.steps)))
     changes: dict[str, list[float]] = {}
     for row in range(len(text)):
         noise, other = (KeyedNoise(shape.chunk, seed + offset, group=row) for offset in (0, 1))

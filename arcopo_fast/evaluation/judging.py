@@ -21,7 +21,7 @@ from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.objectives.advantage import weighted_total
 from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.decode import decode_branches
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
 from arcopo_fast.runtime import profiling
 from arcopo_fast.runtime.memory import resident
@@ -120,10 +120,10 @@ def _summary(values: Tensor) -> dict[str, Any]:
     return {"mean": mean, "std": std, "values": listed, **failed}
 
 
-def videos_at_once(config: Config, shape: VideoShape) -> int:
+def videos_at_once(config: Config) -> int:
     """Independent videos that the pages of a run's groups hold, at most `BATCH`; at least one."""
     videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
-    return max(1, min(BATCH, videos, pool_pages(config, shape) // pool_pages(config, shape, videos=1)))
+    return max(1, min(BATCH, videos, pool_pages(config) // pool_pages(config, videos=1)))
 
 
 def judge(
@@ -160,7 +160,7 @@ def evaluate(
     engine: of the generator, between two iterations; as many videos are made at once as its pages hold, at most `BATCH`.
     """
     every = [prompt for prompt in prompts for _ in range(config.evaluation.videos_per_prompt)]
-    batch = videos_at_once(config, engine.shape)
+    batch = videos_at_once(config)
     parts: list[dict[str, Tensor]] = []
     shown: list[Tensor] = []
     for start in range(0, len(every), batch):

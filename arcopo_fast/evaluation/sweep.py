@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import JsonValue
 
-from arcopo_fast.build import build_engine, load_generator, load_held_out, load_prompts, load_rewards, video_shape
+from arcopo_fast.build import build_engine, load_generator, load_held_out, load_prompts, load_rewards
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt, digest
 from arcopo_fast.errors import UserError
@@ -143,11 +143,11 @@ def sweep(
     metrics = load_held_out(generator)
     names = out_of_domain(config, list(metrics), held_out)
     check_complete(out, kept, [TOTAL, *rewards, *metrics])
-    model, shape = generator.model, video_shape(config, generator)
+    model = generator.model
     merged = pair.merged(1.0)
     add_lora(model, rank=merged.rank, alpha=merged.alpha, targets=merged.modules, seed=0)
     load_adapter_state(model, merged.state, source=f"the merge of {pair.semi.file} and {pair.on.file}")
-    engine = build_engine(config, model, shape, videos=videos_at_once(config, shape), vae=generator.decoder.vae)
+    engine = build_engine(config, model, videos=videos_at_once(config), vae=generator.decoder.vae)
 
     if overwrite:
         _remove_sweep(out)

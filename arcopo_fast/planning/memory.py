@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 from arcopo_kernels.paging import GroupPlan
 
-from arcopo_fast.build import cache_policy, pool_pages, shape_of, wave_size
+from arcopo_fast.build import pool_pages
 from arcopo_fast.config.schema import Config
 from arcopo_fast.evaluation.judging import videos_at_once
 from arcopo_fast.model.sizes import GeneratorSizes
 from arcopo_fast.planning.layers import decoder_convolutions, transformer_parameters, vae_parameters
 from arcopo_fast.planning.work import adapted_linears, frame_tokens, itemsize, lora_parameters
 from arcopo_fast.rewards.registry import reward_bytes as bytes_of
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.cache import plan_pages, variant_of
+from arcopo_fast.rollout.engine import VideoShape
 
 GB = 2**30
 CONTEXT = int(0.6 * GB)
@@ -50,7 +51,7 @@ class Settings(NamedTuple):
         """A configuration's own, its nulls resolved."""
         group, pairs = config.rollout.group_size, pairs_of(config)
         decode, micro = config.rollout.decode_branches or group, config.objective.micro_batch or pairs
-        return cls(wave_size(config), min(decode, group), min(micro, pairs), config.objective.checkpoint, config.generator.offload)
+        return cls(config.rollout.wave_size, min(decode, group), min(micro, pairs), config.objective.checkpoint, config.generator.offload)
 
     @classmethod
     def choices(cls, config: Config) -> list[Settings]:
@@ -125,13 +126,13 @@ def _kept(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Estimate:
     A group keeps the inputs and predictions of the pivot's T steps, 2 T chunks a member (twice while its waves are joined), and all its
     chunks, or on a buffer the prefix's. Each update but the first, on a buffer each, keeps the old prediction of its pairs, a chunk each.
     """
-    model, branches = sizes.transformer, wave_size(config)
+    model, branches = sizes.transformer, config.rollout.wave_size
     shape, buffered = _shape(config, sizes), config.train.buffer is not None
     group, prompts, updates = config.rollout.group_size, config.rollout.prompts_per_iteration, config.objective.updates
     adapters = ADAPTER * lora_parameters(config, model)
 
     # The pool is there all the time. What a run on a buffer does not need of it for prefixes, only the evaluations use.
-    pages, whole = pool_pages(config, shape), pool_pages(config, shape, videos=1)
+    pages, whole = pool_pages(config), pool_pages(config, videos=1)
     worst = _worst_plan(config, sizes)
     tails = pages - (prompts + (config.objective.context == "recompute")) * whole if buffered else branches * worst.tail
     joined, asked = (1, updates) if buffered else (2, updates - 1)
@@ -155,8 +156,8 @@ def _kept(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Estimate:
 
 def _worst_plan(config: Config, sizes: GeneratorSizes) -> GroupPlan:
     """Return the pages of the pivot whose waves need most."""
-    shape, branches = _shape(config, sizes), wave_size(config)
-    plans = (Engine.plan(shape, cache_policy(config), pivot, branches) for pivot in range(shape.chunks))
+    shape, branches = _shape(config, sizes), config.rollout.wave_size
+    plans = (plan_pages(config.cache, shape.chunk_frames, pivot, branches) for pivot in range(shape.chunks))
     return max(plans, key=lambda plan: plan.pages)
 
 
@@ -165,7 +166,7 @@ def _making(config: Config, sizes: GeneratorSizes, name: str, states: int) -> tu
 
     Encoding again takes the decoder's states of `states` videos and of the one at work, and the frames of one video at most.
     """
-    if not cache_policy(config).reencoded:
+    if not variant_of(config.cache).reencodes(config.cache):
         return {}, _at_work(config)
     needs = (states + 1) * _decoder_cache(config, sizes) + _decoding(config, sizes) + _video(config, sizes)
     return {name: needs}, (*_at_work(config, "decoder weights"), name)
@@ -174,7 +175,7 @@ def _making(config: Config, sizes: GeneratorSizes, name: str, states: int) -> tu
 def _rebuilding(config: Config, sizes: GeneratorSizes) -> Estimate:
     """Count the making of a prefix for a group from a buffer: one video, at the length of a whole one."""
     again, making = _making(config, sizes, "re-encoding", 1)
-    needs = {"rebuilding a prefix": _denoising(config, sizes, 1, pool_pages(config, _shape(config, sizes), videos=1))}
+    needs = {"rebuilding a prefix": _denoising(config, sizes, 1, pool_pages(config, videos=1))}
     return Estimate(again | needs, {"prefix": (*making, *needs)})
 
 
@@ -209,12 +210,11 @@ def _updating(config: Config, sizes: GeneratorSizes) -> Estimate:
 
 def _evaluating(config: Config, sizes: GeneratorSizes) -> Estimate:
     """Count the evaluations before and after a run: some videos at once in the run's pool, each with a prompt of its own."""
-    shape = _shape(config, sizes)
-    videos, video = videos_at_once(config, shape), _video(config, sizes)
+    videos, video = videos_at_once(config), _video(config, sizes)
     at_once, (again, making) = min(videos, Settings.of(config).decode_branches), _making(config, sizes, "evaluation: re-encoding", videos)
     needs = {
         "evaluation: keys and values of the texts": (videos - 1) * _text_bytes(config, sizes),
-        "evaluation: denoising": _denoising(config, sizes, videos, videos * pool_pages(config, shape, videos=1)),
+        "evaluation: denoising": _denoising(config, sizes, videos, videos * pool_pages(config, videos=1)),
         "evaluation: decoding": at_once * (_decoding(config, sizes) + video),
         "evaluation: caches": at_once * _decoder_cache(config, sizes),
         "evaluation: frames": at_once * video,
@@ -240,7 +240,7 @@ def _chunk(shape: VideoShape) -> int:
 
 
 def _shape(config: Config, sizes: GeneratorSizes) -> VideoShape:
-    return shape_of(config, sizes.transformer.in_channels)
+    return VideoShape.of(config.video, sizes.transformer.in_channels)
 
 
 def _text_bytes(config: Config, sizes: GeneratorSizes) -> int:
@@ -276,7 +276,7 @@ def _denoising(config: Config, sizes: GeneratorSizes, branches: int, pages: int)
     """
     model, width, tokens = sizes.transformer, itemsize(config.generator.dtype), frame_tokens(config, sizes.transformer)
     token = (model.dim * 7 + model.ffn_dim * 2) * width
-    roped = 0 if cache_policy(config).roped else pages * tokens * model.dim * width
+    roped = 0 if variant_of(config.cache).roped else pages * tokens * model.dim * width
     return branches * max(_shape(config, sizes).chunk_frames) * tokens * token + roped
 
 
@@ -313,14 +313,14 @@ def _replay(config: Config, sizes: GeneratorSizes) -> int:
     """
     model, width, frame = sizes.transformer, itemsize(config.generator.dtype), frame_tokens(config, sizes.transformer)
     settings, shape = Settings.of(config), _shape(config, sizes)
-    tokens, visible = settings.micro_batch * max(shape.chunk_frames) * frame, pool_pages(config, shape, videos=1)
+    tokens, visible = settings.micro_batch * max(shape.chunk_frames) * frame, pool_pages(config, videos=1)
     kept, row = kept_by_block(config, sizes)
     hidden = tokens * model.dim * width
     blocks = (model.num_layers + 1) * hidden + tokens * kept if settings.checkpoint else model.num_layers * tokens * kept + hidden
     text = model.num_layers * model.text_len * row
     feed_forward = tokens * (model.ffn_dim + model.dim) * width
     attention = tokens * model.dim * (6 * width + 4) + 2 * visible * frame * model.dim * width - tokens * model.ffn_dim * width
-    roped = 0 if cache_policy(config).roped else model.num_layers * visible * frame * model.dim * width
+    roped = 0 if variant_of(config.cache).roped else model.num_layers * visible * frame * model.dim * width
     return blocks + text + max(feed_forward, attention) + roped
 
 

@@ -12,13 +12,14 @@ from typing import Callable, NamedTuple, Sequence
 
 import torch
 
-from arcopo_fast.build import check_fits, generator_sizes, shape_of
+from arcopo_fast.build import check_fits, generator_sizes
 from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.judging import videos_at_once
 from arcopo_fast.model.sizes import GeneratorSizes
 from arcopo_fast.planning.layers import transformer_parameters
 from arcopo_fast.planning.memory import CONTEXT, GB, SETTINGS, SLACK, Estimate, Settings, estimate, host_bytes, pairs_of
+from arcopo_fast.rollout.engine import VideoShape
 
 DEVICES = (24.0, 40.0, 80.0, 141.0)
 """GB of the cards that a plan is made for where none is named and none is here."""
@@ -101,11 +102,11 @@ def _best(plans: Sequence[Plan], device_bytes: int) -> Plan:
 
 def passes(config: Config, sizes: GeneratorSizes) -> Passes:
     """Count how often a recipe does what memory for everything at once would let it do once."""
-    settings, shape, updates = Settings.of(config), shape_of(config, sizes.transformer.in_channels), config.objective.updates
+    settings, updates = Settings.of(config), config.objective.updates
     videos, wave, finished = config.rollout.group_size, settings.branches_per_wave, config.rollout.group_size
     if config.train.buffer is not None:
         videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
-        wave = finished = videos_at_once(config, shape)
+        wave = finished = videos_at_once(config)
     slices = ceil(videos / min(finished, settings.decode_branches))
     return Passes(
         trips=slices if settings.offload else 0,
@@ -153,7 +154,7 @@ def over_plan(config: Config, allocated: int) -> str | None:
 
 
 def _heading(config: Config, sizes: GeneratorSizes) -> list[str]:
-    factor, shape = sizes.vae.spatial_factor, shape_of(config, sizes.transformer.in_channels)
+    factor, shape = sizes.vae.spatial_factor, VideoShape.of(config.video, sizes.transformer.in_channels)
     pixels = f"{config.video.latent_height * factor}x{config.video.latent_width * factor}"
     parameters = transformer_parameters(sizes.transformer)
     size = f"{parameters / 1e9:.2f} billion" if parameters >= 1e7 else f"{parameters / 1e6:.2f} million"

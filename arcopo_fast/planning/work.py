@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 import torch
 
-from arcopo_fast.build import cache_policy, shape_of
 from arcopo_fast.config.schema import Config
 from arcopo_fast.model.sizes import CausalWanConfig, VAESizes
 from arcopo_fast.planning.ceilings import Ceilings
 from arcopo_fast.planning.layers import Linear, block_linears, decoder_convolutions
+from arcopo_fast.rollout.cache import variant_of
+from arcopo_fast.rollout.engine import VideoShape
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def replay(config: Config, model: CausalWanConfig, frames: int, visible: int, ba
 
 def visible_frames(config: Config, model: CausalWanConfig, chunk: int) -> int:
     """Return how many frames a chunk sees, itself included."""
-    until = sum(shape_of(config, model.in_channels).chunk_frames[: chunk + 1])
+    until = sum(config.video.chunk_sizes[: chunk + 1])
     return min(until, config.cache.window or until)
 
 
@@ -159,7 +160,7 @@ def _decode_frame(sizes: VAESizes, height: int, width: int, first: bool) -> floa
 
 def iteration(config: Config, model: CausalWanConfig, vae: VAESizes | None, pivot: int) -> dict[str, Work]:
     """Count the work of a group of AR-CoPO on its own rollouts, by stage; `pivot` counts from 0, without a `vae` nothing is decoded."""
-    shape, objective, group = shape_of(config, model.in_channels), config.objective, config.rollout.group_size
+    shape, objective, group = VideoShape.of(config.video, model.in_channels), config.objective, config.rollout.group_size
 
     def chunks(first: int, last: int, clean: bool) -> Work:
         """Count denoising, or the clean passes, of chunks [first, last) of one video."""
@@ -195,7 +196,7 @@ def floors(config: Config, model: CausalWanConfig, vae: VAESizes, ceilings: Ceil
     Counted are iterations of AR-CoPO on its own rollouts, each frame cached once. Matrix products and convolutions at the ceiling of a
     large matrix product, then the passes between them at that of a copy; rewards are not counted.
     """
-    if config.objective.kind != "copo" or config.train.buffer is not None or cache_policy(config).recomputed:
+    if config.objective.kind != "copo" or config.train.buffer is not None or variant_of(config.cache).recomputed:
         return {}
     return {
         pivot + 1: {

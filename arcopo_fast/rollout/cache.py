@@ -1,100 +1,146 @@
 """The K/V cache of a batch of videos: page tables plus the rule by which frames become visible, slide out and are positioned.
 
-Variants (sources: Self-Forcing, LongLive v1.0, Infinity-RoPE, Krea realtime):
-
-* ``self_forcing``       keys cached roped at their absolute frame; window of the newest frames, the sink (first frames) inside it.
-* ``longlive``           the same numbers; on a prompt switch the visible frames are cached again under the new prompt.
-* ``longlive_infinity``  keys cached un-roped and roped at every read by their place in the window.
-* ``infinity_rope``      the same, with the official query position: the chunk's frame while it is below the window, then window - chunk.
-* ``krea``               before every chunk the keys and values of a short context are computed anew, roped at its places from 0.
+A class for each published generator (sources: Self-Forcing, LongLive v1.0, Infinity-RoPE, Krea realtime), chosen by `cache.variant`. It
+says where a chunk's queries and keys stand, whether keys are cached roped, and what is cached after a chunk and at a prompt switch. A new
+variant is one more class here, and its name in `VARIANTS` and in `CacheConfig`.
 
 The noisy chunk is never cached: while it is denoised its keys and values live for one layer at a time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Hashable, Literal, Sequence
+from copy import copy
+from itertools import accumulate
+from typing import Callable, ClassVar, Hashable, Protocol, Sequence
 
-from arcopo_kernels.paging import PagePool, PageRun
+import torch
+from arcopo_kernels.paging import GroupPlan, PagePool, PageRun, plan_group
 from torch import Tensor
 
+from arcopo_fast.config.schema import CacheConfig
 from arcopo_fast.model.causal_wan import CachedRun, ChunkContext
+from arcopo_fast.model.vae import VAECache
+from arcopo_fast.rollout.decode import Reencoder
+from arcopo_fast.runtime.profiling import stage
 
 
-@dataclass(frozen=True)
-class CachePolicy:
-    """window: visible latent frames, the chunk being denoised included (None: all). sink: first frames that never leave.
-
-    global_sink: on a prompt switch the sink keeps its keys and values (longlive).
-
-    With krea the sink is 1 or 0. The context is the first latent frame and the newest ones. With a sink of 0 the first frame is replaced
-    once the video fills the window: by the pixel frame that comes before the newest ones, encoded as an image of its own.
-    """
-
-    variant: Literal["self_forcing", "longlive", "longlive_infinity", "infinity_rope", "krea"] = "self_forcing"
-    window: int | None = None
-    sink: int = 0
-    global_sink: bool = True
-
-    def __post_init__(self) -> None:
-        if self.sink < 0 or (self.window is not None and self.window <= self.sink):
-            raise ValueError(f"a window of {self.window} frames cannot hold a sink of {self.sink} and a chunk")
-        if self.variant == "infinity_rope" and self.window is not None and self.sink < 1:
-            raise ValueError("infinity_rope with a window needs a sink of at least 1 frame")
-        if self.recomputed and (self.window is None or self.sink > 1):
-            raise ValueError(f"krea needs a window and a sink of 0 or 1; got a window of {self.window} and a sink of {self.sink}")
+class Videos(Protocol):
+    """What a cache is told of the videos that it belongs to."""
 
     @property
-    def absolute(self) -> bool:
-        """Frames stand at their place in the video; else, at their place in the window."""
-        return self.variant in ("self_forcing", "longlive")
+    def latents(self) -> list[Tensor]:
+        """The finished chunks [1 or B, F, C, h, w], of which the oldest may be left out once they are out of the window."""
 
     @property
-    def roped(self) -> bool:
-        """Keys are cached roped."""
-        return self.absolute or self.recomputed
+    def frame(self) -> int:
+        """The number of latent frames so far."""
 
-    @property
-    def recomputed(self) -> bool:
-        """The context is computed anew before every chunk."""
-        return self.variant == "krea"
 
-    @property
-    def reencoded(self) -> bool:
-        """The first frame of a recomputed context is decoded and encoded again."""
-        return self.recomputed and self.sink == 0
-
-    def context_frames(self, chunk_frames: int) -> int:
-        """Frames of a recomputed context, at most, beside which a chunk of `chunk_frames` frames fills the window."""
-        if self.window is None or self.window <= chunk_frames:
-            raise ValueError(f"a window of {self.window} frames has no room for a context beside a chunk of {chunk_frames}")
-        return self.window - chunk_frames
+Write = Callable[[Tensor, int], None]
+"""Runs a clean pass: caches the keys and values of latents [1 or B, F, C, h, w], the first of which is the given frame of the video."""
 
 
 class VideoCache:
     """Page tables of B videos that stand at the same frame; all tables have the same length.
 
-    reserved: for each video the pages set aside for its next frames; the cache takes them out of these lists, or gives them back.
+    This class is ``self_forcing``: keys are cached roped at their absolute frame; the window holds the newest frames and, inside it, the
+    sink, which are the first ones. It is also the base of the other variants.
+
+    Attributes:
+        tables: the pages of each video's visible frames.
+        reserved: for each video the pages set aside for its next frames; the cache takes them out of these lists, or gives them back.
+
+    Args:
+        pool: where the pages come from.
+        settings: the window and the sink.
+        batch: B.
+        chunk_frames: the latent frames of the video's largest chunk.
+        reencoder: for a variant that encodes frames again, see `reencodes`.
     """
 
-    def __init__(self, pool: PagePool, policy: CachePolicy, batch: int) -> None:
+    roped: ClassVar[bool] = True
+    """Keys are cached roped; else, they are roped at every read."""
+    recomputed: ClassVar[bool] = False
+    """What is cached after a chunk takes the place of all that was there, so that only the last one matters."""
+
+    def __init__(self, pool: PagePool, settings: CacheConfig, batch: int, *, chunk_frames: int, reencoder: Reencoder | None = None) -> None:
         self.pool = pool
-        self.policy = policy
+        self.settings = settings
+        self.chunk_frames = chunk_frames
+        self.reencoder = reencoder
         self.tables = [pool.table() for _ in range(batch)]
         self.reserved: list[list[int]] = [[] for _ in range(batch)]
 
+    # What a variant says
+
+    @classmethod
+    def plan(cls, settings: CacheConfig, chunk_frames: Sequence[int], pivot: int, branches: int) -> GroupPlan:
+        """Return the pages of a group that forks at `pivot`; the last chunk is never cached.
+
+        Args:
+            chunk_frames: the latent frames of each chunk of the video.
+        """
+        cached = chunk_frames[:-1]
+        return plan_group(cached[:pivot], cached[pivot:], branches, window=settings.window, sink=settings.sink)
+
+    @classmethod
+    def reencodes(cls, settings: CacheConfig) -> bool:
+        """Return whether frames are decoded and encoded again, which takes a reencoder."""
+        return False
+
+    def positions(self, first_frame: int, frames: int) -> tuple[int, int]:
+        """Return the RoPE time positions of the first query and the first key of a chunk that starts at `first_frame` of the video."""
+        return first_frame, first_frame
+
+    def make_room(self, frames: int) -> None:
+        """Slide the window for a chunk of `frames` frames: drop the oldest frames after the sink."""
+        window, sink = self.settings.window, self.settings.sink
+        excess = 0 if window is None else self.frames + frames - window
+        if excess > 0:
+            if sink + excess > self.frames:
+                raise ValueError(f"a chunk of {frames} frames does not fit a window of {window} with a sink of {sink}")
+            for table in self.tables:
+                table.drop(sink, sink + excess)
+
+    def after_chunk(self, videos: Videos, write: Write) -> None:
+        """Cache what the next chunk will see, now that a chunk was added to the videos."""
+        latents = videos.latents[-1]
+        self.make_room(latents.shape[1])
+        write(latents, videos.frame - latents.shape[1])
+
+    def switch_prompt(self, videos: Videos, write: Write) -> None:
+        """Cache the visible frames again under another prompt, all at once (LongLive's KV-recache)."""
+        window = self.settings.window
+        overflow = window is not None and videos.frame > window
+        keep = self.settings.sink if self.settings.global_sink and overflow else 0
+        frames = self.frames - keep if keep else min(videos.frame, window or videos.frame)
+        if frames:
+            latents = self.newest(videos, frames)
+            self.drop_all(keep)
+            write(latents, videos.frame - frames)
+
+    def finish(self) -> None:
+        """Let go of what serves only to add more chunks to these videos; their pages stay."""
+
+    # What all of them do
+
     @property
     def frames(self) -> int:
-        """Cached frames that are visible now."""
+        """The number of cached frames that are visible now."""
         return len(self.tables[0])
 
+    def newest(self, videos: Videos, frames: int) -> Tensor:
+        """Return the newest latent frames of every video, [B, frames, C, h, w]."""
+        latents = torch.cat([chunk.expand(len(self.tables), *chunk.shape[1:]) for chunk in videos.latents], dim=1)
+        return latents[:, latents.shape[1] - frames :]
+
     def fork(self, branches: int) -> VideoCache:
-        """`branches` caches over the pages of this one video (batch 1), copying nothing."""
+        """Return `branches` caches over the pages of this one video (batch 1), copying nothing."""
         if len(self.tables) != 1:
             raise ValueError(f"a cache of {len(self.tables)} videos cannot be forked; fork one video at a time")
-        child = VideoCache(self.pool, self.policy, branches)
+        child = copy(self)
         child.tables = [self.tables[0].fork() for _ in range(branches)]
+        child.reserved = [[] for _ in range(branches)]
         return child
 
     def reserve(self, frames: int) -> None:
@@ -104,34 +150,20 @@ class VideoCache:
         for row, reserved in enumerate(self.reserved):
             reserved.extend(pages[row * missing : (row + 1) * missing])
 
-    def make_room(self, frames: int) -> None:
-        """Slide the window for a chunk of `frames` frames: drop the oldest frames after the sink."""
-        window, sink = self.policy.window, self.policy.sink
-        excess = 0 if window is None else self.frames + frames - window
-        if excess > 0:
-            if sink + excess > self.frames:
-                raise ValueError(f"a chunk of {frames} frames does not fit a window of {window} with a sink of {sink}")
-            for table in self.tables:
-                table.drop(sink, sink + excess)
-
     def drop_all(self, keep: int) -> None:
         """Forget all but the first `keep` frames."""
         for table in self.tables:
             table.drop(keep, len(table))
 
     def context(self, first_frame: int, frames: int, *, keep: bool) -> PagedContext:
-        """What a chunk of `frames` frames starting at `first_frame` of the video sees; with `keep`, its pages are appended and written."""
-        visible = self.frames
-        if self.policy.absolute:
-            query = key = first_frame
-        else:
-            query = key = visible
-            window = self.policy.window
-            if self.policy.variant == "infinity_rope" and window is not None:
-                query = first_frame if first_frame < window else window - frames
-        reads = self.pool.runs(self.tables, 0, visible) if visible else []
+        """Return what a chunk of `frames` frames starting at `first_frame` of the video sees.
+
+        With `keep`, pages for the chunk are appended, and its keys and values are written to them.
+        """
+        query, key = self.positions(first_frame, frames)
+        reads = self.pool.runs(self.tables, 0, self.frames) if self.frames else []
         writes = self._append(frames) if keep else []
-        return PagedContext(self.pool, reads, writes, query, key, self.policy.roped)
+        return PagedContext(self.pool, reads, writes, query, key, self.roped)
 
     def _append(self, frames: int) -> list[PageRun]:
         self.reserve(frames)
@@ -146,6 +178,129 @@ class VideoCache:
             table.release()
             self.pool.release(reserved)
             reserved.clear()
+
+
+class LongLiveInfinity(VideoCache):
+    """``longlive_infinity``: keys are cached un-roped, and roped at every read by their place in the window."""
+
+    roped = False
+
+    def positions(self, first_frame: int, frames: int) -> tuple[int, int]:
+        return self.frames, self.frames
+
+
+class InfinityRope(LongLiveInfinity):
+    """``infinity_rope``: the same, with the official query position: the chunk's frame while that is below the window, then
+    window - chunk."""
+
+    def positions(self, first_frame: int, frames: int) -> tuple[int, int]:
+        window, place = self.settings.window, self.frames
+        if window is None:
+            return place, place
+        return first_frame if first_frame < window else window - frames, place
+
+
+class Krea(VideoCache):
+    """``krea``: before every chunk the keys and values of a short context are computed anew, roped at its places from 0.
+
+    The context is the first latent frame and the newest ones. With a sink of 0 the first frame is replaced once the video fills the window:
+    by the pixel frame that comes before the newest ones, encoded as an image of its own.
+
+    Attributes:
+        first: the context's first frame [1 or B, 1, C, h, w], or None before there is one.
+        decoded: what the re-encoder has decoded so far, of each video or, in one entry, of all.
+    """
+
+    recomputed = True
+    first: Tensor | None = None
+    decoded: tuple[VAECache, ...] = ()
+
+    @classmethod
+    def plan(cls, settings: CacheConfig, chunk_frames: Sequence[int], pivot: int, branches: int) -> GroupPlan:
+        limit = context_frames(settings, max(chunk_frames))
+        contexts = [min(start, limit) for start in accumulate(chunk_frames[:-1], initial=0)]
+        return GroupPlan(contexts[pivot], contexts[-1] if pivot < len(chunk_frames) - 1 else 0, branches)
+
+    @classmethod
+    def reencodes(cls, settings: CacheConfig) -> bool:
+        return settings.sink == 0
+
+    def positions(self, first_frame: int, frames: int) -> tuple[int, int]:
+        return self.frames, self.frames
+
+    def after_chunk(self, videos: Videos, write: Write) -> None:
+        """Compute the context of the next chunk anew.
+
+        A block of as many frames as a chunk sees itself and the blocks before it, so they are cached one after the other.
+        """
+        limit = context_frames(self.settings, self.chunk_frames)
+        frames = min(videos.frame, limit)
+        if self.first is None:
+            self.first = videos.latents[0][:, :1]
+        if self.reencodes(self.settings) and videos.frame >= limit + self.chunk_frames:
+            self.first = self._reencode(videos, videos.frame - frames)
+        newest = self.newest(videos, frames - 1)
+        context = torch.cat([self.first.expand(len(newest), *self.first.shape[1:]), newest], dim=1)
+        self.drop_all(keep=0)
+        self.reserve(frames)
+        for part in context.split(self.chunk_frames, dim=1):
+            write(part, self.frames)
+
+    def switch_prompt(self, videos: Videos, write: Write) -> None:
+        """Do nothing: the context follows by itself, a chunk later, as in Krea's server. The next one stands already."""
+
+    def finish(self) -> None:
+        self.decoded = ()  # large
+
+    def _reencode(self, videos: Videos, frame: int) -> Tensor:
+        """Return the last pixel frame of latent frame `frame` of every video, encoded as an image: [B, 1, C, h, w]."""
+        assert self.reencoder is not None
+        states = list(self.decoded or [self.reencoder.start()])
+        self.decoded = ()  # nothing else holds a state while it is replaced
+        done = states[0].frames
+        latents = self.newest(videos, videos.frame - done)[:, : frame + 1 - done]
+        if len(states) == 1:
+            states *= len(latents)
+        with stage("reencode"):
+            images = self.reencoder(latents, states)
+        self.decoded = tuple(states)
+        return images
+
+
+def context_frames(settings: CacheConfig, chunk_frames: int) -> int:
+    """Return the most frames of a recomputed context: those that fill the window beside a chunk of `chunk_frames` frames.
+
+    Raises:
+        ValueError: there is no room for any.
+    """
+    if settings.window is None or settings.window <= chunk_frames:
+        raise ValueError(f"a window of {settings.window} frames has no room for a context beside a chunk of {chunk_frames}")
+    return settings.window - chunk_frames
+
+
+VARIANTS: dict[str, type[VideoCache]] = {
+    "self_forcing": VideoCache,
+    "longlive": VideoCache,  # the same numbers
+    "longlive_infinity": LongLiveInfinity,
+    "infinity_rope": InfinityRope,
+    "krea": Krea,
+}
+"""The class of each `cache.variant`."""
+
+
+def variant_of(settings: CacheConfig) -> type[VideoCache]:
+    """Return the class of cache that a recipe's section names."""
+    return VARIANTS[settings.variant]
+
+
+def plan_pages(settings: CacheConfig, chunk_frames: Sequence[int], pivot: int, branches: int) -> GroupPlan:
+    """Return the pages of a group that forks at `pivot`; `chunk_frames` are the latent frames of each chunk of the video."""
+    return variant_of(settings).plan(settings, chunk_frames, pivot, branches)
+
+
+def pages_for(settings: CacheConfig, chunk_frames: Sequence[int], branches: int) -> int:
+    """Return the pages of a prefix and `branches` tails at the pivot that takes most."""
+    return max(1, *(plan_pages(settings, chunk_frames, pivot, branches).pages for pivot in range(len(chunk_frames))))
 
 
 class PagedContext(ChunkContext):

@@ -10,16 +10,16 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from functools import partial
 from typing import Iterator, Literal, NamedTuple, Sequence
 
 import torch
-from arcopo_kernels.paging import GroupPlan, PagePool, plan_group
+from arcopo_kernels.paging import GroupPlan, PagePool
 from torch import Tensor
 
+from arcopo_fast.config.schema import CacheConfig, SamplerConfig, VideoConfig
 from arcopo_fast.model.causal_wan import CausalWan, TextContext
-from arcopo_fast.model.vae import VAECache
-from arcopo_fast.rollout.cache import CachePolicy, VideoCache
+from arcopo_fast.rollout.cache import VideoCache, plan_pages, variant_of
 from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.graphs import ChunkGraphs
 from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource, OwnRenoise
@@ -38,11 +38,9 @@ class VideoShape:
     width: int
 
     @classmethod
-    def of(
-        cls, chunks: int, chunk_frames: int, channels: int, height: int, width: int, *, independent_first_frame: bool = False
-    ) -> VideoShape:
-        sizes = [1] if independent_first_frame else []
-        return cls(tuple(sizes + [chunk_frames] * chunks), channels, height, width)
+    def of(cls, video: VideoConfig, channels: int) -> VideoShape:
+        """Return the shape of a recipe's videos in latents of `channels` channels."""
+        return cls(video.chunk_sizes, channels, video.latent_height, video.latent_width)
 
     @property
     def chunks(self) -> int:
@@ -58,31 +56,14 @@ class VideoShape:
         return self.chunk_frames[index], self.channels, self.height, self.width
 
 
-@dataclass(frozen=True)
-class SamplerSettings:
-    """steps: raw timesteps as recipes write them; warp and shift: see `Schedule`; first_chunk_steps: another list for chunk 0."""
-
-    steps: tuple[float, ...]
-    warp: bool
-    shift: float
-    first_chunk_steps: tuple[float, ...] | None = None
-    context_noise: float = 0.0
-    kind: Literal["consistency", "ode"] = "consistency"
-
-
 @dataclass
 class Stream:
-    """A batch of B videos in the making.
-
-    first, decoded: of a recomputed context (krea) its first frame, and of each video, or of all, what the re-encoder has decoded so far.
-    """
+    """A batch of B videos in the making."""
 
     cache: VideoCache
     text: TextContext
     latents: list[Tensor] = field(default_factory=list)  # finished chunks [1 or B, F, C, h, w] float32
     frame: int = 0  # the next one to generate
-    first: Tensor | None = None  # [1 or B, 1, C, h, w]
-    decoded: tuple[VAECache, ...] = ()
 
 
 @dataclass
@@ -131,27 +112,35 @@ class _Fork(NamedTuple):
 
 
 class Engine:
-    """Runs one generator. `pages` is the size of the K/V pool in latent frames; `pages_for` says how many a group needs.
+    """Runs one generator.
 
-    reencoder: for a policy that is `reencoded`, which needs one.
+    Args:
+        model: the generator.
+        shape: its videos, in latents of the model's channels.
+        sampler, cache: those sections of a recipe.
+        pages: the size of the K/V pool in latent frames; `cache.pages_for` says how many a group needs.
+        cuda_graphs: see `ChunkGraphs`.
+        reencoder: for a cache that encodes frames again (krea with a sink of 0), which needs one.
     """
 
     def __init__(
         self,
         model: CausalWan,
         shape: VideoShape,
-        sampler: SamplerSettings,
-        policy: CachePolicy,
+        sampler: SamplerConfig,
+        cache: CacheConfig,
         *,
         pages: int,
         cuda_graphs: Literal["auto", "on", "off"] = "off",
         reencoder: Reencoder | None = None,
     ) -> None:
-        if policy.reencoded and reencoder is None:
-            raise ValueError("krea with a sink of 0 encodes frames again: give a reencoder, or a sink of 1 to keep the first latent frame")
+        if variant_of(cache).reencodes(cache) and reencoder is None:
+            raise ValueError(
+                f"{cache.variant} with a sink of {cache.sink} encodes frames again: give a reencoder, or a sink that keeps the first frame"
+            )
         self.model = model
         self.shape = shape
-        self.policy = policy
+        self.cache = cache
         self.reencoder = reencoder
         self.kernel = Kernel(sampler.kind)
         self.context_noise = sampler.context_noise
@@ -173,27 +162,17 @@ class Engine:
             device=model.device,
         )
 
-    @staticmethod
-    def pages_for(shape: VideoShape, branches: int, pivot: int | None = None, policy: CachePolicy | None = None) -> int:
-        """Pages of a prefix and `branches` tails at `pivot` (the worst pivot when None), by `policy`'s window (no window when None)."""
-        pivots = range(shape.chunks) if pivot is None else [pivot]
-        return max(1, *(Engine.plan(shape, policy or CachePolicy(), p, branches).pages for p in pivots))
-
-    @staticmethod
-    def plan(shape: VideoShape, policy: CachePolicy, pivot: int, branches: int) -> GroupPlan:
-        """The pages of a group that forks at `pivot`; the last chunk is never cached."""
-        cached = shape.chunk_frames[:-1]
-        if policy.recomputed:  # the context of a chunk takes the place of the one before
-            limit = policy.context_frames(max(shape.chunk_frames))
-            contexts = [min(start, limit) for start in accumulate(cached, initial=0)]
-            return GroupPlan(contexts[pivot], contexts[-1] if pivot < shape.chunks - 1 else 0, branches)
-        return plan_group(cached[:pivot], cached[pivot:], branches, window=policy.window, sink=policy.sink)
+    def plan(self, pivot: int, branches: int) -> GroupPlan:
+        """Return the pages of a group that forks at `pivot`; the last chunk is never cached."""
+        return plan_pages(self.cache, self.shape.chunk_frames, pivot, branches)
 
     # One chunk at a time
 
     def start(self, text: Tensor) -> Stream:
         """Begin one video for each row of `text` [B, length, text_dim]."""
-        return Stream(VideoCache(self.pool, self.policy, text.shape[0]), self.model.encode_text(text))
+        largest = max(self.shape.chunk_frames)
+        cache = variant_of(self.cache)(self.pool, self.cache, len(text), chunk_frames=largest, reencoder=self.reencoder)
+        return Stream(cache, self.model.encode_text(text))
 
     def steps_of(self, chunk: int) -> Steps:
         return self.first_steps if chunk == 0 else self.steps
@@ -217,54 +196,10 @@ class Engine:
 
     def append(self, stream: Stream, latents: Tensor, *, timestep: float = 0.0, last: bool = False) -> None:
         """Add finished frames [1 or B, F, C, h, w] to every video and, unless nothing follows, cache what the next chunk sees."""
-        first_frame = stream.frame
         stream.latents.append(latents)
         stream.frame += latents.shape[1]
-        if last:
-            return
-        if self.policy.recomputed:
-            self._recompute_context(stream, timestep)
-        else:
-            stream.cache.make_room(latents.shape[1])
-            self._cache_frames(stream, latents, first_frame, timestep)
-
-    def _recompute_context(self, stream: Stream, timestep: float) -> None:
-        """The keys and values of the next chunk's context, anew (krea): of the first frame, or what has replaced it, and the newest ones.
-
-        A block of as many frames as a chunk sees itself and the blocks before it, so they are cached one after the other.
-        """
-        block = max(self.shape.chunk_frames)
-        limit = self.policy.context_frames(block)
-        frames = min(stream.frame, limit)
-        if stream.first is None:
-            stream.first = stream.latents[0][:, :1]
-        if self.policy.reencoded and stream.frame >= limit + block:
-            stream.first = self._reencode(stream, stream.frame - frames)
-        newest = self._newest(stream, frames - 1)
-        context = torch.cat([stream.first.expand(len(newest), *stream.first.shape[1:]), newest], dim=1)
-        stream.cache.drop_all(keep=0)
-        stream.cache.reserve(frames)
-        for part in context.split(block, dim=1):
-            self._cache_frames(stream, part, stream.cache.frames, timestep)
-
-    def _reencode(self, stream: Stream, frame: int) -> Tensor:
-        """The last pixel frame of latent frame `frame` of every video, encoded as an image: [B, 1, C, h, w]."""
-        assert self.reencoder is not None
-        states = list(stream.decoded or [self.reencoder.start()])
-        stream.decoded = ()  # nothing else holds a state while it is replaced
-        done = states[0].frames
-        latents = self._newest(stream, stream.frame - done)[:, : frame + 1 - done]
-        if len(states) == 1:
-            states *= len(latents)
-        with stage("reencode"):
-            images = self.reencoder(latents, states)
-        stream.decoded = tuple(states)
-        return images
-
-    def _newest(self, stream: Stream, frames: int) -> Tensor:
-        """The newest latent frames of every video, [B, frames, C, h, w]."""
-        latents = torch.cat([chunk.expand(len(stream.cache.tables), *chunk.shape[1:]) for chunk in stream.latents], dim=1)
-        return latents[:, latents.shape[1] - frames :]
+        if not last:
+            stream.cache.after_chunk(stream, partial(self._clean_pass, stream, timestep))
 
     def _on_device(self, noise: Tensor) -> Tensor:
         """Without waiting for the device, which a copy from pageable memory would. Videos with one noise in common still have one."""
@@ -274,24 +209,12 @@ class Engine:
         return (one.pin_memory().to(device, non_blocking=True) if pinned else one.to(device)).expand_as(noise)
 
     def switch_prompt(self, stream: Stream, text: Tensor) -> None:
-        """Go on with another prompt: the visible frames are cached again under it, all at once (LongLive's KV-recache).
-
-        A recomputed context follows by itself, a chunk later, as in Krea's server: the next one stands already.
-        """
+        """Go on with another prompt."""
         stream.text = self.model.encode_text(text)
-        if self.policy.recomputed:
-            return
-        frame, window = stream.frame, self.policy.window
-        overflow = window is not None and frame > window
-        keep = self.policy.sink if self.policy.global_sink and overflow else 0
-        frames = stream.cache.frames - keep if keep else min(frame, window or frame)
-        if not frames:
-            return
-        latents = self._newest(stream, frames)
-        stream.cache.drop_all(keep)
-        self._cache_frames(stream, latents, frame - frames, self.context_noise)
+        stream.cache.switch_prompt(stream, partial(self._clean_pass, stream, self.context_noise))
 
-    def _cache_frames(self, stream: Stream, latents: Tensor, first_frame: int, timestep: float) -> None:
+    def _clean_pass(self, stream: Stream, timestep: float, latents: Tensor, first_frame: int) -> None:
+        """Cache the keys and values of finished frames."""
         latents = latents.to(self.model.device).expand(len(stream.cache.tables), *latents.shape[1:])
         context = stream.cache.context(first_frame, latents.shape[1], keep=True)
         with stage("clean"), torch.no_grad():
@@ -340,7 +263,7 @@ class Engine:
 
     def _forget(self, stream: Stream) -> None:
         """Drop the chunks that lie before the window whole: neither a prompt switch nor a recomputed context reaches further back."""
-        window = self.policy.window
+        window = self.cache.window
         while window is not None and sum(chunk.shape[1] for chunk in stream.latents[1:]) >= window:
             del stream.latents[0]
 
@@ -374,7 +297,7 @@ class Engine:
             raise ValueError(f"pivot {pivot} is not a chunk of this video; it has {self.shape.chunks}, counted from 0")
         text = text.to(self.model.device)  # once, and not for every replay
         wave_size = min(branches_per_wave or branches, self.largest_wave or branches, branches)
-        plan = self.plan(self.shape, self.policy, pivot, wave_size)
+        plan = self.plan(pivot, wave_size)
         prefix = self.start(text)
         reserved = self.pool.reserve(plan)  # a group that does not fit fails here, before a frame is computed
         prefix.cache.reserved = [reserved.prefix]
@@ -402,7 +325,7 @@ class Engine:
             prefix.cache.release()
             reserved.release()
             raise
-        prefix.decoded = ()  # large, and good for more chunks only
+        prefix.cache.finish()
         inputs, predictions = (torch.cat([wave[part] for wave in waves], dim=1) for part in (0, 1))
         tail = torch.cat([wave[2] for wave in waves])
         latents = [*prefix.latents, *tail.split(self.shape.chunk_frames[pivot:], dim=1)]
@@ -450,12 +373,12 @@ class Engine:
         stream = self.start(text)
         try:
             for index, chunk in enumerate(latents):
-                replaced = self.policy.recomputed and index < len(latents) - 1  # by the context after the next chunk
+                replaced = stream.cache.recomputed and index < len(latents) - 1  # by the context after the next chunk
                 self.append(stream, chunk, timestep=self.context_noise, last=replaced)
         except BaseException:
             stream.cache.release()
             raise
-        stream.decoded = ()
+        stream.cache.finish()
         return stream
 
     def replay(self, group: Group, steps: Tensor, anchors: Tensor, *, prefix: Stream | None = None, checkpoint: bool = False) -> Tensor:

@@ -17,9 +17,9 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor
 
+from arcopo_fast.config.schema import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CachedRun, CausalWan, ChunkContext
-from arcopo_fast.rollout.cache import CachePolicy
-from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
+from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.sampler import Kernel, next_input, predict
 
 CONTEXT_NOISE = 0.1
@@ -132,10 +132,10 @@ class GuidedTeacher:
 
     def __init__(self, model: CausalWan, shape: VideoShape, steps: int, shift: float, guidance: float, batch: int) -> None:
         grid = [1 - i / steps for i in range(steps)]
-        warped = tuple(1000 * shift * t / (1 + (shift - 1) * t) for t in grid)
+        warped = [1000 * shift * t / (1 + (shift - 1) * t) for t in grid]
         pages = 2 * batch * sum(shape.chunk_frames)
         self.model, self.guidance = model, guidance
-        self.engine = Engine(model, shape, SamplerSettings(warped, False, 1.0, kind="ode"), CachePolicy(), pages=pages)
+        self.engine = Engine(model, shape, SamplerConfig(steps=warped, warp=False, shift=1.0, kind="ode"), CacheConfig(), pages=pages)
 
     def start(self, text: Tensor) -> None:
         """New videos, of prompts [B, length, text_dim]."""
@@ -166,7 +166,7 @@ def distil(
     teacher: CausalWan,
     text: Tensor,
     shape: VideoShape,
-    sampler: SamplerSettings,
+    sampler: SamplerConfig,
     *,
     steps: int,
     batch: int,
@@ -181,7 +181,7 @@ def distil(
     random = torch.Generator().manual_seed(seed)
     student = copy.deepcopy(teacher).requires_grad_(True)
     average = copy.deepcopy(teacher).requires_grad_(False)
-    students = Engine(student, shape, sampler, CachePolicy(), pages=batch * sum(shape.chunk_frames))
+    students = Engine(student, shape, sampler, CacheConfig(), pages=batch * sum(shape.chunk_frames))
     guided = GuidedTeacher(teacher, shape, teacher_steps, teacher_shift, guidance, batch)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     done, started = 0, time.monotonic()

@@ -18,11 +18,12 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
+from arcopo_fast.config.schema import SamplerConfig
 from arcopo_fast.evaluation.influence import noise_influence
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.checkpoints import load_into, read_state_dict, save_transformer
 from arcopo_fast.model.sizes import CausalWanConfig
-from arcopo_fast.rollout.engine import SamplerSettings, VideoShape
+from arcopo_fast.rollout.engine import VideoShape
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.toy import data
 from arcopo_fast.toy.generator_training import distil, train_teacher
@@ -42,7 +43,7 @@ GENERATOR = CausalWanConfig(
     out_channels=16,
 )
 CHUNKS, CHUNK_FRAMES = 4, 2
-SAMPLER = SamplerSettings(steps=(1000, 350, 200, 100), warp=False, shift=1.0)
+SAMPLER = SamplerConfig(steps=[1000, 350, 200, 100], warp=False, shift=1.0)
 
 
 class Sizes:
@@ -99,7 +100,7 @@ def stage(directory: Path, name: str, model: CausalWan, train: Callable[[], Caus
 
 def pretrain(directory: Path, *, quick: bool, seed: int) -> dict[str, Any]:
     """Run every stage that is missing; returns the metrics that are written to metrics.json."""
-    sizes, shape = Sizes(quick), VideoShape.of(CHUNKS, CHUNK_FRAMES, GENERATOR.in_channels, 8, 8)
+    sizes, shape = Sizes(quick), VideoShape((CHUNK_FRAMES,) * CHUNKS, GENERATOR.in_channels, 8, 8)
     directory.mkdir(parents=True, exist_ok=True)
 
     def log(record: dict[str, Any]) -> None:

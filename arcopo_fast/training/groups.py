@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from arcopo_fast.build import Generator, cache_policy
+from arcopo_fast.build import Generator
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.buffer import Buffer, Entry, all_metadata
 from arcopo_fast.data.prompts import Prompt, Prompts, digest
@@ -23,6 +23,7 @@ from arcopo_fast.model.lora import adapter_disabled
 from arcopo_fast.objectives.base import Objective
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.fingerprint import fingerprint_of
+from arcopo_fast.rollout.cache import variant_of
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.rollout.noise import generator as random_for
@@ -191,7 +192,7 @@ def _prompt_in(about: Mapping[str, Any]) -> Prompt:
 def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -> dict[str, Any]:
     """What the groups of a buffer were drawn from; training must agree with every value. The generator must have no adapter."""
     kernel = objective.kernel
-    reencoded = {"vae_dtype": config.generator.vae_dtype} if cache_policy(config).reencoded else {}
+    reencoded = {"vae_dtype": config.generator.vae_dtype} if variant_of(config.cache).reencodes(config.cache) else {}
     return reencoded | {
         "weights": weights_digest(generator.model),
         "text_encoder": generator.encode_text.fingerprint,

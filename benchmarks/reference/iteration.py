@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arcopo_fast.build import shape_of
 from arcopo_fast.config.schema import Config
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.rewards.base import Reward, score
+from arcopo_fast.rollout.engine import VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, generator
 from arcopo_fast.rollout.sampler import Steps
 from arcopo_fast.rollout.scheduler import Schedule
@@ -99,7 +99,7 @@ class Reference:
         self.mp4 = mp4
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = adamw(config, self.parameters)
-        self.shape = shape_of(config, model.config.in_channels)
+        self.shape = VideoShape.of(config.video, model.config.in_channels)
         tokens = model.config.tokens_per_frame(self.shape.height, self.shape.width)
         self.cache = DenseCache(model, self.shape.frames, tokens, config.cache.window, config.cache.sink)
 

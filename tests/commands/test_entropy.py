@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from arcopo_fast import entropy
-from arcopo_fast.build import build_engine, load_generator, load_prompts, video_shape
+from arcopo_fast.build import build_engine, load_generator, load_prompts
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.entropy import Study, main, summarise, write_results
@@ -52,8 +52,7 @@ def test_its_numbers_are_those_of_independent_videos(finished: Path) -> None:
     """Every video generated and decoded as a whole, by itself."""
     config = load_config("toy", SMALL[1:])
     generator = load_generator(config)
-    shape = video_shape(config, generator)
-    engine = build_engine(config, generator.model, shape, videos=1)
+    engine = build_engine(config, generator.model, videos=1)
     prompt = load_prompts(config).evaluation[1].text
 
     class Source:
@@ -61,7 +60,7 @@ def test_its_numbers_are_those_of_independent_videos(finished: Path) -> None:
             self.place, self.draw = (pivot, step), draw
 
         def noise(self, *place: Any) -> KeyedNoise:
-            return KeyedNoise(shape.chunk, config.evaluation.seed, iteration=self.draw if place == self.place else 0, group=1)
+            return KeyedNoise(engine.shape.chunk, config.evaluation.seed, iteration=self.draw if place == self.place else 0, group=1)
 
         def initial(self, chunk: int) -> torch.Tensor:
             return self.noise(chunk, None).initial(chunk)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from arcopo_fast import evaluate
-from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_held_out, load_prompts, load_rewards, video_shape
+from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_held_out, load_prompts, load_rewards
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.evaluation.adapters import AdapterOption, adapted_generators, name_of, prepare_adapters
@@ -135,7 +135,7 @@ def test_the_numbers_are_those_of_a_training_runs_evaluation(evaluated: Path, ad
         generator = load_generator(config)
         if adapter:
             load_adapter(generator.model, adapters[adapter], scale=scale)
-        engine = build_engine(config, generator.model, video_shape(config, generator))
+        engine = build_engine(config, generator.model)
         expected = evaluate_once(config, generator, engine, load_prompts(config).evaluation, load_rewards(config), load_held_out(generator))
         for score, values in expected.scores.items():
             if score != "reward":
@@ -143,7 +143,7 @@ def test_the_numbers_are_those_of_a_training_runs_evaluation(evaluated: Path, ad
                 np.testing.assert_allclose(found, values.numpy(), atol=1e-3 if adapter else 1e-5, err_msg=f"{name} {score}")
                 if not adapter:
                     assert [parts[score] for parts in scores_in(tmp_path).values.values()] == values.tolist(), score
-    assert videos_at_once(config, video_shape(config, generator)) == 6
+    assert videos_at_once(config) == 6
 
 
 def test_batch_and_company_do_not_matter(evaluated: Path, adapters: dict[str, Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arcopo_fast import generate
-from arcopo_fast.build import Generator, build_engine, checkpoint_path, load_generator, load_model, load_rewards, video_shape
+from arcopo_fast.build import Generator, build_engine, checkpoint_path, load_generator, load_model, load_rewards
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config, resolved_yaml
 from arcopo_fast.config.schema import Config
@@ -30,7 +30,7 @@ from arcopo_fast.model.families import SIZES
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, load_adapter, read_adapter, save_adapter
 from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes, VAESizes
 from arcopo_fast.model.vae import StreamingDecoder
-from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
+from arcopo_fast.rollout.engine import Engine, Stream
 from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
 
 FAST = ["sampler.steps=[1000,300]", "generator.device=cpu"]
@@ -61,7 +61,7 @@ def toy(generator: Generator, *overrides: str, frames: int | None = None, videos
     config = load_config("toy", [*FAST, *overrides])
     if frames:
         config = with_frames(config, frames, VAESizes.from_config(generator.decoder.vae.config))
-    return config, sized_engine(config, generator, video_shape(config, generator), videos, longer=False)
+    return config, sized_engine(config, generator, videos, longer=False)
 
 
 def frames_of(generator: Generator, engine: Engine, prompts: Sequence[str], seed: int, first: int = 0, **more: Any) -> list[Tensor]:
@@ -176,7 +176,7 @@ def test_frames_are_rounded_up_to_whole_chunks(first: bool, generator: Generator
     vae = VAESizes.from_config(generator.decoder.vae.config)
 
     def total(config: Config) -> int:
-        return vae.pixel_frames(video_shape(config, generator).frames)
+        return vae.pixel_frames(sum(config.video.chunk_sizes))
 
     for frames in [1, 5, 6, *(random.randint(1, 300) for _ in range(20))]:
         made = with_frames(config, frames, vae)
@@ -212,7 +212,8 @@ def test_a_cache_without_window_says_what_it_takes(
 ) -> None:
     prompt = ["--prompt", PROMPTS[0], "--frames", 37]
     status, said, _ = command(capsys, *prompt, "--out", tmp_path / "a")
-    pool = build_engine(load_config("toy"), load_model(checkpoint_path("toy")), VideoShape.of(5, 2, 16, 8, 8), videos=1).pool
+    config = load_config("toy", ["video.chunks=5"])
+    pool = build_engine(config, load_model(checkpoint_path("toy")), videos=1).pool
     size = f"{(pool.keys.nbytes + pool.values.nbytes) / 2**30:.3g} GiB"
     assert status == 0 and said[0].startswith(f"keys and values of 8 latent frames take {size}: the cache has no window")
     status, said, _ = command(capsys, *prompt, *WINDOW, "--out", tmp_path / "b")

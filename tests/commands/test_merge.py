@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from arcopo_fast import merge
 from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_held_out, load_model, load_prompts, load_rewards
-from arcopo_fast.build import video_shape as shape_of
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config, resolved_yaml
 from arcopo_fast.errors import UserError
@@ -265,7 +264,7 @@ def test_the_baseline_is_the_plain_generator_and_scale_0_the_semi_adapter(runs: 
         generator = load_generator(config)
         if adapter:
             load_adapter(generator.model, adapter)
-        engine = build_engine(config, generator.model, shape_of(config, generator))
+        engine = build_engine(config, generator.model)
         expected = evaluate(
             config, generator, engine, load_prompts(config).evaluation, load_rewards(config), load_held_out(generator)
         ).scores

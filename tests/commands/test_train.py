@@ -14,7 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransform
 from peft import LoraConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
-from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_model, video_shape
+from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_model
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.generate import stream_frames
 from arcopo_fast.model.lora import load_adapter
@@ -143,12 +143,12 @@ def test_the_adapter_gives_the_same_video_in_diffusers_own_pipeline(finished: Pa
     steps = ["sampler.kind=ode", "sampler.steps=[1000, 750, 500, 250]", "sampler.warp=true", "sampler.shift=5.0"]
     config = load_config("toy", [*steps, "video.chunks=1", "video.chunk_frames=4"])
     generator = load_generator(config)
-    noise = KeyedNoise(video_shape(config, generator).chunk, seed=int(torch.randint(1 << 30, ())))
+    engine = build_engine(config, generator.model, videos=1)
+    noise = KeyedNoise(engine.shape.chunk, seed=int(torch.randint(1 << 30, ())))
     prompt = "a red circle moving right"
     text = generator.encode_text([prompt])
 
     def ours() -> Tensor:
-        engine = build_engine(config, generator.model, video_shape(config, generator), videos=1)
         return torch.cat(list(stream_frames(generator, engine, text, noise)), dim=1)
 
     directory = checkpoint_path("toy")

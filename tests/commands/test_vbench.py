@@ -47,7 +47,7 @@ from arcopo_fast.evaluation.vbench.data import (
     video_seed,
     videos_of,
 )
-from arcopo_fast.generate import sized_engine, stream_frames, video_shape
+from arcopo_fast.generate import sized_engine, stream_frames
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, save_adapter
 from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import KeyedNoise
@@ -286,11 +286,10 @@ def test_the_videos_are_those_of_their_seeds(tmp_path: Path, capsys: pytest.Capt
     assert status == 0 and set(contents(tmp_path / "out")) == {video["file"] for _, video in videos} and len(videos) == 7
     config = load_config("toy", [*FAST, "video.chunks=2"])
     generator = load_generator(config)
-    shape = video_shape(config, generator)
-    engine = sized_engine(config, generator, shape, 1, longer=False)
+    engine = sized_engine(config, generator, 1, longer=False)
     made = []
     for prompt, video in random.sample(videos, 3):
-        noise = KeyedNoise(shape.chunk, video["seed"])
+        noise = KeyedNoise(engine.shape.chunk, video["seed"])
         frames = torch.cat(list(stream_frames(generator, engine, generator.encode_text([prompt]), noise)), dim=1)[0]
         made.append(decoded(tmp_path / "out" / "videos" / video["file"]))
         assert made[-1].shape == (13, 64, 64, 3), "not enlarged"

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 from support.models import SAMPLER, SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 
+from arcopo_fast.config.schema import CacheConfig
 from arcopo_fast.evaluation.influence import mean_squared_change, noise_influence, noise_name, noise_tensors, substitute
-from arcopo_fast.rollout.cache import CachePolicy
+from arcopo_fast.rollout.cache import pages_for
 from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import KeyedNoise
 
 POLICIES = {
-    "global": CachePolicy(),
-    "window": CachePolicy(window=4),
-    "window and sink": CachePolicy(window=5, sink=1),
-    "infinity rope": CachePolicy("infinity_rope", window=4, sink=1),
-    "krea": CachePolicy("krea", window=5, sink=1),
+    "global": CacheConfig(),
+    "window": CacheConfig(window=4),
+    "window and sink": CacheConfig(window=5, sink=1),
+    "infinity rope": CacheConfig(variant="infinity_rope", window=4, sink=1),
+    "krea": CacheConfig(variant="krea", window=5, sink=1),
 }
 TENSORS: list[int | None] = [None, 0, 1]  # of the three steps of SAMPLER
 
@@ -57,8 +58,8 @@ def whole(latents: list[Tensor]) -> Tensor:
 def test_forked_videos_equal_independent_ones(policy: str, dtype: torch.dtype, branches: int | None) -> None:
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
     rows, model, text = branches or 7, small_model(dtype), random_text()
-    engine = Engine(model, SHAPE, SAMPLER, POLICIES[policy], pages=Engine.pages_for(SHAPE, rows, policy=POLICIES[policy]))
-    alone = small_engine(model, policy=POLICIES[policy], branches=1)
+    engine = Engine(model, SHAPE, SAMPLER, POLICIES[policy], pages=pages_for(POLICIES[policy], SHAPE.chunk_frames, rows))
+    alone = small_engine(model, cache=POLICIES[policy], branches=1)
     noise, others = draws(), [draws(), draws()]
     seen = []
     for videos in substitute(engine, text, noise, others, branches=branches):
@@ -106,9 +107,9 @@ def test_pivots_can_be_chosen_and_left_early() -> None:
 def test_what_a_sampler_does_not_draw_is_not_replaced() -> None:
     model = small_model()
     samplers = {
-        "one step": (replace(SAMPLER, steps=(1000,)), [[None]] * 4),
-        "ode": (replace(SAMPLER, kind="ode"), [[None]] * 4),
-        "first chunk": (replace(SAMPLER, first_chunk_steps=(1000, 500)), [[None, 0], TENSORS, TENSORS, TENSORS]),
+        "one step": (SAMPLER.model_copy(update={"steps": [1000]}), [[None]] * 4),
+        "ode": (SAMPLER.model_copy(update={"kind": "ode"}), [[None]] * 4),
+        "first chunk": (SAMPLER.model_copy(update={"first_chunk_steps": [1000, 500]}), [[None, 0], TENSORS, TENSORS, TENSORS]),
     }
     for name, (sampler, expected) in samplers.items():
         engine = small_engine(model, sampler=sampler)

@@ -28,7 +28,7 @@ def by_evaluation(components: Components, monkeypatch: pytest.MonkeyPatch) -> Te
     )
     halves = [slice(0, count // 2), slice(count // 2, count)]
     parts = iter([(torch.empty(0), {name: values[half] for name, values in components.items()}) for half in halves])
-    monkeypatch.setattr(evaluation, "videos_at_once", lambda config, shape: count // 2)
+    monkeypatch.setattr(evaluation, "videos_at_once", lambda config: count // 2)
     monkeypatch.setattr(evaluation, "judge", lambda *unused: [next(parts)])
     prompts: Any = [SimpleNamespace(text="a")] * count
     nothing: Any = SimpleNamespace(shape=None)

@@ -21,11 +21,13 @@ import torch
 from support.models import GLOBAL, SAMPLER, SHAPE, random_text, small_model
 from torch import Tensor, nn
 
+from arcopo_fast.config.schema import CacheConfig
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.base import Objective
 from arcopo_fast.objectives.copo import CopoObjective, CopoSettings
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings
+from arcopo_fast.rollout.cache import pages_for
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.noise import KeyedNoise
 
@@ -165,7 +167,7 @@ class Iteration:
             for parameter in self.parameters:
                 parameter.add_(0.05 * torch.randn_like(parameter))
         self.start = [parameter.detach().clone() for parameter in self.parameters]
-        self.engine = Engine(model, SHAPE, SAMPLER, GLOBAL, pages=2 * Engine.pages_for(SHAPE, GROUP))
+        self.engine = Engine(model, SHAPE, SAMPLER, GLOBAL, pages=2 * pages_for(CacheConfig(), SHAPE.chunk_frames, GROUP))
         self.objective: Objective[Any] = objective_class(self.engine, settings)
         self.reference = reference
         sigma, seed = self.objective.noise_strength(0.5), int(torch.randint(10**6, ()))

@@ -18,7 +18,7 @@ from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.rollout.engine import Engine, Group, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise
 
-SHAPE = VideoShape.of(2, 1, 8, 4, 6)
+SHAPE = VideoShape((1,) * 2, 8, 4, 6)
 GROUP = 3  # all are anchors, at 3 steps: 9 pairs
 SAID = "CUDA out of memory. Tried to allocate 3.00 GiB."
 OUT_OF_MEMORY = torch.OutOfMemoryError(f"{SAID}\nGPU 0 has a total capacity of 24 GiB.")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from arcopo_fast.config.reading import load_config
+from arcopo_fast.config.schema import SamplerConfig
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import adapter_parameters, add_lora
@@ -20,7 +21,7 @@ from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.base import Items
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings, log_probability_ratio
-from arcopo_fast.rollout.engine import Engine, Group, SamplerSettings, Stream
+from arcopo_fast.rollout.engine import Engine, Group, Stream
 from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource
 from arcopo_fast.rollout.sampler import Trajectory
 from arcopo_fast.train import Trainer
@@ -324,8 +325,9 @@ def test_one_pair_at_a_time_reports_the_same_statistics() -> None:
 # Settings --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", [SamplerSettings((1000,), True, 5.0), SamplerSettings((1000, 500), True, 5.0, (1000,))])
-def test_a_sampler_of_one_step_is_refused(sampler: SamplerSettings) -> None:
+@pytest.mark.parametrize("steps", [{"steps": [1000]}, {"steps": [1000, 500], "first_chunk_steps": [1000]}])
+def test_a_sampler_of_one_step_is_refused(steps: dict[str, Any]) -> None:
+    sampler = SamplerConfig(**steps, warp=True, shift=5.0)
     with pytest.raises(UserError, match="objective.kind=copo"):
         SdeGrpoObjective(adapted_engine(sampler=sampler), settings_of())
 

@@ -16,9 +16,9 @@ from support.measure import LiveBytes, kept_for_backward
 from support.replay import Replay
 
 from arcopo_fast import collect
-from arcopo_fast.build import checkpoint_path, generator_sizes, pool_pages, shape_of
+from arcopo_fast.build import checkpoint_path, generator_sizes, pool_pages
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.config.schema import Config
+from arcopo_fast.config.schema import CacheConfig, Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.families import SIZES
@@ -29,7 +29,8 @@ from arcopo_fast.planning.layers import transformer_parameters, vae_parameters
 from arcopo_fast.planning.memory import GB, SLACK, estimate, host_bytes
 from arcopo_fast.planning.work import frame_tokens, itemsize
 from arcopo_fast.rewards import simple
-from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.cache import plan_pages
+from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.train import Trainer
 
 FULL = SIZES["1.3b"]
@@ -82,11 +83,11 @@ def test_the_toy_and_a_path_have_the_sizes_of_their_files(tmp_path: Path) -> Non
 def test_keys_and_values_of_the_cost_model() -> None:
     """PERFORMANCE.md 1.3: 274 MiB a frame; for 12 branches 57.8 GiB at p = 1 down to 4.8 at p = 7; one by one always 4.8."""
     config = bench("rollout.branches_per_wave=12")
-    page, shape = footprint._page_bytes(config, FULL), shape_of(config, 16)
+    page, shape = footprint._page_bytes(config, FULL), VideoShape.of(config.video, 16)
     assert round(page / 2**20) == 274
 
     def gib(branches: int) -> list[float]:
-        return [round(Engine.pages_for(shape, branches, pivot) * page / GB, 1) for pivot in range(7)]
+        return [round(plan_pages(CacheConfig(), shape.chunk_frames, pivot, branches).pages * page / GB, 1) for pivot in range(7)]
 
     assert gib(12) == [57.8, 49.0, 40.2, 31.3, 22.5, 13.7, 4.8]
     assert gib(1) == [4.8] * 7
@@ -101,15 +102,15 @@ def test_the_worst_pivot_decides() -> None:
         config = bench(*overrides, f"rollout.branches_per_wave={random.randint(1, 12)}", f"rollout.pivot={random.randint(1, 7)}")
         components = estimate(config, FULL).components
         pages = components["keys and values of the prefix"] + components["keys and values of the branches"]
-        assert pages == footprint._page_bytes(config, FULL) * pool_pages(config, shape_of(config, 16))
+        assert pages == footprint._page_bytes(config, FULL) * pool_pages(config)
 
 
 def test_a_recomputed_context() -> None:
     """Krea's: 3 frames, states of the decoder for the prefix, each branch and the one at work, 16 latent frames decoded on the way."""
     again, branches = ["cache.variant=krea", "cache.window=6"], 5
     kept, config = [*again, "cache.sink=1"], bench(*again, f"rollout.branches_per_wave={branches}")
-    shape, page, needs = shape_of(config, 16), footprint._page_bytes(config, FULL), estimate(config, FULL)
-    assert pool_pages(config, shape) == 3 + 3 * branches and pool_pages(config, shape, videos=4) == 12
+    page, needs = footprint._page_bytes(config, FULL), estimate(config, FULL)
+    assert pool_pages(config) == 3 + 3 * branches and pool_pages(config, videos=4) == 12
     assert needs.components["keys and values of the branches"] == 3 * branches * page
     states = needs.components["re-encoding"] - footprint._decoding(config, FULL) - footprint._video(config, FULL)
     assert states == (branches + 2) * footprint._decoder_cache(config, FULL) and "re-encoding" in needs.stages["rollout"]

@@ -34,7 +34,7 @@ SMALL = [
     *("rollout.group_size=3", "rollout.branches_per_wave=null", "objective.micro_batch=null", "objective.anchors_per_update=3"),
     *("lora.rank=4", "lora.alpha=8"),
 ]
-SHAPE = VideoShape.of(3, 2, 8, 4, 6)
+SHAPE = VideoShape((2,) * 3, 8, 4, 6)
 WAN = published("1.3b").transformer
 FULL = load_config("bench_1_3b", ["objective.micro_batch=null"])
 
@@ -51,7 +51,7 @@ def counted(call: Callable[[], Any]) -> float:
 
 def engine_of(config: Config) -> Engine:
     model = add_lora(small_model(), rank=config.lora.rank, alpha=8, targets=config.lora.targets, seed=1)
-    return build_engine(config, model, SHAPE)
+    return build_engine(config, model)
 
 
 FEW = "lora.targets=[attn1.to_v, attn2.to_k, ffn.net.2]"

@@ -12,21 +12,22 @@ from support.krea import StandIn
 from support.models import SAMPLER, SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 
+from arcopo_fast.config.schema import CacheConfig
 from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.rollout.cache import CachePolicy
+from arcopo_fast.rollout.cache import pages_for, plan_pages, variant_of
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource
 
 GROUP = 6
 POLICIES = {
-    "global": CachePolicy(),
-    "window": CachePolicy(window=4),
-    "window and sink": CachePolicy(window=5, sink=1),
-    "longlive": CachePolicy("longlive", window=6, sink=2),
-    "longlive infinity": CachePolicy("longlive_infinity", window=6, sink=2),
-    "infinity rope": CachePolicy("infinity_rope", window=4, sink=1),
-    "krea": CachePolicy("krea", window=4),
-    "krea, first frame kept": CachePolicy("krea", window=5, sink=1),
+    "global": CacheConfig(),
+    "window": CacheConfig(window=4),
+    "window and sink": CacheConfig(window=5, sink=1),
+    "longlive": CacheConfig(variant="longlive", window=6, sink=2),
+    "longlive infinity": CacheConfig(variant="longlive_infinity", window=6, sink=2),
+    "infinity rope": CacheConfig(variant="infinity_rope", window=4, sink=1),
+    "krea": CacheConfig(variant="krea", window=4),
+    "krea, first frame kept": CacheConfig(variant="krea", window=5, sink=1),
 }
 
 
@@ -45,8 +46,8 @@ class WithPivot:
         return self.shared.renoise(chunk, step)
 
 
-def policy_engine(model: CausalWan, policy: CachePolicy, pages: int | None = None) -> Engine:
-    return Engine(model, SHAPE, SAMPLER, policy, pages=pages or Engine.pages_for(SHAPE, GROUP), reencoder=StandIn())
+def policy_engine(model: CausalWan, policy: CacheConfig, pages: int | None = None) -> Engine:
+    return Engine(model, SHAPE, SAMPLER, policy, pages=pages or pages_for(CacheConfig(), SHAPE.chunk_frames, GROUP), reencoder=StandIn())
 
 
 def keyed() -> KeyedNoise:
@@ -56,7 +57,7 @@ def keyed() -> KeyedNoise:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"])
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 @pytest.mark.parametrize("pivot", range(SHAPE.chunks))
-def test_branches_equal_independent_rollouts(policy: CachePolicy, pivot: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_branches_equal_independent_rollouts(policy: CacheConfig, pivot: int, dtype: torch.dtype, tolerance: float) -> None:
     engine, text, noise = policy_engine(small_model(dtype), policy), random_text(), keyed()
     with engine.rollout(text, noise, pivot=pivot, branches=GROUP, sigma=0.5) as group:
         branches = torch.cat([chunk.expand(GROUP, *chunk.shape[1:]) for chunk in group.latents], dim=1)
@@ -80,7 +81,8 @@ def test_pages_are_prefix_plus_tails_and_the_parent_is_untouched(pivot: int) -> 
     engine.pool.peak_in_use = 0
     group = engine.rollout(text, noise, pivot=pivot, branches=GROUP, sigma=0.5)
     prefix = 2 * pivot
-    assert engine.pool.peak_in_use == max(prefix + GROUP * (6 - prefix), prefix) == max(Engine.pages_for(SHAPE, GROUP, pivot), prefix)
+    planned = plan_pages(CacheConfig(), SHAPE.chunk_frames, pivot, GROUP).pages
+    assert engine.pool.peak_in_use == max(prefix + GROUP * (6 - prefix), prefix) == max(planned, prefix)
     assert engine.pool.pages_in_use == prefix, "the tails are gone, the prefix stays for replay"
     for run, before in zip(engine.pool.runs(group.prefix.cache.tables), expected):
         assert torch.equal(engine.pool.read(0, run)[0], before)
@@ -101,14 +103,14 @@ def test_waves_give_the_same_group() -> None:
 
 
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES.values() if policy.window], ids=[*POLICIES][1:])
-def test_a_windowed_group_runs_in_the_pages_planned_for_it(policy: CachePolicy) -> None:
-    pages = Engine.pages_for(SHAPE, GROUP, policy=policy)
-    assert pages <= Engine.pages_for(SHAPE, GROUP)
+def test_a_windowed_group_runs_in_the_pages_planned_for_it(policy: CacheConfig) -> None:
+    pages = pages_for(policy, SHAPE.chunk_frames, GROUP)
+    assert pages <= pages_for(CacheConfig(), SHAPE.chunk_frames, GROUP)
     engine = policy_engine(small_model(), policy, pages)
     for pivot in range(SHAPE.chunks):
         engine.pool.peak_in_use = 0
         with engine.rollout(random_text(), keyed(), pivot=pivot, branches=GROUP, sigma=0.5):
-            assert engine.pool.peak_in_use == Engine.plan(SHAPE, policy, pivot, GROUP).pages
+            assert engine.pool.peak_in_use == plan_pages(policy, SHAPE.chunk_frames, pivot, GROUP).pages
         assert engine.pool.pages_in_use == 0
 
 
@@ -153,7 +155,7 @@ def test_a_wave_that_runs_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("policy", [POLICIES["global"], POLICIES["longlive infinity"], POLICIES["krea"]], ids=["global", "unroped", "krea"])
-def test_checkpointing_changes_no_gradient_and_keeps_less(policy: CachePolicy) -> None:
+def test_checkpointing_changes_no_gradient_and_keeps_less(policy: CacheConfig) -> None:
     engine = policy_engine(small_model(), policy)
     steps, anchors = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 5])
     with engine.rollout(random_text(), keyed(), pivot=1, branches=GROUP, sigma=0.5) as group:
@@ -180,7 +182,7 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(policy: CachePolicy) -
 @pytest.mark.parametrize("pivot", [0, 2, 3])
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replay_equals_rollout_bit_for_bit(pivot: int, policy: CachePolicy, dtype: torch.dtype) -> None:
+def test_replay_equals_rollout_bit_for_bit(pivot: int, policy: CacheConfig, dtype: torch.dtype) -> None:
     engine = policy_engine(small_model(dtype), policy)
     with engine.rollout(random_text(), keyed(), pivot=pivot, branches=GROUP, sigma=0.5) as group:
         for step in range(len(group.steps)):
@@ -191,7 +193,7 @@ def test_replay_equals_rollout_bit_for_bit(pivot: int, policy: CachePolicy, dtyp
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-def test_a_rebuilt_prefix_equals_the_rollouts_bit_for_bit(policy: CachePolicy) -> None:
+def test_a_rebuilt_prefix_equals_the_rollouts_bit_for_bit(policy: CacheConfig) -> None:
     engine = policy_engine(small_model(), policy)
     with engine.rollout(random_text(), keyed(), pivot=3, branches=2, sigma=0.5) as group:
         rebuilt = engine.rebuild_prefix(group.text, group.latents[:3])
@@ -222,7 +224,7 @@ def test_gradient_stays_in_the_pivot_chunk() -> None:
 
 def test_the_flow_of_a_prompt_switch_after_the_fork() -> None:
     """Branches that switch prompts cache shared frames again, each for itself; the parent keeps its own."""
-    engine, noise = small_engine(small_model(), policy=CachePolicy("longlive", window=6, sink=2)), keyed()
+    engine, noise = small_engine(small_model(), cache=CacheConfig(variant="longlive", window=6, sink=2)), keyed()
     stream = engine.start(random_text())
     with torch.no_grad():
         for chunk in range(2):
@@ -241,14 +243,14 @@ def test_the_flow_of_a_prompt_switch_after_the_fork() -> None:
 
 
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES.values() if policy.window], ids=[*POLICIES][1:])
-def test_a_long_video_takes_no_more_than_its_window(policy: CachePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_video_takes_no_more_than_its_window(policy: CacheConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages and latents; and a prompt switch finds all the latents it caches again."""
     assert policy.window is not None
-    shape, text, others = VideoShape.of(30, 2, 8, 4, 6), random_text(2), [random_text() for _ in range(2)]
+    shape, text, others = VideoShape((2,) * 30, 8, 4, 6), random_text(2), [random_text() for _ in range(2)]
     noise, switches = KeyedNoise(shape.chunk, seed=int(torch.randint(10**6, ()))), {8: others[0], 51: others[1]}
-    held = 2 * Engine.plan(shape, policy, shape.chunks - 1, 0).prefix
-    assert held == 2 * (policy.window - 2 if policy.recomputed else policy.window)
-    engine = Engine(small_model(), shape, replace(SAMPLER, steps=(1000,)), policy, pages=held, reencoder=StandIn())
+    held = 2 * plan_pages(policy, shape.chunk_frames, shape.chunks - 1, 0).prefix
+    assert held == 2 * (policy.window - 2 if variant_of(policy).recomputed else policy.window)
+    engine = Engine(small_model(), shape, SAMPLER.model_copy(update={"steps": [1000]}), policy, pages=held, reencoder=StandIn())
 
     def video() -> tuple[list[Tensor], list[int]]:
         stream, chunks, kept = engine.start(text), [], []
@@ -273,7 +275,7 @@ def test_ode_rollouts_draw_no_noise() -> None:
         def renoise(self, chunk: int, step: int) -> Tensor:
             raise AssertionError("an ODE step asked for noise")
 
-    engine = small_engine(small_model(), sampler=replace(SAMPLER, kind="ode"))
+    engine = small_engine(small_model(), sampler=SAMPLER.model_copy(update={"kind": "ode"}))
     latents = engine.generate(random_text(2), Silent(SHAPE.chunk, seed=5))
     assert latents.shape == (2, *(SHAPE.frames, 8, 4, 6)) and latents.isfinite().all()
 

@@ -29,7 +29,7 @@ from benchmarks.iteration import OurPath, Scene, changed, memory, problems
 from benchmarks.reference.iteration import Reference
 
 CUDA = torch.device("cuda")
-SHAPE = VideoShape.of(3, 3, 16, 12, 20)
+SHAPE = VideoShape((3,) * 3, 16, 12, 20)
 SIZES = small_config(
     num_layers=3, num_attention_heads=4, attention_head_dim=64, ffn_dim=512, text_dim=64, text_len=20, in_channels=16, out_channels=16
 )
@@ -85,7 +85,7 @@ def watched_rollout(engine: Engine, text: Tensor, monkeypatch: pytest.MonkeyPatc
 
 
 def engine_of(model: CausalWan) -> Engine:
-    return build_engine(MIDDLE, model, SHAPE)
+    return build_engine(MIDDLE, model)
 
 
 def test_denoising_copies_nothing_between_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_cuda_graphs_change_no_bit() -> None:
     scene = scene_of(torch.bfloat16)
     latents = []
     for mode in ("off", "on"):
-        engine = build_engine(changed(MIDDLE, rollout={"cuda_graphs": mode}), scene.model, SHAPE)
+        engine = build_engine(changed(MIDDLE, rollout={"cuda_graphs": mode}), scene.model)
         for _ in range(3):  # the second time a place is captured, the third it is replayed
             with engine.rollout(scene.text, scene.noise, pivot=1, branches=5, sigma=0.5) as group:
                 latents.append(torch.cat([chunk.expand(5, *chunk.shape[1:]) for chunk in group.latents], dim=1))

@@ -15,12 +15,12 @@ from arcopo_kernels import PagePool
 from support.models import SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 
+from arcopo_fast.config.schema import CacheConfig
 from arcopo_fast.model.causal_wan import TextContext
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora
 from arcopo_fast.model.sizes import CausalWanConfig
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings
 from arcopo_fast.rollout import graphs
-from arcopo_fast.rollout.cache import CachePolicy
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.graphs import ChunkGraphs, Function, launch_bound
 from arcopo_fast.rollout.noise import KeyedNoise
@@ -54,25 +54,25 @@ def rollout(engine: Engine, text: Tensor, iteration: int, pivot: int, seed: int 
         return group
 
 
-def engines(policy: CachePolicy | None = None, **options: object) -> tuple[Engine, Engine, Captures]:
+def engines(policy: CacheConfig | None = None, **options: object) -> tuple[Engine, Engine, Captures]:
     """Two of one model: with graphs and without."""
     model = small_model()
-    graphed, plain = (small_engine(model, policy=policy or CachePolicy(), branches=GROUP) for _ in range(2))
+    graphed, plain = (small_engine(model, cache=policy or CacheConfig(), branches=GROUP) for _ in range(2))
     captures = Captures()
     graphed.graphs = ChunkGraphs("on", capture=captures, **options)  # type: ignore[arg-type]
     return graphed, plain, captures
 
 
 POLICIES = {
-    "global": CachePolicy(),
-    "sink": CachePolicy(window=4, sink=1),
-    "unroped": CachePolicy("longlive_infinity", window=6, sink=2),
-    "krea": CachePolicy("krea", window=4, sink=1),
+    "global": CacheConfig(),
+    "sink": CacheConfig(window=4, sink=1),
+    "unroped": CacheConfig(variant="longlive_infinity", window=6, sink=2),
+    "krea": CacheConfig(variant="krea", window=4, sink=1),
 }
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_replayed_rollouts_equal_plain_ones(policy: CachePolicy) -> None:
+def test_replayed_rollouts_equal_plain_ones(policy: CacheConfig) -> None:
     graphed, plain, captures = engines(policy)
     for iteration in range(6):
         text, pivot = random_text(), iteration % SHAPE.chunks
@@ -129,7 +129,7 @@ def test_results_of_one_call_survive_the_next() -> None:
 
 
 def test_a_place_is_pages_and_positions() -> None:
-    engine = small_engine(small_model(), policy=CachePolicy(window=6))
+    engine = small_engine(small_model(), cache=CacheConfig(window=6))
     stream = engine.rebuild_prefix(random_text(), [torch.randn(1, 2, 8, 4, 6)])
     contexts = [stream.cache.context(frame, 2, keep=False) for frame in (2, 2, 4)]
     assert contexts[0].place() == contexts[1].place() != contexts[2].place()
@@ -193,7 +193,7 @@ def test_places_met_are_forgotten_at_last(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_steps_noise_may_be_shared_or_each_branchs_own() -> None:
     """A window of one chunk leaves the last chunk where a chunk before it lay: what differs is the noise alone."""
-    graphed, plain, captures = engines(CachePolicy(window=2))
+    graphed, plain, captures = engines(CacheConfig(window=2))
     kernel, text = SdeGrpoObjective(graphed, SdeGrpoSettings()).kernel, random_text()
     for iteration, pivot in product(range(3), range(SHAPE.chunks)):
         noise = KeyedNoise(SHAPE.chunk, seed=7, iteration=iteration)

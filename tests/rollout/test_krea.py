@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Callable, Iterator, Sequence
 
 import pytest
@@ -16,15 +15,16 @@ from support.krea import StandIn
 from support.models import random_text, small_model
 from torch import Tensor, nn
 
+from arcopo_fast.config.schema import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.rollout.cache import CachePolicy
+from arcopo_fast.rollout.cache import pages_for, plan_pages
 from arcopo_fast.rollout.decode import Reencoder
-from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
+from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise
 
 CHUNK = 2
-SHAPE = VideoShape.of(6, CHUNK, 4, 4, 6)
-SAMPLER = SamplerSettings((1000, 500, 0), warp=True, shift=5.0)  # a last step at t = 0, as Krea's
+SHAPE = VideoShape((CHUNK,) * 6, 4, 4, 6)
+SAMPLER = SamplerConfig(steps=[1000, 500, 0], warp=True, shift=5.0)  # a last step at t = 0, as Krea's
 STATISTICS = {"latents_mean": [0.3, -0.2, 0.1, 0.5], "latents_std": [1.5, 0.7, 2.0, 1.1]}
 FACTOR = 4  # pixel frames of a latent frame
 
@@ -39,8 +39,8 @@ def small_vae(dtype: torch.dtype = torch.float64) -> AutoencoderKLWan:
     return vae.to(dtype)
 
 
-def engine_of(model: CausalWan, policy: CachePolicy, reencoder: Reencoder | None = None, branches: int = 4) -> Engine:
-    pages = Engine.pages_for(SHAPE, branches, policy=policy)
+def engine_of(model: CausalWan, policy: CacheConfig, reencoder: Reencoder | None = None, branches: int = 4) -> Engine:
+    pages = pages_for(policy, SHAPE.chunk_frames, branches)
     return Engine(model, SHAPE, SAMPLER, policy, pages=pages, reencoder=reencoder or StandIn())
 
 
@@ -188,7 +188,7 @@ def test_the_dense_implementation(context_frames: int, keep_first: bool) -> None
     """With 3 and 4 frames the context has two blocks; with 3 the first frame and the newest ones are not neighbours."""
     model, vae, noise = small_model(torch.float64, in_channels=4, out_channels=4), small_vae(), noise_of()
     prompts, switch = [random_text(), random_text()], 3
-    engine = engine_of(model, CachePolicy("krea", context_frames + CHUNK, sink=int(keep_first)), Reencoder(vae))
+    engine = engine_of(model, CacheConfig(variant="krea", window=context_frames + CHUNK, sink=int(keep_first)), Reencoder(vae))
     latents = engine.generate(prompts[0], noise, switches={switch * CHUNK: prompts[1]})
     expected = dense_krea(
         model,
@@ -219,12 +219,12 @@ def test_without_a_mask_the_videos_differ() -> None:
 @pytest.mark.parametrize("pivot", [0, 1, 3, 5])
 def test_branches_with_a_vae_are_independent_videos(pivot: int) -> None:
     """Each goes on from the decoder's state at the fork, whatever its wave; the group itself holds nothing of the decoder."""
-    model, policy, noise = small_model(torch.float64, in_channels=4, out_channels=4), CachePolicy("krea", window=5), noise_of()
+    model, policy, noise = small_model(torch.float64, in_channels=4, out_channels=4), CacheConfig(variant="krea", window=5), noise_of()
     reencoder = Reencoder(small_vae())
     engine, text = engine_of(model, policy, reencoder, branches=2), random_text()
     with engine.rollout(text, noise, pivot=pivot, branches=3, sigma=0.5, branches_per_wave=2) as group:
-        assert engine.pool.peak_in_use == Engine.plan(SHAPE, policy, pivot, 2).pages
-        assert group.prefix.decoded == () and group.prefix.cache.frames == min(CHUNK * pivot, 3)
+        assert engine.pool.peak_in_use == plan_pages(policy, SHAPE.chunk_frames, pivot, 2).pages
+        assert group.prefix.cache.decoded == () and group.prefix.cache.frames == min(CHUNK * pivot, 3)
         branches = torch.cat([chunk.expand(3, *chunk.shape[1:]) for chunk in group.latents], dim=1)
         rebuilt = engine.rebuild_prefix(text, group.latents[:pivot])
         replayed = engine.replay(group, torch.tensor([1]), torch.tensor([2]), prefix=rebuilt)
@@ -244,7 +244,7 @@ def test_branches_with_a_vae_are_independent_videos(pivot: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prefix_from_stored_latents_is_the_rollouts(dtype: torch.dtype) -> None:
     """Bit for bit, though it was decoded in other parts: the state of the VAE depends on the latents alone."""
-    model, policy = small_model(dtype, in_channels=4, out_channels=4), CachePolicy("krea", window=5)
+    model, policy = small_model(dtype, in_channels=4, out_channels=4), CacheConfig(variant="krea", window=5)
     engine, text = engine_of(model, policy, Reencoder(small_vae(dtype))), random_text()
     with engine.rollout(text, noise_of(), pivot=5, branches=2, sigma=0.5) as group:
         stored = [chunk.cpu().clone() for chunk in group.latents[:5]]
@@ -257,7 +257,7 @@ def test_a_prefix_from_stored_latents_is_the_rollouts(dtype: torch.dtype) -> Non
 
 
 def test_every_latent_is_decoded_once_and_none_ahead_of_need() -> None:
-    policy, reencoder = CachePolicy("krea", window=5), StandIn()
+    policy, reencoder = CacheConfig(variant="krea", window=5), StandIn()
     engine = engine_of(small_model(in_channels=4, out_channels=4), policy, reencoder)
     engine.generate(random_text(), noise_of())
     assert reencoder.calls == [4, 2, 2], "3 frames of context before chunks 3, 4 and 5: up to latents 3, 5 and 7"
@@ -268,7 +268,7 @@ def test_every_latent_is_decoded_once_and_none_ahead_of_need() -> None:
     engine.rebuild_prefix(random_text(), list(torch.randn(5, 1, *SHAPE.chunk(0)))).cache.release()
     assert reencoder.calls == [8], "one context, after the last chunk"
     reencoder.calls.clear()
-    engine = Engine(engine.model, SHAPE, SAMPLER, replace(policy, sink=1), pages=12)
+    engine = Engine(engine.model, SHAPE, SAMPLER, policy.model_copy(update={"sink": 1}), pages=12)
     engine.generate(random_text(), noise_of())
     assert not reencoder.calls
 
@@ -283,7 +283,7 @@ def test_a_vae_that_waits_elsewhere_is_fetched_once_for_all_videos() -> None:
         events.append("away")
 
     engine = engine_of(
-        small_model(in_channels=4, out_channels=4), CachePolicy("krea", window=5), Reencoder(small_vae(torch.float32), at_work)
+        small_model(in_channels=4, out_channels=4), CacheConfig(variant="krea", window=5), Reencoder(small_vae(torch.float32), at_work)
     )
     engine.generate(random_text(2), noise_of())
     assert events == ["there", "away"] * 3
@@ -291,21 +291,21 @@ def test_a_vae_that_waits_elsewhere_is_fetched_once_for_all_videos() -> None:
 
 def test_the_pages_of_full_size() -> None:
     """Krea's 3 + 3 frames: a group never holds more than 3 pages for the prefix and 3 for each branch."""
-    shape, policy = VideoShape.of(7, 3, 16, 60, 104), CachePolicy("krea", window=6)
-    plans = [Engine.plan(shape, policy, pivot, 12) for pivot in range(7)]
+    shape, policy = VideoShape((3,) * 7, 16, 60, 104), CacheConfig(variant="krea", window=6)
+    plans = [plan_pages(policy, shape.chunk_frames, pivot, 12) for pivot in range(7)]
     assert [(plan.prefix, plan.tail) for plan in plans] == [(0, 3), *[(3, 3)] * 5, (3, 0)]
-    assert Engine.pages_for(shape, 12, policy=policy) == 39
-    longer = CachePolicy("krea", window=8)
-    assert [Engine.plan(shape, longer, pivot, 12).prefix for pivot in range(4)] == [0, 3, 5, 5]
+    assert pages_for(policy, shape.chunk_frames, 12) == 39
+    longer = CacheConfig(variant="krea", window=8)
+    assert [plan_pages(longer, shape.chunk_frames, pivot, 12).prefix for pivot in range(4)] == [0, 3, 5, 5]
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="krea needs a window and a sink of 0 or 1; got a window of None"):
-        CachePolicy("krea")
-    with pytest.raises(ValueError, match="a sink of 2"):
-        CachePolicy("krea", window=6, sink=2)
+    with pytest.raises(ValueError, match="needs a cache.window, and a cache.sink of 0 or 1; given cache.window null and cache.sink 0"):
+        CacheConfig(variant="krea")
+    with pytest.raises(ValueError, match="given cache.window 6 and cache.sink 2"):
+        CacheConfig(variant="krea", window=6, sink=2)
     model = small_model(in_channels=4, out_channels=4)
     with pytest.raises(ValueError, match="give a reencoder"):
-        Engine(model, SHAPE, SAMPLER, CachePolicy("krea", window=4), pages=8)
+        Engine(model, SHAPE, SAMPLER, CacheConfig(variant="krea", window=4), pages=8)
     with pytest.raises(ValueError, match="a window of 2 frames has no room for a context beside a chunk of 2"):
-        Engine.pages_for(SHAPE, 2, policy=CachePolicy("krea", window=2))
+        pages_for(CacheConfig(variant="krea", window=2), SHAPE.chunk_frames, 2)

@@ -16,7 +16,6 @@ from arcopo_kernels.qk_norm_rope import reference
 from support import fixtures
 from torch import Tensor
 
-from arcopo_fast.build import shape_of
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.model.checkpoints import to_official_names
 from arcopo_fast.rollout.engine import Stream
@@ -69,7 +68,7 @@ def test_recipes_are_what_the_official_runs_were_made_with(path: Path) -> None:
     found = {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in told}
     assert found == {key: official[key] for key in told}
     ours = load_config(fixtures.recipe_of(config), [f"{key}={json.dumps(value)}" for key, value in official.items()])
-    assert list(shape_of(ours, config["in_dim"]).chunk_frames) == config["chunk_sizes"]
+    assert list(ours.video.chunk_sizes) == config["chunk_sizes"]
 
 
 def test_schedule(case: fixtures.Case) -> None:

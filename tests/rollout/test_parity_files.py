@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from support import fixtures
 from torch import Tensor
 
+from arcopo_fast.config.schema import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.rollout.cache import CachePolicy
-from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
+from arcopo_fast.rollout.engine import Engine, VideoShape
 
 Golden = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -75,7 +75,7 @@ def without_window(golden: Golden) -> Golden:
     return config | {"local": -1, "sink": 0}, tensors | own_part
 
 
-def synthetic(model: CausalWan, base: Golden, policy: CachePolicy, sampler: SamplerSettings, shape: VideoShape, **more: Any) -> Golden:
+def synthetic(model: CausalWan, base: Golden, policy: CacheConfig, sampler: SamplerConfig, shape: VideoShape, **more: Any) -> Golden:
     """What our own engine makes, in the official layout. more: what the file says beside the settings of engine and video."""
     config = base[0] | {"first_chunk_steps": None, "init_frames": 0, "switch": None, "batch": 2, "calls": []} | more
     config |= {"nfpb": shape.chunk_frames[0], "chunks": shape.chunks, "chunk_sizes": list(shape.chunk_frames)}
@@ -135,15 +135,15 @@ def test_golden_files_of_any_settings(tmp_path: Path) -> None:
     write(tmp_path, "of_another.grad", (config | {"case": "another", "chunk": config["chunk"] - 2}, tensors))
 
     model = fixtures.load(fixtures.OWN / "public_sf_global.safetensors").model
-    sampler = SamplerSettings((1000, 600, 300), True, 3.0, context_noise=20.0)
-    policy = CachePolicy("longlive", 6, 2, global_sink=False)
+    sampler = SamplerConfig(steps=[1000, 600, 300], warp=True, shift=3.0, context_noise=20.0)
+    policy = CacheConfig(variant="longlive", window=6, sink=2, global_sink=False)
     switching = synthetic(model, base, policy, sampler, VideoShape((2,) * 4, 16, 8, 12), repo="ll", switch=[4])
     write(tmp_path, "synthetic_switch", switching)
-    sampler = SamplerSettings((950.5,), False, 8.0)
+    sampler = SamplerConfig(steps=[950.5], warp=False, shift=8.0)
     write(
         tmp_path,
         "synthetic_long_beginning",
-        synthetic(model, base, CachePolicy(), sampler, VideoShape((2,), 16, 8, 12), repo="cf", init_frames=8),
+        synthetic(model, base, CacheConfig(), sampler, VideoShape((2,), 16, 8, 12), repo="cf", init_frames=8),
     )
 
     tests = Path(__file__).with_name("test_parity.py")

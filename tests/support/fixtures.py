@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Iterator, NamedTuple
@@ -18,9 +18,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from arcopo_fast.build import build_engine, load_model
+from arcopo_fast.build import load_model
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.model.causal_wan import CausalWan
+from arcopo_fast.rollout.cache import plan_pages
 from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
 
 OWN = Path(__file__).parents[1] / "fixtures"
@@ -204,9 +205,9 @@ def load(path: Path) -> Case:
     shape = VideoShape(tuple(config["chunk_sizes"]), config["in_dim"], config["h"], config["w"])
     # Unlike a run's, these videos begin with given frames and cache their last chunk: pages as for longer ones.
     given = tensors["initial_latent"].shape[1] if "initial_latent" in tensors else 0
-    longer = replace(shape, chunk_frames=(*[1] * given, *shape.chunk_frames, 1))
-    engine = build_engine(ours, model, longer, videos=2 * config["batch"])
-    engine.shape = shape
+    longer = (*[1] * given, *shape.chunk_frames, 1)
+    pages = 2 * config["batch"] * plan_pages(ours.cache, longer, len(longer) - 1, 1).prefix
+    engine = Engine(model, shape, ours.sampler, ours.cache, pages=pages, cuda_graphs=ours.rollout.cuda_graphs)
     return Case(config, tensors, model, engine, RecordedNoise(tensors, config["chunk_sizes"]))
 
 

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import torch
 
+from arcopo_fast.config.schema import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.sizes import CausalWanConfig
-from arcopo_fast.rollout.cache import CachePolicy
-from arcopo_fast.rollout.engine import Engine, SamplerSettings, VideoShape
+from arcopo_fast.rollout.cache import pages_for
+from arcopo_fast.rollout.engine import Engine, VideoShape
 
-SHAPE = VideoShape.of(4, 2, 8, 4, 6)  # 4 chunks of 2 latent frames, 8 channels, 4 x 6 latent pixels
-GLOBAL = CachePolicy()
-SAMPLER = SamplerSettings((1000, 750, 500), warp=True, shift=5.0)
+SHAPE = VideoShape((2,) * 4, 8, 4, 6)  # 4 chunks of 2 latent frames, 8 channels, 4 x 6 latent pixels
+GLOBAL = CacheConfig()
+SAMPLER = SamplerConfig(steps=[1000, 750, 500], warp=True, shift=5.0)
 
 
 def small_config(**changes: object) -> CausalWanConfig:
@@ -44,11 +45,11 @@ def small_engine(
     model: CausalWan,
     *,
     branches: int = 6,
-    policy: CachePolicy = GLOBAL,
+    cache: CacheConfig = GLOBAL,
     shape: VideoShape = SHAPE,
-    sampler: SamplerSettings = SAMPLER,
+    sampler: SamplerConfig = SAMPLER,
 ) -> Engine:
-    return Engine(model, shape, sampler, policy, pages=Engine.pages_for(shape, branches))
+    return Engine(model, shape, sampler, cache, pages=pages_for(GLOBAL, shape.chunk_frames, branches))
 
 
 def random_text(batch: int = 1) -> torch.Tensor:

@@ -15,13 +15,12 @@ from arcopo_fast.build import (
     load_held_out,
     load_prompts,
     load_rewards,
-    video_shape,
 )
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import Config
 from arcopo_fast.evaluation.influence import noise_influence
 from arcopo_fast.evaluation.judging import evaluate
-from arcopo_fast.rollout.engine import SamplerSettings
+from arcopo_fast.rollout.engine import VideoShape
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +40,16 @@ def test_it_is_at_most_8_megabytes() -> None:
 
 def test_the_initial_noise_decides_and_renoises_do_not(config: Config, generator: Generator) -> None:
     """At every pivot, replacing the initial noise changes the output at least 5 times as much (mean square) as replacing any re-noise."""
-    shape, sampler = video_shape(config, generator), config.sampler
+    shape = VideoShape.of(config.video, generator.model.config.in_channels)
     text = generator.encode_text([prompt.text for prompt in load_prompts(config).training[::9]])
-    settings = SamplerSettings(tuple(sampler.steps), sampler.warp, sampler.shift)
-    influence = noise_influence(generator.model, text, shape, settings, seed=int(torch.randint(2**31, ())))
+    influence = noise_influence(generator.model, text, shape, config.sampler, seed=int(torch.randint(2**31, ())))
     assert min(influence["ratio"]) >= 5, {name: [f"{value:.3g}" for value in values] for name, values in influence.items()}
     assert min(influence["initial"]) > 0.01, "the pivot's noise must matter at all"
 
 
 def test_it_shows_what_the_caption_says_often_enough(config: Config, generator: Generator) -> None:
     """An aligned generator has to start from one that works: the independent classifier recognises most captions."""
-    engine = build_engine(config, generator.model, video_shape(config, generator))
+    engine = build_engine(config, generator.model)
     evaluation = evaluate(config, generator, engine, load_prompts(config).training[::6], load_rewards(config), load_held_out(generator))
     for name, values in evaluation.scores.items():
         assert values.isfinite().all(), name
