@@ -28,9 +28,9 @@ from arcopo_fast.model.text import CachedTextEncoder, TextEncoderFiles
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
 from arcopo_fast.objectives.base import Objective
+from arcopo_fast.rewards import registry
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.client import remote_rewards
-from arcopo_fast.rewards.registry import load_reward
 from arcopo_fast.rewards.wire import read_token
 from arcopo_fast.rollout.cache import pages_for, plan_pages, variant_of
 from arcopo_fast.rollout.decode import Reencoder
@@ -316,8 +316,8 @@ def load_rewards(config: Config) -> dict[str, Reward]:
         give_up_after=servers.give_up_after,
     )
     device = None if config.generator.offload else device_of(config.generator.device)
-    fps = config.video.fps
-    return {name: remote[name] if name in remote else load_reward(name, fps=fps, device=device) for name in config.rewards}
+    here = registry.load_rewards((name for name in config.rewards if name not in remote), fps=config.video.fps, device=device)
+    return {name: remote[name] if name in remote else here[name] for name in config.rewards}
 
 
 def load_held_out(generator: Generator) -> dict[str, Reward]:

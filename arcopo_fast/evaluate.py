@@ -43,7 +43,6 @@ from arcopo_fast.model.lora import set_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.reports.evaluation import as_markdown
 from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError
-from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.rollout.engine import VideoShape
 from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
 from arcopo_fast.runtime.memory import tune_for_cpu
@@ -224,7 +223,7 @@ def settings_of(config: Config, generator: Generator, judges: Mapping[str, Rewar
             "video": config.video.model_dump(mode="json", exclude={"decode_frames"}),  # says how, not what
             **config.model_dump(mode="json", include={"sampler", "cache", "rewards"}),
             "generator": config.generator.model_dump(include={"dtype", "vae_dtype"}),  # its weights are above, its name may differ
-            "code_and_weights": {name: fingerprint_of(judge) for name, judge in judges.items()},
+            "code_and_weights": {name: judge.fingerprint(name) for name, judge in judges.items()},
         }
     )
 

@@ -53,7 +53,6 @@ from arcopo_fast.reports.results import DEVICE
 from arcopo_fast.reports.run import write_report
 from arcopo_fast.reports.stall import PATIENCE, notice, stalled_since
 from arcopo_fast.rewards.base import Reward, RewardError
-from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.runtime import profiling
 from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
@@ -105,7 +104,7 @@ class Trainer:
             buffer = Buffer.open(config.train.buffer, policy_of(config, self.generator, self.objective))
             self.source = BufferedGroups(config, self.generator, self.engine, self.objective, buffer)
         self.made_of = self._made_of()
-        self.judges = {name: fingerprint_of(judge) for name, judge in {**self.rewards, **self.held_out}.items()}
+        self.judges = {name: judge.fingerprint(name) for name, judge in {**self.rewards, **self.held_out}.items()}
         lora = config.lora
         add_lora(self.generator.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
         self.parameters = adapter_parameters(self.generator.model)

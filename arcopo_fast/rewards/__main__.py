@@ -21,7 +21,7 @@ from arcopo_fast.cli import Parser, positive_int, run_command, run_subcommand
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import wire
 from arcopo_fast.rewards.custom import find
-from arcopo_fast.rewards.registry import REWARDS, goes_by_seconds, load_reward
+from arcopo_fast.rewards.registry import judges, load_rewards
 from arcopo_fast.rewards.server import RewardServer, Scorer
 from arcopo_fast.runtime.console import Interruption
 from arcopo_fast.runtime.memory import tune_for_cpu
@@ -58,9 +58,9 @@ def serve(argv: list[str]) -> None:
         raise UserError(f"--host {options.host} can be reached from other machines, and there is no token; {advice}")
     device = _device(options.device)
     tune_for_cpu()
-    rewards = {name: load_reward(name, fps=options.fps, device=device) for name in options.names}
+    rewards = load_rewards(options.names, fps=options.fps, device=device)
     scorer = Scorer(rewards, batch=options.batch, waiting_bytes=options.waiting_mib * MIB, device=device)
-    rate = options.fps if any(map(goes_by_seconds, rewards.values())) else None
+    rate = options.fps if any(reward.fps is not None for reward in rewards.values()) else None
     try:
         server = RewardServer((options.host, options.port), scorer, token=token, max_bytes=options.max_mib * MIB, fps=rate)
     except (OSError, OverflowError) as error:
@@ -87,14 +87,13 @@ def _device(name: str) -> torch.device:
 def show(argv: list[str]) -> None:
     if Parser(f"{PROGRAM} list", "Print the rewards of the package.").read(argv) is None:
         return
-    width = max(map(len, REWARDS))
-    for name, path in REWARDS.items():
+    for path, names in judges().items():
         try:
             about = (inspect.getdoc(find(path, "reward")) or path).splitlines()[0]
         except UserError as error:
             about = f"not here: {error}"
-        print(f"{name:{width}}  {about}")
-    print(f"{'package.module:function':{width}}  any of your own")
+        print(f"{', '.join(names)}\n    {about}")
+    print("package.module:function\n    Any of your own; package.module:class:score of a judge that gives several.")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"serve": serve, "list": show}

@@ -1,4 +1,4 @@
-"""What a reward is, and how several of them judge the same videos.
+"""What a reward is, all of it, and how several of them judge the same videos.
 
 Knows nothing of how the videos were made, nor of weights and advantages. A reward may be anybody's code: what it is given and what it
 returns are checked here, through which all judging goes.
@@ -12,32 +12,77 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.rewards.fingerprint import code_and_weights
+
+Sources = Sequence[tuple[str, Sequence[str]]]
+"""Published files: each source, see `storage.hub.find`, with the names of what is needed of it."""
 
 SLOW = 120.0
 """Seconds after which a reward that is still judging is named on stderr; then after twice as many, and so on."""
 
 
-class Reward(Protocol):
-    """Judges videos. Deterministic, and each video's score depends on that video and its prompt alone."""
+class Reward(ABC):
+    """A judge of videos that gives one score or several. Deterministic: a video's scores depend on that video and its prompt alone.
 
-    name: str
+    A subclass has `scores` and can be called; the rest has defaults. What users write need not be a subclass, see `custom`.
 
-    def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        """Score videos: frames [N, F, 3, H, W] fp32 in [0, 1] and one prompt for each -> [N] fp32, higher is better.
+    scores: the names of its scores, as recipes have them.
+    bytes: GPU memory that it takes, for its weights and its working set.
+    fps: frames per second of the videos, which whoever loads the judge sets; None for a judge that does not go by seconds.
+    sources: the published files that it reads.
+    """
 
-        A video that cannot be scored gets NaN. The frames must not be changed: the other rewards, and whoever saves them, see them too.
+    scores: Sequence[str]
+    bytes: int = 0
+    fps: float | None = None
+    sources: Sources = ()
+
+    @abstractmethod
+    def __call__(self, frames: Tensor, prompts: list[str]) -> Any:
+        """Score videos, higher is better; NaN for a video that cannot be scored.
+
+        The frames must not be changed: the other rewards, and whoever saves them, see them too.
+
+        Args:
+            frames: [N, F, 3, H, W] fp32 in [0, 1].
+            prompts: one for each video.
+
+        Returns:
+            [N] fp32, or for several scores a dictionary of such tensors by the names in `scores`.
         """
-        ...
+
+    def ask(self, names: Sequence[str], frames: Tensor, prompts: list[str]) -> Mapping[str, Any]:
+        """Return the scores of these names, of which there is at least one, and perhaps others; arguments as for a call.
+
+        A judge whose scores do not all come from one forward pass does here only what is asked for.
+
+        Raises:
+            RewardError: a score is missing.
+        """
+        returned = self(frames, prompts)
+        if isinstance(returned, Mapping) and all(name in returned for name in names):
+            return returned
+        if len(names) == 1:
+            return {names[0]: returned}  # `score` says whether it is one
+        given = f"a {type(returned).__name__}"
+        if isinstance(returned, Mapping):
+            given += " without " + ", ".join(repr(name) for name in names if name not in returned)
+        raise RewardError(f"reward {_listed(names)} returned {given}; expected a dictionary with the scores of each by its name")
+
+    def fingerprint(self, name: str) -> str:
+        """Return 16 hexadecimal digits that tell the code and the weights behind a score from those before an edit or an update."""
+        return code_and_weights(self)
 
 
 class RewardError(UserError):
@@ -50,10 +95,10 @@ class FramesNotFinite(UserError):
 
 @torch.no_grad()
 def score(rewards: Mapping[str, Reward], frames: Tensor, prompts: list[str], *, quarantine: bool = False) -> dict[str, Tensor]:
-    """Every reward's scores [N] fp32, under its key, in order, on the frames' device.
+    """Return the scores [N] fp32 by name, in the order of `rewards`, on the frames' device. A judge of several scores is asked once.
 
     Args:
-        rewards: by the name under which the scores are logged.
+        rewards: the judge of each score, by the score's name.
         frames: [N, F, 3, H, W] fp32 in [0, 1].
         prompts: N sentences.
         quarantine: a score that is not finite becomes NaN, with a warning, instead of an error. Whoever averages must leave NaN out.
@@ -72,21 +117,36 @@ def score(rewards: Mapping[str, Reward], frames: Tensor, prompts: list[str], *, 
 
     components: dict[str, Tensor] = {}
     form, checksum = _form(frames), _checksum(frames)
-    for name, reward in rewards.items():
-        returned = _call(name, reward, frames, prompts)
+    for reward, names in _judges(rewards):
+        returned = _call(names, reward, frames, prompts)
         if _form(frames) != form or not torch.equal(_checksum(frames), checksum):
-            raise RewardError(f"reward {name!r} changed the frames in place, which others judge and save; let it work on frames.clone()")
-        scores = as_scores(name, returned, len(frames)).to(frames.device)
-        finite = scores.isfinite()
-        if not finite.all():
-            if not quarantine:
-                video = int((~finite).nonzero()[0])
-                raise RewardError(f"reward {name!r} returned {float(scores[video])} for video {video} ({prompts[video]!r})")
-            # The same text every time: Python shows it once.
-            warnings.warn(f"reward {name!r} returned scores that are not finite; they are left out, and counted", stacklevel=3)
-            scores = scores.where(finite, torch.nan)
-        components[name] = scores
-    return components
+            raise RewardError(
+                f"reward {_listed(names)} changed the frames in place, which others judge and save; let it work on frames.clone()"
+            )
+        for name in names:
+            scores = as_scores(name, returned[name], len(frames)).to(frames.device)
+            finite = scores.isfinite()
+            if not finite.all():
+                if not quarantine:
+                    video = int((~finite).nonzero()[0])
+                    raise RewardError(f"reward {name!r} returned {float(scores[video])} for video {video} ({prompts[video]!r})")
+                # The same text every time: Python shows it once.
+                warnings.warn(f"reward {name!r} returned scores that are not finite; they are left out, and counted", stacklevel=3)
+                scores = scores.where(finite, torch.nan)
+            components[name] = scores
+    return {name: components[name] for name in rewards}
+
+
+def _judges(rewards: Mapping[str, Reward]) -> list[tuple[Reward, list[str]]]:
+    """Return each judge once, with the names of the scores that it shall give."""
+    found: dict[int, tuple[Reward, list[str]]] = {}
+    for name, reward in rewards.items():
+        found.setdefault(id(reward), (reward, []))[1].append(name)
+    return list(found.values())
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 # The frames ------------------------------------------------------------------------------------------------------------------------
@@ -121,17 +181,17 @@ def _checksum(frames: Tensor) -> Tensor:
 # The call --------------------------------------------------------------------------------------------------------------------------
 
 
-def _call(name: str, reward: Reward, frames: Tensor, prompts: list[str]) -> Any:
-    """What a reward returns, whatever it is. It gets a list of prompts of its own."""
+def _call(names: list[str], reward: Reward, frames: Tensor, prompts: list[str]) -> Mapping[str, Any]:
+    """Return what a reward gives under these names, whatever it is. It gets a list of prompts of its own."""
     try:
-        with _watched(name, len(frames)):
-            return reward(frames, list(prompts))
+        with _watched(names, len(frames)):
+            return reward.ask(names, frames, list(prompts))
     except SystemExit as error:
-        raise RewardError(f"reward {name!r} {exit_told(error)}; let it return NaN for what it cannot judge") from error
+        raise RewardError(f"reward {_listed(names)} {exit_told(error)}; let it return NaN for what it cannot judge") from error
     except (KeyboardInterrupt, UserError):  # the user's; and one that says what to do
         raise
     except BaseException as error:
-        note = f"raised by reward {name!r}"
+        note = f"raised by reward {_listed(names)}"
         if sys.version_info >= (3, 11):
             error.add_note(note)
         else:
@@ -147,7 +207,7 @@ def exit_told(error: SystemExit) -> str:
 
 
 @contextmanager
-def _watched(name: str, videos: int) -> Iterator[None]:
+def _watched(names: list[str], videos: int) -> Iterator[None]:
     """Say on stderr that a reward takes long. It cannot be ended: it is somebody's code in this process."""
     done = threading.Event()
 
@@ -155,7 +215,7 @@ def _watched(name: str, videos: int) -> Iterator[None]:
         begun, pause = time.monotonic(), SLOW
         while not done.wait(pause):
             pause = time.monotonic() - begun  # twice as long in all
-            print(f"reward {name!r} has been judging {videos} videos for {pause:.0f} s", file=sys.stderr, flush=True)
+            print(f"reward {_listed(names)} has been judging {videos} videos for {pause:.0f} s", file=sys.stderr, flush=True)
 
     threading.Thread(target=say, name="watch", daemon=True).start()
     try:

@@ -10,7 +10,6 @@ import json
 import random
 import sys
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -43,12 +42,12 @@ class _Slow(_Away):
     """No answer in time, to a request that the server has got."""
 
 
-class RewardClient:
-    """Asks one server for the scores of some of its rewards, all in one request.
+class RewardClient(Reward):
+    """Some of the scores of one server, all asked for in one request.
 
     Args:
         address: such as http://127.0.0.1:8123.
-        rewards: names of the rewards, as the server knows them.
+        scores: their names, as the server knows them.
         token: what the server wants to see. It is sent to hosts that `wire.token_may_go_to`, and no other.
         dtype: of the frames on their way: float32 gives the scores that the reward would give here, uint8 takes a quarter of the bytes.
         fps: frames per second of the videos, which the server's rewards must have been told; None: not checked.
@@ -62,7 +61,7 @@ class RewardClient:
     def __init__(
         self,
         address: str,
-        rewards: Sequence[str],
+        scores: Sequence[str],
         *,
         token: str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -78,35 +77,39 @@ class RewardClient:
                 f"{wire.TOKEN_VARIABLE} would be sent to {self.host}, an address of the recipe's: if it is yours, say so with "
                 f"{wire.HOSTS_VARIABLE}={self.host}, or unset the token"
             )
-        self.rewards = list(rewards)
+        self.scores = list(scores)
         self.token = token
         self.dtype = dtype
         self.fps = fps
         self.connect_timeout, self.timeout, self.give_up_after = connect_timeout, timeout, give_up_after
-        self._last: tuple[weakref.ref[Tensor], int, list[str], dict[str, Tensor]] | None = None
 
-    def score(self, frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """The scores [N] of frames [N, F, 3, H, W] in [0, 1], by reward. Those of the last frames are remembered.
+    def __call__(self, frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        return self.ask(self.scores, frames, prompts)
+
+    def ask(self, names: Sequence[str], frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        """Return the scores [N] of frames [N, F, 3, H, W] in [0, 1], by name.
 
         Raises:
             RewardServerError: see there.
         """
-        version = 0 if frames.is_inference() else frames._version  # a change in place is seen, but for inference tensors
-        if self._last is not None:
-            last, at, judged, scores = self._last
-            if last() is frames and at == version and judged == prompts:
-                return scores
-        at_once = self._videos_at_once(frames, prompts)
+        at_once = self._videos_at_once(names, frames, prompts)
         parts = [
-            self._ask_for_scores(some, prompts[start : start + at_once])
+            self._ask_for_scores(names, some, prompts[start : start + at_once])
             for start, some in zip(range(0, len(frames), at_once), frames.split(at_once))
         ]
-        scores = {name: torch.cat([part[name] for part in parts]).to(frames.device) for name in self.rewards}
-        self._last = (weakref.ref(frames), version, list(prompts), scores)
-        return scores
+        return {name: torch.cat([part[name] for part in parts]).to(frames.device) for name in names}
+
+    def fingerprint(self, name: str) -> str:
+        """Return what the server says, `UNKNOWN` if it says nothing.
+
+        Raises:
+            RewardServerError: see there.
+        """
+        fingerprints = self.health().get("fingerprints")
+        return str(fingerprints.get(name, UNKNOWN)) if isinstance(fingerprints, dict) else UNKNOWN
 
     def health(self) -> dict[str, Any]:
-        """What the server says of itself, see `wire`; it is checked that it has the rewards.
+        """Return what the server says of itself, see `wire`; it is checked that it has the scores.
 
         Raises:
             RewardServerError: see there.
@@ -119,26 +122,26 @@ class RewardClient:
             raise self._error("is no reward server: it does not answer GET /health as one") from None
         if protocol != wire.PROTOCOL:
             raise self._error(f"speaks version {protocol} of the protocol, not {wire.PROTOCOL}; install the same arcopo_fast on both sides")
-        if missing := [name for name in self.rewards if name not in rewards]:
+        if missing := [name for name in self.scores if name not in rewards]:
             raise self._error(f"does not serve {', '.join(missing)}, only {', '.join(map(str, rewards))}")
         judged = document.get("fps")
         if None not in (judged, self.fps) and judged != self.fps:
             raise self._error(f"judges videos as of {judged} frames per second, and these have {self.fps}; start it with --fps {self.fps}")
         return {**document, "max_bytes": max_bytes}
 
-    def _videos_at_once(self, frames: Tensor, prompts: list[str]) -> int:
-        """How many videos a request may hold."""
-        room = self.health()["max_bytes"] - wire.room_for_header(prompts, self.rewards)
+    def _videos_at_once(self, names: Sequence[str], frames: Tensor, prompts: list[str]) -> int:
+        """Return how many videos a request may hold."""
+        room = self.health()["max_bytes"] - wire.room_for_header(prompts, names)
         video = frames[0].numel() * self.dtype.itemsize
         if room < video:
             raise self._error(f"takes requests of {room / 2**20:.1f} MiB, and a video has {video / 2**20:.1f} MiB; raise its --max-mib")
         return room // video
 
-    def _ask_for_scores(self, frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        body = wire.pack(wire.to_uint8(frames) if self.dtype == torch.uint8 else frames, prompts, self.rewards)
+    def _ask_for_scores(self, names: Sequence[str], frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        body = wire.pack(wire.to_uint8(frames) if self.dtype == torch.uint8 else frames, prompts, names)
         content = self._ask("POST", "/score", body)
         try:
-            return wire.read_scores(content, self.rewards, len(frames))
+            return wire.read_scores(content, names, len(frames))
         except wire.Malformed as error:
             raise self._error(f"gave an answer that is {error}") from None
 
@@ -208,28 +211,8 @@ class RewardClient:
         return RewardServerError(f"the reward server at {self.address} {what}")
 
 
-class RemoteReward:
-    """One reward of a server."""
-
-    def __init__(self, name: str, client: RewardClient) -> None:
-        self.name = name
-        self.client = client
-
-    def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        return self.client.score(frames, prompts)[self.name]
-
-    def fingerprint(self) -> str:
-        """See `fingerprint.fingerprint_of`.
-
-        Raises:
-            RewardServerError: see there.
-        """
-        said = self.client.health().get("fingerprints")
-        return str(said.get(self.name, UNKNOWN)) if isinstance(said, dict) else UNKNOWN
-
-
 def remote_rewards(addresses: Mapping[str, str], **settings: Any) -> dict[str, Reward]:
-    """Rewards by the addresses of their servers; those of one server are asked for together. Waits for a server that is away.
+    """Return a client for each score by the address of its server, the same one for all of a server. Waits for a server that is away.
 
     settings: of `RewardClient`.
 
@@ -243,7 +226,7 @@ def remote_rewards(addresses: Mapping[str, str], **settings: Any) -> dict[str, R
     clients = {address: RewardClient(address, rewards, **settings) for address, rewards in names.items()}
     for client in clients.values():
         client.health()
-    return {name: RemoteReward(name, clients[address.rstrip("/")]) for name, address in addresses.items()}
+    return {name: clients[address.rstrip("/")] for name, address in addresses.items()}
 
 
 def _parse(address: str) -> tuple[str, int, type[HTTPConnection]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.rewards.base import Reward
 from arcopo_fast.storage import hub
 
 SOURCE = "hf://openai/clip-vit-large-patch14"
@@ -23,7 +24,7 @@ WEIGHTS = "model.safetensors", "pytorch_model.bin"
 SPACING = 12
 
 
-class CLIPScore(nn.Module):
+class CLIPScore(nn.Module, Reward):
     """Mean cosine of a video's frames and its prompt, of which CLIP reads 77 tokens, begin and end included.
 
     Frames are looked at that are at most `SPACING` apart, the first and the last among them: 8 of 81. That is a chunk of the published
@@ -35,7 +36,7 @@ class CLIPScore(nn.Module):
         source: a directory in the form of the published one, or hf://owner/name.
     """
 
-    name = "clip"
+    scores = ("clip",)
     bytes = 2 * 2**30
     """1.6 GiB of weights, and what one video takes."""
 

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from arcopo_fast.rewards.base import Reward
-from arcopo_fast.rewards.client import RemoteReward
-from arcopo_fast.rewards.custom import OwnReward
 from arcopo_fast.storage.identity import sampled_digest
 
 
-def fingerprint_of(reward: Reward) -> str:
-    """16 hexadecimal digits: a digest of the file that the reward's code is in, of the module that names it, and of samples of its tensors.
+def code_and_weights(judge: object, *modules: object) -> str:
+    """Return 16 hexadecimal digits: of the file that a judge's code is in, of the files of `modules`, and of samples of its tensors.
 
     Tensors are found in a torch module's state, and in modules that are an object's attributes. Not covered: what those files import, and
-    what a reward reads at a call. Of a served reward it is what the server says, "unknown" if it says nothing.
+    what a judge reads at a call.
 
-    Raises:
-        RewardServerError: see there.
+    Args:
+        judge: a function, or an object that can be called.
     """
-    if isinstance(reward, RemoteReward):
-        return reward.fingerprint()
-    judge = reward.function if isinstance(reward, OwnReward) else reward
     code = judge if inspect.isroutine(judge) else type(judge)
-    sources = [_source(code)]
-    if isinstance(reward, OwnReward):
-        sources.append(_source(sys.modules.get(reward.name.partition(":")[0])))
+    sources = [_source(code) for code in (code, *modules)]
     name = f"{getattr(code, '__module__', '')}:{getattr(code, '__qualname__', '')}\n"
     return sampled_digest(_tensors(judge.__self__ if inspect.ismethod(judge) else judge), name.encode() + b"".join(sources))
 

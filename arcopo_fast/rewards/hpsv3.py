@@ -11,9 +11,12 @@ github://MizzenAI/HPSv3/hpsv3/dataset/data_collator_qwen.py, which holds the ins
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.qwen2vl import model as qwen2vl
 from arcopo_fast.rewards.qwen2vl.frames import Patches, fitting_size, quantise, resize
 from arcopo_fast.rewards.qwen2vl.text import Conversation, load_tokenizer, read_instruction
@@ -41,8 +44,8 @@ class FrameJudge(nn.Module):
         self.conversation = conversation
 
     @classmethod
-    def load(cls, source: str, dtype: torch.dtype) -> FrameJudge:
-        """From a directory or repository with HPSv3.safetensors.
+    def load(cls, source: str) -> FrameJudge:
+        """Read it from a directory or repository with HPSv3.safetensors.
 
         Raises:
             UserError: something is missing, or is not what it should be.
@@ -53,7 +56,7 @@ class FrameJudge(nn.Module):
         instruction = read_instruction(directory, INSTRUCTION, CONSTANTS)
         conversation = Conversation(tokenizer, instruction, "<|image_pad|>", [TOKEN])
         judge = qwen2vl.build(base, tokenizer, _head)
-        qwen2vl.load_strict(judge, qwen2vl.read_tensors(directory / WEIGHTS), directory / WEIGHTS, dtype=dtype)
+        qwen2vl.load_strict(judge, qwen2vl.read_tensors(directory / WEIGHTS), directory / WEIGHTS, dtype=qwen2vl.tower_dtype())
         return cls(judge, qwen2vl.load_patches(base), conversation)
 
     @torch.no_grad()
@@ -78,38 +81,38 @@ def _head(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2))
 
 
-class HPSv3(nn.Module):
-    """HPSv3, the mean over the best 30 % of a video's frames; as in Astrolabe.
+class HPSv3(nn.Module, Reward):
+    """HPSv3, the mean over the best 30 % of a video's frames, as in Astrolabe; every_4th: of every fourth, for a quarter of the cost.
+
+    The two are different scores: fewer frames have a lower best.
+
+    strides: for each score, from one frame that is looked at to the next.
 
     Args:
-        top: share of the frames that counts; 1.0 is the mean of all. At least one counts.
-        stride: every so manieth frame is looked at. Another stride is another score: fewer frames have a lower best.
+        top: share of these frames that counts; 1.0 is the mean of all. At least one counts.
     """
 
-    name = "hpsv3"
+    strides = {"hpsv3": 1, "hpsv3_every_4th": 4}
+    scores = tuple(strides)
     source = SOURCE
     sources = ((SOURCE, (WEIGHTS,)), (f"hf://{BASE}", qwen2vl.BASE_FILES), (INSTRUCTION, ()))
     bytes = 17_500_000_000  # predicted: 15.5 GB of weights in bf16, the rest for eight frames at once
 
-    def __init__(self, *, top: float = 0.3, stride: int = 1) -> None:
+    def __init__(self, *, top: float = 0.3) -> None:
         super().__init__()
-        self.top, self.stride = top, stride
-        self.model = qwen2vl.load_once(FrameJudge.load, self.source)
+        self.top = top
+        self.model = FrameJudge.load(self.source)
 
-    def forward(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        """Frames [N, F, 3, H, W] in [0, 1] -> scores [N] fp32."""
-        scores = [self._reduce(self.model(video[:: self.stride], prompt)) for video, prompt in zip(frames, prompts)]
-        return torch.stack(scores).to(frames.device)
+    def forward(self, frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        """Judge frames [N, F, 3, H, W] in [0, 1]: every score [N] fp32 by its name."""
+        return self.ask(self.scores, frames, prompts)
+
+    def ask(self, names: Sequence[str], frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        return {name: self._scores(frames[:, :: self.strides[name]], prompts).to(frames.device) for name in names}
+
+    def _scores(self, frames: Tensor, prompts: list[str]) -> Tensor:
+        return torch.stack([self._reduce(self.model(video, prompt)) for video, prompt in zip(frames, prompts)])
 
     def _reduce(self, scores: Tensor) -> Tensor:
-        """Of one video's frames [F]; NaN if one of them is, for it counts as the largest."""
+        """Return the mean of one video's best frames, of [F]; NaN if one of them is, for it counts as the largest."""
         return scores.topk(max(1, int(self.top * len(scores)))).values.mean()
-
-
-class HPSv3Every4th(HPSv3):
-    """HPSv3 of every fourth frame: a quarter of the cost, another score."""
-
-    name = "hpsv3_every_4th"
-
-    def __init__(self) -> None:
-        super().__init__(stride=4)

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from arcopo_fast.rewards import wire
 from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError, score
-from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.storage.identity import version_of
 
 CONNECTIONS = 1024
@@ -69,7 +68,7 @@ class Scorer:
     """Scores requests in one thread, up to `batch` videos at a time.
 
     Args:
-        rewards: by the name under which clients ask for them.
+        rewards: the judge of each score, by the name under which clients ask for it.
         batch: most videos that a reward is given at once.
         waiting_bytes: of all requests that are being read, wait, or are scored; a single one may be larger.
         device: where frames go before they are judged.
@@ -77,7 +76,7 @@ class Scorer:
 
     def __init__(self, rewards: Mapping[str, Reward], *, batch: int, waiting_bytes: int, device: torch.device) -> None:
         self.rewards = dict(rewards)
-        self.fingerprints = {name: fingerprint_of(reward) for name, reward in rewards.items()}
+        self.fingerprints = {name: reward.fingerprint(name) for name, reward in rewards.items()}
         self.batch = batch
         self.waiting_bytes = waiting_bytes
         self.device = device

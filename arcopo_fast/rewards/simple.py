@@ -9,18 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arcopo_fast.rewards.base import Reward
+
 _TINY = 1e-8
 """Below this sum of squares a video is constant: it has no ratio, and no contrast that float32 could tell from rounding."""
 
 
-class Sharpness:
+class Sharpness(Reward):
     """How much of the contrast lies between neighbouring pixels: sqrt((sum dx^2 + sum dy^2) / (8 sum (l - mean)^2)), mean over frames.
 
     l is the luminance of a frame, dx and dy its differences along rows and columns. Each of their two sums is at most four times the
     last one. White noise scores 0.71, a smooth gradient nearly 0, a constant frame 0.
     """
 
-    name = "sharpness"
+    scores = ("sharpness",)
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
         return torch.stack([self._score(video.mean(1)) for video in frames])
@@ -31,14 +33,14 @@ class Sharpness:
         return (between / (8 * contrast).clamp_min(_TINY)).clamp_max(1).sqrt().mean()
 
 
-class Steadiness:
+class Steadiness(Reward):
     """How evenly pixels change: 1 - sqrt(sum d^2 / (16 sum (l - mean)^2)).
 
     d is the second difference of the luminance over time, the mean each pixel's own over time. sum d^2 is at most 16 times the other sum.
     Flicker from frame to frame scores 0, white noise 0.39, slow change nearly 1, a still video 1.
     """
 
-    name = "steadiness"
+    scores = ("steadiness",)
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
         return torch.stack([self._score(video.mean(1)) for video in frames])

@@ -1,8 +1,8 @@
 """VideoAlign's VideoReward: visual quality (VQ), motion quality (MQ) and text alignment (TA) of a video, from one look at it.
 
 A Qwen2-VL-2B with a LoRA and a linear head that is read at three tokens of its own, <|VQ_reward|>, <|MQ_reward|> and <|TA_reward|>. The
-prompt stands behind the first two, so VQ and MQ do not depend on it. All names share one loaded model, and one forward for the same frames;
-MQ of the frames in grey is a second one.
+prompt stands behind the first two, so VQ and MQ do not depend on it. One forward pass of a video gives all three; MQ of the frames in grey
+takes a second one.
 
 Needs hf://KlingTeam/VideoReward (model_config.json, checkpoint-11352/model.pth, 5 GB), the small files of hf://Qwen/Qwen2-VL-2B-Instruct,
 and github://KwaiVGI/VideoAlign/prompt_template.py, which holds the instruction.
@@ -12,7 +12,7 @@ and github://KwaiVGI/VideoAlign/prompt_template.py, which holds the instruction.
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.qwen2vl import model as qwen2vl
 from arcopo_fast.rewards.qwen2vl.frames import Patches, fitting_size, greyscale, quantise, resize, sample_frames
 from arcopo_fast.rewards.qwen2vl.text import Conversation, load_tokenizer, read_instruction
@@ -37,7 +38,7 @@ LEAST_PIXELS = 128 * 28 * 28
 
 
 class VideoAlign(nn.Module):
-    """The judge behind the rewards of this module.
+    """The network, from frames to raw scores.
 
     rate, most_pixels: frames that are looked at in a second, and the most pixels of one.
     means, stds: [3] of raw VQ, MQ and TA, from model_config.json's `inference_config`; z = (raw - mean) / std is the normalised score.
@@ -64,11 +65,10 @@ class VideoAlign(nn.Module):
         self.rate, self.most_pixels = rate, most_pixels
         self.register_buffer("means", torch.tensor(means), persistent=False)
         self.register_buffer("stds", torch.tensor(stds), persistent=False)
-        self._last: dict[bool, _Scored] = {}
 
     @classmethod
-    def load(cls, source: str, dtype: torch.dtype) -> VideoAlign:
-        """From a directory or repository in the official layout; weights of checkpoint-N for the largest N.
+    def load(cls, source: str) -> VideoAlign:
+        """Read it from a directory or repository in the official layout; weights of checkpoint-N for the largest N.
 
         Raises:
             UserError: something is missing, or is not what it should be.
@@ -101,21 +101,16 @@ class VideoAlign(nn.Module):
         judge = qwen2vl.build(found, tokenizer, lambda width: nn.Linear(width, 1, bias=False))
         checkpoint = max(directory.glob("checkpoint-*"), key=_step)
         files = _read_checkpoint(checkpoint, base, tokenizer.get_vocab_size())
-        qwen2vl.load_strict(judge, files, checkpoint, dtype=dtype, lora=lora)
+        qwen2vl.load_strict(judge, files, checkpoint, dtype=qwen2vl.tower_dtype(), lora=lora)
         return cls(judge, patches, conversation, rate=rate, most_pixels=most_pixels, means=means, stds=stds)
 
     @torch.no_grad()
     def raw_scores(self, frames: Tensor, prompts: list[str], fps: float, *, grey: bool = False) -> Tensor:
-        """Raw VQ, MQ and TA [N, 3] fp32 of frames [N, F, 3, H, W] in [0, 1]. Those of the last frames are remembered.
+        """Return raw VQ, MQ and TA [N, 3] fp32 of frames [N, F, 3, H, W] in [0, 1].
 
         One video at a time, without padding: no score depends, in any bit, on the videos beside it.
         """
-        version = 0 if frames.is_inference() else frames._version  # a change in place is seen, but for inference tensors
-        last, about = self._last.get(grey), (version, fps, tuple(prompts))
-        if last is None or last.frames() is not frames or last.about != about:
-            scores = [self._score(video, prompt, fps, grey) for video, prompt in zip(frames, prompts)]
-            last = self._last[grey] = _Scored(weakref.ref(frames), about, torch.stack(scores))
-        return last.scores
+        return torch.stack([self._score(video, prompt, fps, grey) for video, prompt in zip(frames, prompts)])
 
     def _score(self, video: Tensor, prompt: str, fps: float, grey: bool) -> Tensor:
         """[3] of frames [F, 3, H, W]."""
@@ -128,12 +123,6 @@ class VideoAlign(nn.Module):
         ids, places = self.conversation.encode(prompt, self.patches.features(grid))
         inputs = (patches.to(device), torch.tensor([grid], device=device), torch.tensor([ids], device=device))
         return self.judge(*inputs, self.conversation.pad, places)[0, :, 0]
-
-
-class _Scored(NamedTuple):
-    frames: weakref.ref[Tensor]
-    about: tuple[int, float, tuple[str, ...]]
-    scores: Tensor
 
 
 def _step(checkpoint: Path) -> int:
@@ -161,22 +150,39 @@ def _read_checkpoint(checkpoint: Path, base: str, rows: int) -> dict[str, Tensor
     return tensors | {embedding: tensors[embedding][:rows]} if embedding in tensors else tensors
 
 
-# The rewards -----------------------------------------------------------------------------------------------------------------------
+# The reward ------------------------------------------------------------------------------------------------------------------------
 
 
-class VideoAlignReward(nn.Module):
-    """One score of VideoAlign, normalised.
+class Reading(NamedTuple):
+    """How a score is read off the network.
 
-    A reward of one's own may set `raw` (no normalisation), `grey` or `source` (a directory, or another repository) in a subclass.
+    dimension: one of `DIMENSIONS`. raw: before its normalisation. grey: frames are grey, so that color earns nothing; as in Astrolabe.
     """
 
-    name: str
     dimension: str
-    grey = False
-    raw = False
+    raw: bool = False
+    grey: bool = False
+
+
+class VideoAlignReward(nn.Module, Reward):
+    """VideoAlign's visual quality (vq), motion quality (mq; of the frames in grey: mq_grey), text alignment (ta); raw: not normalised.
+
+    A reward of one's own may have another `source` (a directory, or another repository) in a subclass, or other `readings` and their names
+    as `scores`.
+    """
+
+    readings = {
+        "videoalign_vq": Reading("VQ"),
+        "videoalign_mq": Reading("MQ"),
+        "videoalign_mq_grey": Reading("MQ", grey=True),
+        "videoalign_ta": Reading("TA"),
+        "videoalign_vq_raw": Reading("VQ", raw=True),
+        "videoalign_mq_raw": Reading("MQ", raw=True),
+        "videoalign_ta_raw": Reading("TA", raw=True),
+    }
+    scores = tuple(readings)
     source = SOURCE
     fps = 16.0
-    """Frames a second of the videos; whoever loads the reward sets it."""
     sources = (
         (SOURCE, ("model_config.json", "checkpoint-11352/model.pth")),
         ("hf://Qwen/Qwen2-VL-2B-Instruct", qwen2vl.BASE_FILES),
@@ -186,54 +192,18 @@ class VideoAlignReward(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = qwen2vl.load_once(VideoAlign.load, self.source)
+        self.model = VideoAlign.load(self.source)
 
-    def forward(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        """Frames [N, F, 3, H, W] in [0, 1] -> scores [N] fp32."""
-        model, which = self.model, DIMENSIONS.index(self.dimension)
-        scores = model.raw_scores(frames, prompts, self.fps, grey=self.grey)[:, which]
-        if not self.raw:
-            scores = (scores - model.means[which]) / model.stds[which]
-        return scores.to(frames.device)
+    def forward(self, frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        """Judge frames [N, F, 3, H, W] in [0, 1]: every score [N] fp32 by its name."""
+        return self.ask(self.scores, frames, prompts)
 
+    def ask(self, names: Sequence[str], frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        passes = {self.readings[name].grey for name in names}
+        raw = {grey: self.model.raw_scores(frames, prompts, self.fps, grey=grey) for grey in passes}
+        return {name: self._read(self.readings[name], raw).to(frames.device) for name in names}
 
-class VisualQuality(VideoAlignReward):
-    """VideoAlign's visual quality: static factors, whatever the prompt."""
-
-    name, dimension = "videoalign_vq", "VQ"
-
-
-class MotionQuality(VideoAlignReward):
-    """VideoAlign's motion quality, whatever the prompt."""
-
-    name, dimension = "videoalign_mq", "MQ"
-
-
-class GreyMotionQuality(VideoAlignReward):
-    """VideoAlign's motion quality of the frames in grey, so that colour earns nothing; as in Astrolabe."""
-
-    name, dimension, grey = "videoalign_mq_grey", "MQ", True
-
-
-class TextAlignment(VideoAlignReward):
-    """VideoAlign's text alignment."""
-
-    name, dimension = "videoalign_ta", "TA"
-
-
-class RawVisualQuality(VisualQuality):
-    """VideoAlign's visual quality before its normalisation."""
-
-    name, raw = "videoalign_vq_raw", True
-
-
-class RawMotionQuality(MotionQuality):
-    """VideoAlign's motion quality before its normalisation."""
-
-    name, raw = "videoalign_mq_raw", True
-
-
-class RawTextAlignment(TextAlignment):
-    """VideoAlign's text alignment before its normalisation."""
-
-    name, raw = "videoalign_ta_raw", True
+    def _read(self, reading: Reading, raw: dict[bool, Tensor]) -> Tensor:
+        which = DIMENSIONS.index(reading.dimension)
+        scores = raw[reading.grey][:, which]
+        return scores if reading.raw else (scores - self.model.means[which]) / self.model.stds[which]

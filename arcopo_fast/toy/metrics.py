@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 CLASSIFIER_FILE_NAME = "caption_classifier.safetensors"
 
 
-class ShapeFidelity:
+class ShapeFidelity(Reward):
     """How well the best match of the caption's shape, over positions and sizes, correlates with each frame; mean over frames."""
 
-    name = "shape_fidelity"
+    scores = ("shape_fidelity",)
     frame_stride = 4
     _window = 33  # pixels; holds the largest shape and a little background
     _radii = (7.5, 8.75, 10.0, 11.25)
@@ -72,10 +72,10 @@ class ShapeFidelity:
         return (sums[:, :-1] / energy.clamp_min(1e-3).sqrt()).amax(dim=(1, 2, 3))
 
 
-class TemporalCoherence:
+class TemporalCoherence(Reward):
     """Share of each frame's variance that blocks of the frame before, moved by at most one pixel, explain; mean over frames."""
 
-    name = "temporal_coherence"
+    scores = ("temporal_coherence",)
     _block = 8
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
@@ -149,10 +149,10 @@ class CaptionClassifier(nn.Module):
         return classifier.eval().requires_grad_(False)
 
 
-class CaptionAccuracy:
+class CaptionAccuracy(Reward):
     """Share of the caption's three attributes that the classifier also names: 0, 1/3, 2/3 or 1."""
 
-    name = "caption_accuracy"
+    scores = ("caption_accuracy",)
 
     def __init__(self, classifier: CaptionClassifier) -> None:
         self.classifier = classifier
@@ -166,8 +166,8 @@ class CaptionAccuracy:
 
 def held_out(directory: str | Path) -> dict[str, Reward]:
     """The three measures by name; the classifier is read from `directory`."""
-    measures = (ShapeFidelity(), TemporalCoherence(), CaptionAccuracy(CaptionClassifier.from_pretrained(directory)))
-    return {measure.name: measure for measure in measures}
+    measures: tuple[Reward, ...] = (ShapeFidelity(), TemporalCoherence(), CaptionAccuracy(CaptionClassifier.from_pretrained(directory)))
+    return {name: measure for measure in measures for name in measure.scores}
 
 
 def train_classifier(

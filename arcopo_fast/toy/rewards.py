@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arcopo_fast.rewards.base import Reward
 from arcopo_fast.toy import data
 
 _TINY = 1e-4
@@ -87,10 +88,10 @@ def _acceleration(track: Tensor) -> Tensor:
     return track.diff(n=2, dim=1) if track.shape[1] > 2 else torch.zeros_like(track)
 
 
-class VisualQuality:
+class VisualQuality(Reward):
     """Is each frame clean: one compact shape with a crisp outline, one colour inside, and a calm background."""
 
-    name = "visual_quality"
+    scores = ("toy_vq",)
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
         view = _look(frames)
@@ -120,10 +121,10 @@ def _grain(luminance: Tensor) -> Tensor:
     return (luminance - F.avg_pool2d(luminance, 3, stride=1, padding=1, count_include_pad=False)).square()
 
 
-class MotionQuality:
+class MotionQuality(Reward):
     """Does the shape move as one solid thing: straight, at a constant visible speed, of one size and colour, without flicker."""
 
-    name = "motion_quality"
+    scores = ("toy_mq",)
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
         view = _look(frames)
@@ -146,10 +147,10 @@ class MotionQuality:
         return view.presence.mean(1) * _together(straight * _bell(jerky, 1.0), visible, solid * same_colour, steady)
 
 
-class TextAlignment:
+class TextAlignment(Reward):
     """Does the video show the colour, the shape and the motion that its caption names."""
 
-    name = "text_alignment"
+    scores = ("toy_ta",)
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
         view = _look(frames)

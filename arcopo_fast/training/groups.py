@@ -22,7 +22,6 @@ from arcopo_fast.evaluation.judging import Judging, joined
 from arcopo_fast.model.lora import adapter_disabled
 from arcopo_fast.objectives.base import Objective
 from arcopo_fast.rewards.base import Reward
-from arcopo_fast.rewards.fingerprint import fingerprint_of
 from arcopo_fast.rollout.cache import variant_of
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.noise import KeyedNoise
@@ -210,7 +209,7 @@ def recipe_of(config: Config, prompts: Prompts, rewards: Mapping[str, Reward]) -
     return {
         "seed": config.seed,
         "prompts": digest(prompts.training),
-        "rewards": {name: fingerprint_of(reward) for name, reward in rewards.items()},
+        "rewards": {name: reward.fingerprint(name) for name, reward in rewards.items()},
         "pivot": config.rollout.pivot,
         "dtype": config.generator.dtype,
         "vae_dtype": config.generator.vae_dtype,

@@ -27,19 +27,21 @@ class _Erring:
     """Scores of `reward`, each with its error."""
 
     reward: Reward
+    name: str
+    """Part of the key of its errors."""
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        errors = [normal((1,), self.reward.name, hashlib.blake2b(video.cpu().numpy()).hexdigest()) for video in frames]
+        errors = [normal((1,), self.name, hashlib.blake2b(video.cpu().numpy()).hexdigest()) for video in frames]
         return self.reward(frames, prompts) + ERROR * torch.cat(errors).to(frames.device)
 
 
 class VisualQuality(_Erring):
-    reward = rewards.VisualQuality()
+    reward, name = rewards.VisualQuality(), "visual_quality"
 
 
 class MotionQuality(_Erring):
-    reward = rewards.MotionQuality()
+    reward, name = rewards.MotionQuality(), "motion_quality"
 
 
 class TextAlignment(_Erring):
-    reward = rewards.TextAlignment()
+    reward, name = rewards.TextAlignment(), "text_alignment"

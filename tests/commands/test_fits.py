@@ -46,8 +46,8 @@ def nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hugging-face"))
     for module, name in (
-        (assemble, "load_model"), (assemble, "load_vae"), (assemble, "load_text"), (assemble, "untrained_wan"), (assemble, "load_reward"),
-        (hub, "_download"), (hub, "_fetch"),
+        (assemble, "load_model"), (assemble, "load_vae"), (assemble, "load_text"), (assemble, "untrained_wan"),
+        (assemble.registry, "load_rewards"), (hub, "_download"), (hub, "_fetch"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *unused, name=name, **more: pytest.fail(f"{name} was called"))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.rewards import load_reward
 from support.servers import serving
 from torch import Tensor
 
@@ -18,8 +19,8 @@ from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config, resolved_yaml
 from arcopo_fast.errors import UserError
 from arcopo_fast.reports.results import read_run
+from arcopo_fast.rewards.base import score
 from arcopo_fast.rewards.client import RewardServerError
-from arcopo_fast.rewards.registry import load_reward
 from arcopo_fast.rewards.server import RewardServer
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.train import Trainer, main
@@ -157,6 +158,26 @@ def test_evaluation_leaves_failed_scores_out(tmp_path: Path, monkeypatch: pytest
     assert "1 left out: no score" in (run / "report.html").read_text() and "1 left out: no score" in capsys.readouterr().out
 
 
+def test_a_watched_reward_that_fails_costs_no_total_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of weight 0, it is in no total: of an iteration, of the evaluations before and after, or of what is reported."""
+    (tmp_path / "watched.py").write_text("def half(frames, prompts):\n    return [None if i % 2 else 0.5 for i in range(len(frames))]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(UserWarning, match="'watched:half' returned scores that are not finite"):
+        main([*SMALL, 'rewards={toy_vq: 2.0, "watched:half": 0}', "train.iterations=1", f"run.directory={tmp_path}"])
+    run = tmp_path / "toy"
+    (line,) = read_metrics(run)
+    assert line["failed_scores"] == 2 and line["reward"] == 2 * line["reward/toy_vq"] and line["reward/watched:half"] == 0.5
+    document = json.loads((run / "evaluation.json").read_text())
+    for side in ("before", "after"):
+        assert document[side]["watched:half"]["failed"] == 1 and "failed" not in document[side]["reward"]
+        assert document[side]["reward"]["mean"] == pytest.approx(2 * document[side]["toy_vq"]["mean"], rel=1e-6)
+    failed = {change.name: change.failed for change in read_run(run).changes}
+    assert failed["reward"] == failed["toy_vq"] == 0 and failed["watched:half"] == 1
+    assert sum("left out: no score" in said for said in capsys.readouterr().out.splitlines()) == 1
+
+
 def test_a_reward_that_goes_by_seconds_is_told_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here by the recipe, at a server by --fps; a server that was told another rate than the recipe's is refused."""
     (tmp_path / "rated.py").write_text(
@@ -165,11 +186,11 @@ def test_a_reward_that_goes_by_seconds_is_told_the_rate(tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     name, frames = "rated:Reward", torch.rand(2, 3, 3, 8, 8)
     recipe = f"rewards={json.dumps({name: 1.0})}"
-    assert load_rewards(load_config("toy", [recipe, "video.fps=24"]))[name](frames, ["a", "b"]).tolist() == [24, 24]
+    assert score(load_rewards(load_config("toy", [recipe, "video.fps=24"])), frames, ["a", "b"])[name].tolist() == [24, 24]
     with serving(named={name: load_reward(name, fps=12)}, fps=12) as server:
         remote = [recipe, f"reward_servers.addresses={json.dumps({name: server.url})}", "reward_servers.give_up_after=0.5"]
         rewards = load_rewards(load_config("toy", [*remote, "video.fps=12"]))
-        assert rewards[name](frames, ["a", "b"]).tolist() == [12, 12]
+        assert score(rewards, frames, ["a", "b"])[name].tolist() == [12, 12]
         with pytest.raises(RewardServerError, match=r"as of 12 frames per second, and these have 24; start it with --fps 24"):
             load_rewards(load_config("toy", [*remote, "video.fps=24"]))
 

@@ -19,7 +19,7 @@ from arcopo_fast.build import checkpoint_path
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.data.buffer import Buffer, Entry
 from arcopo_fast.errors import UserError
-from arcopo_fast.rewards.fingerprint import fingerprint_of
+from arcopo_fast.rewards.base import Reward
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.toy.text import ToyTextEncoder
 from arcopo_fast.train import Trainer, main
@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_refused(buffer: Path, tmp_path: Path, monkeypatch:
     ToyTextEncoder(text.vocabulary, 2 * text.table, text_len=text.text_len).save_pretrained(checkpoint / "text")
     with pytest.raises(UserError, match=r"another policy .* in the buffer\): text_encoder: \S+ here, \S+ in the buffer; use"):
         trainer(buffer, f"generator.checkpoint={checkpoint}")
-    monkeypatch.setattr("arcopo_fast.training.groups.fingerprint_of", lambda reward: fingerprint_of(reward)[::-1])  # as if it were edited
+    monkeypatch.setattr(Reward, "fingerprint", lambda self, name: name)  # as if it were edited
     with pytest.raises(UserError, match=r"another recipe .* in the buffer\): rewards.toy_mq: \S+ here, \S+ in the buffer; rewards.toy_ta"):
         collect.main(["toy", *SMALL, "--buffer", str(buffer), "--groups", "6"])
     with pytest.raises(UserError, match="--buffer is missing"):

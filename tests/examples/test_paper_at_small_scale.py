@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from arcopo_fast.rewards.registry import load_reward
+from support.rewards import load_reward
 
 FOLDER = Path(__file__).parents[2] / "examples" / "paper_at_small_scale"
 sys.path.insert(0, str(FOLDER))

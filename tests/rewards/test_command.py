@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.rewards import load_reward
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import wire
 from arcopo_fast.rewards.__main__ import main
 from arcopo_fast.rewards.base import score
 from arcopo_fast.rewards.client import remote_rewards
-from arcopo_fast.rewards.registry import load_reward
 
 TOKEN = f"{random.SystemRandom().getrandbits(128):032x}"
 SECONDS = 30  # nothing here takes so long, unless it hangs
@@ -90,7 +90,7 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
                 while not begun.exists() and time.monotonic() < deadline:
                     time.sleep(0.01)
                 process.send_signal(signal.SIGTERM)
-                assert torch.equal(scores.result(2 * SECONDS), frames[:, 0, 0, 0, 0]), "what was being scored is answered"
+                assert torch.equal(scores.result(2 * SECONDS)["my_reward:slow"], frames[:, 0, 0, 0, 0]), "what was being scored is answered"
             assert process.wait(SECONDS) == 0
             assert "Traceback" not in process.stderr.read()
         finally:
@@ -99,7 +99,7 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
 
 def test_loading_a_reward_needs_no_other() -> None:
     """An environment that is made for one reward may lack what the rest of the package needs."""
-    code = "import sys, arcopo_fast.rewards.__main__ as m; m.load_reward('sharpness'); print([n for n in sys.modules if n in %r])"
+    code = "import sys, arcopo_fast.rewards.__main__ as m; m.load_rewards(['sharpness']); print([n for n in sys.modules if n in %r])"
     heavy = ("diffusers", "transformers", "peft", "av", "tensorboard", "arcopo_fast.model", "arcopo_fast.toy", "arcopo_fast.build")
     done = subprocess.run([sys.executable, "-c", code % (heavy,)], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

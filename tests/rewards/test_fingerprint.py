@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.rewards import load_reward
 from support.servers import serving
 from torch import Tensor, nn
 
+from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.client import RewardClient, remote_rewards
-from arcopo_fast.rewards.custom import OwnReward
-from arcopo_fast.rewards.fingerprint import fingerprint_of
-from arcopo_fast.rewards.registry import load_reward
+from arcopo_fast.rewards.custom import CustomReward
 
 MODULE = "judges_that_are_edited"
 SOURCE = """
@@ -83,13 +83,13 @@ NAMES = [*OWN, "toy_vq", "toy_mq", "sharpness", "steadiness"]
 
 def test_every_reward_has_its_own_and_keeps_it(tmp_path: Path) -> None:
     with module_of(tmp_path / "one", SOURCE):
-        first = {name: fingerprint_of(load_reward(name)) for name in NAMES}
+        first = {name: load_reward(name).fingerprint(name) for name in NAMES}
     with module_of(tmp_path / "two", SOURCE):  # the same file at another place
-        assert {name: fingerprint_of(load_reward(name)) for name in NAMES} == first
+        assert {name: load_reward(name).fingerprint(name) for name in NAMES} == first
     assert len({*first.values()}) == len(NAMES) and all(re.fullmatch("[0-9a-f]{16}", one) for one in first.values())
     for change in ("* 1.0", "* 2.0"), ("[2]", "[3]"):
         with module_of(tmp_path / change[1], SOURCE.replace(*change)):
-            edited = {name: fingerprint_of(load_reward(name)) for name in NAMES}
+            edited = {name: load_reward(name).fingerprint(name) for name in NAMES}
         assert [name for name in NAMES if edited[name] == first[name]] == NAMES[len(OWN) :]
 
 
@@ -105,37 +105,39 @@ def test_any_trained_tensor_is_seen(module: None, name: str) -> None:
         if changed:
             with torch.no_grad():
                 judge.state_dict()[changed].mul_(1 + random.choice([-1, 1]) * 2.0**-6)
-        seen.add(fingerprint_of(reward))
+        seen.add(reward.fingerprint(""))
         judge.load_state_dict(state)  # `method` has one object for all
     assert len(seen) == 5
-    assert fingerprint_of(load_reward(f"{MODULE}:{name}")) in seen
+    assert load_reward(f"{MODULE}:{name}").fingerprint("") in seen
     reward.to(torch.float64)
     if name == "Weighted":
-        assert fingerprint_of(reward) not in seen, "another dtype rounds in another way"
+        assert reward.fingerprint("") not in seen, "another dtype rounds in another way"
 
 
 def test_what_has_no_source_or_attributes(module: None) -> None:
-    class Slots:
+    class Slots(Reward):
         __slots__ = ()
-        name = "slots"
+        scores = ("slots",)
 
         def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
             return frames.mean((1, 2, 3, 4))
 
-    assert fingerprint_of(Slots()) == fingerprint_of(Slots())
+    assert Slots().fingerprint("slots") == Slots().fingerprint("slots")
     for one, other in ((operator.eq, operator.ne), (nn.CosineSimilarity(), nn.PairwiseDistance())):
-        fingerprints = [fingerprint_of(OwnReward("_operator:name", function)) for function in (one, one, other)]
+        fingerprints = [CustomReward("_operator:name", function).fingerprint("") for function in (one, one, other)]
         assert fingerprints[0] == fingerprints[1] != fingerprints[2], "by their names alone"
 
 
 def test_a_served_reward_has_the_fingerprint_that_it_has_here(module: None) -> None:
     with serving(named={name: load_reward(name) for name in NAMES}) as server:
         served = remote_rewards(dict.fromkeys(NAMES, server.url), give_up_after=30.0)
-        assert {name: fingerprint_of(one) for name, one in served.items()} == {name: fingerprint_of(load_reward(name)) for name in NAMES}
+        assert {name: client.fingerprint(name) for name, client in served.items()} == {
+            name: load_reward(name).fingerprint(name) for name in NAMES
+        }
 
 
 @pytest.mark.parametrize("said", [{}, {"fingerprints": None}, {"fingerprints": {"other": "0123"}}])
 def test_a_server_that_says_nothing(said: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RewardClient, "health", lambda self: said)
     (reward,) = remote_rewards({"toy_vq": "http://127.0.0.1:1"}).values()
-    assert fingerprint_of(reward) == "unknown"
+    assert reward.fingerprint("toy_vq") == "unknown"

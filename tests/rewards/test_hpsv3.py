@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.base import score
-from arcopo_fast.rewards.hpsv3 import BASE, PIXELS, TOKEN, WEIGHTS, FrameJudge, HPSv3, HPSv3Every4th
+from arcopo_fast.rewards.hpsv3 import BASE, PIXELS, TOKEN, WEIGHTS, FrameJudge, HPSv3
 from arcopo_fast.rewards.qwen2vl.frames import fitting_size
+from arcopo_fast.rewards.registry import load_rewards
 from arcopo_fast.storage import hub
 
 PROMPTS = ["a cat", "a much longer prompt: two dogs run along a beach at dawn"]
@@ -60,28 +61,46 @@ def test_scores_are_those_of_the_official_code(reference: Reference, monkeypatch
     frames = make_frames(2, 7)
     by_frame = torch.stack([expected(reference, video, prompt) for video, prompt in zip(frames, PROMPTS)])
     assert by_frame.std(1).min() > 1e-3, "the scores of this judge tell nothing apart"
-    scores = score({"best": HPSv3(), "all": HPSv3(top=1.0), "some": HPSv3(stride=3)}, frames, PROMPTS)
-    torch.testing.assert_close(scores["best"], by_frame.sort(1).values[:, -2:].mean(1), rtol=1e-4, atol=1e-4)  # 2 of 7 are 30 %
-    torch.testing.assert_close(scores["all"], by_frame.mean(1), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(scores["some"], by_frame[:, ::3].max(1).values, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(HPSv3Every4th()(frames, PROMPTS), by_frame[:, ::4].max(1).values, rtol=1e-4, atol=1e-4)
+    scores = score(load_rewards(HPSv3.scores), frames, PROMPTS)
+    torch.testing.assert_close(scores["hpsv3"], by_frame.sort(1).values[:, -2:].mean(1), rtol=1e-4, atol=1e-4)  # 2 of 7 are 30 %
+    torch.testing.assert_close(scores["hpsv3_every_4th"], by_frame[:, ::4].max(1).values, rtol=1e-4, atol=1e-4)
+    every = HPSv3(top=1.0)
+    every.strides = {"all": 1, "some": 3}
+    others = every.ask(["all", "some"], frames, PROMPTS)
+    torch.testing.assert_close(others["all"], by_frame.mean(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(others["some"], by_frame[:, ::3].mean(1), rtol=1e-4, atol=1e-4)
 
 
 def test_a_score_depends_on_its_video_and_prompt_alone(reference: Reference) -> None:
-    reward, frames = HPSv3(), make_frames(2, 3)
-    together = reward(frames, PROMPTS)
+    frames, rewards = make_frames(2, 3), load_rewards(["hpsv3"])
+
+    def judge(videos: Tensor, prompts: list[str]) -> Tensor:
+        return score(rewards, videos, prompts)["hpsv3"]
+
+    together = judge(frames, PROMPTS)
     for video in (1, 0):
-        assert torch.equal(reward(frames[video : video + 1], PROMPTS[video : video + 1])[0], together[video])
-    assert reward(frames[:1], PROMPTS[1:])[0] != together[0], "the prompt counts"
+        assert torch.equal(judge(frames[video : video + 1], PROMPTS[video : video + 1])[0], together[video])
+    assert judge(frames[:1], PROMPTS[1:])[0] != together[0], "the prompt counts"
 
 
 def test_the_model_is_shared_and_has_no_graph(reference: Reference) -> None:
-    one, two = HPSv3(), HPSv3Every4th()
-    assert one.model is two.model and not any(parameter.requires_grad for parameter in one.parameters())
-    assert not any(tensor.is_meta for tensor in (*one.parameters(), *one.buffers()))
-    for parameter in one.parameters():
+    rewards = load_rewards(["hpsv3", "hpsv3_every_4th"])
+    judge = rewards["hpsv3"]
+    assert rewards["hpsv3_every_4th"] is judge and isinstance(judge, HPSv3)
+    assert not any(parameter.requires_grad for parameter in judge.parameters())
+    assert not any(tensor.is_meta for tensor in (*judge.parameters(), *judge.buffers()))
+    for parameter in judge.parameters():
         parameter.requires_grad_(True)
-    assert one(make_frames(1, 1), ["a"]).grad_fn is None
+    assert all(values.grad_fn is None for values in judge(make_frames(1, 1), ["a"]).values())
+
+
+def test_only_the_frames_of_what_is_asked_are_looked_at(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    forward = FrameJudge.forward
+    monkeypatch.setattr(FrameJudge, "forward", lambda self, frames, prompt: (looked.append(len(frames)), forward(self, frames, prompt))[1])
+    rewards, frames = load_rewards(HPSv3.scores), make_frames(1, 5)
+    score({"hpsv3_every_4th": rewards["hpsv3_every_4th"]}, frames, ["a"])
+    assert looked == [2]
 
 
 def test_on_a_gpu_the_towers_are_bf16_and_the_head_is_not(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,4 +147,4 @@ def test_missing_files_are_named(file: str, parts: list[str], reference: Referen
 def test_the_files_it_says_it_reads_are_all_it_reads(reference: Reference, published: Path) -> None:
     named = {place / file for source, files in HPSv3.sources if (place := hub.local(source, files)) for file in files or [""]}
     assert named == {file for file in published.rglob("*") if file.is_file()}
-    assert HPSv3()(make_frames(1, 1), ["a"]).isfinite().all()
+    assert all(values.isfinite().all() for values in HPSv3()(make_frames(1, 1), ["a"]).values())

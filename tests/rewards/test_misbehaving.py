@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.rewards import load_reward
 from torch import Tensor
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import base, wire
-from arcopo_fast.rewards.base import FramesNotFinite, RewardError, score
-from arcopo_fast.rewards.custom import OwnReward
-from arcopo_fast.rewards.registry import load_reward
+from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError, score
+from arcopo_fast.rewards.custom import CustomReward
 
 PROMPTS = ["first", "second", "third", "fourth"]
 
 
 def judged(function: Callable[[Tensor, list[str]], Any], frames: Tensor | None = None, **more: Any) -> Tensor:
     frames = torch.rand(4, 3, 3, 6, 8) if frames is None else frames
-    return score({"mine": OwnReward("mine", function)}, frames, PROMPTS[: len(frames)], **more)["mine"]
+    return score({"mine": CustomReward("mine", function)}, frames, PROMPTS[: len(frames)], **more)["mine"]
 
 
 def first_pixels(frames: Tensor, prompts: list[str]) -> Tensor:
@@ -70,7 +70,7 @@ def test_frames_that_a_reward_changed_are_judged_by_no_other(change: str, fails:
         CHANGES[change](frames)
         return [None if fails else 1.0] * 4
 
-    rewards = {"changes": OwnReward("changes", changes), "next": OwnReward("next", lambda frames, prompts: asked.append(1))}
+    rewards = {"changes": CustomReward("changes", changes), "next": CustomReward("next", lambda frames, prompts: asked.append(1))}
     with pytest.raises(RewardError, match=r"reward 'changes' changed the frames .*frames\.clone\(\)"):
         score(rewards, torch.rand(4, 3, 3, 6, 8), PROMPTS, quarantine=True)
     assert not asked
@@ -99,7 +99,7 @@ def test_prompts_are_each_rewards_own() -> None:
         return first_pixels(frames, prompts)
 
     given = tuple(PROMPTS)
-    score({name: OwnReward(name, changes) for name in ("one", "two")}, torch.rand(4, 2, 3, 4, 4), given)  # type: ignore[arg-type]
+    score({name: CustomReward(name, changes) for name in ("one", "two")}, torch.rand(4, 2, 3, 4, 4), given)  # type: ignore[arg-type]
     assert seen == [PROMPTS, PROMPTS] and given == tuple(PROMPTS)
 
 
@@ -202,8 +202,8 @@ def test_a_scalar_is_refused_for_one_video_as_for_many() -> None:
 
 
 def test_a_reward_of_the_package_is_read_alike() -> None:
-    class Direct:
-        name = "direct"
+    class Direct(Reward):
+        scores = ("direct",)
 
         def __call__(self, frames: Tensor, prompts: list[str]) -> Any:
             return [float(video.mean()) for video in frames]

@@ -8,7 +8,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
+from support.rewards import load_reward
 from support.servers import SECONDS, serving
 from torch import Tensor
 
@@ -24,19 +25,18 @@ from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import server as server_module
 from arcopo_fast.rewards import wire
-from arcopo_fast.rewards.base import score
+from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rewards.client import RewardClient, RewardServerError, remote_rewards
-from arcopo_fast.rewards.custom import OwnReward
-from arcopo_fast.rewards.registry import load_reward
+from arcopo_fast.rewards.custom import CustomReward
 from arcopo_fast.rewards.server import Handler, RewardServer
 
 TOKEN = f"{random.SystemRandom().getrandbits(128):032x}"
 
 
-class FirstPixel:
+class FirstPixel(Reward):
     """A score that says whose video it is; remembers how many it was given, and can be held: at once, or when it has got so many."""
 
-    name = "first_pixel"
+    scores: Sequence[str] = ("first_pixel",)
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -111,26 +111,51 @@ def test_scores_are_those_of_the_reward() -> None:
         for name in rewards:
             assert there[name].dtype == torch.float32 and here[name].unique().numel() == 5
             torch.testing.assert_close(there[name], here[name], rtol=1e-5, atol=0)
-        coarse = client(server, dtype=torch.uint8).score(smooth, prompts)
+        coarse = client(server, dtype=torch.uint8)(smooth, prompts)
     rounded = score(rewards, (smooth * 255).round() / 255, prompts)
     for name in rewards:
         torch.testing.assert_close(coarse[name], rounded[name], rtol=1e-5, atol=0)
         assert (coarse[name] / here[name] - 1).abs().max() > 1e-4
 
 
-def test_one_request_serves_all_rewards_of_a_server() -> None:
+def test_one_request_serves_all_rewards_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    pack = wire.pack
+    monkeypatch.setattr(wire, "pack", lambda frames, prompts, names: (asked.append(list(names)), pack(frames, prompts, names))[1])
     first, second = FirstPixel(), FirstPixel()
-    second.name = "second"
+    second.scores = ("second",)
     frames = videos()
     with serving(first, second) as server:
         rewards = remote_rewards({"first_pixel": server.url, "second": server.url + "/"})
-        for _ in range(2):
-            assert torch.equal(score(rewards, frames, ["a"] * 3)["second"], frames[:, 0, 0, 0, 0])
-        assert first.batches == second.batches == [3]
-        frames.mul_(0.5)
-        assert torch.equal(score(rewards, frames, ["a"] * 3)["second"], frames[:, 0, 0, 0, 0]), "changed in place"
-        score(rewards, frames, ["b"] * 3)
-        assert first.batches == second.batches == [3, 3, 3]
+        for turn in range(1, 3):
+            scores = score(rewards, frames, ["a"] * 3)
+            assert list(scores) == [*rewards] and all(torch.equal(values, frames[:, 0, 0, 0, 0]) for values in scores.values())
+            assert asked == [["first_pixel", "second"]] * turn and first.batches == second.batches == [3] * turn
+        score({"second": rewards["second"]}, frames, ["b"] * 3)
+        assert asked[2:] == [["second"]] and len(first.batches) == 2, "what is not wanted is not asked for"
+
+
+class TwoScores(Reward):
+    """Gives both from one call; counts its calls."""
+
+    scores = ("first", "second")
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        self.calls += 1
+        return {"first": frames[:, 0, 0, 0, 0], "second": frames[:, 0, 0, 0, 1]}
+
+
+def test_a_served_judge_of_several_scores_is_called_once() -> None:
+    judge, frames = TwoScores(), videos()
+    with serving(judge) as server:
+        scores = score(remote_rewards(dict.fromkeys(["second", "first"], server.url)), frames, ["a"] * 3)
+        assert list(scores) == ["second", "first"] and judge.calls == 1
+        assert torch.equal(scores["second"], frames[:, 0, 0, 0, 1]) and torch.equal(scores["first"], frames[:, 0, 0, 0, 0])
+        alone = score(remote_rewards({"second": server.url}), frames, ["a"] * 3)
+        assert list(alone) == ["second"] and torch.equal(alone["second"], scores["second"])
 
 
 def test_what_comes_together_is_scored_together_and_goes_to_whom_it_belongs() -> None:
@@ -141,7 +166,7 @@ def test_what_comes_together_is_scored_together_and_goes_to_whom_it_belongs() ->
         reward.go.clear()
         answers = []
         for frames in many:
-            answers.append(pool.submit(client(server).score, frames, ["a"] * len(frames)))
+            answers.append(pool.submit(client(server), frames, ["a"] * len(frames)))
             eventually(reward.begun.is_set)  # with the first; the others wait
         eventually(lambda: len(server.scorer._jobs) == len(many) - 1)
         reward.go.set()
@@ -158,9 +183,9 @@ def test_only_what_fits_is_joined() -> None:
         reward.go.clear()
         answers = []
         for frames in ours:
-            answers.append(pool.submit(client(server).score, frames, ["a"] * 3))
+            answers.append(pool.submit(client(server), frames, ["a"] * 3))
             eventually(reward.begun.is_set)
-        answers += [pool.submit(client(server, dtype=torch.uint8).score, frames[:1], ["a"]) for frames in ours]
+        answers += [pool.submit(client(server, dtype=torch.uint8), frames[:1], ["a"]) for frames in ours]
         eventually(lambda: len(server.scorer._jobs) == 7)
         reward.go.set()
         for frames, answer in zip([*ours, *(frames[:1] for frames in ours)], answers):
@@ -173,15 +198,15 @@ def test_nan_passes_through_and_an_exception_does_not_spread() -> None:
     frames = videos()
     with serving(reward) as server, ThreadPoolExecutor(4) as pool:
         with pytest.warns(UserWarning, match="not finite"):
-            scores = score({"it": remote_rewards({"first_pixel": server.url})["first_pixel"]}, frames, ["a", "nan", "b"], quarantine=True)
-        assert torch.equal(scores["it"].nan_to_num(-1), torch.where(torch.tensor([True, False, True]), frames[:, 0, 0, 0, 0], -1))
+            scores = score(remote_rewards({"first_pixel": server.url}), frames, ["a", "nan", "b"], quarantine=True)
+        assert torch.equal(scores["first_pixel"].nan_to_num(-1), torch.where(torch.tensor([True, False, True]), frames[:, 0, 0, 0, 0], -1))
 
         reward.go.clear()
         reward.begun.clear()
-        first = pool.submit(client(server).score, frames, ["a"] * 3)
+        first = pool.submit(client(server), frames, ["a"] * 3)
         eventually(reward.begun.is_set)
-        good = pool.submit(client(server).score, frames, ["a"] * 3)
-        bad = pool.submit(client(server).score, videos(1), ["raise"])
+        good = pool.submit(client(server), frames, ["a"] * 3)
+        bad = pool.submit(client(server), videos(1), ["raise"])
         eventually(lambda: len(server.scorer._jobs) == 2)
         reward.go.set()
         assert torch.equal(good.result(SECONDS)["first_pixel"], frames[:, 0, 0, 0, 0])
@@ -189,7 +214,7 @@ def test_nan_passes_through_and_an_exception_does_not_spread() -> None:
             bad.result(SECONDS)
         assert "secret" not in str(raised.value) and first.result(SECONDS)
         assert 4 in reward.batches, "the bad one was joined with a good one"
-        assert client(server).score(frames, ["a"] * 3)
+        assert client(server)(frames, ["a"] * 3)
 
 
 # Servers that are away -------------------------------------------------------------------------------------------------------------
@@ -208,7 +233,7 @@ def test_a_thousand_requests_survive_two_deaths() -> None:
     with ThreadPoolExecutor(1000) as pool:
         with serving(first) as server:
             port = server.server_address[1]
-            answers = [pool.submit(client(server).score, one, ["a"]) for one in frames]
+            answers = [pool.submit(client(server), one, ["a"]) for one in frames]
             die(server, first)
         with serving(second, port=port) as server:
             die(server, second)
@@ -224,7 +249,7 @@ def test_a_client_waits_says_so_and_goes_on(capsys: pytest.CaptureFixture[str], 
     with serving(FirstPixel()) as server:
         port, asked = server.server_address[1], client(server)
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(asked.score, frames, ["a"] * 3)
+        answer = pool.submit(asked, frames, ["a"] * 3)
         time.sleep(0.5)
         assert not answer.done()
         with serving(FirstPixel(), port=port):
@@ -241,7 +266,7 @@ def test_a_client_gives_up_in_time() -> None:
         with pytest.raises(
             RewardServerError, match=r"could not be used for 1 s: no answer in 0.2 s, reward_servers.timeout; start it again"
         ):
-            RewardClient(address, ["it"], timeout=0.2, give_up_after=1).score(videos(), ["a"] * 3)
+            RewardClient(address, ["it"], timeout=0.2, give_up_after=1)(videos(), ["a"] * 3)
         assert 1 <= time.monotonic() - begun < 5
     with pytest.raises(RewardServerError, match="refused"):
         remote_rewards({"it": address}, give_up_after=0.2)
@@ -253,10 +278,10 @@ def test_a_slow_server_is_told_so_and_not_asked_again() -> None:
         reward.go.clear()
         begun = time.monotonic()
         with pytest.raises(RewardServerError, match=r"is well, but has not scored in 0.3 s, reward_servers.timeout: raise that"):
-            client(server, timeout=0.3).score(videos(), ["a"] * 3)
+            client(server, timeout=0.3)(videos(), ["a"] * 3)
         assert time.monotonic() - begun < SECONDS / 2, "it does not wait until it gives up"
         reward.go.set()
-        assert client(server).score(videos(1), ["a"])
+        assert client(server)(videos(1), ["a"])
     assert reward.batches == [3, 1]
 
 
@@ -280,7 +305,7 @@ def test_a_server_that_answers_nothing_is_not_asked_for_scores_again() -> None:
         threading.Thread(target=talk, args=(listener,), daemon=True).start()
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(RewardServerError, match="is well, but has not scored"):
-            RewardClient(address, ["it"], timeout=0.2, give_up_after=SECONDS).score(videos(1), ["a"])
+            RewardClient(address, ["it"], timeout=0.2, give_up_after=SECONDS)(videos(1), ["a"])
     assert asked == [b"GET /health", b"POST /score"] + [b"GET /health"] * 3
 
 
@@ -288,7 +313,7 @@ def test_a_server_that_is_gone_when_it_should_answer_is_waited_for() -> None:
     reward, frames = FirstPixel(), videos()
     with ThreadPoolExecutor(1) as pool, serving(reward) as server:
         reward.go.clear()
-        answer = pool.submit(client(server, timeout=0.5).score, frames, ["a"] * 3)
+        answer = pool.submit(client(server, timeout=0.5), frames, ["a"] * 3)
         eventually(reward.begun.is_set)
         server.shutdown()
         server.server_close()  # as if the machine were gone: the connection stays, and nobody answers
@@ -316,7 +341,7 @@ def test_nothing_is_scored_for_clients_that_have_left() -> None:
         waits = [send(short) for _ in range(3)]
         eventually(lambda: len(server.scorer._jobs) == 3)
         stays = videos(1)
-        answer = pool.submit(client(server).score, stays, ["a"])
+        answer = pool.submit(client(server), stays, ["a"])
         eventually(lambda: len(server.scorer._jobs) == 4)
         for connection in (begun, *waits):
             connection.close()
@@ -348,7 +373,7 @@ def test_something_else_at_the_address_is_said_at_once() -> None:
         with pytest.raises(RewardServerError, match="does not serve other, only first_pixel"):
             remote_rewards({"other": server.url})
         with pytest.raises(RewardServerError, match="a video has .* MiB; raise its --max-mib"):
-            client(server).score(videos(1, side=200), ["a"])
+            client(server)(videos(1, side=200), ["a"])
     for address in ("127.0.0.1:8123", "ftp://host:1", "http://", "http://user@host:1", "http://host:1/path", "http://host:99999999"):
         with pytest.raises(UserError, match="not the address of a reward server"):
             remote_rewards({"it": address})
@@ -489,9 +514,9 @@ def test_the_token_is_asked_for_everywhere() -> None:
             assert request(server, None, "/nowhere", "GET", **headers)[0] == 401
         for token in (None, TOKEN[::-1] + "x"):
             with pytest.raises(RewardServerError, match="401.*token is missing or wrong"):
-                client(server, token=token).score(frames, ["a"] * 3)
+                client(server, token=token)(frames, ["a"] * 3)
         assert not reward.batches
-        assert torch.equal(client(server, token=TOKEN).score(frames, ["a"] * 3)["first_pixel"], frames[:, 0, 0, 0, 0])
+        assert torch.equal(client(server, token=TOKEN)(frames, ["a"] * 3)["first_pixel"], frames[:, 0, 0, 0, 0])
 
 
 def test_more_than_may_wait_comes_again_later() -> None:
@@ -500,7 +525,7 @@ def test_more_than_may_wait_comes_again_later() -> None:
     body = wire.pack(many[0], ["a"], ["first_pixel"])
     with serving(reward, waiting_bytes=2 * len(body)) as server, ThreadPoolExecutor(12) as pool:
         reward.go.clear()
-        answers = [pool.submit(client(server).score, one, ["a"]) for one in many]
+        answers = [pool.submit(client(server), one, ["a"]) for one in many]
         eventually(lambda: len(server.scorer._admitted) == 2)
         assert request(server, body)[0] == 503
         reward.go.set()
@@ -538,7 +563,7 @@ def test_unknown_bodies_are_not_unpickled() -> None:
 
 def test_quarantine_is_the_callers() -> None:
     """A remote reward is a reward like any other: without quarantine its NaN is an error that names it."""
-    failing = OwnReward("it", lambda frames, prompts: [None] * len(frames))
+    failing = CustomReward("it", lambda frames, prompts: [None] * len(frames))
     with serving(failing) as server, pytest.raises(ValueError, match="reward 'it' returned nan for video 0"):
         score(remote_rewards({"it": server.url}), videos(), ["a"] * 3)
 
@@ -552,10 +577,10 @@ def test_quarantine_is_the_callers() -> None:
     ],
 )
 def test_a_served_reward_that_misbehaves_is_named_to_its_client(misbehaves: Any, line: str) -> None:
-    with serving(OwnReward("it", misbehaves)) as server:
+    with serving(CustomReward("it", misbehaves)) as server:
         for _ in range(2):
             with pytest.raises(RewardServerError, match=f"answered 500 .*{line}"):
-                client(server).score(videos(), ["a"] * 3)
+                client(server)(videos(), ["a"] * 3)
 
 
 def test_frames_that_are_not_finite_are_not_scored() -> None:

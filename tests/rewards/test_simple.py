@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.rewards import load_reward
 from torch import Tensor
 
 from arcopo_fast.rewards.base import Reward, score
-from arcopo_fast.rewards.registry import load_reward
 from arcopo_fast.rewards.simple import Sharpness, Steadiness
 
 KINDS: list[Reward] = [Sharpness(), Steadiness()]
@@ -24,7 +24,7 @@ def judge(reward: Reward, frames: Tensor) -> Tensor:
     return score({"it": reward}, frames, ["a prompt"] * len(frames))["it"]
 
 
-@pytest.mark.parametrize("reward", KINDS, ids=lambda reward: reward.name)
+@pytest.mark.parametrize("reward", KINDS, ids=lambda reward: reward.scores[0])
 def test_brightness_contrast_and_company_do_not_matter(reward: Reward) -> None:
     frames = videos()
     scores = judge(reward, frames)
@@ -34,7 +34,7 @@ def test_brightness_contrast_and_company_do_not_matter(reward: Reward) -> None:
         assert judge(reward, frames[index : index + 1]) == scores[index]
 
 
-@pytest.mark.parametrize("reward", KINDS, ids=lambda reward: reward.name)
+@pytest.mark.parametrize("reward", KINDS, ids=lambda reward: reward.scores[0])
 def test_bounds_hold_for_any_frames(reward: Reward) -> None:
     still, one, two = videos(frames=1).expand(-1, 4, -1, -1, -1), videos(frames=1), videos(frames=2)
     steps = torch.rand(3, 5, 3, 9, 7).round()
@@ -68,4 +68,4 @@ def test_steadiness_from_flicker_to_stillness() -> None:
 
 def test_recipes_can_name_them() -> None:
     for reward in KINDS:
-        assert load_reward(reward.name).name == reward.name
+        assert load_reward(reward.scores[0]).scores == reward.scores

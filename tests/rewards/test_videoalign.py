@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,8 @@ from torch import Tensor, nn
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.base import score
 from arcopo_fast.rewards.qwen2vl import model as qwen2vl
-from arcopo_fast.rewards.videoalign import (
-    DIMENSIONS,
-    TOKENS,
-    GreyMotionQuality,
-    MotionQuality,
-    RawMotionQuality,
-    RawTextAlignment,
-    RawVisualQuality,
-    TextAlignment,
-    VideoAlign,
-    VisualQuality,
-)
+from arcopo_fast.rewards.registry import load_rewards
+from arcopo_fast.rewards.videoalign import DIMENSIONS, TOKENS, Reading, VideoAlign, VideoAlignReward
 from arcopo_fast.storage import hub
 
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
@@ -84,10 +75,9 @@ def test_scores_are_those_of_the_official_code(layout: str, reference: Reference
     if layout == "adapter":
         split_adapter(published / "KlingTeam/VideoReward", published / BASE, reference)
     frames = make_frames(count=6)
-    rewards = [kind() for kind in (RawVisualQuality, RawMotionQuality, RawTextAlignment, VisualQuality, MotionQuality, TextAlignment)]
-    for reward in rewards:
-        reward.fps = 2.0  # every frame is sampled
-    scores = score({reward.name: reward for reward in rewards}, frames, PROMPTS)
+    names = [name for name in VideoAlignReward.scores if name != "videoalign_mq_grey"]
+    scores = score(load_rewards(names, fps=2.0), frames, PROMPTS)  # every frame is sampled
+    assert len(scores) == 6
     raw = expected(reference, frames, PROMPTS)
     assert raw.std(0).min() > 1e-3, "the scores of this judge tell nothing apart"
     for dimension, values in zip(DIMENSIONS, raw.T):
@@ -103,22 +93,24 @@ def test_the_sampled_frames_are_resized(reference: Reference) -> None:
     frames = nn.functional.interpolate(coarse, (96, 144), mode="bilinear")[None].clamp(0, 1)
     sampled = (frames[0, [0, 7, 13, 20]] * 255).round()
     grey = (sampled * torch.tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True).floor().expand(-1, 3, -1, -1)
-    for reward, judged in ((RawMotionQuality(), sampled), (type("Grey", (RawMotionQuality,), {"grey": True})(), grey)):
+    reward = VideoAlignReward()
+    reward.readings = {"color": Reading("MQ", raw=True), "grey": Reading("MQ", raw=True, grey=True)}
+    for name, judged in (("color", sampled), ("grey", grey)):
         video = nn.functional.interpolate(judged, (280, 392), mode="bicubic", antialias=True).round().clamp(0, 255)
-        torch.testing.assert_close(reward(frames, ["a"]), expected(reference, video[None] / 255, ["a"])[:, 1], rtol=1e-4, atol=1e-4)
+        ours = reward.ask([name], frames, ["a"])[name]
+        torch.testing.assert_close(ours, expected(reference, video[None] / 255, ["a"])[:, 1], rtol=1e-4, atol=1e-4)
 
 
 def test_only_text_alignment_depends_on_the_prompt(reference: Reference) -> None:
     frames = make_frames(1).expand(3, -1, -1, -1, -1)
-    rewards = {reward.name: reward for reward in (VisualQuality(), MotionQuality(), GreyMotionQuality(), TextAlignment())}
-    scores = score(rewards, frames, PROMPTS)
+    scores = score(load_rewards(f"videoalign_{name}" for name in ("vq", "mq", "mq_grey", "ta")), frames, PROMPTS)
     for name, values in scores.items():
         spread = values.max() - values.min()
         assert spread > 1e-2 if name == "videoalign_ta" else spread < 1e-5, name
 
 
 def test_a_score_depends_on_its_video_and_prompt_alone(reference: Reference) -> None:
-    frames, rewards = make_frames(), {"vq": VisualQuality(), "ta": TextAlignment()}
+    frames, rewards = make_frames(), load_rewards(["videoalign_vq", "videoalign_ta"])
     together = score(rewards, frames, PROMPTS)
     for turn in range(2):
         for video in range(3):
@@ -128,48 +120,52 @@ def test_a_score_depends_on_its_video_and_prompt_alone(reference: Reference) -> 
 
 def test_frames_sent_as_bytes_have_the_same_score(reference: Reference) -> None:
     frames = make_frames(1) + torch.empty(1, 4, 3, HEIGHT, WIDTH).uniform_(-0.4, 0.4) / 255
-    reward = VisualQuality()
-    assert torch.equal(reward(frames, ["a"]), reward((frames * 255).round() / 255, ["a"]))
+    reward = VideoAlignReward()
+    scores, rounded = reward(frames, ["a"]), reward((frames * 255).round() / 255, ["a"])
+    assert all(torch.equal(values, rounded[name]) for name, values in scores.items())
 
 
 def test_as_few_forwards_as_possible(reference: Reference, forwards: list[int]) -> None:
     frames = make_frames(2)
-    rewards = {reward.name: reward for reward in (VisualQuality(), MotionQuality(), TextAlignment(), RawVisualQuality())}
-    first = score(rewards, frames, PROMPTS[:2])
-    assert len(forwards) == 2
-    rewards |= {"videoalign_mq_grey": GreyMotionQuality()}
-    for _ in range(2):
-        score(rewards, frames, PROMPTS[:2])
-        assert len(forwards) == 4, "grey is one more"
 
-    score({"vq": VisualQuality()}, frames, PROMPTS[1:])
-    assert len(forwards) == 6, "other prompts"
-    frames[0, 0] = 1 - frames[0, 0]
-    changed = score(rewards, frames, PROMPTS[1:])
-    assert len(forwards) == 10, "frames that were changed in place"
-    assert changed["videoalign_vq"][0] != first["videoalign_vq"][0]
-    faster = VisualQuality()
-    faster.fps = 8.0
-    faster(frames, PROMPTS[1:])
-    assert len(forwards) == 12, "another rate"
+    def forwards_for(*names: str) -> int:
+        before = len(forwards)
+        scores = score({name: rewards[name] for name in names}, frames, PROMPTS[:2])
+        assert list(scores) == [*names] and all(values.shape == (2,) for values in scores.values())
+        return len(forwards) - before
+
+    rewards = load_rewards(VideoAlignReward.scores)
+    assert len({id(judge) for judge in rewards.values()}) == 1
+    assert forwards_for("videoalign_vq", "videoalign_mq", "videoalign_ta", "videoalign_vq_raw") == 2, "one for each video"
+    assert forwards_for("videoalign_mq_grey") == 2, "none of the frames in color"
+    assert forwards_for(*VideoAlignReward.scores) == 4, "grey is one more"
 
 
-def test_weights_are_loaded_once_and_freed_with_the_last_reward(reference: Reference) -> None:
-    one, two = VisualQuality(), TextAlignment()
-    assert one.model is two.model and isinstance(one, nn.Module)
-    assert not any(tensor.is_meta for tensor in (*one.parameters(), *one.buffers())) and not any(p.requires_grad for p in one.parameters())
-    assert not hasattr(one.model.judge, "lm_head")
-    assert not one(make_frames(1), ["a"]).requires_grad
-    del one, two
+def test_weights_are_loaded_once_and_freed_with_their_rewards(reference: Reference) -> None:
+    rewards = load_rewards(["videoalign_vq", "videoalign_ta"])
+    judge = rewards["videoalign_vq"]
+    assert rewards["videoalign_ta"] is judge and isinstance(judge, VideoAlignReward)
+    assert not any(tensor.is_meta for tensor in (*judge.parameters(), *judge.buffers()))
+    assert not any(parameter.requires_grad for parameter in judge.parameters())
+    assert not hasattr(judge.model.judge, "lm_head")
+    assert not any(values.requires_grad for values in judge(make_frames(1), ["a"]).values())
+    network = weakref.ref(judge.model)
+    del rewards, judge
     gc.collect()
-    assert not qwen2vl._LOADED
+    assert network() is None
 
 
 def test_no_graph_is_built(reference: Reference) -> None:
-    reward = VisualQuality()
+    reward = VideoAlignReward()
     for parameter in reward.parameters():
         parameter.requires_grad_(True)
-    assert reward(make_frames(1), ["a"]).grad_fn is None
+    assert all(values.grad_fn is None for values in reward(make_frames(1), ["a"]).values())
+
+
+def test_the_rate_says_which_frames_are_looked_at(reference: Reference) -> None:
+    frames = make_frames(1, 8)
+    slow, fast = (score(load_rewards(["videoalign_vq"], fps=rate), frames, ["a"])["videoalign_vq"] for rate in (2.0, 16.0))
+    assert slow != fast
 
 
 def test_the_adapter_is_merged_as_well_as_bf16_can(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +177,7 @@ def test_the_adapter_is_merged_as_well_as_bf16_can(reference: Reference, monkeyp
     frames, prompts = make_frames(6), PROMPTS * 2
     exact = expected(reference, frames, prompts)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reward = RawVisualQuality()
+    reward = VideoAlignReward()
     reward.fps = 2.0
     assert {p.dtype for n, p in reward.named_parameters() if "rm_head" not in n} == {torch.bfloat16}
     assert reward.model.judge.rm_head.weight.dtype == torch.float32
@@ -217,7 +213,7 @@ def test_every_tensor_must_be_there_under_its_name(name: str, reference: Referen
     wrong = name.replace("base_model.model.", "base_model.model.x")
     rewrite(checkpoint(published) / "model.pth", lambda state: state.update({wrong: state.pop(name)}))
     with pytest.raises(UserError) as raised:
-        VisualQuality()
+        VideoAlignReward()
     message = str(raised.value)
     assert f"1 missing ({qwen2vl.judge_name(name)}); 1 unexpected ({wrong})" in message
     assert "checkpoint-20" in message and "\n" not in message
@@ -226,23 +222,23 @@ def test_every_tensor_must_be_there_under_its_name(name: str, reference: Referen
 def test_a_whole_adapter_must_be_there(reference: Reference, published: Path) -> None:
     rewrite(checkpoint(published) / "model.pth", lambda state: [state.pop(name) for name in list(state) if ".1.mlp.up_proj.lora_" in name])
     with pytest.raises(UserError, match="2 missing .*layers.1.mlp.up_proj.lora_A.weight"):
-        VisualQuality()
+        VideoAlignReward()
 
 
 @pytest.mark.parametrize("name", [NAMES[-1], NAMES[4]])
 def test_shapes_must_be_right(name: str, reference: Reference, published: Path) -> None:
     rewrite(checkpoint(published) / "model.pth", lambda state: state.update({name: state[name].repeat(2, 1)}))
     with pytest.raises(UserError) as raised:
-        VisualQuality()
+        VideoAlignReward()
     assert f"1 of another shape ({name} [" in str(raised.value)
 
 
 def test_the_language_head_may_be_there_or_not(reference: Reference, published: Path) -> None:
     rewrite(checkpoint(published) / "model.pth", lambda state: state.pop("base_model.model.lm_head.weight"))
-    VisualQuality()
+    VideoAlignReward()
     rewrite(checkpoint(published) / "model.pth", lambda state: state.update({"base_model.model.lm_heads.weight": torch.rand(2)}))
     with pytest.raises(UserError, match="1 unexpected .base_model.model.lm_heads.weight"):
-        VisualQuality()
+        VideoAlignReward()
 
 
 @pytest.mark.parametrize(
@@ -267,7 +263,7 @@ def test_configurations(section: str, name: str | None, value: object, part: str
         settings[section][name] = value
     file.write_text(json.dumps(settings))
     with pytest.raises(UserError) as raised:
-        VisualQuality()
+        VideoAlignReward()
     assert part in str(raised.value) and str(file) in str(raised.value)
 
 
@@ -282,7 +278,7 @@ def test_configurations(section: str, name: str | None, value: object, part: str
 def test_missing_files_are_named(file: str, parts: list[str], reference: Reference, published: Path) -> None:
     (published / file).unlink()
     with pytest.raises(UserError) as raised:
-        VisualQuality()
+        VideoAlignReward()
     assert all(part in str(raised.value) for part in parts), str(raised.value)
 
 
@@ -290,19 +286,19 @@ def test_a_checkpoint_without_weights(reference: Reference, published: Path) -> 
     split_adapter(published / "KlingTeam/VideoReward", published / BASE, reference)
     (checkpoint(published) / "non_lora_state_dict.pth").unlink()
     with pytest.raises(UserError, match="neither model.pth nor non_lora_state_dict.pth"):
-        VisualQuality()
+        VideoAlignReward()
 
 
 def test_a_score_that_is_not_finite_is_passed_on(reference: Reference, published: Path) -> None:
     rewrite(checkpoint(published) / "model.pth", lambda state: state["base_model.model.rm_head.weight"].fill_(torch.nan))
     with pytest.warns(UserWarning, match="not finite"):
-        assert score({"vq": VisualQuality()}, make_frames(1), ["a"], quarantine=True)["vq"].isnan().all()
+        assert score(load_rewards(["videoalign_vq"]), make_frames(1), ["a"], quarantine=True)["videoalign_vq"].isnan().all()
 
 
 def test_a_judge_of_ones_own(reference: Reference, published: Path, tmp_path: Path) -> None:
     (published / "KlingTeam/VideoReward").rename(tmp_path / "mine")
-    mine = type("Mine", (VisualQuality,), {"source": str(tmp_path / "mine")})()
-    assert isinstance(mine.model, VideoAlign) and mine(make_frames(1), ["a"]).shape == (1,)
+    mine = type("Mine", (VideoAlignReward,), {"source": str(tmp_path / "mine")})()
+    assert isinstance(mine.model, VideoAlign) and mine(make_frames(1), ["a"])["videoalign_vq"].shape == (1,)
 
 
 def test_the_files_it_says_it_reads_are_all_it_reads(reference: Reference, published: Path) -> None:
@@ -311,6 +307,6 @@ def test_the_files_it_says_it_reads_are_all_it_reads(reference: Reference, publi
     checkpoint(published).rename(directory / "checkpoint-11352")
     (published / "KwaiVGI/VideoAlign").mkdir(parents=True)
     (directory / "prompt_template.py").rename(published / "KwaiVGI/VideoAlign/prompt_template.py")
-    named = {place / file for source, files in VisualQuality.sources if (place := hub.local(source, files)) for file in files or [""]}
+    named = {place / file for source, files in VideoAlignReward.sources if (place := hub.local(source, files)) for file in files or [""]}
     assert named == {file for file in published.rglob("*") if file.is_file()}
-    assert VisualQuality()(make_frames(1), ["a"]).isfinite().all()
+    assert all(values.isfinite().all() for values in VideoAlignReward()(make_frames(1), ["a"]).values())

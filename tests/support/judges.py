@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-from arcopo_fast.rewards.qwen2vl import model as qwen2vl
 
 try:  # the processor that needs no torchvision
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as ImageProcessor
@@ -39,8 +36,7 @@ MEANS_STDS = {"VQ": (3.5, 2.25), "MQ": (1.25, 1.5), "TA": (2.75, 2.5)}
 
 
 def published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where published files are looked for from now on, and nowhere else; no judge is loaded yet."""
-    monkeypatch.setattr(qwen2vl, "_LOADED", weakref.WeakValueDictionary())
+    """Where published files are looked for from now on, and nowhere else."""
     monkeypatch.setenv("ARCOPO_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -25,8 +25,8 @@ def serving(
     waiting_bytes: int = 1 << 24,
     fps: float | None = None,
 ) -> Iterator[RewardServer]:
-    """rewards: served under their own names. named: under these."""
-    served = {one.name: one for one in rewards} | dict(named or {})
+    """rewards: served under the names of their scores. named: under these."""
+    served = {name: judge for judge in rewards for name in judge.scores} | dict(named or {})
     scorer = Scorer(served, batch=batch, waiting_bytes=waiting_bytes, device=torch.device("cpu"))
     server = RewardServer(("127.0.0.1", port), scorer, token=token, max_bytes=max_bytes, fps=fps)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

@@ -79,7 +79,7 @@ def test_temporal_coherence_allows_motion() -> None:
     assert TemporalCoherence()(one, [""]) > 0.8 and TemporalCoherence()(four, [""]) < 0.1
 
 
-@pytest.mark.parametrize("measure", [ShapeFidelity(), TemporalCoherence()], ids=lambda measure: measure.name)
+@pytest.mark.parametrize("measure", [ShapeFidelity(), TemporalCoherence()], ids=lambda measure: measure.scores[0])
 def test_brightness_earns_nothing(videos: Videos, measure: ShapeFidelity | TemporalCoherence) -> None:
     scores = measure(*videos)
     torch.testing.assert_close(measure(0.3 + 0.6 * videos.frames, videos.captions), scores, atol=1e-3, rtol=0)

@@ -52,7 +52,7 @@ def striped(frames: Tensor) -> Tensor:
     return frames
 
 
-@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.name)
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.scores[0])
 @pytest.mark.parametrize("latent_frames", [8, 12])
 def test_clean_videos_score_high(reward: Reward, latent_frames: int) -> None:
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
@@ -103,7 +103,7 @@ def test_another_colour_costs_text_alignment(videos: Videos) -> None:
     torch.testing.assert_close(damaged[keeps], scores[keeps], rtol=0, atol=0.1)
 
 
-@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.name)
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.scores[0])
 def test_videos_without_a_shape_earn_nothing(videos: Videos, reward: Reward) -> None:
     for frames in (
         torch.rand(4, 29, 3, 64, 64),
@@ -142,7 +142,7 @@ def tone(kind: str, factor: float, frames: Tensor) -> Tensor:
     return pivot + factor * (frames - pivot)
 
 
-@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.name)
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.scores[0])
 @pytest.mark.parametrize("kind", ["brightness", "contrast", "saturation"])
 def test_tone_changes_earn_nothing(videos: Videos, reward: Reward, kind: str) -> None:
     """Exactly nothing as long as pixels are not clipped, and no gain worth the name when they are; on clean and on mediocre videos."""
@@ -156,7 +156,7 @@ def test_tone_changes_earn_nothing(videos: Videos, reward: Reward, kind: str) ->
             assert not may_clip or (reward(changed.clamp(0, 1), videos.captions) - scores).mean() < 0.03
 
 
-@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.name)
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.scores[0])
 def test_a_video_is_judged_alone(videos: Videos, reward: Reward) -> None:
     together = reward(videos.frames, videos.captions)
     order = torch.randperm(12)
@@ -165,16 +165,16 @@ def test_a_video_is_judged_alone(videos: Videos, reward: Reward) -> None:
     torch.testing.assert_close(reward(videos.frames[:1], videos.captions[:1]), together[:1], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.name)
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.scores[0])
 def test_small_differences_are_seen(videos: Videos, reward: Reward) -> None:
     """A little more of the same fault always costs a little more: the ranking inside a group has something to hold on to."""
     fault = {
-        "visual_quality": lambda frames: blurred(frames, 9),
-        "motion_quality": shuffled,
-        "text_alignment": lambda frames: frames.flip(3),
-    }[reward.name]
+        "toy_vq": lambda frames: blurred(frames, 9),
+        "toy_mq": shuffled,
+        "toy_ta": lambda frames: frames.flip(3),
+    }[reward.scores[0]]
     frames, captions, amounts = videos.frames, videos.captions, (0.0, 0.15, 0.3, 0.5)
-    if reward.name == "text_alignment":
+    if reward.scores[0] == "toy_ta":
         amounts = (0.0, 0.2, 0.35, 0.5)  # flat at the top: a mirror image of 15 % costs a clean video 0.0002 to 0.003
         triangles = [caption.replace(caption.split()[2], "triangle") for caption in captions]
         frames, captions, _ = data.sample(12, 8, torch.Generator().manual_seed(int(torch.randint(2**31, ()))), captions=triangles, flaws=0)
@@ -185,7 +185,7 @@ def test_small_differences_are_seen(videos: Videos, reward: Reward) -> None:
 
 def test_speed(videos: Videos) -> None:
     """12 videos of 29 frames; generous, since machines are shared. A loop over frames would take seconds."""
-    score({reward.name: reward for reward in REWARDS}, *videos)
+    score({reward.scores[0]: reward for reward in REWARDS}, *videos)
     began = time.perf_counter()
-    score({reward.name: reward for reward in REWARDS}, *videos)
+    score({reward.scores[0]: reward for reward in REWARDS}, *videos)
     assert time.perf_counter() - began < 2.0

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcopo_fast.rewards.base import score
+from arcopo_fast.rewards.base import Reward, score
 
 
 @dataclass
-class Fixed:
+class Fixed(Reward):
     """A reward that returns what it was given."""
 
-    scores: Tensor
-    name: str = "fixed"
+    values: Tensor
+    scores = ("fixed",)
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        return self.scores
+        return self.values
 
 
 @pytest.fixture

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import math
 import re
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -213,18 +212,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-_Model = TypeVar("_Model", bound=nn.Module)
-_LOADED: weakref.WeakValueDictionary[Any, nn.Module] = weakref.WeakValueDictionary()
-
-
-def load_once(load: Callable[[str, torch.dtype], _Model], source: str) -> _Model:
-    """What `load(source, dtype)` gives, once for all rewards that share it, for as long as one of them lives.
-
-    The dtype is bf16, fp32 where there is no GPU.
-    """
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    key = (load, source, dtype)
-    loaded: Any = _LOADED.get(key)
-    if loaded is None:
-        loaded = _LOADED[key] = load(source, dtype)
-    return loaded
+def tower_dtype() -> torch.dtype:
+    """Return the dtype of a judge's towers: bf16, fp32 where there is no GPU."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
