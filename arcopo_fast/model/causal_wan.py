@@ -51,8 +51,8 @@ class ChunkContext:
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Take the chunk's keys and values [B, tokens, H, D]."""
 
-    def place(self) -> Hashable | None:
-        """Equal for contexts that read the same addresses in the same way, as a captured graph needs; None if that is not known."""
+    def addresses(self) -> Hashable | None:
+        """Return what is equal for contexts that read the same addresses in the same way, as a captured graph needs; None if not known."""
         return (self.query_position, self.key_position) if not self.keep and type(self) is ChunkContext else None
 
 

@@ -323,7 +323,7 @@ class PagedContext(ChunkContext):
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         self.pool.write(layer, self.writes, key, value)
 
-    def place(self) -> Hashable | None:
+    def addresses(self) -> Hashable | None:
         if self.keep:
             return None
         runs = tuple((run.column, run.length, run.rows, run.first, run.stride, run.pages) for run in self.reads)

@@ -24,6 +24,7 @@ from arcopo_fast.rollout import graphs
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.graphs import ChunkGraphs, Function, launch_bound
 from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.sampler import Trajectory
 
 GROUP = 3
 
@@ -132,9 +133,9 @@ def test_a_place_is_pages_and_positions() -> None:
     engine = small_engine(small_model(), cache=CacheConfig(window=6))
     stream = engine.rebuild_prefix(random_text(), [torch.randn(1, 2, 8, 4, 6)])
     contexts = [stream.cache.context(frame, 2, keep=False) for frame in (2, 2, 4)]
-    assert contexts[0].place() == contexts[1].place() != contexts[2].place()
-    assert stream.cache.context(4, 2, keep=True).place() is None
-    assert stream.cache.context(4, 2, keep=False).place() != contexts[2].place()
+    assert contexts[0].addresses() == contexts[1].addresses() != contexts[2].addresses()
+    assert stream.cache.context(4, 2, keep=True).addresses() is None
+    assert stream.cache.context(4, 2, keep=False).addresses() != contexts[2].addresses()
     stream.cache.release()
 
 
@@ -160,8 +161,9 @@ def test_places_in_a_cycle_keep_the_graphs_they_have(places: int) -> None:
     noise, text = torch.randn(2), TextContext([torch.randn(1)], [torch.randn(1)])
     for _ in range(5):
         for place in range(places):
-            (output,) = graphed._outputs(place, lambda noise, fresh, text, place=place: [noise + place], noise, [], text)
-            assert torch.equal(output, noise + place)
+            loop = lambda noise, fresh, text, place=place: Trajectory([noise - place], [noise + place])  # noqa: E731
+            made = graphed._run(place, loop, noise, [], text)
+            assert torch.equal(made.inputs[0], noise - place) and torch.equal(made.predictions[0], noise + place)
     kept = min(places, 4)
     assert captures.captured == kept and captures.replayed == 4 * kept
 
@@ -182,13 +184,13 @@ def test_a_graph_without_use_makes_room() -> None:
     assert captures.captured == 8 and not {*former} & {*graphed.graphs._graphs} and graphed.graphs.reason is None
 
 
-def test_places_met_are_forgotten_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "PLACES_REMEMBERED", 2)
+def test_keys_seen_are_forgotten_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MAX_KEYS_SEEN", 2)
     graphed, _, captures = engines()
     text = random_text()
     for _ in range(3):
-        rollout(graphed, text, 0, 0)  # four places, of which none is remembered until it comes back
-    assert captures.captured == 0 and len(graphed.graphs._met) == 2
+        rollout(graphed, text, 0, 0)  # four keys, of which none is remembered until it comes back
+    assert captures.captured == 0 and len(graphed.graphs._last_seen) == 2
 
 
 def test_the_steps_noise_may_be_shared_or_each_branchs_own() -> None:
