@@ -70,13 +70,13 @@ def _locate(model: type[BaseModel], location: tuple[int | str, ...]) -> _Place:
 def _origin(place: _Place, problem: str, origins: Mapping[str, str], source: str) -> str:
     """Return the override or the line of the recipe that a problem comes from."""
     path = place.path.partition("[")[0]
-    overridden = [known for known, origin in origins.items() if origin.startswith("override")]
+    overridden = [key for key, origin in origins.items() if origin.startswith("override")]
     if not place.key:  # values that contradict each other: an override that is named, or that lies in the section
-        candidates = [known for known in overridden if known in problem] + [known for known in overridden if known.startswith(f"{path}.")]
+        candidates = [key for key in overridden if key in problem] + [key for key in overridden if key.startswith(f"{path}.")]
         return origins[candidates[0]] if candidates else source
     above = [path.rsplit(".", depth)[0] for depth in range(path.count(".") + 1)]
-    below = [known for known in origins if known.startswith(f"{path}.")]
-    return next((origins[known] for known in [*above, *below] if known in origins), source)
+    below = [key for key in origins if key.startswith(f"{path}.")]
+    return next((origins[key] for key in [*above, *below] if key in origins), source)
 
 
 def section_of(info: FieldInfo) -> type[Section] | None:
@@ -96,11 +96,11 @@ def every_field(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 
 def _suggest(model: type[Config], path: str) -> str:
     """Return a hint at the key that was probably meant: a sibling, else the same name elsewhere, else anything similar."""
-    known = [name for name, _ in every_field(model)]
+    names = [name for name, _ in every_field(model)]
     parent, _, leaf = path.rpartition(".")
-    siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    same = [name for name in known if name.rpartition(".")[2] == leaf]
-    near = difflib.get_close_matches(path, siblings, n=1, cutoff=0.75) or same or difflib.get_close_matches(path, siblings + known, n=1)
+    siblings = [name for name in names if name.rpartition(".")[0] == parent]
+    same = [name for name in names if name.rpartition(".")[2] == leaf]
+    near = difflib.get_close_matches(path, siblings, n=1, cutoff=0.75) or same or difflib.get_close_matches(path, siblings + names, n=1)
     if near:
         return f"; did you mean {near[0]}?"
     return f"; the keys here are {', '.join(name.rpartition('.')[2] for name in siblings)}" if siblings else ""

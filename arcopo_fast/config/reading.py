@@ -84,7 +84,7 @@ for _tag, _pattern, _first in _CORE_RULES:
 
 
 def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
-    """A string, whose escapes may spell what is no text."""
+    """Return a string; its escapes may spell what is no text."""
     if problem := text_problem(node.value):
         raise yaml.constructor.ConstructorError(None, None, f"a text holds {problem}", node.start_mark)
     return node.value
@@ -105,7 +105,7 @@ class _Document:
 
 
 def _read_yaml(text: str, source: str, kind: type[_Loader] = _Loader) -> Any:
-    """A YAML document; `_Document` if it is a mapping."""
+    """Return a YAML document; a `_Document` if it is a mapping."""
     loader = None
     try:
         loader = kind(text)
@@ -128,7 +128,7 @@ def _read_yaml(text: str, source: str, kind: type[_Loader] = _Loader) -> Any:
 
 
 def _line(source: str, line: int) -> str:
-    """An override has one line only."""
+    """Return where a line is; an override has one line only."""
     return source if source.startswith("override ") else f"{source}:{line}"
 
 
@@ -151,7 +151,7 @@ def _note_keys(node: yaml.MappingNode, prefix: str, lines: dict[str, int], sourc
 
 
 def recipes() -> list[str]:
-    """Names of the recipes in the package."""
+    """Return the names of the recipes in the package."""
     return sorted(
         entry.name.removesuffix(".yaml") for entry in (files("arcopo_fast") / "recipes").iterdir() if entry.name.endswith(".yaml")
     )
@@ -187,12 +187,12 @@ def load_config(recipe: str | None = None, overrides: Sequence[str] = ()) -> Con
 
 
 def resolved_yaml(config: Config) -> str:
-    """The whole configuration as YAML; reading it gives the same configuration."""
+    """Return the whole configuration as YAML; reading it gives the same configuration."""
     return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
 
 
 def _find_recipe(recipe: str) -> tuple[str, str]:
-    """The recipe's name for messages, and its text."""
+    """Return the recipe's name for messages, and its text."""
     path = Path(expanded(recipe))
     named = files("arcopo_fast") / "recipes" / f"{recipe.removesuffix('.yaml')}.yaml"
     try:
@@ -222,16 +222,16 @@ def _apply(values: dict[str, Any], override: str, origins: dict[str, str]) -> No
         value = _read_yaml(text, origin, _Override)
     except UserError as error:
         raise UserError(f"{error}; {_in_quotes(path, text)}") from None
-    here: dict[str, Any] = values
+    section: dict[str, Any] = values
     for depth, key in enumerate(keys[:-1], start=1):
-        if here.get(key) is None:
-            here[key] = {}
-        if not isinstance(here[key], dict):
+        if section.get(key) is None:
+            section[key] = {}
+        if not isinstance(section[key], dict):
             raise UserError(f"{origin}: {'.'.join(keys[:depth])} is a value, not a section")
-        here = here[key]
-    here[keys[-1]] = value.values if isinstance(value, _Document) else value
-    for known in [known for known in origins if known == path or known.startswith(f"{path}.")]:
-        del origins[known]
+        section = section[key]
+    section[keys[-1]] = value.values if isinstance(value, _Document) else value
+    for replaced in [key for key in origins if key == path or key.startswith(f"{path}.")]:
+        del origins[replaced]
     origins[path] = origin
 
 
@@ -241,7 +241,7 @@ def setting(path: str, text: str) -> str:
 
 
 def _in_quotes(path: str, text: str) -> str:
-    """How to write an override whose text is more than a text to YAML; the quotes must reach it past the shell's."""
+    """Return how to write an override whose text is more than a text to YAML; the quotes must reach it past the shell's."""
     if len(text) > 60 or text_problem(text):
         return "a text is taken whole in quotes, without control characters"
     return f"a text is taken whole in quotes: {shlex.quote(setting(path, text.strip()))}"
@@ -251,7 +251,7 @@ def _in_quotes(path: str, text: str) -> str:
 
 
 def keys_help() -> str:
-    """Every key that a recipe or an override can set: its default, what it takes and what it means."""
+    """Return every key that a recipe or an override can set: its default, what it takes and what it means."""
     lines = []
     fields = list(every_field(config_class(DEFAULT_OBJECTIVE)))
     for path, info in sorted(fields, key=lambda item: "." in item[0] or section_of(item[1]) is not None):  # single keys first

@@ -393,7 +393,7 @@ class Config(Section):
 
 
 def objective_class(kind: str) -> Any:
-    """The objective that a recipe's `objective.kind` names: its module's `OBJECTIVE`, which has a class `Settings`.
+    """Return the objective that a recipe's `objective.kind` names: its module's `OBJECTIVE`, which has a class `Settings`.
 
     The module is one of `arcopo_fast.objectives`, or any that can be imported, by its dotted name. It is imported here and not at the top:
     settings are read without the engine where nothing is trained.
@@ -419,13 +419,13 @@ def objective_class(kind: str) -> Any:
 
 
 def objectives() -> list[str]:
-    """Names of the objectives in the package: its modules that define OBJECTIVE. None is imported."""
+    """Return the names of the objectives in the package: its modules that define OBJECTIVE. None is imported."""
     modules = [entry for entry in (files("arcopo_fast") / "objectives").iterdir() if entry.name.endswith(".py")]
     return sorted(entry.name.removesuffix(".py") for entry in modules if "\nOBJECTIVE = " in entry.read_text(encoding="utf-8"))
 
 
 @cache
 def config_class(kind: str) -> type[Config]:
-    """`Config` with the settings of one objective."""
+    """Return `Config` with the settings of one objective."""
     settings = objective_class(kind).Settings
     return create_model("Config", __base__=Config, __doc__=Config.__doc__, objective=(settings, Field(default_factory=settings)))

@@ -40,6 +40,7 @@ class Steps:
 
     @classmethod
     def from_schedule(cls, schedule: Schedule, steps: Sequence[float], *, warp: bool) -> Steps:
+        """Return the steps of a recipe's list; see `Schedule.denoising_steps`."""
         timesteps = schedule.denoising_steps(steps, warp=warp)
         return cls(tuple(timesteps), tuple(schedule.sigma(timestep) for timestep in timesteps))
 
@@ -47,6 +48,7 @@ class Steps:
         return len(self.timesteps)
 
     def next_sigma(self, step: int) -> float:
+        """Return sigma after a step."""
         return self.sigmas[step + 1] if step + 1 < len(self) else 0.0
 
 
@@ -60,7 +62,7 @@ def predict(
     *,
     checkpoint: bool = False,
 ) -> Tensor:
-    """x0hat [B, F, C, h, w] float32 for inputs x at timesteps [B] with sigmas [B]. Rollout and replay both go through here."""
+    """Return x0hat [B, F, C, h, w] float32 for inputs x at timesteps [B] with sigmas [B]. Rollout and replay both go through here."""
     flow = model(x, timesteps[:, None], text, context, checkpoint=checkpoint)
     return predict_clean(x.to(flow.dtype), flow, sigmas.view(-1, 1, 1, 1, 1))
 
@@ -73,6 +75,7 @@ class Transition(NamedTuple):
     std: float | Tensor
 
     def mean(self, x: Tensor, clean: Tensor) -> Tensor:
+        """Return the mean of the next state, given the state x and its prediction x0hat."""
         mean = self.on_clean * clean
         return mean if isinstance(self.on_x, float) and self.on_x == 0 else mean + self.on_x * x
 
@@ -86,10 +89,11 @@ class Kernel:
 
     @property
     def random(self) -> bool:
+        """Whether it draws noise."""
         return self.kind != "ode"
 
     def transition(self, sigma: float, sigma_next: float) -> Transition:
-        """The coefficients of one step, computed in float64. After the last step sigma_next is 0, and nothing is random."""
+        """Return the coefficients of one step, computed in float64. After the last step sigma_next is 0, and nothing is random."""
         s, following = sigma, sigma_next
         dt = following - s
         if self.kind == "consistency":
@@ -109,18 +113,18 @@ class Kernel:
         return Transition(1 + dt / s + drift, -dt / s - drift * (1 - s), g * math.sqrt(-dt))
 
     def transitions(self, steps: Steps, index: Tensor, *, dim: int) -> Transition:
-        """Of the steps `index` [N], float32 tensors [N, 1, ...] of `dim` dimensions on the index's device."""
+        """Return the coefficients of the steps `index` [N]: float32 tensors [N, 1, ...] of `dim` dimensions on the index's device."""
         table = torch.tensor([self.transition(sigma, steps.next_sigma(step)) for step, sigma in enumerate(steps.sigmas)])
         columns = table.to(index.device)[index].view(len(index), 3, *[1] * (dim - 1)).unbind(1)
         return Transition(*columns)
 
 
 CONSISTENCY = Kernel()
-"""Of the published few-step generators."""
+"""The rule of the published few-step generators."""
 
 
 def next_input(kernel: Kernel, x: Tensor, clean: Tensor, sigma: float, sigma_next: float, noise: Tensor | None) -> Tensor:
-    """The input of the next step, float32, from this step's input x, its prediction and fresh noise (None for "ode")."""
+    """Return the input of the next step, float32, from this step's input x, its prediction and fresh noise (None for "ode")."""
     transition = kernel.transition(sigma, sigma_next)
     mean = transition.mean(x, clean)
     if not kernel.random:

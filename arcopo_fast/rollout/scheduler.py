@@ -22,11 +22,11 @@ class Schedule:
         self.timesteps = 1000 * self.sigmas
 
     def sigma(self, timestep: float) -> float:
-        """The table's sigma for the entry nearest to `timestep`."""
+        """Return the table's sigma for the entry nearest to `timestep`."""
         return self.sigmas[(self.timesteps - timestep).abs().argmin()].item()
 
     def denoising_steps(self, steps: Sequence[float], *, warp: bool) -> list[float]:
-        """The timesteps that the sampler visits, float32 values. With `warp`, whole steps index the table: 750 -> 937.5 for shift 5."""
+        """Return the timesteps that the sampler visits, as float32. With `warp`, whole steps index the table: 750 -> 937.5 for shift 5."""
         if not warp:
             return torch.tensor(steps, dtype=torch.float32).tolist()
         table = torch.cat([self.timesteps, torch.zeros(1)])
@@ -34,7 +34,7 @@ class Schedule:
 
 
 def predict_clean(x: Tensor, flow: Tensor, sigma: Tensor) -> Tensor:
-    """x0hat = x_t - sigma flow, computed in float64, rounded to float32 (float64 for float64 inputs).
+    """Return x0hat = x_t - sigma flow, computed in float64, rounded to float32 (float64 for float64 inputs).
 
     x, flow: [B, F, C, h, w]; sigma: broadcastable to them.
     """
