@@ -133,7 +133,7 @@ def find(source: str | Path, files: Sequence[str] = ()) -> Path:
     found = _local(wanted, files)
     if wanted.scheme == GITHUB:
         found = found or _fetch(wanted, files)
-    elif found is None or (found.is_dir() and not files and _cache(wanted) in found.parents):  # of all of it the cache may hold a part
+    elif found is None or (found.is_dir() and not files and found == _cached(wanted, files)):  # of all of it the cache may hold a part
         found = _download(wanted, files)
     _check_sizes(wanted, found, files)
     return found
@@ -156,31 +156,42 @@ def describe(source: str | Path, files: Sequence[str] = ()) -> str:
 
 
 def _local(wanted: Source, files: Sequence[str]) -> Path | None:
-    return next((path for path in _places(wanted) if path.exists() and not _missing(path, files)), None)
+    return next((path for path in _places(wanted, files) if path.exists() and not _missing(path, files)), None)
 
 
-def _places(wanted: Source) -> Iterator[Path]:
-    """Where a copy could lie."""
+def _places(wanted: Source, files: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield where a copy could lie: own ones first, then the cache."""
     root = os.environ.get(VARIABLE)
     if root:
         for directory in (wanted.repository, wanted.repository.partition("/")[2]):
             yield Path(expanded(root)) / directory / wanted.inside
-    if wanted.scheme == GITHUB:
-        yield _github_cache(wanted)
-        return
-    cache, revision = _cache(wanted), wanted.revision or "main"
-    reference = cache / "refs" / revision
-    if reference.is_file():
-        revision = reference.read_text(encoding="utf-8").strip()
-    yield cache / "snapshots" / revision / wanted.inside
+    cached = _github_cache(wanted) if wanted.scheme == GITHUB else _cached(wanted, files)
+    if cached:
+        yield cached
 
 
-def _cache(wanted: Source) -> Path:
-    """Where Hugging Face keeps a repository."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
+def _cached(wanted: Source, files: Sequence[str]) -> Path | None:
+    """Return the file or directory in Hugging Face's cache; None if it is not there, or lacks some of what it is known to have."""
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=wanted.repository, repo_type=wanted.kind)
+    name, kind, revision = wanted.repository, wanted.kind, wanted.revision
+    try:
+        file = try_to_load_from_cache(name, wanted.inside, repo_type=kind, revision=revision) if wanted.inside else None
+        if isinstance(file, str):
+            return Path(file)
+        patterns = _patterns(wanted, files)
+        snapshot = snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):  # not there, or a name that no repository can have
+        return None
+    return Path(snapshot) / wanted.inside
+
+
+def _patterns(wanted: Source, files: Sequence[str]) -> list[str] | None:
+    """Return what is needed of a repository as huggingface_hub takes it; None: all of it."""
+    if not wanted.inside:
+        return list(files) or None
+    return [str(Path(wanted.inside, file)) for file in files] or [wanted.inside, f"{wanted.inside}/*"]
 
 
 def _missing(path: Path, files: Sequence[str]) -> list[str]:
@@ -196,14 +207,9 @@ def _check(path: Path, files: Sequence[str]) -> None:
 def _download(wanted: Source, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    if wanted.inside:
-        patterns = [str(Path(wanted.inside, file)) for file in files] or [wanted.inside, f"{wanted.inside}/*"]
-    else:
-        patterns = list(files)
+    patterns = _patterns(wanted, files)
     try:
-        snapshot = Path(
-            snapshot_download(wanted.repository, repo_type=wanted.kind, revision=wanted.revision, allow_patterns=patterns or None)
-        )
+        snapshot = Path(snapshot_download(wanted.repository, repo_type=wanted.kind, revision=wanted.revision, allow_patterns=patterns))
     except Exception as error:  # offline, no such repository, a full disk: they have no common base
         raise UserError(_absent(wanted, files, f"{type(error).__name__}: {first_line(error)}")) from None
     path = snapshot / wanted.inside
@@ -237,7 +243,7 @@ def _fetch(wanted: Source, files: Sequence[str]) -> Path:
     return path
 
 
-def _chosen(snapshot: Path, patterns: Sequence[str]) -> list[Path]:
+def _chosen(snapshot: Path, patterns: Sequence[str] | None) -> list[Path]:
     files = [file for file in snapshot.rglob("*") if file.is_file()]
     return [file for file in files if not patterns or any(fnmatchcase(str(file.relative_to(snapshot)), one) for one in patterns)]
 

@@ -91,6 +91,12 @@ def test_no_sources(text: str) -> None:
         find(text)
 
 
+def test_a_name_that_no_repository_can_have() -> None:
+    assert local("hf://some--one/model/weights.pt") is None
+    with pytest.raises(UserError, match="weights.pt is neither in"):
+        find("hf://some--one/model/weights.pt")
+
+
 def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
     file = write(tmp_path / "model" / "weights.pt")
     assert find(file) == local(file) == file
@@ -280,6 +286,18 @@ def test_what_is_missing_of_a_whole_repository_is_fetched(server: Hub, offline: 
     asked = len(server.requests)
     find(f"hf://{REPOSITORY}", ["big.bin"])
     assert len(server.requests) == asked
+
+
+def test_a_snapshot_that_is_known_to_be_cut_short_is_not_taken(server: Hub, offline: Path) -> None:
+    """Patterns say only that something is there; what huggingface_hub has listed of the repository says what."""
+    file = find(f"hf://{REPOSITORY}/big.bin")
+    (offline / file.parents[2].name / "trees").mkdir(exist_ok=True)
+    assert local(f"hf://{REPOSITORY}", ["*.bin"]) == file.parent
+    write(file.with_name("other.bin"))
+    file.unlink()
+    if any((offline / file.parents[2].name / "trees").iterdir()):  # versions of huggingface_hub that keep the list
+        assert local(f"hf://{REPOSITORY}", ["*.bin"]) is None
+        assert (find(f"hf://{REPOSITORY}", ["*.bin"]) / "big.bin").read_bytes() == server.content
 
 
 def test_a_download_that_came_damaged(server: Hub) -> None:
