@@ -1,6 +1,6 @@
-"""qk_norm_rope: the norm and the rotary positions of a chunk's queries and keys, on the way into the cache or not.
+"""qk_norm_rope: the norm and the rotary positions of a chunk's queries and keys.
 
-Traffic in units of B * T * E elements. Forward: q and k are read and written, 4. Into the cache: v is read, k and v are written there, 7.
+Traffic in units of B * T * E elements. Forward: q and k are read and written, 4.
 Backward: q, k and two gradients are read, two are written, 6. The goal is 85 % of the copy bandwidth, and no less than torch.compile.
 """
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from arcopo_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_to_cache, reference
+from arcopo_kernels.qk_norm_rope import qk_norm_rope, reference
 from torch import Tensor
 
 from benchmarks import shapes
@@ -98,20 +98,4 @@ def test_qk_norm_rope(bench: Bench, shape: Shape) -> None:
             "flashinfer": flashinfer_call(shape, query, key, value, query_weight, key_weight),
             "liger + plain RoPE": liger_call(shape, query, key, query_weight, key_weight, leaves),
         },
-    )
-
-
-@pytest.mark.parametrize("shape", FORWARD, ids=str)
-def test_qk_norm_rope_to_cache(bench: Bench, shape: Shape) -> None:
-    model, batch = shape.model, shape.batch
-    query, key, value, query_weight, key_weight = inputs(shape)
-    # The second chunk of a dense cache; the slots of a page pool are views like these.
-    size = (batch, 2 * model.chunk, model.heads, model.head_dim)
-    keys, values = (torch.randn(size, device=query.device, dtype=query.dtype)[:, model.chunk :] for _ in range(2))
-    grid = (model.chunk_frames, *model.grid)
-    bench(
-        "qk_norm_rope_to_cache",
-        name(shape),
-        lambda: qk_norm_rope_to_cache(query, key, value, query_weight, key_weight, keys, values, grid=grid, eps=EPS),
-        traffic=7 * query.nbytes,
     )

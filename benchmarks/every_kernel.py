@@ -37,13 +37,12 @@ def integers(*values: int) -> Tensor:
 
 
 def surrogate() -> None:
-    from arcopo_kernels.surrogate import copo_policy, copo_surrogate
+    from arcopo_kernels.surrogate import copo_surrogate
 
     for dtype in DTYPES:
         pred, old_pred, candidates = new(3, 5003, dtype=dtype, grad=True), new(3, 5003, dtype=dtype), new(2, 5, 5003)
         for steps in (None, integers(1, 0, 1)):
             copo_surrogate(pred, old_pred, candidates, new(5), steps, tau=1.0).loss.sum().backward()
-            copo_policy(pred, old_pred, candidates, steps).log_ratio.sum().backward()
 
 
 def attention() -> None:
@@ -68,21 +67,17 @@ def paging() -> None:
 
 
 def qk_norm_rope() -> None:
-    from arcopo_kernels.qk_norm_rope import apply_rope, qk_norm_rope, qk_norm_rope_to_cache, rms_norm
+    from arcopo_kernels.qk_norm_rope import apply_rope, qk_norm_rope, rms_norm
 
     grid, position = (2, 1, 3), integers(4)
     for dtype in DTYPES:
-        query, key, value = (new(2, 6, 3, 10, dtype=dtype, grad=True) for _ in range(3))
+        query, key = (new(2, 6, 3, 10, dtype=dtype, grad=True) for _ in range(2))
         weight, other = (new(30, dtype=dtype, grad=True) for _ in range(2))
         for leaves in ([query, key], [query, key, weight, other]):
             roped = qk_norm_rope(query, key, weight, other, grid=grid, position=position)
             torch.autograd.grad(roped, leaves, [torch.ones_like(x) for x in roped])
         rms_norm(query.flatten(2), weight).sum().backward()
         apply_rope(query, 3, grid).sum().backward()
-        keys, values = (new(2, 9, 3, 10, dtype=dtype)[:, 3:] for _ in range(2))
-        with torch.no_grad():
-            for roped_keys in (True, False):
-                qk_norm_rope_to_cache(query, key, value, weight, other, keys, values, grid=grid, cache_roped=roped_keys)
 
 
 def nft() -> None:

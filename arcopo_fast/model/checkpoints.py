@@ -66,33 +66,19 @@ _IMAGE_BRANCH = re.compile(r"^img_emb\.|\.(k_img|v_img|norm_k_img|add_k_proj|add
 
 
 def diffusers_name(name: str) -> str:
-    """The diffusers name of one official parameter or module name; a name that is not official is returned as it is."""
-    return _rename(name, _MODEL_NAMES, _BLOCK_NAMES)
-
-
-def official_name(name: str) -> str:
-    """The inverse of `diffusers_name`."""
-    return _rename(name, {new: old for old, new in _MODEL_NAMES.items()}, {new: old for old, new in _BLOCK_NAMES.items()})
-
-
-def to_diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under diffusers names; names that are not official are kept, so it may be applied twice."""
-    return {diffusers_name(name): tensor for name, tensor in state.items()}
-
-
-def to_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under the names of the original Wan repository (without `model.`); the inverse of `to_diffusers_names`."""
-    return {official_name(name): tensor for name, tensor in state.items()}
-
-
-def _rename(name: str, model_names: Mapping[str, str], block_names: Mapping[str, str]) -> str:
+    """Return the diffusers name of one official parameter or module name; a name that is not official is returned as it is."""
     match = re.match(r"blocks\.\d+\.", name)
     prefix = match.group() if match else ""
     rest = name[len(prefix) :]
-    for old, new in (block_names if match else model_names).items():
+    for old, new in (_BLOCK_NAMES if match else _MODEL_NAMES).items():
         if rest == old or rest.startswith(old + "."):
             return prefix + new + rest[len(old) :]
     return name
+
+
+def to_diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under diffusers names; names that are not official are kept, so it may be applied twice."""
+    return {diffusers_name(name): tensor for name, tensor in state.items()}
 
 
 def strip_wrappers(state: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]:

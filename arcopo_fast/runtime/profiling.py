@@ -107,33 +107,24 @@ class Trace:
         if iterations and iterations + 1 > of:
             raise UserError(f"--profile {iterations} needs {iterations + 1} iterations, the first is not traced; train.iterations is {of}")
         self.iterations = iterations
-        self._done = 0
-        self._profiler: Any = None
+        self._profiler: torch.profiler.profile | None = None
 
     @contextmanager
     def to(self, path: Path) -> Iterator[None]:
-        """Write it to `path`, at the latest when the block ends."""
-        self._path = path
-        try:
+        """Write it to `path`, at the latest when the block ends: if the loop ended early, what there is may show why."""
+        if not self.iterations:
             yield
-        finally:
-            if self._profiler is not None:  # the loop ended early: what there is may show why
-                self._finish()
+            return
+
+        def write(profiler: torch.profiler.profile) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as partial:
+                profiler.export_chrome_trace(str(partial))
+
+        plan = torch.profiler.schedule(wait=0, warmup=1, active=self.iterations, repeat=1)
+        with torch.profiler.profile(schedule=plan, on_trace_ready=write, record_shapes=True) as self._profiler:
+            yield
 
     def step(self) -> None:
-        self._done += 1
-        if self.iterations and self._done == 1:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
-            self._profiler.start()
-        elif self._profiler is not None and self._done == 1 + self.iterations:
-            self._finish()
-
-    def _finish(self) -> None:
-        self._profiler.stop()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self._path) as partial:
-            self._profiler.export_chrome_trace(str(partial))
-        self._profiler = None
+        if self._profiler is not None:
+            self._profiler.step()

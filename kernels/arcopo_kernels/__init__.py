@@ -12,7 +12,7 @@ from arcopo_kernels.modulation import gated_residual, gated_residual_layer_norm_
 from arcopo_kernels.nft import NFTOutput, nft_loss
 from arcopo_kernels.paging import GroupPlan, PagePool, PagePoolExhausted, PageTable, Reservation, plan_group
 from arcopo_kernels.qk_norm_rope import apply_rope, rms_norm
-from arcopo_kernels.surrogate import PolicyOutput, SurrogateOutput, copo_policy, copo_surrogate
+from arcopo_kernels.surrogate import SurrogateOutput, copo_surrogate
 
 __all__ = [
     "Choice",
@@ -21,12 +21,10 @@ __all__ = [
     "PagePool",
     "PagePoolExhausted",
     "PageTable",
-    "PolicyOutput",
     "Reservation",
     "Segment",
     "SurrogateOutput",
     "apply_rope",
-    "copo_policy",
     "copo_surrogate",
     "gated_residual",
     "gated_residual_layer_norm_modulate",

@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 import torch
-from arcopo_kernels import PagePool, Segment, copo_policy, copo_surrogate, dispatch, nft_loss, segment_attention
+from arcopo_kernels import PagePool, Segment, copo_surrogate, dispatch, nft_loss, segment_attention
 from arcopo_kernels.aot import OPERATORS
 from arcopo_kernels.device import INTERPRETER_TARGET, on_device_of_tensors, target_of
 from arcopo_kernels.modulation import gated_residual_layer_norm_modulate
@@ -71,7 +71,6 @@ def calls(device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     pred, old_pred, candidates = new(2, 40), new(2, 40), new(1, 3, 40)
     surrogate = copo_surrogate(pred, old_pred, candidates, torch.tensor([1.0, -1.0, 0.5], device=device))
     yield surrogate.loss, *torch.autograd.grad(surrogate.loss.sum(), pred)
-    yield (copo_policy(pred, old_pred, candidates).log_ratio.detach(),)
     loss = nft_loss(pred, old_pred, pred.detach() + 1, torch.tensor([0.2, 0.9], device=device), beta=0.5).loss
     yield loss, *torch.autograd.grad(loss.sum(), pred)
     pool = PagePool(layers=2, pages=4, tokens_per_page=3, heads=2, head_dim=16, dtype=torch.float32, device=device)

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from arcopo_kernels import PagePool, dispatch
-from arcopo_kernels.qk_norm_rope import apply_rope, op, qk_norm_rope, qk_norm_rope_to_cache, rms_norm
+from arcopo_kernels import dispatch
+from arcopo_kernels.qk_norm_rope import apply_rope, op, qk_norm_rope, rms_norm
 from arcopo_kernels.testing import ROUNDING, assert_close, assert_no_worse
 from torch import Tensor
 
@@ -99,19 +99,13 @@ def slack(dtype: torch.dtype, device: torch.device) -> float:
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 @pytest.mark.parametrize("heads, head_dim, grid", SHAPES)
 def test_reference_is_the_generators_arithmetic_bit_for_bit(heads: int, head_dim: int, grid: Grid, dtype: torch.dtype) -> None:
-    query, key, value, query_weight, key_weight = draw(heads, head_dim, grid, dtype, torch.device("cpu"))
-    caches = torch.randn(2, 2, 7 + query.shape[1], heads, head_dim).to(dtype)[:, :, 3 : 3 + query.shape[1]]
+    query, key, _, query_weight, key_weight = draw(heads, head_dim, grid, dtype, torch.device("cpu"))
     for position, key_position in ((0, 0), (7, 3), (1023, 1022), (4095, 5000)):
         expected_query = model_norm_rope(query, query_weight, position, grid, 1e-6)
         expected_key = model_norm_rope(key, key_weight, key_position, grid, 1e-6)
         at = {"grid": grid, "position": position, "key_position": key_position}
         actual = qk_norm_rope(query, key, query_weight, key_weight, **at)
         assert torch.equal(actual[0], expected_query) and torch.equal(actual[1], expected_key)
-        for roped in (True, False):
-            actual = qk_norm_rope_to_cache(query, key, value, query_weight, key_weight, *caches, cache_roped=roped, **at)
-            assert torch.equal(actual[0], expected_query) and torch.equal(actual[1], expected_key)
-            normed = model_rms_norm(key.flatten(2), key_weight, 1e-6).view_as(key)
-            assert torch.equal(caches[0], expected_key if roped else normed) and torch.equal(caches[1], value)
         assert torch.equal(rms_norm(query.flatten(2), query_weight), model_rms_norm(query.flatten(2), query_weight, 1e-6))
         assert torch.equal(apply_rope(query, position, grid), model_rope(query, position, grid))
         if position < 4090:
@@ -193,39 +187,6 @@ def test_halves_of_the_kernel(dtype: torch.dtype, device: torch.device) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("cache_roped", [True, False])
-def test_cache(cache_roped: bool, device: torch.device) -> None:
-    """Keys and values land in the slots of a pool, bit for bit what the plain kernel computes; nothing else changes."""
-    grid, heads, head_dim = (2, 1, 3), 3, 12
-    query, key, value, query_weight, key_weight = draw(heads, head_dim, grid, torch.bfloat16, device)
-    pool = PagePool(layers=2, pages=9, tokens_per_page=3, heads=heads, head_dim=head_dim, dtype=torch.bfloat16, device=device)
-    tables = [pool.table(), pool.table()]
-    for table in tables:
-        table.extend(pool.allocate(2))
-    pool.keys.copy_(torch.randn(pool.keys.shape)), pool.values.copy_(torch.randn(pool.keys.shape))
-    before = pool.keys.clone(), pool.values.clone()
-    (run,) = pool.prepare_write(tables, 0, 2)
-    start = torch.tensor(5, device=device)
-    with dispatch.use("triton"):
-        actual = qk_norm_rope_to_cache(
-            query, key, value, query_weight, key_weight, *pool.slots(1, run),
-            grid=grid, position=start, key_position=4, cache_roped=cache_roped,
-        )  # fmt: skip
-        expected = qk_norm_rope(query, key, query_weight, key_weight, grid=grid, position=5, key_position=4)
-        normed = rms_norm(key.flatten(2), key_weight).view_as(key)
-    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
-    cached_key, cached_value = pool.read(1, run)
-    assert torch.equal(cached_value, value)
-    if cache_roped:
-        assert torch.equal(cached_key, expected[1])
-    else:
-        assert_close("normed keys", cached_key, normed, 1e-3)  # another tile, another order of the mean's sum
-    others = [page for page in range(9) if page not in run.pages]
-    for now, then in zip((pool.keys, pool.values), before, strict=True):
-        assert torch.equal(now[0], then[0]) and torch.equal(now[1, others], then[1, others])
-
-
-@needs_triton
 def test_positions_beyond_the_table(device: torch.device) -> None:
     """A host position makes the table grow; a position only the device knows gives NaN, and only in the frames that have none."""
     grid = (2, 1, 1)
@@ -284,17 +245,16 @@ def test_a_second_derivative_is_refused(device: torch.device) -> None:
 @pytest.mark.gpu
 @needs_triton
 def test_offsets_beyond_32_bits() -> None:
-    """Branches 2^31 elements apart, in what is read and in what is written."""
+    """Branches 2^31 elements apart."""
     device, grid, heads, head_dim = torch.device("cuda"), (1, 2, 2), 2, 128
     fused, *weights = draw(heads, head_dim, grid, torch.bfloat16, device)[2:]
     apart = (2**31 + 1024, heads * head_dim, head_dim, 1)
-    buffers = [torch.empty(apart[0] + 4096, dtype=torch.bfloat16, device=device) for _ in range(2)]
-    far, cache = (buffer.as_strided((2, 4, heads, head_dim), apart) for buffer in buffers)
+    far = torch.empty(apart[0] + 4096, dtype=torch.bfloat16, device=device).as_strided((2, 4, heads, head_dim), apart)
     near = far.copy_(fused).contiguous()
     with dispatch.use("triton"):
         expected = qk_norm_rope(near, near, *weights, grid=grid)
-        actual = qk_norm_rope_to_cache(far, far, near, *weights, cache, torch.empty_like(near), grid=grid)
-    assert all(torch.equal(a, b) for a, b in zip((*actual, cache), (*expected, expected[1])))
+        actual = qk_norm_rope(far, far, *weights, grid=grid)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
 
 
 @needs_triton
@@ -308,39 +268,31 @@ def test_frozen_weights_get_no_gradient(device: torch.device) -> None:
 
 @needs_triton
 def test_registration(device: torch.device) -> None:
-    query, key, value, query_weight, key_weight = draw(3, 10, (2, 1, 2), torch.float32, device, batch=1)
+    query, key, _, query_weight, key_weight = draw(3, 10, (2, 1, 2), torch.float32, device, batch=1)
     a, b, c, d = (t.detach().requires_grad_() for t in (query, key, query_weight, key_weight))
     start = torch.tensor(3, device=device)
     torch.library.opcheck(op._qk_norm_rope, (a, b, c, d, start, None, 0, 5, 1, 2, 1e-6))
     torch.library.opcheck(op._qk_norm_rope, (a, None, c.detach(), None, None, None, 0, 0, 0, 0, 1e-6))
     torch.library.opcheck(op._qk_norm_rope, (a, None, None, None, start, None, 0, 0, 1, 2, 0.0))
-    caches = torch.randn(2, 1, 4, 3, 10, device=device)
-    arguments = (query, key, value, query_weight, key_weight, *caches, start, None, 0, 5, 1, 2, 1e-6, True)
-    torch.library.opcheck(op._qk_norm_rope_to_cache, arguments)
 
 
 @pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_triton)])
 def test_compiles_as_one_graph(implementation: str, device: torch.device) -> None:
     grid = (2, 1, 2)
-    query, key, value, query_weight, key_weight = draw(3, 10, grid, torch.float32, device)
+    query, key, _, query_weight, key_weight = draw(3, 10, grid, torch.float32, device)
     inputs = tuple(t.detach().requires_grad_() for t in (query, key, query_weight, key_weight))
-    caches = torch.randn(2, 2, 9, 3, 10, device=device)
 
-    def block(position: int | Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    def block(position: int | Tensor) -> tuple[Tensor, ...]:
         roped = qk_norm_rope(*inputs, grid=grid, position=position, key_position=1)
         normed = rms_norm(roped[0].flatten(2), query_weight)
-        with torch.no_grad():
-            slots = keys[:, 2:6], values[:, 2:6]
-            cached = qk_norm_rope_to_cache(query, key, value, query_weight, key_weight, *slots, grid=grid, position=position)
-        return *roped, normed, apply_rope(roped[1], position, grid), *cached
+        return *roped, normed, apply_rope(roped[1], position, grid)
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     with dispatch.use(implementation):
         for position in (3, 8, torch.tensor(4, device=device)):
-            mine, other = ([cache.clone() for cache in caches] for _ in range(2))
-            ours, theirs = compiled(position, *mine), block(position, *other)
-            assert all(torch.equal(a, b) for a, b in zip((*ours, *mine), (*theirs, *other)))
-            for gradients in zip(*(torch.autograd.grad(sum(t.square().sum() for t in out[:4]), inputs) for out in (ours, theirs))):
+            ours, theirs = compiled(position), block(position)
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+            for gradients in zip(*(torch.autograd.grad(sum(t.square().sum() for t in out), inputs) for out in (ours, theirs))):
                 assert_close("gradient", *gradients, 1e-6)
 
 
@@ -362,13 +314,11 @@ def test_the_table_is_a_constant_of_a_compiled_graph(monkeypatch: pytest.MonkeyP
 @pytest.mark.gpu
 def test_cuda_graph_is_replayed_at_another_chunk() -> None:
     device, grid = torch.device("cuda"), (3, 4, 5)
-    query, key, value, query_weight, key_weight = draw(12, 128, grid, torch.bfloat16, device)
-    caches = torch.zeros(2, 2, 100, 12, 128, dtype=torch.bfloat16, device=device)[:, :, 20:80]
+    query, key, _, query_weight, key_weight = draw(12, 128, grid, torch.bfloat16, device)
     start = torch.tensor(0, device=device)
 
     def step() -> tuple[Tensor, ...]:
-        cached = qk_norm_rope_to_cache(query, key, value, query_weight, key_weight, *caches, grid=grid, position=start)
-        return *cached, *qk_norm_rope(query, key, query_weight, key_weight, grid=grid, position=start)
+        return qk_norm_rope(query, key, query_weight, key_weight, grid=grid, position=start)
 
     with torch.no_grad():
         step()  # compiles, and makes the table
@@ -379,18 +329,12 @@ def test_cuda_graph_is_replayed_at_another_chunk() -> None:
             start.fill_(position)
             graph.replay()
             expected = qk_norm_rope(query, key, query_weight, key_weight, grid=grid, position=position)
-            assert all(torch.equal(a, b) for a, b in zip(captured, (*expected, *expected)))
-            assert torch.equal(caches[0], expected[1]) and torch.equal(caches[1], value)
+            assert all(torch.equal(a, b) for a, b in zip(captured, expected))
 
 
 def test_bad_arguments_are_named() -> None:
     grid = (2, 1, 2)
-    query, key, value, query_weight, key_weight = draw(3, 10, grid, torch.float32, torch.device("cpu"))
-    caches = torch.randn(2, 2, 4, 3, 10)
-
-    def to_cache(key_cache: Tensor = caches[0], value: Tensor = value) -> None:
-        qk_norm_rope_to_cache(query, key, value, query_weight, key_weight, key_cache, caches[1], grid=grid)
-
+    query, key, _, query_weight, key_weight = draw(3, 10, grid, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"query has shape \(2, 4, 30\); expected \[B, T, H, D\]"):
         qk_norm_rope(query.flatten(2), key.flatten(2), query_weight, key_weight, grid=grid)
     with pytest.raises(ValueError, match=r"key is \(2, 4, 3, 10\) torch.float64 on cpu; expected the same as the query"):
@@ -407,13 +351,5 @@ def test_bad_arguments_are_named() -> None:
         apply_rope(query[..., :9], 0, grid)
     with pytest.raises(ValueError, match=r"weight has shape \(10,\) on cpu; expected \[E\]"):
         rms_norm(query.flatten(2), query_weight[:10])
-    with pytest.raises(ValueError, match=r"value is \(2, 3, 3, 10\) torch.float32 on cpu; expected \(2, 4, 3, 10\)"):
-        to_cache(value=value[:, :3])
-    with pytest.raises(ValueError, match=r"key_cache is \(2, 4, 3, 10\) torch.float64 on cpu; expected \(2, 4, 3, 10\) torch.float32"):
-        to_cache(key_cache=caches[0].double())
-    with pytest.raises(ValueError, match=r"key_cache has strides .*; expected a head's elements side by side"):
-        to_cache(key_cache=caches[0].transpose(2, 3).contiguous().transpose(2, 3))
-    with pytest.raises(ValueError, match="carry gradient cannot be cached"):
-        to_cache(value=value.detach().requires_grad_())
     with dispatch.use("triton"), pytest.raises(ValueError, match="(float64 is computed in plain PyTorch|triton is not installed)"):
         apply_rope(query.double(), 0, grid)

@@ -7,7 +7,7 @@ from typing import Iterator, NamedTuple
 import pytest
 import torch
 from arcopo_kernels import dispatch
-from arcopo_kernels.surrogate import copo_policy, copo_surrogate
+from arcopo_kernels.surrogate import copo_surrogate
 from arcopo_kernels.surrogate import op as surrogate_op
 from arcopo_kernels.testing import ROUNDING, assert_close
 from torch import Tensor
@@ -296,36 +296,11 @@ def test_only_pred_gets_a_gradient_and_only_when_asked(kernels: torch.device) ->
         assert torch.equal(copo_surrogate(*leaves, inputs.step_index).loss, out.loss.detach())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_policy(device: torch.device, implementation: str, reduction: str) -> None:
-    if implementation == "triton":
-        pytest.importorskip("triton")
-    inputs = draw(4, 2, 7, (3, 111), 0.05, (F32, F32, F32)).to(device)
-    pred, tau = inputs.pred.requires_grad_(), 0.2 if reduction == "mean" else 60.0
-    with dispatch.use(implementation):
-        out = copo_policy(*inputs[:3], inputs.step_index, tau=tau, reduction=reduction)  # type: ignore[arg-type]
-    now = definition(inputs, tau, None, reduction == "mean")
-    old = definition(inputs._replace(pred=inputs.old), tau, None, reduction == "mean")
-    weight = torch.randn(4, 7, dtype=torch.float64, device=device)
-    for name, actual, expected in (
-        ("distance", out.distance, now.distance),
-        ("log_prob", out.log_prob, now.log_prob),
-        ("log_ratio", out.log_ratio, now.log_ratio),
-    ):
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13, msg=name)
-        assert_close(f"gradient of {name}", gradient_of(actual, weight, pred), gradient_of(expected, weight, pred), 1e-6)
-    torch.testing.assert_close(out.old_distance, old.distance, rtol=1e-12, atol=0)
-    torch.testing.assert_close(out.old_log_prob, old.log_prob, rtol=1e-12, atol=1e-13)
-    assert not out.old_distance.requires_grad and not out.old_log_prob.requires_grad
-
-
 def test_operators_pass_opcheck(kernels: torch.device) -> None:
     inputs = draw(3, 2, 4, (30,), 0.05, (F32, F32, F32)).to(kernels)
     pred = inputs.pred.detach().requires_grad_()
     for step_index in (inputs.step_index, None):
         torch.library.opcheck(surrogate_op._copo_surrogate, (pred, *inputs[1:4], step_index, 1.0, CLIP, True))
-        torch.library.opcheck(surrogate_op._copo_projections, (pred, *inputs[1:3], step_index))
     torch.library.opcheck(surrogate_op._copo_surrogate, (*inputs, 1.0, None, False))
 
 
@@ -337,8 +312,7 @@ def test_compile_without_graph_breaks(device: torch.device, implementation: str)
 
     def step(pred: Tensor) -> tuple[Tensor, Tensor]:
         out = copo_surrogate(pred, *inputs[1:], tau=0.1)
-        policy = copo_policy(pred, *inputs[1:3], inputs.step_index, tau=0.1)
-        return out.loss.sum() + policy.log_prob.mean(), out.ratio_minus_one
+        return out.loss.sum(), out.ratio_minus_one
 
     results = []
     with dispatch.use(implementation):

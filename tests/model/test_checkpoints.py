@@ -18,6 +18,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 from support.models import small_config
+from support.official import official_name, to_official_names
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
@@ -45,7 +46,7 @@ def state() -> State:
 
 @pytest.fixture
 def official(state: State) -> State:
-    return checkpoints.to_official_names(state)
+    return to_official_names(state)
 
 
 def assert_same(ours: State, expected: State) -> None:
@@ -68,7 +69,7 @@ def test_names_of_the_full_model_map_as_diffusers_maps_them() -> None:
     with torch.device("meta"):
         names = list(WanTransformer3DModel(num_layers=30, num_attention_heads=12, attention_head_dim=128, ffn_dim=8960).state_dict())
     assert len(names) == 825
-    official = [checkpoints.official_name(name) for name in names]
+    official = [official_name(name) for name in names]
     assert [checkpoints.diffusers_name(name) for name in official] == names
     assert [checkpoints.diffusers_name(name) for name in names] == names  # diffusers names stay
     converted = convert_wan_transformer_to_diffusers({name: torch.empty(0) for name in official})
@@ -80,12 +81,12 @@ def test_names_of_the_full_model_map_as_diffusers_maps_them() -> None:
 def test_names_are_those_of_the_official_code() -> None:
     official = {name.removeprefix("w/model.") for name in load_file(FIXTURE) if name.startswith("w/")}
     names = CausalWan(CONFIG).state_dict().keys()
-    assert official == {checkpoints.official_name(name) for name in names}
+    assert official == {official_name(name) for name in names}
 
 
 def test_both_maps_keep_tensors(state: State, official: State) -> None:
     assert_same(checkpoints.to_diffusers_names(official), state)
-    assert_same(checkpoints.to_official_names(checkpoints.to_diffusers_names(official)), official)
+    assert_same(to_official_names(checkpoints.to_diffusers_names(official)), official)
 
 
 # Containers

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.measure import LiveBytes
 from support.models import small_config
+from support.official import official_name
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.model import lora
 from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.model.checkpoints import official_name
 
 CONFIG = small_config(in_channels=4, out_channels=4)
 RANK, ALPHA = 3, 7.0  # alpha / rank is neither 1 nor a power of two

@@ -13,12 +13,13 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors.torch import save_file
 from support.measure import LiveBytes
 from support.models import small_model
+from support.official import to_official_names
 from support.umt5 import official_state
 from torch import Tensor, nn
 
 from arcopo_fast.build import load_model
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.checkpoints import read_state_dict, to_official_names
+from arcopo_fast.model.checkpoints import read_state_dict
 from arcopo_fast.model.tensors import check_finite, rename
 from arcopo_fast.model.text import TextEncoderFiles, load_umt5
 from arcopo_fast.model.vae import load_vae

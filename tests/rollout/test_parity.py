@@ -14,10 +14,10 @@ import pytest
 import torch
 from arcopo_kernels.qk_norm_rope import reference
 from support import fixtures
+from support.official import to_official_names
 from torch import Tensor
 
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.model.checkpoints import to_official_names
 from arcopo_fast.rollout.engine import Stream
 from arcopo_fast.rollout.sampler import Kernel, next_input, predict
 from arcopo_fast.rollout.scheduler import Schedule

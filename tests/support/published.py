@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arcopo_fast.model.checkpoints import to_official_names
 from arcopo_fast.storage.hub import Source
 from support import fixtures, umt5
 from support.models import small_model
+from support.official import to_official_names
 
 Weights = dict[str, Tensor]
 

@@ -64,14 +64,12 @@ class PageRun:
 class Reservation:
     """Unclaimed pages for a group, lists for its prefix and for the tail of each branch.
 
-    contiguous: whether the prefix is one stretch of slots, and the tails, one after the other, are another. Whoever puts pages into a table
-    takes them out of the lists; `release` gives back what is left.
+    Whoever puts pages into a table takes them out of the lists; `release` gives back what is left.
     """
 
     pool: PagePool = field(repr=False)
     prefix: list[int]
     tails: list[list[int]]
-    contiguous: bool
 
     def release(self) -> None:
         for pages in (self.prefix, *self.tails):
@@ -159,9 +157,8 @@ class PagePool:
         tails = self.allocate(plan.branches * plan.tail) if tails_first else []
         prefix = self.allocate(plan.prefix)
         tails = tails if tails_first else self.allocate(plan.branches * plan.tail)
-        contiguous = all(part == list(range(part[0], part[0] + len(part))) for part in (prefix, tails) if part)
         rows = [tails[row * plan.tail : (row + 1) * plan.tail] for row in range(plan.branches)]
-        return Reservation(self, prefix, rows, contiguous)
+        return Reservation(self, prefix, rows)
 
     def release(self, pages: Sequence[int]) -> None:
         """Give unclaimed pages back.
@@ -249,17 +246,6 @@ class PagePool:
                     self._view(store, run).copy_(source)
                 else:
                     store[run.index] = source
-
-    def slots(self, layer: int, run: PageRun) -> tuple[Tensor, Tensor]:
-        """Where a kernel may itself store keys and values, instead of `write`: views [rows, length * tokens, heads, head_dim].
-
-        Raises:
-            ValueError: the run was not prepared or is so no longer, or is irregular.
-        """
-        self._check_writable(run)
-        if run.index is not None:
-            raise ValueError(f"{run} is irregular and has no view; store by `write`")
-        return self._view(self.keys[layer], run).flatten(1, 2), self._view(self.values[layer], run).flatten(1, 2)
 
     # The rest is bookkeeping.
 

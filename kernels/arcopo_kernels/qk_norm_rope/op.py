@@ -57,56 +57,6 @@ def qk_norm_rope(
     return roped_query, roped_key
 
 
-def qk_norm_rope_to_cache(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    *,
-    grid: tuple[int, int, int],
-    position: int | Tensor = 0,
-    key_position: int | Tensor | None = None,
-    cache_roped: bool = True,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """`qk_norm_rope` that stores the chunk's keys and values in a cache in the same pass. What is cached is constant: no gradient.
-
-    Args:
-        value: [B, T, H, D]; the other arguments are those of `qk_norm_rope`.
-        key_cache, value_cache: where to, [B, T, H, D] of the dtypes of the result and of the value: views, such as `PagePool.slots` gives,
-            or a slice [:, start:stop] of a dense cache. A head's elements are side by side; otherwise any strides. In a compiled function
-            do not slice a cache that is itself a view with a storage offset: PyTorch (2.13) rebuilds such a view at the wrong place.
-        cache_roped: cache the keys as returned, or as they were before RoPE.
-
-    Returns:
-        query and key as from `qk_norm_rope`.
-
-    Raises:
-        ValueError: a shape, dtype or device that does not fit, or a tensor that carries gradient.
-    """
-    key_position = position if key_position is None else key_position
-    _check_pair(query, key, query_weight, key_weight)
-    _check_rope(query, grid, position, key_position)
-    _check_cache(query, key_weight, value, key_cache, value_cache)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, query_weight, key_weight, key_cache, value_cache)):
-        raise ValueError("tensors that carry gradient cannot be cached; what is cached is constant, so detach them or run under no_grad")
-    unsupported = _unsupported(len(query_weight), query, query_weight, key_weight, value)
-    if choose("qk_norm_rope_to_cache", query.device, unsupported) == "reference":
-        roped_query = reference.norm_rope(query, query_weight, position, grid, eps)
-        normed_key = reference.rms_norm(key.flatten(2), key_weight, eps).view_as(key)
-        roped_key = reference.apply_rope(normed_key, key_position, grid)
-        key_cache.copy_(roped_key if cache_roped else normed_key)
-        value_cache.copy_(value)
-        return roped_query, roped_key
-    starts = _starts(position, key_position)
-    return _qk_norm_rope_to_cache(
-        query, key, value, query_weight, key_weight, key_cache, value_cache, *starts, grid[1], grid[2], eps, cache_roped
-    )
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x [..., E] / sqrt(mean(x^2) + eps) * weight [E], of the dtype of x * weight. Differentiable in both.
 
@@ -182,17 +132,6 @@ def _check_rope(x: Tensor, grid: tuple[int, int, int], *positions: int | Tensor)
             raise ValueError(f"a position is {position}; expected 0 or more")
 
 
-def _check_cache(query: Tensor, key_weight: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
-    dtype = torch.promote_types(query.dtype, key_weight.dtype)
-    for name, x, wanted in (("value", value, value.dtype), ("key_cache", key_cache, dtype), ("value_cache", value_cache, value.dtype)):
-        if (x.shape, x.dtype, x.device) != (query.shape, wanted, query.device):
-            found = f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}"
-            raise ValueError(f"{found}; expected {tuple(query.shape)} {wanted} on {query.device}")
-    for name, x in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if x.stride(3) != 1:
-            raise ValueError(f"{name} has strides {x.stride()}; expected a head's elements side by side, a last stride of 1")
-
-
 # Registration. Without `key` there is one tensor; without its weight no norm; with rows 0 no RoPE.
 
 
@@ -230,41 +169,6 @@ def _qk_norm_rope(
 @_qk_norm_rope.register_fake
 def _(query: Tensor, key: Tensor | None, query_weight: Tensor | None, key_weight: Tensor | None, *_: Any) -> list[Tensor]:
     return _outputs(query, key, query_weight, key_weight)
-
-
-@torch.library.custom_op("arcopo::qk_norm_rope_to_cache", mutates_args=("key_cache", "value_cache"))
-def _qk_norm_rope_to_cache(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_start: Tensor | None,
-    key_start: Tensor | None,
-    query_position: int,
-    key_position: int,
-    rows: int,
-    columns: int,
-    eps: float,
-    cache_roped: bool,
-) -> tuple[Tensor, Tensor]:
-    from arcopo_kernels.qk_norm_rope import triton
-
-    if not query.shape == key_cache.shape == value_cache.shape:  # checked before; but see the note on compiled functions
-        raise RuntimeError(f"torch.compile made views {tuple(key_cache.shape)} of the cache for {tuple(query.shape)}; slice it outside")
-    outputs = _outputs(query, key, query_weight, key_weight)
-    starts = query_start, key_start, query_position, key_position
-    cache = value, key_cache, value_cache
-    triton.forward(query, key, query_weight, key_weight, *starts, rows, columns, eps, outputs, cache=cache, cache_roped=cache_roped)
-    return outputs[0], outputs[1]
-
-
-@_qk_norm_rope_to_cache.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, query_weight: Tensor, key_weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    query_out, key_out = _outputs(query, key, query_weight, key_weight)
-    return query_out, key_out
 
 
 def _gradients(

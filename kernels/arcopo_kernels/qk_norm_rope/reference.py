@@ -13,9 +13,10 @@ wider, by tables computed in float64 (cos and sin within half a unit in the last
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
+from arcopo_kernels.qk_norm_rope.table import axis_pairs, computed_rope_table
 from torch import Tensor
 
 POSITIONS = 4096
@@ -49,12 +50,6 @@ def norm_rope(x: Tensor, weight: Tensor, position: int | Tensor, grid: tuple[int
     return apply_rope(rms_norm(x.flatten(2), weight, eps).unflatten(2, x.shape[2:]), position, grid)
 
 
-def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's pairs turn with the frame, the row and the column: 22, 21 and 21 of 64."""
-    spatial = head_dim // 6
-    return head_dim // 2 - 2 * spatial, spatial, spatial
-
-
 def table_length(position: int, grid: tuple[int, int, int]) -> int:
     """POSITIONS, doubled until a grid whose first frame stands at `position` fits."""
     length = POSITIONS
@@ -70,14 +65,6 @@ def rope_table(head_dim: int, length: int, dtype: torch.dtype, device: torch.dev
 
         return constant(head_dim, length, dtype, device)
     return computed_rope_table(head_dim, length, dtype, device)
-
-
-@cache
-@torch.inference_mode(False)
-def computed_rope_table(head_dim: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    exponents = [torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs for pairs in axis_pairs(head_dim)]
-    angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), 10000.0 ** -torch.cat(exponents))
-    return torch.stack([angles.cos(), angles.sin()]).to(device, dtype)
 
 
 def _cos_sin(position: int | Tensor, grid: tuple[int, int, int], head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:

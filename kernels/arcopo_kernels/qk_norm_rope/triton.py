@@ -1,7 +1,7 @@
 """RMSNorm over all heads and RoPE in one pass over the rows, and its backward.
 
-A program holds the E = H * D elements of one token of one tensor as a tile [H, D] in registers: queries, keys and, on the way into a
-cache, values are the third axis of one launch. cos and sin come from a float32 table [2, positions, D / 2], computed in float64, of which
+A program holds the E = H * D elements of one token of one tensor as a tile [H, D] in registers: queries and keys are the third axis of
+one launch. cos and sin come from a float32 table [2, positions, D / 2], computed in float64, of which
 a token reads one row for each axis; the time axis starts where an int or a tensor on the device says. A position outside the table gives
 NaN. Computed in float32 and rounded once.
 """
@@ -67,7 +67,6 @@ def _rstd(x, eps, SIZE: tl.constexpr):
 def _forward_row(
     x,
     out,
-    cache,  # also written there, roped or before; None: nowhere
     weight,  # None: no norm
     table,  # None: no RoPE
     length,
@@ -76,14 +75,10 @@ def _forward_row(
     stride_batch,
     stride_token,
     stride_head,
-    cache_stride_batch,
-    cache_stride_token,
-    cache_stride_head,
     tokens,
     rows,
     columns,
     eps,
-    CACHE_ROPED: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -98,15 +93,9 @@ def _forward_row(
     if weight is not None:
         scale = tl.load(weight + element, mask=inside, other=0.0).to(tl.float32)
         values = values * _rstd(values, eps, HEADS * HEAD_DIM) * scale
-    if cache is not None:
-        cached = cache + batch * cache_stride_batch + token.to(tl.int64) * cache_stride_token + head * cache_stride_head + dim
-        if not CACHE_ROPED:
-            tl.store(cached, values.to(cache.dtype.element_ty), mask=inside)
     if table is not None:
         cos, sin = _cos_sin(table, length, start, position, token, rows, columns, HEAD_DIM, BLOCK_D)
         values = _rotate(values, cos, sin, BLOCK_H, BLOCK_D)
-    if cache is not None and CACHE_ROPED:
-        tl.store(cached, values.to(cache.dtype.element_ty), mask=inside)
     row = out + (batch * tokens + token) * (HEADS * HEAD_DIM)
     tl.store(row + element, values.to(out.dtype.element_ty), mask=inside)
 
@@ -115,7 +104,6 @@ def _forward_row(
 def _forward(
     query,
     key,
-    value,
     query_out,
     key_out,
     query_weight,
@@ -123,8 +111,6 @@ def _forward(
     table,
     query_start,
     key_start,
-    key_cache,
-    value_cache,
     length,
     query_position,
     key_position,
@@ -134,20 +120,10 @@ def _forward(
     key_stride_batch,
     key_stride_token,
     key_stride_head,
-    value_stride_batch,
-    value_stride_token,
-    value_stride_head,
-    key_cache_stride_batch,
-    key_cache_stride_token,
-    key_cache_stride_head,
-    value_cache_stride_batch,
-    value_cache_stride_token,
-    value_cache_stride_head,
     tokens,
     rows,
     columns,
     eps,
-    CACHE_ROPED: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -155,26 +131,17 @@ def _forward(
 ):
     if tl.program_id(2) == 0:
         _forward_row(
-            query, query_out, None, query_weight, table, length, query_start, query_position,
-            query_stride_batch, query_stride_token, query_stride_head, 0, 0, 0,
-            tokens, rows, columns, eps, CACHE_ROPED, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D,
+            query, query_out, query_weight, table, length, query_start, query_position,
+            query_stride_batch, query_stride_token, query_stride_head,
+            tokens, rows, columns, eps, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D,
         )
-    elif tl.program_id(2) == 1:
+    else:
         if key is not None:
             _forward_row(
-                key, key_out, key_cache, key_weight, table, length, key_start, key_position,
-                key_stride_batch, key_stride_token, key_stride_head, key_cache_stride_batch, key_cache_stride_token, key_cache_stride_head,
-                tokens, rows, columns, eps, CACHE_ROPED, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D,
+                key, key_out, key_weight, table, length, key_start, key_position,
+                key_stride_batch, key_stride_token, key_stride_head,
+                tokens, rows, columns, eps, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D,
             )
-    else:
-        if value is not None:
-            token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-            head, dim = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
-            inside = (head < HEADS) & (dim < HEAD_DIM)
-            source = value + batch * value_stride_batch + token * value_stride_token
-            target = value_cache + batch * value_cache_stride_batch + token * value_cache_stride_token
-            values = tl.load(source + head * value_stride_head + dim, mask=inside)
-            tl.store(target + head * value_cache_stride_head + dim, values, mask=inside)
 
 
 @triton.jit
@@ -326,14 +293,10 @@ def forward(
     columns: int,
     eps: float,
     outputs: list[Tensor],
-    *,
-    cache: tuple[Tensor, Tensor, Tensor] | None = None,
-    cache_roped: bool = True,
 ) -> None:
     """Fill `outputs`, one [B, T, H, D] for the query and one for the key, if there is one.
 
-    *_position: the first frame's; *_start: on the device, added to it. rows 0: no RoPE. cache: value, key_cache and value_cache,
-    [B, T, H, D]; the key, roped or not, and the value are written there too.
+    *_position: the first frame's; *_start: on the device, added to it. rows 0: no RoPE.
     """
     if not query.numel():
         return
@@ -341,14 +304,10 @@ def forward(
     table, length = _table(query, query_position, key_position, rows, columns)
     block_h, block_d, num_warps = block_sizes(heads, head_dim)
     query_weight, key_weight = _contiguous(query_weight, key_weight)
-    value, key_cache, value_cache = cache or (None, None, None)
-    (q, query_strides), (k, key_strides), (v, value_strides) = _rows(query), _rows(key), _rows(value)
-    (_, key_cache_strides), (_, value_cache_strides) = _rows(key_cache), _rows(value_cache)
-    tensors = len(outputs) + (value is not None)
-    _forward[(tokens, batch, tensors)](
+    (q, query_strides), (k, key_strides) = _rows(query), _rows(key)
+    _forward[(tokens, batch, len(outputs))](
         q,
         k,
-        v,
         outputs[0],
         outputs[1] if key is not None else None,
         query_weight,
@@ -356,21 +315,15 @@ def forward(
         table,
         query_start,
         key_start,
-        key_cache,
-        value_cache,
         length,
         query_position,
         key_position,
         *query_strides,
         *key_strides,
-        *value_strides,
-        *key_cache_strides,
-        *value_cache_strides,
         tokens,
         rows,
         columns,
         eps,
-        CACHE_ROPED=cache_roped,
         HEADS=heads,
         HEAD_DIM=head_dim,
         BLOCK_H=block_h,
@@ -458,7 +411,7 @@ def backward(
 def _case(name: str, kernel: Any, heads: int, head_dim: int, *, absent: str = "") -> AotCase:
     """A kernel at bf16 without the arguments `absent`; the query's position is on the device, the key's on the host."""
     block_h, block_d, num_warps = block_sizes(heads, head_dim)
-    constants: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_H": block_h, "BLOCK_D": block_d, "CACHE_ROPED": True}
+    constants: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_H": block_h, "BLOCK_D": block_d}
     constants |= dict.fromkeys([*absent.split(), "key_start"])
     if "query_partials" in absent.split():
         constants["rows_per_program"] = 1  # Triton makes a 1 a constant at run time, too: there is no loop
@@ -475,7 +428,6 @@ def _case(name: str, kernel: Any, heads: int, head_dim: int, *, absent: str = ""
     return AotCase(name, kernel, signature, {n: c for n, c in constants.items() if n in kernel.arg_names}, divisible, num_warps)
 
 
-_CACHE = "value key_cache value_cache"
 _KEY = "key key_out key_weight grad_key_out grad_key key_partials"
 
 
@@ -485,10 +437,9 @@ def aot_cases(target: str) -> list[AotCase]:
         case
         for heads, model in ((12, "1.3B"), (40, "14B"))
         for case in (
-            _case(f"forward {model}", _forward, heads, 128, absent=_CACHE),
-            _case(f"forward to cache {model}", _forward, heads, 128),
-            _case(f"forward, norm only {model}", _forward, 1, heads * 128, absent=f"{_CACHE} {_KEY} table query_start"),
-            _case(f"forward, RoPE only {model}", _forward, heads, 128, absent=f"{_CACHE} {_KEY} query_weight"),
+            _case(f"forward {model}", _forward, heads, 128),
+            _case(f"forward, norm only {model}", _forward, 1, heads * 128, absent=f"{_KEY} table query_start"),
+            _case(f"forward, RoPE only {model}", _forward, heads, 128, absent=f"{_KEY} query_weight"),
             _case(f"backward {model}", _backward, heads, 128, absent="query_partials key_partials"),
             _case(f"backward, weights too {model}", _backward, heads, 128),
             _case(f"backward, RoPE only {model}", _backward, heads, 128, absent=f"{_KEY} query query_weight query_partials"),

@@ -1,6 +1,6 @@
 """The clipped distance-softmax surrogate of AR-CoPO."""
 
-from arcopo_kernels.surrogate.op import copo_policy, copo_surrogate
-from arcopo_kernels.surrogate.reference import PolicyOutput, SurrogateOutput
+from arcopo_kernels.surrogate.op import copo_surrogate
+from arcopo_kernels.surrogate.reference import SurrogateOutput
 
-__all__ = ["PolicyOutput", "SurrogateOutput", "copo_policy", "copo_surrogate"]
+__all__ = ["SurrogateOutput", "copo_surrogate"]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from arcopo_kernels import dispatch
 from arcopo_kernels.surrogate import reference
-from arcopo_kernels.surrogate.reference import PolicyOutput, Projections, SurrogateOutput
+from arcopo_kernels.surrogate.reference import SurrogateOutput
 from torch import Tensor
 
 Reduction = Literal["mean", "sum"]
@@ -64,39 +64,12 @@ def copo_surrogate(
     size = pred.shape[1] if reduction == "mean" else 1
     if dispatch.choose("copo_surrogate", pred.device, _unsupported(pred, old_pred, candidates)) == "reference":
         sums = reference.projections(pred, old_pred, candidates, step_index)
-        return reference.surrogate(reference.policy(sums, tau, size).log_ratio, advantages, clip)
+        return reference.surrogate(reference.log_ratio(*sums, tau, size), advantages, clip)
     with_gradient = pred.requires_grad and torch.is_grad_enabled()
     outputs = _copo_surrogate(
         pred, old_pred.detach(), candidates.detach(), advantages.detach(), step_index, tau * size, clip, with_gradient
     )
     return SurrogateOutput(*outputs[:3])
-
-
-def copo_policy(
-    pred: Tensor,
-    old_pred: Tensor,
-    candidates: Tensor,
-    step_index: Tensor | None = None,
-    *,
-    tau: float = 1.0,
-    reduction: Reduction = "mean",
-) -> PolicyOutput:
-    """What the surrogate is made of, for other objectives and for logging: distances, log-probabilities and log-ratios.
-
-    Arguments, precision and errors as in `copo_surrogate`. The gradient with respect to `pred` exists, but unlike the surrogate's it is
-    computed in the backward pass, by plain PyTorch.
-
-    Returns:
-        PolicyOutput(distance, old_distance, log_prob, old_log_prob, log_ratio), each [N, G] float64.
-    """
-    pred, old_pred, candidates = _flat(pred, old_pred, candidates, step_index, tau, reduction)
-    if dispatch.choose("copo_policy", pred.device, _unsupported(pred, old_pred, candidates)) == "reference":
-        sums = reference.projections(pred, old_pred, candidates, step_index)
-    else:
-        group = candidates.shape[1]
-        flat = _copo_projections(pred, old_pred.detach(), candidates.detach(), step_index)
-        sums = Projections(flat[:, :group].detach(), flat[:, group : 2 * group], flat[:, 2 * group])
-    return reference.policy(sums, tau, pred.shape[1] if reduction == "mean" else 1)
 
 
 def _flat(
@@ -183,35 +156,3 @@ def _scale_gradient(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None
 
 
 _copo_surrogate.register_autograd(_scale_gradient, setup_context=_keep_gradient)
-
-
-@torch.library.custom_op("arcopo::copo_projections", mutates_args=())
-def _copo_projections(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_index: Tensor | None) -> Tensor:
-    """`reference.Projections` side by side, [N, 2 G + 1] float64; differentiable in `pred`."""
-    from arcopo_kernels.surrogate import triton
-
-    return triton.copo_projections(pred, old_pred, candidates, step_index)
-
-
-@_copo_projections.register_fake
-def _(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_index: Tensor | None) -> Tensor:
-    return pred.new_empty(pred.shape[0], 2 * candidates.shape[1] + 1, dtype=torch.float64)
-
-
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _projections_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    pred, old_pred, candidates, step_index = ctx.saved_tensors
-    group = candidates.shape[1]  # the first G columns, the distances to x_old, do not depend on pred
-    rows = []
-    for n in range(pred.shape[0]):  # one anchor's [G, D] in float64 at a time
-        x_old = old_pred[n].double()
-        own = candidates[0] if step_index is None else candidates.index_select(0, step_index[n : n + 1])[0]
-        row = grad[n, group : 2 * group] @ (own.double() - x_old) + 2 * grad[n, 2 * group] * (pred[n].double() - x_old)
-        rows.append(row.to(pred.dtype))
-    return torch.stack(rows), None, None, None
-
-
-_copo_projections.register_autograd(_projections_backward, setup_context=_keep_inputs)

@@ -27,54 +27,37 @@ class SurrogateOutput(NamedTuple):
     live: Tensor
 
 
-class PolicyOutput(NamedTuple):
-    """The distance softmax over the candidates, each [N, G] float64; what is not of the old policy is differentiable in `pred`."""
+def projections(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ||x_i - x_old||^2 and <u, x_i - x_old>, each [N, G] float64, summed over D.
 
-    distance: Tensor  # squared, reduced over the elements: ||x_i - x||^2
-    old_distance: Tensor
-    log_prob: Tensor
-    old_log_prob: Tensor
-    log_ratio: Tensor
-
-
-class Projections(NamedTuple):
-    """All that the policy needs of the predictions, float64, summed over D: the new distance is `old_distance + update - 2 projection`."""
-
-    old_distance: Tensor  # [N, G] ||x_i - x_old||^2
-    projection: Tensor  # [N, G] <u, x_i - x_old>
-    update: Tensor  # [N] <u, u>
-
-
-def projections(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_index: Tensor | None) -> Projections:
-    """pred, old_pred [N, D]; candidates [T, G, D]; step_index [N], or None for step 0."""
+    Args:
+        pred, old_pred: [N, D]. candidates: [T, G, D]. step_index: [N], or None for step 0.
+    """
     if step_index is None:
         step_index = torch.zeros(pred.shape[0], dtype=torch.long, device=pred.device)
 
-    def of_anchor(x: Tensor, x_old: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def of_anchor(x: Tensor, x_old: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         x_old = x_old.double()
         towards = candidates.detach().index_select(0, step)[0].double() - x_old  # [G, D]
-        u = x.double() - x_old
-        return towards.square().sum(-1), towards @ u, u @ u
+        return towards.square().sum(-1), towards @ (x.double() - x_old)
 
     # One anchor's [G, D] in float64 at a time, in the backward pass too: hence checkpoint.
     anchors = [
         checkpoint(of_anchor, pred[n], old_pred[n].detach(), step_index[n : n + 1], use_reentrant=False, preserve_rng_state=False)
         for n in range(pred.shape[0])
     ]
-    return Projections(*(torch.stack(parts) for parts in zip(*anchors)))
+    old_distance, projection = (torch.stack(parts) for parts in zip(*anchors))
+    return old_distance, projection
 
 
-def policy(sums: Projections, tau: float, size: int) -> PolicyOutput:
-    """Distances, log-probabilities and log-ratios. size: D for mean-reduced distances, 1 for summed ones."""
-    old_distance = sums.old_distance / size
-    distance = old_distance + (sums.update[:, None] - 2 * sums.projection) / size
-    old_log_prob = torch.log_softmax(-old_distance / tau, dim=-1)
-    a = 2 / (size * tau) * sums.projection
+def log_ratio(old_distance: Tensor, projection: Tensor, tau: float, size: int) -> Tensor:
+    """Return log rho [N, G] from the sums over D. size: D for mean-reduced distances, 1 for summed ones."""
+    old_log_prob = torch.log_softmax(-(old_distance / size) / tau, dim=-1)
+    a = 2 / (size * tau) * projection
     # log sum_k pi_old(k) exp(a_k): to full relative precision where the ratios are near 1, without overflow where they are not.
     near = torch.log1p((old_log_prob.exp() * torch.expm1(a.clamp(-1, 1))).sum(-1, keepdim=True))
     far = torch.logsumexp(old_log_prob + a, dim=-1, keepdim=True)
-    log_ratio = a - torch.where(a.abs().amax(-1, keepdim=True) <= 1, near, far)
-    return PolicyOutput(distance, old_distance, old_log_prob + log_ratio, old_log_prob, log_ratio)
+    return a - torch.where(a.abs().amax(-1, keepdim=True) <= 1, near, far)
 
 
 def surrogate(log_ratio: Tensor, advantages: Tensor, clip: float | None) -> SurrogateOutput:

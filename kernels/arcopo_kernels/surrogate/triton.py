@@ -1,6 +1,6 @@
 """The AR-CoPO surrogate in two launches: loss and gradient together, bitwise equal from run to run.
 
-    _partials             for each tile of D, in float64: the sums over the tile of ||x_i - x_old||^2, <u, x_i - x_old> and <u, u>
+    _partials             for each tile of D, in float64: the sums over the tile of ||x_i - x_old||^2 and <u, x_i - x_old>
     _epilogue_gradient    every program adds up all tiles' sums of its anchors in one order, computes ratio and clip from them in float64,
                           and writes its tiles of the gradient, a combination of x_i - x_old; one writes the loss
 
@@ -75,7 +75,7 @@ def _partials(
     old_ptr,  # [N, D]
     candidates_ptr,  # [T, G, D]
     steps_ptr,  # [N] or None
-    partials_ptr,  # [N, 2 G + 1, tiles] float64: G distances, G projections, the update
+    partials_ptr,  # [N, 2 G, tiles] float64: G distances, G projections
     N,
     G,
     D,
@@ -102,8 +102,7 @@ def _partials(
         given = tl.load(steps_ptr + anchor, mask=present, other=0)
         known = (given >= 0) & (given < tl.num_programs(1))
         update = tl.where(known[:, None], update, float("nan"))
-    partials = partials_ptr + anchor * (2 * G + 1) * tiles + tile
-    tl.store(partials + 2 * G * tiles, tl.sum(update * update, axis=1), mask=present)
+    partials = partials_ptr + anchor * 2 * G * tiles + tile
     for i in tl.range(0, G, num_stages=STAGES):
         candidate = tl.load(candidates_ptr + (step.to(tl.int64) * G + i) * D + offsets, mask=inside, other=0.0).to(tl.float32)
         towards = candidate.to(tl.float64)[None, :] - old
@@ -150,7 +149,7 @@ def _epilogue_gradient(
     candidates_ptr,  # [T, G, D]
     advantages_ptr,  # [G] float32 or float64
     steps_ptr,  # [N] or None
-    partials_ptr,  # [N, 2 G + 1, tiles] float64
+    partials_ptr,  # [N, 2 G, tiles] float64
     loss_ptr,  # [N] float64
     ratio_ptr,  # [N, G] float64
     live_ptr,  # [N, G] bool
@@ -179,7 +178,7 @@ def _epilogue_gradient(
 
     group = tl.arange(0, G_PAD)[None, :]
     mask = present[:, None] & (group < G)  # [ANCHORS, G_PAD]
-    rows = partials_ptr + (anchor[:, None] * (2 * G + 1) + group) * tiles
+    rows = partials_ptr + (anchor[:, None] * 2 * G + group) * tiles
     tau = _float64(tau_bits)
     logits = -_sum_of_tiles(rows, mask, tiles, ANCHORS, G_PAD, CHUNK) / tau
     a = 2 / tau * _sum_of_tiles(rows + G * tiles, mask, tiles, ANCHORS, G_PAD, CHUNK)
@@ -231,11 +230,11 @@ def _bits(value: float) -> int:
 
 
 def _launch_partials(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_index: Tensor | None) -> Tensor:
-    """[N, 2 G + 1, tiles] float64. Tensors are contiguous."""
+    """Return [N, 2 G, tiles] float64. Tensors are contiguous."""
     (anchors, size), (steps, group) = pred.shape, candidates.shape[:2]
     sizes = block_sizes("partials", anchors, steps)
     tiles = triton.cdiv(size, sizes.block)
-    partials = torch.empty(anchors, 2 * group + 1, tiles, dtype=torch.float64, device=pred.device)
+    partials = torch.empty(anchors, 2 * group, tiles, dtype=torch.float64, device=pred.device)
     _partials[tiles * triton.cdiv(anchors, sizes.anchors), steps](
         pred,
         old_pred,
@@ -261,13 +260,6 @@ def _of_steps(candidates: Tensor, step_index: Tensor | None) -> tuple[Tensor, Te
     if step_index is None:
         return candidates[:1].contiguous(), None
     return candidates.contiguous(), step_index.contiguous()
-
-
-@on_device_of_tensors
-def copo_projections(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_index: Tensor | None) -> Tensor:
-    """[N, 2 G + 1] float64: distances to x_old, projections of the update on x_i - x_old, and the update's square."""
-    candidates, step_index = _of_steps(candidates, step_index)
-    return _launch_partials(pred.contiguous(), old_pred.contiguous(), candidates, step_index).sum(-1)
 
 
 @on_device_of_tensors
