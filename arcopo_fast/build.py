@@ -6,6 +6,7 @@ Whatever is wrong with the input is said here, as a UserError, before anything i
 from __future__ import annotations
 
 import importlib.resources
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from arcopo_fast.config.schema import Config, ObjectiveSettings, objective_class
 from arcopo_fast.data.prompts import Prompt, Prompts, read_prompt_set, split_prompts
-from arcopo_fast.errors import UserError
+from arcopo_fast.errors import UserError, first_line
 from arcopo_fast.model.adapter_files import read_adapter
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_state_dict
@@ -293,6 +294,24 @@ def build_engine(
         cuda_graphs=config.rollout.cuda_graphs,
         reencoder=reencoder,
     )
+
+
+def sized_engine(config: Config, generator: Generator, videos: int, *, longer: bool) -> Engine:
+    """An engine for `videos` videos at once. longer: than the recipe's, so what a cache without window then takes is worth a line.
+
+    Raises:
+        UserError: its keys and values do not fit the memory.
+    """
+    model, pages = generator.model, pool_pages(config, videos=videos)
+    tokens = model.config.tokens_per_frame(config.video.latent_height, config.video.latent_width)
+    page = 2 * model.config.num_layers * tokens * model.config.dim * model.dtype.itemsize
+    size = f"keys and values of {pages} latent frames take {pages * page / 2**30:.3g} GiB"
+    if longer and config.cache.window is None:
+        print(f"{size}: the cache has no window, so it grows with the video; set cache.window to bound it", file=sys.stderr)
+    try:
+        return build_engine(config, model, videos=videos, vae=generator.decoder.vae)
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; the allocator of a CPU has none of its own
+        raise UserError(f"{size}, which do not fit ({first_line(error, 1000)}); set cache.window, or lower --frames or --batch") from error
 
 
 def build_objective(config: Config, engine: Engine) -> Objective[ObjectiveSettings]:

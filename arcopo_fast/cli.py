@@ -237,6 +237,23 @@ def adapter_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_lora_options(parser: Parser, places: str) -> None:
+    """Add --lora and --lora-scale, see `scale_of`. places: what --lora can name."""
+    parser.add_argument("--lora", type=adapter_path, metavar="PATH", help=f"an adapter: {places}")
+    parser.add_argument("--lora-scale", type=finite, metavar="S", help="W + S dW (default: 1)")
+
+
+def scale_of(options: Any) -> float:
+    """Return --lora-scale.
+
+    Raises:
+        UserError: there is no adapter to scale.
+    """
+    if options.lora_scale is not None and options.lora is None:
+        raise UserError("--lora-scale scales an adapter; name it with --lora, or leave the scale out")
+    return 1.0 if options.lora_scale is None else options.lora_scale
+
+
 def positive_int(text: str) -> int:
     """For `type=` of an option: a whole number, at least 1."""
     if not re.fullmatch(r"0*[1-9][0-9]*", text):

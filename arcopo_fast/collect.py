@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
 from arcopo_fast.build import build_engine, build_objective, encode_ahead, load_generator, load_prompts, load_rewards
 from arcopo_fast.cli import RecipeParser, positive_int, run_command
 from arcopo_fast.config.schema import Config
@@ -28,8 +26,6 @@ def collect(config: Config, path: str, groups: int) -> Buffer:
     Raises:
         UserError: the recipe cannot be used, or the directory holds a buffer of another policy or recipe.
     """
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
     rewards, prompts, generator = load_rewards(config), load_prompts(config), load_generator(config)
     encode_ahead(generator.encode_text, (prompt_of(config.seed, prompts.training, index, 0).for_generator for index in range(groups)))
     engine = build_engine(config, generator.model, vae=generator.decoder.vae)
@@ -64,7 +60,7 @@ def main(argv: list[str]) -> None:
     config, options = command
     if options.buffer is None:
         parser.error("--buffer is missing: name the directory to collect into, as in --buffer buffers/toy")
-    tune_for_cpu()
+    tune_for_cpu(config.train.threads)
     buffer = collect(config, options.buffer, options.groups)
     print(f"{len(buffer)} groups in {buffer.path}; train on them: --mode semi_on_policy --buffer {buffer.path}")
 

@@ -50,7 +50,7 @@ def merge(pair: Pair, scale: float, out: Path, *, overwrite: bool = False) -> No
 
 def choose(config: Config, pair: Pair, options: Any) -> None:
     """Evaluate at several scales, and write what comes of it."""
-    tune_for_cpu()
+    tune_for_cpu(config.train.threads)
     check_out(options.out)
     with owned(options.out):
         found = sweep(config, pair, options.sweep, options.out, held_out=options.held_out, overwrite=options.overwrite)

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from pydantic import JsonValue
 
 from arcopo_fast.build import build_engine, load_generator, load_held_out, load_prompts, load_rewards
@@ -136,9 +135,6 @@ def sweep(
     rewards, prompts = load_rewards(config), load_prompts(config).evaluation
     settings = settings_of(config, pair, prompts)
     kept = kept_evaluations(out, () if overwrite else wanted, settings)
-
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
     generator = load_generator(config)
     metrics = load_held_out(generator)
     names = out_of_domain(config, list(metrics), held_out)

@@ -1,14 +1,17 @@
-"""The table of an evaluation, as Markdown."""
+"""The results of an evaluation, as JSON and as a Markdown table."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from arcopo_fast.evaluation.compare import Interval, Result
+from arcopo_fast.evaluation.compare import Interval, Result, as_json, compare
+from arcopo_fast.evaluation.scores import ScoreDirectory, Scores
 from arcopo_fast.reports.table import markdown_table, plain, signed
+from arcopo_fast.storage.atomic import atomic_write
 
 NOTE = (
     "All generators have the same prompts and noises. Brackets are 95 % intervals, clustered by prompt, with Student's t; the difference "
@@ -16,6 +19,23 @@ NOTE = (
     "Better is the share of videos that score higher than the base model's. Each interval stands for itself: of 20 differences that are "
     "none, one is expected to look like one."
 )
+
+
+def write_results(directory: ScoreDirectory, scores: Scores, generators: Sequence[str] | None = None) -> str:
+    """Write results.json and table.md; returns the table. generators: those shown, in this order; None: all."""
+    weights = {key.removeprefix("rewards."): value for key, value in directory.settings.items() if key.startswith("rewards.")}
+    results = compare(scores, weights, generators)
+    shown = list(dict.fromkeys(result.generator for result in results))
+    document = {
+        "settings": directory.settings,
+        "prompts": len(scores.prompts),
+        "adapters": {name: scores.adapters[name] for name in shown},
+        "results": as_json(results),
+    }
+    atomic_write(directory.path / "results.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
+    table = as_markdown(results)
+    atomic_write(directory.path / "table.md", f"# Evaluation\n\n{table}")
+    return table
 
 
 def as_markdown(results: Sequence[Result]) -> str:

@@ -13,12 +13,16 @@ from torch import nn
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def tune_for_cpu() -> None:
+def tune_for_cpu(threads: int | None = None) -> None:
     """Flush denormal numbers to zero, and keep freed memory for the next tensor. Does nothing where the platform cannot.
+
+    threads: of a matrix product; None: as many as PyTorch takes.
 
     glibc gives every block above 32 MB back to the system at once, and a training step that frees and allocates such blocks all the time
     spends up to two thirds of its time in page faults. Denormals (weights and moments that decay to nothing) slow a CPU down many times.
     """
+    if threads:
+        torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -28,6 +28,7 @@ from arcopo_fast import evaluate
 from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_held_out, load_prompts, load_rewards
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config
+from arcopo_fast.evaluation import evaluator
 from arcopo_fast.evaluation.adapters import AdapterOption, adapted_generators, name_of, prepare_adapters
 from arcopo_fast.evaluation.judging import evaluate as evaluate_once
 from arcopo_fast.evaluation.judging import videos_at_once
@@ -242,15 +243,15 @@ def lines_in_bytes(out: Path) -> list[Video]:
 def test_interrupted_it_finishes_the_batch_and_goes_on_with_more(
     adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, original, made = tmp_path / "out", evaluate.Evaluator.score, []
+    out, original, made = tmp_path / "out", evaluator.Evaluator.score, []
 
-    def score(self: evaluate.Evaluator, videos: Any, files: Any) -> Any:
+    def score(self: evaluator.Evaluator, videos: Any, files: Any) -> Any:
         if len(made) == 1:
             os.kill(os.getpid(), signal.SIGINT)
         made.append([*videos])
         return original(self, videos, files)
 
-    monkeypatch.setattr(evaluate.Evaluator, "score", score)
+    monkeypatch.setattr(evaluator.Evaluator, "score", score)
     call = [*SMALL, *THREE, "--batch", "2", "--keep-videos", "1", "--out", out]
     status, said, printed = command(capsys, *call)
     assert (status, printed) == (130, "") and "finishing the batch first" in said[-2] and "2 of 3 batches" in said[-1]
@@ -304,7 +305,7 @@ def test_waiting_for_another_process_can_be_interrupted(
 def test_a_server_that_stays_away_loses_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = evaluate.judge, []
+    original, calls = evaluator.judge, []
 
     def judge(*arguments: Any, **settings: Any) -> Any:
         calls.append(1)
@@ -315,13 +316,13 @@ def test_a_server_that_stays_away_loses_nothing(
     def breaks(*arguments: Any, **settings: Any) -> Any:
         raise FramesNotFinite("video 0 has frames that are not finite")
 
-    monkeypatch.setattr(evaluate, "judge", judge)
+    monkeypatch.setattr(evaluator, "judge", judge)
     call = [*SMALL, *THREE, "--batch", "4", "--keep-videos", "none", "--out", tmp_path]
     status, said, _ = command(capsys, *call)
     assert status == 2 and "60 min; what is scored is kept, and the same command goes on" in said[-1]
     assert len(scores_in(tmp_path).values) == 4
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "judge", breaks)
+        patched.setattr(evaluator, "judge", breaks)
         status, said, _ = command(capsys, *call)
     assert status == 2 and said[-1] == f"error: {BASE}: video 0 has frames that are not finite; what is scored is kept"
     assert command(capsys, *call)[0] == 0 and len(calls) == 3 and len(lines_in(tmp_path)) == 6

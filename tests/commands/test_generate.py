@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from arcopo_fast import generate
-from arcopo_fast.build import Generator, build_engine, checkpoint_path, load_generator, load_model, load_rewards
+from arcopo_fast.build import Generator, build_engine, checkpoint_path, load_generator, load_model, load_rewards, sized_engine
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config, resolved_yaml
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.evaluation.judging import evaluate
-from arcopo_fast.generate import Switch, first_frames, output_files, place_switches, sized_engine, stream_frames, with_frames
+from arcopo_fast.evaluation.videos import Switch, first_frames, output_files, place_switches, stream_frames, with_frames
 from arcopo_fast.model.families import SIZES
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, load_adapter, read_adapter, save_adapter
 from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes, VAESizes
@@ -222,7 +222,7 @@ def test_a_cache_without_window_says_what_it_takes(
     def refuses(*arguments: object, **keywords: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 200 GiB.\nMore")
 
-    monkeypatch.setattr(generate, "build_engine", refuses)
+    monkeypatch.setattr("arcopo_fast.build.build_engine", refuses)
     status, said, _ = command(capsys, *prompt, "--out", tmp_path / "c")
     assert status == 2 and "do not fit (CUDA out of memory. Tried to allocate 200 GiB.); set cache.window" in said[-1]
     assert not (tmp_path / "c").exists()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_model
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.generate import stream_frames
+from arcopo_fast.evaluation.videos import stream_frames
 from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.model.vae import load_vae
 from arcopo_fast.rollout.noise import KeyedNoise

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from arcopo_fast import vbench
-from arcopo_fast.build import checkpoint_path, load_generator, load_model
+from arcopo_fast.build import checkpoint_path, load_generator, load_model, sized_engine
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
@@ -38,7 +38,7 @@ from arcopo_fast.evaluation.vbench.data import (
     RESULTS,
     SEMANTIC,
     Prompt,
-    Scores,
+    VBenchScores,
     manifest,
     read_extended,
     read_info,
@@ -47,7 +47,7 @@ from arcopo_fast.evaluation.vbench.data import (
     video_seed,
     videos_of,
 )
-from arcopo_fast.generate import sized_engine, stream_frames
+from arcopo_fast.evaluation.videos import stream_frames
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, save_adapter
 from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import KeyedNoise
@@ -96,8 +96,8 @@ LOW = [0.1462, 0.2615, 0.6293, 0.706, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0009, 0, 0]
 HIGH = [1, 1, 1, 0.9975, 1, 1, 1, 1, 1, 1, 1, 1, 0.8222, 0.2855, 0.364, 0.364]
 
 
-def scores_of(raw: Sequence[float]) -> Scores:
-    return Scores(dict(zip(COLUMNS, raw)), dict.fromkeys(COLUMNS))
+def scores_of(raw: Sequence[float]) -> VBenchScores:
+    return VBenchScores(dict(zip(COLUMNS, raw)), dict.fromkeys(COLUMNS))
 
 
 def write_results(directory: Path, raw: Mapping[str, Any], *, together: bool = False) -> Path:

@@ -175,7 +175,7 @@ def total_score(quality: float, semantic: float) -> float:
 
 
 @dataclass(frozen=True)
-class Scores:
+class VBenchScores:
     """What VBench says of a generator; everything from 0 to 1.
 
     raw: the score of each of the 16 dimensions. videos: how many it is the mean of, where the file says that.
@@ -225,7 +225,7 @@ def read_result(path: Path) -> dict[str, tuple[float, int | None]]:
     return {name: (score, len(more[0]) if more and isinstance(more[0], list) else None) for name, (score, *more) in found.items()}
 
 
-def read_scores(files: Sequence[Path]) -> Scores:
+def read_scores(files: Sequence[Path]) -> VBenchScores:
     """The 16 dimensions from files of results.
 
     Raises:
@@ -240,38 +240,7 @@ def read_scores(files: Sequence[Path]) -> Scores:
             found[name], source[name] = result, file
     if missing := [name for name in DIMENSIONS if name not in found]:
         raise UserError(f"there is no total without {', '.join(missing)}: score the missing dimensions first")
-    return Scores({name: found[name][0] for name in DIMENSIONS}, {name: found[name][1] for name in DIMENSIONS})
-
-
-def table(results: Mapping[str, Scores]) -> str:
-    """Results in per cent, as a Markdown table: of one generator, or of two with the raw scores of both and their change."""
-    if len(results) == 1:
-        (scores,) = results.values()
-        columns = ["", "raw", "normalised", "videos"]
-        rows = [
-            [name, _percent(scores.raw[name]), _percent(scores.normalised(name)), str(scores.videos[name] or "")] for name in DIMENSIONS
-        ]
-        rows += [[f"**{name}**", "", _percent(mean), ""] for name, mean in scores.means().items()]
-    else:
-        columns = ["", *results, "change"]
-        before, after = results.values()
-        rows = [[name, *_pair(before.raw[name], after.raw[name])] for name in DIMENSIONS]
-        rows += [[f"**{name}**", *_pair(mean, after.means()[name])] for name, mean in before.means().items()]
-    widths = [max(map(len, column)) for column in zip(columns, *rows)]
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "".join(_row(row, widths) for row in [columns, ruler, *rows])
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}"
-
-
-def _pair(first: float, second: float) -> list[str]:
-    return [_percent(first), _percent(second), f"{100 * (second - first):+.2f}"]
-
-
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return f"| {cells[0]:{widths[0]}} | " + " | ".join(f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:])) + " |\n"
+    return VBenchScores({name: found[name][0] for name in DIMENSIONS}, {name: found[name][1] for name in DIMENSIONS})
 
 
 def _lines(path: Path) -> list[str]:

@@ -123,6 +123,25 @@ def videos_to_score(info: Sequence[Prompt], dimension: str, videos: Path, per_pr
     return needed + [video for video in more if video.exists()]
 
 
+def score_dimensions(
+    scorer: Scorer, info: Sequence[Prompt], dimensions: Sequence[str], videos: Path, out: Path, *, per_prompt: int, ngpus: int
+) -> None:
+    """Score every dimension that can be scored, see `score_dimension`; those that failed are named on stderr.
+
+    Raises:
+        UserError: one or more failed.
+    """
+    failed = []
+    for dimension in dimensions:
+        try:
+            score_dimension(scorer, info, dimension, videos, out, per_prompt=per_prompt, ngpus=ngpus)
+        except UserError as error:  # four of the dimensions need what is hard to install: the others need not wait for that
+            print(f"{dimension}: {error}", file=sys.stderr)
+            failed.append(dimension)
+    if failed:
+        raise UserError(f"not scored: {', '.join(failed)}; the reasons are above, and the same command tries these again")
+
+
 def score_dimension(
     scorer: Scorer, info: Sequence[Prompt], dimension: str, videos: Path, out: Path, *, per_prompt: int, ngpus: int
 ) -> None:
