@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from arcopo_fast import entropy
 from arcopo_fast.build import build_engine, load_generator, load_prompts
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.entropy import Study, main, summarise, write_results
+from arcopo_fast.entropy import main
+from arcopo_fast.evaluation.study import MEASURES, Study, summarise
 from arcopo_fast.model.lora import adapter_state, add_lora, load_adapter_state, save_adapter
+from arcopo_fast.reports.entropy import write_results
 from arcopo_fast.rollout.noise import KeyedNoise
 
 SMALL = ["toy", "video.chunks=3", "sampler.steps=[1000,300]"]
@@ -156,7 +157,7 @@ def test_an_interrupted_study_goes_on(
         assert (tmp_path / "a" / name).read_bytes() == (finished / name).read_bytes()
     capsys.readouterr()
 
-    monkeypatch.setattr(entropy, "load_generator", None)  # nothing is missing: nothing is loaded
+    monkeypatch.setattr("arcopo_fast.evaluation.study.load_generator", None)  # nothing is missing: nothing is loaded
     assert run_command(main, arguments) == 0 and "| pivot" in capsys.readouterr().out
     other = refused(capsys, *arguments, "sampler.steps=[1000,400]", "evaluation.seed=5", "cache.window=4", "--draws", "1")
     assert "sampler.steps: [1000.0, 400.0] here, [1000.0, 300.0] there" in other and "evaluation.seed: 5 here, 1234 there" in other
@@ -176,7 +177,7 @@ def test_small_batches_and_a_window(finished: Path, tmp_path: Path) -> None:
     waves = study(tmp_path / "waves", "rollout.branches_per_wave=1", "rollout.decode_branches=1", prompts=1)
     ours, theirs = waves["records"], read(finished)["records"][:3]
     for record, expected in zip(ours, theirs, strict=True):
-        for measure in entropy.MEASURES:
+        for measure in MEASURES:
             for name in NAMES:
                 assert record[measure][name] == pytest.approx(expected[measure][name], rel=1e-3)
     windowed = study(tmp_path / "window", "cache.window=4", "cache.sink=1", "video.chunks=4", prompts=1, draws=1)
@@ -222,7 +223,7 @@ def test_means_ratios_and_errors(tmp_path: Path) -> None:
     renoise = initial / 10 + random.gamma(2, 0.1, size=(prompts, 3))
     small = renoise / 7
     values = [dict(zip(["initial", "renoise1", "renoise2"], map(np.ndarray.tolist, row))) for row in zip(initial, small, renoise)]
-    records = [{"prompt": i, "text": "", "pivot": 1} | dict.fromkeys(entropy.MEASURES, value) for i, value in enumerate(values)]
+    records = [{"prompt": i, "text": "", "pivot": 1} | dict.fromkeys(MEASURES, value) for i, value in enumerate(values)]
     (entry,) = summarise(records)
     a, b = initial.mean(axis=1), renoise.mean(axis=1)
     found = entry["video"]
