@@ -12,14 +12,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from typing import Callable, Iterator
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
 
 from arcopo_fast.config.schema import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CachedRun, CausalWan, ChunkContext
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
 from arcopo_fast.rollout.sampler import Kernel, next_input, predict
 
 CONTEXT_NOISE = 0.1
@@ -29,6 +29,51 @@ TEXT_DROPOUT = 0.1
 """Share of the videos that the teacher sees without their text, so that it can be guided."""
 
 Log = Callable[[dict[str, float | str]], None]
+
+
+class Course(NamedTuple):
+    """How long a generator is trained, on how many videos at once, at which largest learning rate, and who is told."""
+
+    steps: int
+    batch: int
+    lr: float
+    seed: int
+    log: Log
+
+
+class Learner:
+    """A model in training and the exponential moving average of its weights.
+
+    Args:
+        decay: the largest of the average.
+    """
+
+    def __init__(self, model: CausalWan, course: Course, *, weight_decay: float, decay: float) -> None:
+        self.model = model
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.course = course
+        self.decay = decay
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=course.lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+        self.done = 0
+        self.started = time.monotonic()
+
+    def step(self, loss: Tensor) -> None:
+        """Follow the gradient of a loss, clipped, at the learning rate of the schedule."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.course.lr * cosine(self.done, self.course.steps)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(self.decay, (self.done + 1) / (self.done + 10))
+        for mean, parameter in zip(self.average.parameters(), self.model.parameters()):
+            mean.lerp_(parameter.detach(), 1 - decay)
+        self.done += 1
+
+    def log(self, stage: str, values: dict[str, float]) -> None:
+        """Tell of every 50th step, and of the last."""
+        if self.done % 50 == 0 or self.done == self.course.steps:
+            self.course.log({"stage": stage, "step": self.done, **values, "seconds": time.monotonic() - self.started})
 
 
 class TeacherForcing(ChunkContext):
@@ -47,7 +92,7 @@ class TeacherForcing(ChunkContext):
         self._new.append((key, value))
 
     def advance(self, frames: int) -> None:
-        """The chunk just seen becomes context."""
+        """Make the chunk just seen part of the context."""
         for runs, (key, value) in zip(self._runs, self._new):
             key, value = key.chunk(2)[1], value.chunk(2)[1]
             runs.append(CachedRun(torch.cat([key, key]), torch.cat([value, value]), frozen=False))
@@ -91,44 +136,29 @@ def batches(latents: Tensor, text: Tensor, size: int, random: torch.Generator) -
 
 
 def train_teacher(
-    model: CausalWan,
-    latents: Tensor,
-    text: Tensor,
-    chunk_frames: tuple[int, ...],
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    shift: float,
-    seed: int,
-    log: Log,
+    model: CausalWan, latents: Tensor, text: Tensor, chunk_frames: tuple[int, ...], course: Course, *, shift: float
 ) -> CausalWan:
-    """Train `model` in place on clean latents [N, F, C, h, w]; returns the exponential moving average of its weights."""
-    random = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-    average = copy.deepcopy(model).requires_grad_(False)
-    source, started, running = batches(latents, text, batch, random), time.monotonic(), 0.0
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * cosine(step, steps)
+    """Train `model` in place on clean latents [N, F, C, h, w]; return the exponential moving average of its weights."""
+    random = torch.Generator().manual_seed(course.seed)
+    learner = Learner(model, course, weight_decay=0.01, decay=0.995)
+    source, running = batches(latents, text, course.batch, random), 0.0
+    for step in range(course.steps):
         videos, prompts = next(source)
-        prompts = prompts * (torch.rand(batch, 1, 1, generator=random) >= TEXT_DROPOUT)
+        prompts = prompts * (torch.rand(course.batch, 1, 1, generator=random) >= TEXT_DROPOUT)
         loss = flow_matching_loss(model, videos, prompts, chunk_frames, shift, random)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        decay = min(0.995, (step + 1) / (step + 10))
-        for mean, parameter in zip(average.parameters(), model.parameters()):
-            mean.lerp_(parameter.detach(), 1 - decay)
+        learner.step(loss)
         running = loss.item() if not step else 0.98 * running + 0.02 * loss.item()
-        if step % 50 == 49 or step == steps - 1:
-            log({"stage": "teacher", "step": step + 1, "loss": running, "seconds": time.monotonic() - started})
-    return average
+        learner.log("teacher", {"loss": running})
+    return learner.average
 
 
 class GuidedTeacher:
-    """Samples chunks by the flow's ODE with classifier-free guidance; with and without text it has a cache of its own."""
+    """Samples chunks by the flow's ODE with classifier-free guidance; with and without text it has a cache of its own.
+
+    Args:
+        steps, shift: of its ODE.
+        batch: videos that are made at once.
+    """
 
     def __init__(self, model: CausalWan, shape: VideoShape, steps: int, shift: float, guidance: float, batch: int) -> None:
         grid = [1 - i / steps for i in range(steps)]
@@ -138,11 +168,11 @@ class GuidedTeacher:
         self.engine = Engine(model, shape, SamplerConfig(steps=warped, warp=False, shift=1.0, kind="ode"), CacheConfig(), pages=pages)
 
     def start(self, text: Tensor) -> None:
-        """New videos, of prompts [B, length, text_dim]."""
+        """Begin new videos, of prompts [B, length, text_dim]."""
         self.states = [self.engine.start(text), self.engine.start(torch.zeros_like(text))]
 
     def sample(self, noise: Tensor) -> Tensor:
-        """The next chunk, [B, frames, C, h, w], from its initial noise."""
+        """Return the next chunk, [B, frames, C, h, w], from its initial noise."""
         contexts = [state.cache.context(state.frame, noise.shape[1], keep=False) for state in self.states]
         x, steps = noise, self.engine.steps
         for step, (timestep, sigma) in enumerate(zip(steps.timesteps, steps.sigmas)):
@@ -153,75 +183,59 @@ class GuidedTeacher:
         return clean
 
     def append(self, chunk: Tensor, *, last: bool) -> None:
-        """The chunk that the videos go on from."""
+        """Add the chunk that the videos go on from."""
         for state in self.states:
             self.engine.append(state, chunk, last=last)
 
     def release(self) -> None:
+        """Give the pages of the videos back."""
         for state in self.states:
             state.cache.release()
 
 
-def distil(
-    teacher: CausalWan,
-    text: Tensor,
-    shape: VideoShape,
-    sampler: SamplerConfig,
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    teacher_steps: int,
-    teacher_shift: float,
-    guidance: float,
-    seed: int,
-    log: Log,
-) -> CausalWan:
-    """A few-step student of `teacher`; one step is one chunk of `batch` videos. text: the prompts to draw from, [N, length, text_dim]."""
-    random = torch.Generator().manual_seed(seed)
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    average = copy.deepcopy(teacher).requires_grad_(False)
-    students = Engine(student, shape, sampler, CacheConfig(), pages=batch * sum(shape.chunk_frames))
-    guided = GuidedTeacher(teacher, shape, teacher_steps, teacher_shift, guidance, batch)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    done, started = 0, time.monotonic()
-    while done < steps:
-        prompts = text[torch.randint(len(text), (batch,), generator=random)]
+def distil(teacher: GuidedTeacher, text: Tensor, shape: VideoShape, sampler: SamplerConfig, course: Course) -> CausalWan:
+    """Train a few-step student of `teacher`, and return the exponential moving average of its weights.
+
+    One step is one chunk of `course.batch` videos. text: the prompts to draw from, [N, length, text_dim].
+    """
+    random = torch.Generator().manual_seed(course.seed)
+    student = copy.deepcopy(teacher.model).requires_grad_(True)
+    learner = Learner(student, course, weight_decay=0.0, decay=0.99)
+    engine = Engine(student, shape, sampler, CacheConfig(), pages=course.batch * shape.frames)
+    while learner.done < course.steps:
+        prompts = text[torch.randint(len(text), (course.batch,), generator=random)]
         with torch.no_grad():
-            ours = students.start(prompts)
-            guided.start(prompts)
-        for chunk, frames in enumerate(shape.chunk_frames):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * cosine(done, steps)
-            noise = torch.randn(batch, *shape.chunk(chunk), generator=random)
+            videos = engine.start(prompts)
+            teacher.start(prompts)
+        for chunk in range(shape.chunks):
+            noise = torch.randn(course.batch, *shape.chunk(chunk), generator=random)
             with torch.no_grad():
-                target = guided.sample(noise)
-            context = ours.cache.context(ours.frame, frames, keep=False)
-            encoded = student.encode_text(prompts)
-            x, losses = noise, []
-            for step, (timestep, sigma) in enumerate(zip(students.steps.timesteps, students.steps.sigmas)):
-                prediction = predict(student, x, torch.full((batch,), timestep), torch.full((batch,), sigma), encoded, context)
-                losses.append((prediction - target).square().mean())
-                if step + 1 < len(students.steps):
-                    fresh = torch.randn(noise.shape, generator=random)
-                    x = next_input(Kernel(), x, prediction.detach(), sigma, students.steps.next_sigma(step), fresh)
-            optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            decay = min(0.99, (done + 1) / (done + 10))
-            for mean, parameter in zip(average.parameters(), student.parameters()):
-                mean.lerp_(parameter.detach(), 1 - decay)
+                target = teacher.sample(noise)
+            made, losses = imitate(engine, videos, prompts, noise, target, random)
+            learner.step(torch.stack(losses).sum())
             last = chunk == shape.chunks - 1
             with torch.no_grad():
-                students.append(ours, prediction.detach(), timestep=students.context_noise, last=last)
-                guided.append(prediction.detach(), last=last)
-            done += 1
-            if done % 50 == 0 or done == steps:
-                values = {f"loss_step{index + 1}": loss.item() for index, loss in enumerate(losses)}
-                log({"stage": "distil", "step": done, **values, "seconds": time.monotonic() - started})
-            if done == steps:
+                engine.append(videos, made, timestep=engine.context_noise, last=last)
+                teacher.append(made, last=last)
+            learner.log("distil", {f"loss_step{index + 1}": loss.item() for index, loss in enumerate(losses)})
+            if learner.done == course.steps:
                 break
-        ours.cache.release()
-        guided.release()
-    return average
+        videos.cache.release()
+        teacher.release()
+    return learner.average
+
+
+def imitate(
+    engine: Engine, videos: Stream, prompts: Tensor, noise: Tensor, target: Tensor, random: torch.Generator
+) -> tuple[Tensor, list[Tensor]]:
+    """Denoise the next chunk in the student's few steps; return it, without gradient, and each step's mean squared distance to `target`."""
+    batch, context = len(noise), videos.cache.context(videos.frame, noise.shape[1], keep=False)
+    encoded = engine.model.encode_text(prompts)
+    x, losses, steps = noise, [], engine.steps
+    for step, (timestep, sigma) in enumerate(zip(steps.timesteps, steps.sigmas)):
+        clean = predict(engine.model, x, torch.full((batch,), timestep), torch.full((batch,), sigma), encoded, context)
+        losses.append((clean - target).square().mean())
+        if step + 1 < len(steps):
+            fresh = torch.randn(noise.shape, generator=random)
+            x = next_input(Kernel(), x, clean.detach(), sigma, steps.next_sigma(step), fresh)
+    return clean.detach(), losses

@@ -26,7 +26,7 @@ from arcopo_fast.model.sizes import CausalWanConfig
 from arcopo_fast.rollout.engine import VideoShape
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.toy import data
-from arcopo_fast.toy.generator_training import distil, train_teacher
+from arcopo_fast.toy.generator_training import Course, GuidedTeacher, Log, distil, train_teacher
 from arcopo_fast.toy.metrics import CLASSIFIER_FILE_NAME, train_classifier
 from arcopo_fast.toy.text import ToyTextEncoder
 from arcopo_fast.toy.vae_training import encode, load_vae, train_vae
@@ -42,7 +42,7 @@ GENERATOR = CausalWanConfig(
     in_channels=16,
     out_channels=16,
 )
-CHUNKS, CHUNK_FRAMES = 4, 2
+SHAPE = VideoShape((2,) * 4, GENERATOR.in_channels, 8, 8)
 SAMPLER = SamplerConfig(steps=[1000, 350, 200, 100], warp=False, shift=1.0)
 
 
@@ -57,11 +57,12 @@ class Sizes:
         self.videos = 64 if quick else 4096
         self.teacher_steps = 4 if quick else 4200
         self.distil_steps = 8 if quick else 360
+        self.guided_steps = 4 if quick else 12
         self.batch = 4 if quick else 16
 
 
 def initialise(config: CausalWanConfig, seed: int) -> CausalWan:
-    """A generator to train from: PyTorch's initialisation, but an output that starts at zero."""
+    """Return a generator to train from: PyTorch's initialisation, but an output that starts at zero."""
     torch.manual_seed(seed)
     model = CausalWan(config)
     torch.nn.init.zeros_(model.proj_out.weight)
@@ -71,7 +72,7 @@ def initialise(config: CausalWanConfig, seed: int) -> CausalWan:
 
 @torch.no_grad()
 def encode_videos(vae: Any, count: int, latent_frames: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Normalised latents [count, latent_frames, C, h, w] float16 of fresh videos, and their captions."""
+    """Return normalised latents [count, latent_frames, C, h, w] float16 of fresh videos, and their captions."""
     random = torch.Generator().manual_seed(seed)
     latents: list[Tensor] = []
     captions: list[str] = []
@@ -89,7 +90,7 @@ def save_atomically(path: Path, save: Callable[[Path], object]) -> None:
 
 
 def stage(directory: Path, name: str, model: CausalWan, train: Callable[[], CausalWan]) -> CausalWan:
-    """The trained weights of a stage: from the directory if they are there, else by training."""
+    """Return the trained weights of a stage: from the directory if they are there, else by training."""
     if (directory / name / "config.json").exists():
         load_into(model, read_state_dict(directory / name))
         return model
@@ -98,24 +99,12 @@ def stage(directory: Path, name: str, model: CausalWan, train: Callable[[], Caus
     return result.float()
 
 
-def pretrain(directory: Path, *, quick: bool, seed: int) -> dict[str, Any]:
-    """Run every stage that is missing; returns the metrics that are written to metrics.json."""
-    sizes, shape = Sizes(quick), VideoShape((CHUNK_FRAMES,) * CHUNKS, GENERATOR.in_channels, 8, 8)
-    directory.mkdir(parents=True, exist_ok=True)
-
-    def log(record: dict[str, Any]) -> None:
-        line = json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()})
-        with open(directory / "training_log.jsonl", "a") as file:
-            file.write(line + "\n")
-        print(line, file=sys.stderr, flush=True)
-
-    metrics: dict[str, Any] = {}
+def autoencoder(directory: Path, sizes: Sizes, seed: int, log: Log) -> Any:
+    """Return the VAE of a directory, and train it first if it is missing; likewise the classifier, which judges what the VAE decodes."""
     if not (directory / "vae" / "config.json").exists():
-        log(
-            {"stage": "vae"} | train_vae(directory / "vae", steps=sizes.vae_steps, seed=seed, evaluation_videos=sizes.vae_evaluation_videos)
-        )
+        trained = train_vae(directory / "vae", steps=sizes.vae_steps, seed=seed, evaluation_videos=sizes.vae_evaluation_videos)
+        log({"stage": "vae"} | trained)
     vae = load_vae(directory / "vae")
-    metrics["vae"] = json.loads((directory / "vae" / "metrics.json").read_text())
     if not (directory / "classifier" / CLASSIFIER_FILE_NAME).exists():
         accuracies = train_classifier(
             directory / "classifier",
@@ -126,57 +115,52 @@ def pretrain(directory: Path, *, quick: bool, seed: int) -> dict[str, Any]:
             held_out_videos=min(512, sizes.videos),
         )
         log({"stage": "classifier"} | accuracies)
-    if not (directory / "text").exists():
-        ToyTextEncoder.for_captions(
-            data.all_captions(), text_dim=GENERATOR.text_dim, text_len=GENERATOR.text_len, seed=seed
-        ).save_pretrained(directory / "text")
-    text = ToyTextEncoder.from_pretrained(directory / "text")
+    return vae
 
+
+def text_encoder(directory: Path, seed: int) -> ToyTextEncoder:
+    """Return the text encoder of a directory, and make it first if it is missing."""
+    if not directory.exists():
+        captions, width, length = data.all_captions(), GENERATOR.text_dim, GENERATOR.text_len
+        ToyTextEncoder.for_captions(captions, text_dim=width, text_len=length, seed=seed).save_pretrained(directory)
+    return ToyTextEncoder.from_pretrained(directory)
+
+
+def generator(directory: Path, sizes: Sizes, vae: Any, text: ToyTextEncoder, seed: int, log: Log) -> CausalWan:
+    """Return the few-step generator of a directory; the stages before it that are missing are run first."""
     latents_file = directory / "latents.pt"
     if not latents_file.exists():
-        encoded = encode_videos(vae, sizes.videos, shape.frames, seed + 1)
+        encoded = encode_videos(vae, sizes.videos, SHAPE.frames, seed + 1)
         save_atomically(latents_file, lambda path: torch.save(encoded, path))
     latents, captions = torch.load(latents_file, weights_only=True)
     prompts = text(captions)
 
     model = initialise(GENERATOR, seed)
-    teacher = stage(
-        directory,
-        "teacher",
-        model,
-        lambda: train_teacher(
-            model,
-            latents,
-            prompts,
-            shape.chunk_frames,
-            steps=sizes.teacher_steps,
-            batch=sizes.batch,
-            lr=2e-3,
-            shift=3.0,
-            seed=seed + 2,
-            log=log,
-        ),
+    course = Course(sizes.teacher_steps, sizes.batch, lr=2e-3, seed=seed + 2, log=log)
+    teacher = stage(directory, "teacher", model, lambda: train_teacher(model, latents, prompts, SHAPE.chunk_frames, course, shift=3.0))
+    guided = GuidedTeacher(teacher, SHAPE, steps=sizes.guided_steps, shift=2.0, guidance=2.0, batch=sizes.batch)
+    again = Course(sizes.distil_steps, sizes.batch, lr=1e-3, seed=seed + 3, log=log)
+    return stage(
+        directory, "transformer", initialise(GENERATOR, seed), lambda: distil(guided, text(data.all_captions()), SHAPE, SAMPLER, again)
     )
-    student = stage(
-        directory,
-        "transformer",
-        initialise(GENERATOR, seed),
-        lambda: distil(
-            teacher,
-            text(data.all_captions()),
-            shape,
-            SAMPLER,
-            steps=sizes.distil_steps,
-            batch=sizes.batch,
-            lr=1e-3,
-            teacher_steps=4 if quick else 12,
-            teacher_shift=2.0,
-            guidance=2.0,
-            seed=seed + 3,
-            log=log,
-        ),
-    )
-    metrics["noise_influence"] = noise_influence(student, text(data.all_captions()[::12]), shape, SAMPLER, seed=seed + 4)
+
+
+def pretrain(directory: Path, *, quick: bool, seed: int) -> dict[str, Any]:
+    """Run every stage that is missing; return the metrics that are written to metrics.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def log(record: dict[str, Any]) -> None:
+        line = json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()})
+        with open(directory / "training_log.jsonl", "a") as file:
+            file.write(line + "\n")
+        print(line, file=sys.stderr, flush=True)
+
+    sizes = Sizes(quick)
+    vae = autoencoder(directory, sizes, seed, log)
+    metrics: dict[str, Any] = {"vae": json.loads((directory / "vae" / "metrics.json").read_text())}
+    text = text_encoder(directory / "text", seed)
+    student = generator(directory, sizes, vae, text, seed, log)
+    metrics["noise_influence"] = noise_influence(student, text(data.all_captions()[::12]), SHAPE, SAMPLER, seed=seed + 4)
     metrics["parameters"] = sum(parameter.numel() for parameter in student.parameters())
     save_atomically(directory / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
     log({"stage": "done"})
