@@ -76,11 +76,6 @@ def diffusers_name(name: str) -> str:
     return name
 
 
-def to_diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict under diffusers names; names that are not official are kept, so it may be applied twice."""
-    return {diffusers_name(name): tensor for name, tensor in state.items()}
-
-
 def strip_wrappers(state: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]:
     """Remove the components that wrappers put into parameter names, and check that every value is a tensor of weights.
 

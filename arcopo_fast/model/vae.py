@@ -235,12 +235,6 @@ def _channels_innermost(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous()
 
 
-def decode_video(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Decode whole clips: normalised latents [B, F, C, h, w] -> frames [B, 1 + 4 (F - 1), 3, H, W] in [0, 1], float32, no gradients."""
-    decoder = StreamingDecoder(vae)
-    return decoder.decode(latents, decoder.start())[0]
-
-
 def encode(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
     """Encode whole clips: frames [B, 1 + 4 n, 3, H, W] in [0, 1] -> normalised latents [B, 1 + n, C, h, w]; a single frame is an image.
 

@@ -56,10 +56,6 @@ class AttentionBackward(NamedTuple):
 
 NEEDED = AttentionBackward(1.5, 2.5)
 """Flash attention's, which computes the scores again: scores, dP and dQ; dK and dV for the chunk's own keys only."""
-DENSE = AttentionBackward(2.5, 2.5)
-"""What kernels without a notion of frozen keys do."""
-STORED = AttentionBackward(1.0, 2.0)
-"""Where the forward keeps the scores: dP and dQ, dK and dV."""
 
 BLOCK_PASSES = 19
 """Passes over a tensor [tokens, E] between the matrix products of a block: norm and modulation 2; norm and RoPE of queries and keys 4;

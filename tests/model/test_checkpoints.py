@@ -18,7 +18,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 from support.models import small_config
-from support.official import official_name, to_official_names
+from support.official import official_name, to_diffusers_names, to_official_names
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
@@ -85,8 +85,8 @@ def test_names_are_those_of_the_official_code() -> None:
 
 
 def test_both_maps_keep_tensors(state: State, official: State) -> None:
-    assert_same(checkpoints.to_diffusers_names(official), state)
-    assert_same(to_official_names(checkpoints.to_diffusers_names(official)), official)
+    assert_same(to_diffusers_names(official), state)
+    assert_same(to_official_names(to_diffusers_names(official)), official)
 
 
 # Containers
@@ -167,10 +167,10 @@ def test_choice_of_weights(tmp_path: Path, official: State, caplog: pytest.LogCa
     doubled = {name: 2 * tensor for name, tensor in official.items()}
     path = torch_file(tmp_path / "m.pt", {"generator": prefixed(official, "model.{}"), "generator_ema": prefixed(doubled, "model.{}")})
     with caplog.at_level("INFO"):
-        assert_same(checkpoints.read_state_dict(path), checkpoints.to_diffusers_names(doubled))
+        assert_same(checkpoints.read_state_dict(path), to_diffusers_names(doubled))
     assert f"{path}: taking generator_ema (the file holds generator_ema, generator)" in caplog.text
-    assert_same(checkpoints.read_state_dict(path, weights="ema"), checkpoints.to_diffusers_names(doubled))
-    assert_same(checkpoints.read_state_dict(path, weights="generator"), checkpoints.to_diffusers_names(official))
+    assert_same(checkpoints.read_state_dict(path, weights="ema"), to_diffusers_names(doubled))
+    assert_same(checkpoints.read_state_dict(path, weights="generator"), to_diffusers_names(official))
 
     only = torch_file(tmp_path / "only.pt", {"generator": official})
     with pytest.raises(UserError) as error:

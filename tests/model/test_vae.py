@@ -13,11 +13,12 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanResample, unpatchify
 from safetensors.torch import save_file
 from support import fixtures
+from support.models import decode_video
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.model import vae as vae_module
-from arcopo_fast.model.vae import StreamingDecoder, VAECache, channels_last, decode_video, encode, fork, load_vae
+from arcopo_fast.model.vae import StreamingDecoder, VAECache, channels_last, encode, fork, load_vae
 from arcopo_fast.rollout.decode import decode_branches
 
 TOLERANCE = 2e-5

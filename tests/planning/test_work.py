@@ -22,12 +22,16 @@ from arcopo_fast.model.families import published
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.model.sizes import GeneratorSizes, VAESizes
 from arcopo_fast.planning import work as work_of
-from arcopo_fast.planning.work import DENSE, STORED
+from arcopo_fast.planning.work import AttentionBackward
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.graphs import LAUNCHES_OF_A_BLOCK
 from arcopo_fast.rollout.noise import KeyedNoise
 from benchmarks.iteration import changed
 
+DENSE = AttentionBackward(2.5, 2.5)
+"""What kernels without a notion of frozen keys do."""
+STORED = AttentionBackward(1.0, 2.0)
+"""Where the forward keeps the scores: dP and dQ, dK and dV."""
 MODEL = small_config()
 SMALL = [
     *("video.chunks=3", "video.chunk_frames=2", "video.latent_height=4", "video.latent_width=6", "sampler.steps=[1000, 750, 500]"),

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from arcopo_fast.config.schema import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.sizes import CausalWanConfig
+from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.rollout.cache import pages_for
 from arcopo_fast.rollout.engine import Engine, VideoShape
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
 
 SHAPE = VideoShape((2,) * 4, 8, 4, 6)  # 4 chunks of 2 latent frames, 8 channels, 4 x 6 latent pixels
 GLOBAL = CacheConfig()
@@ -57,3 +62,9 @@ def random_text(batch: int = 1) -> torch.Tensor:
     text = torch.zeros(batch, 5, 10)
     text[:, :2] = torch.randn(batch, 2, 10)
     return text
+
+
+def decode_video(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Return whole clips at once: latents [B, F, C, h, w] -> frames [B, 1 + 4 (F - 1), 3, H, W] in [0, 1]."""
+    decoder = StreamingDecoder(vae)
+    return decoder.decode(latents, decoder.start())[0]

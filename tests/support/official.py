@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from arcopo_fast.model.checkpoints import _BLOCK_NAMES, _MODEL_NAMES
+from arcopo_fast.model.checkpoints import _BLOCK_NAMES, _MODEL_NAMES, diffusers_name
 
 
 def official_name(name: str) -> str:
@@ -24,3 +24,8 @@ def official_name(name: str) -> str:
 def to_official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict under the official names (without `model.`)."""
     return {official_name(name): tensor for name, tensor in state.items()}
+
+
+def to_diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under diffusers names; names that are not official are kept."""
+    return {diffusers_name(name): tensor for name, tensor in state.items()}

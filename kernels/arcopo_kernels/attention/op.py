@@ -178,17 +178,8 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 
 
 @_backward.register_fake
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    out: Tensor,
-    lse: Tensor,
-    trained: list[bool],
-    scale: float,
-    backend: str,
-) -> list[Tensor]:
+def _(grad_out: Tensor, query: Tensor, keys: list[Tensor], values: list[Tensor], *rest: Any) -> list[Tensor]:
+    _, _, trained, *_ = rest
     grads = [tensor for key, value, wanted in zip(keys, values, trained) if wanted for tensor in (key, value)]
     return [tensor.new_empty(tensor.shape) for tensor in (query, *grads)]
 

@@ -168,17 +168,8 @@ def _modulation(
 
 
 @_modulation.register_fake
-def _(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    norm: bool,
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    x, y, gate, scale, shift, *_, norm = arguments
     return [t for t in _outputs(x, y, gate, scale, shift, norm) if t is not None]
 
 
@@ -215,19 +206,8 @@ def _modulation_backward(
 
 
 @_modulation_backward.register_fake
-def _(
-    grad_hidden: Tensor | None,
-    grad_out: Tensor | None,
-    hidden: Tensor | None,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    parameter_gradients: bool,
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    grad_hidden, _, hidden, _, gate, scale, shift, weight, bias, _, parameter_gradients = arguments
     names = {"gate": gate, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
     grad_x, grad_y, parameters = _gradients(grad_hidden, hidden, gate, names, parameter_gradients)
     return [grad_x, *([] if grad_y is None else [grad_y]), *parameters.values()]

@@ -214,22 +214,8 @@ def _qk_norm_rope_backward(
 
 
 @_qk_norm_rope_backward.register_fake
-def _(
-    grad_query_out: Tensor,
-    grad_key_out: Tensor | None,
-    query: Tensor | None,
-    key: Tensor | None,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    query_start: Tensor | None,
-    key_start: Tensor | None,
-    query_position: int,
-    key_position: int,
-    rows: int,
-    columns: int,
-    eps: float,
-    weight_gradients: bool,
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    grad_query_out, grad_key_out, query, key, query_weight, key_weight, *_, weight_gradients = arguments
     return _gradients(grad_query_out, grad_key_out, query, key, query_weight, key_weight, weight_gradients)
 
 

@@ -124,17 +124,8 @@ def _copo_surrogate(
 
 
 @_copo_surrogate.register_fake
-def _(
-    pred: Tensor,
-    old_pred: Tensor,
-    candidates: Tensor,
-    advantages: Tensor,
-    step_index: Tensor | None,
-    tau: float,
-    clip: float | None,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (anchors, size), group = pred.shape, candidates.shape[1]
+def _(pred: Tensor, old_pred: Tensor, candidates: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (anchors, size), group, with_gradient = pred.shape, candidates.shape[1], rest[-1]
     return (
         pred.new_empty(anchors, dtype=torch.float64),
         pred.new_empty(anchors, group, dtype=torch.float64),
