@@ -104,9 +104,8 @@ class Bench:
             _device_time += comparison.round()[OURS]
 
         self.benchmark.pedantic(one_round, rounds=comparison.rounds)
-        variants: dict[str, dict[str, Any]] = {
-            name: {**timing._asdict(), "error": errors.get(name)} for name, timing in comparison.timings().items()
-        }
+        timings = comparison.timings().items()
+        variants: dict[str, dict[str, Any]] = {name: {**timing._asdict(), "error": errors.get(name)} for name, timing in timings}
         time = variants[OURS]["median"]
         ratios = {name: figures["median"] / time for name, figures in variants.items() if name != OURS}
         competitors = [name for name in ratios if name not in ("reference", "compiled", *alternatives)]

@@ -72,23 +72,34 @@ def markdown(report: Mapping[str, Any]) -> str:
             "",
             "Error ratio of the engine to the reference path: " + ", ".join(f"{name} {value:.1e}" for name, value in worst.items()),
         ]
-    if swept:
-        lines += ["", "## How cost grows", "", "| workload | engine | tokens/s | MFU | of floor | pages | peak memory |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        for one in swept:
-            rate = one["tokens_per_second"][OURS]
-            ours = one["variants"][OURS]["median"]
-            lines.append(
-                f"| {one['case']} | {results.duration(ours)} | {rate:.4g} | {_percent(one['utilisation'])} | "
-                f"{_percent(one['of_floor'])} | {one['memory']['pages']} | {_gib(one['memory'].get('peak_bytes'))} |"
-            )
+    lines += _swept(swept) if swept else []
     for name, found in report.get("kernels", {}).items():
-        seconds = results.duration(found["seconds"])
-        lines += ["", f"## Kernels of the {name}", "", f"{seconds}, in {found['busy']:.1%} of which they run."]
-        lines += ["", "| kernel | calls | seconds | share |", "|---|---|---|---|"]
-        for row in found["kernels"]:
-            lines.append(f"| `{row['name']}` | {row['calls']} | {results.duration(row['seconds'])} | {row['share']:.1%} |")
+        lines += _kernels(name, found)
     return "\n".join(lines) + "\n"
+
+
+def _swept(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        "## How cost grows",
+        "",
+        "| workload | engine | tokens/s | MFU | of floor | pages | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        rate, ours = case["tokens_per_second"][OURS], case["variants"][OURS]["median"]
+        lines.append(
+            f"| {case['case']} | {results.duration(ours)} | {rate:.4g} | {_percent(case['utilisation'])} | "
+            f"{_percent(case['of_floor'])} | {case['memory']['pages']} | {_gib(case['memory'].get('peak_bytes'))} |"
+        )
+    return lines
+
+
+def _kernels(name: str, found: Mapping[str, Any]) -> list[str]:
+    lines = ["", f"## Kernels of the {name}", "", f"{results.duration(found['seconds'])}, in {found['busy']:.1%} of which they run."]
+    lines += ["", "| kernel | calls | seconds | share |", "|---|---|---|---|"]
+    rows = (f"`{row['name']}` | {row['calls']} | {results.duration(row['seconds'])} | {row['share']:.1%}" for row in found["kernels"])
+    return lines + [f"| {row} |" for row in rows]
 
 
 def _total_row(label: str, one: Mapping[str, Any]) -> str:
