@@ -1,4 +1,4 @@
-"""From latents to scores, slice by slice; and judging a generator on fixed prompts and noises, by trained rewards and held-out metrics.
+"""Decoding and scoring, slice by slice; and a generator judged on fixed prompts and noises, by trained rewards and held-out metrics.
 
 A score that failed is NaN, in a summary null; it is counted, and no mean has it in it.
 """
@@ -32,7 +32,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Judging:
-    """How latents become frames, and frames scores: slice by slice, so that memory holds the frames of one slice.
+    """The way latents become frames, and frames scores: slice by slice, so that memory holds the frames of one slice.
 
     decoder: of the generator's VAE.
     at_once: videos of a slice; None: all of them.
@@ -106,22 +106,22 @@ class Evaluation:
     frames: Tensor
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Each score's mean and standard deviation over the videos that have it (null if none has), every value, and how many failed."""
+        """Return each score's mean and standard deviation over the videos that have it (null if none has), values, and how many failed."""
         return {name: _summary(values) for name, values in self.scores.items()}
 
 
 def _summary(values: Tensor) -> dict[str, Any]:
-    there = values[values.isfinite()].double()
-    mean, std = (there.mean().item(), there.std(correction=0).item()) if len(there) else (None, None)
-    if len(there) and there.max() == there.min():  # whose standard deviation may be that of a rounded mean
+    scored = values[values.isfinite()].double()
+    mean, std = (scored.mean().item(), scored.std(correction=0).item()) if len(scored) else (None, None)
+    if len(scored) and scored.max() == scored.min():  # whose standard deviation may be that of a rounded mean
         std = 0.0
     listed = [float(f"{value:.9g}") if math.isfinite(value) else None for value in values.tolist()]
-    failed = {"failed": len(values) - len(there)} if len(there) < len(values) else {}
+    failed = {"failed": len(values) - len(scored)} if len(scored) < len(values) else {}
     return {"mean": mean, "std": std, "values": listed, **failed}
 
 
 def videos_at_once(config: Config) -> int:
-    """Independent videos that the pages of a run's groups hold, at most `BATCH`; at least one."""
+    """Return how many independent videos the pages of a run's groups hold, at most `BATCH`; at least one."""
     videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
     return max(1, min(BATCH, videos, pool_pages(config) // pool_pages(config, videos=1)))
 
@@ -159,12 +159,12 @@ def evaluate(
 
     engine: of the generator, between two iterations; as many videos are made at once as its pages hold, at most `BATCH`.
     """
-    every = [prompt for prompt in prompts for _ in range(config.evaluation.videos_per_prompt)]
+    wanted = [prompt for prompt in prompts for _ in range(config.evaluation.videos_per_prompt)]
     batch = videos_at_once(config)
     parts: list[dict[str, Tensor]] = []
     shown: list[Tensor] = []
-    for start in range(0, len(every), batch):
-        part = every[start : start + batch]
+    for start in range(0, len(wanted), batch):
+        part = wanted[start : start + batch]
         groups = range(start, start + len(part))
         for frames, scores in judge(config, generator, engine, part, groups, {**rewards, **held_out}):
             parts.append(scores)
@@ -172,4 +172,4 @@ def evaluate(
             del frames
     judged = joined(parts)
     total = weighted_total(judged, config.rewards)
-    return Evaluation({TOTAL: total} | judged, [prompt.text for prompt in every], torch.cat(shown)[: config.evaluation.sample_videos])
+    return Evaluation({TOTAL: total} | judged, [prompt.text for prompt in wanted], torch.cat(shown)[: config.evaluation.sample_videos])

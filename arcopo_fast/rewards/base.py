@@ -1,4 +1,4 @@
-"""What a reward is, all of it, and how several of them judge the same videos.
+"""The whole protocol of a reward, and how several rewards judge the same videos.
 
 Knows nothing of how the videos were made, nor of weights and advantages. A reward may be anybody's code: what it is given and what it
 returns are checked here, through which all judging goes.
@@ -164,12 +164,12 @@ def _check_finite(frames: Tensor, prompts: list[str]) -> None:
 
 
 def _form(frames: Tensor) -> tuple[object, ...]:
-    """What a reward could change of a tensor besides its values, as `transpose_` and `requires_grad_` do."""
+    """Return what a reward could change of a tensor besides its values, as `transpose_` and `requires_grad_` do."""
     return frames.shape, frames.dtype, frames.device, frames.requires_grad
 
 
 def _checksum(frames: Tensor) -> Tensor:
-    """Sums of the frames' bits along rows and along columns, modulo 2^32.
+    """Return sums of the frames' bits along rows and along columns, modulo 2^32.
 
     A clone of the frames of a group is gigabytes. The tensor's version counter is free, but sees no change through numpy and forbids
     writing the same values. Both directions are summed, so that frames, channels and pixels that change places are seen.
@@ -200,7 +200,7 @@ def _call(names: list[str], reward: Reward, frames: Tensor, prompts: list[str]) 
 
 
 def exit_told(error: SystemExit) -> str:
-    """What ended somebody's code, for a message: it would have ended the program without a word."""
+    """Return what ended somebody's code, for a message: it would have ended the program without a word."""
     places = [place for place in traceback.extract_tb(error.__traceback__) if place.filename != __file__]
     where = f" at {Path(places[-1].filename).name}, line {places[-1].lineno}" if places else ""
     return f"called sys.exit({'' if error.code is None else repr(error.code)}){where}"

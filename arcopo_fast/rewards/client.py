@@ -94,8 +94,8 @@ class RewardClient(Reward):
         """
         at_once = self._videos_at_once(names, frames, prompts)
         parts = [
-            self._ask_for_scores(names, some, prompts[start : start + at_once])
-            for start, some in zip(range(0, len(frames), at_once), frames.split(at_once))
+            self._ask_for_scores(names, part, prompts[start : start + at_once])
+            for start, part in zip(range(0, len(frames), at_once), frames.split(at_once))
         ]
         return {name: torch.cat([part[name] for part in parts]).to(frames.device) for name in names}
 
@@ -148,7 +148,7 @@ class RewardClient(Reward):
     def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """The answer to a request, whenever the server can give it."""
         begun = time.monotonic()
-        say_at, said, pause, slow = begun + _SAY_FIRST, False, _SHORTEST_PAUSE, False
+        say_at, announced, pause, slow = begun + _SAY_FIRST, False, _SHORTEST_PAUSE, False
         while True:
             try:
                 if slow:
@@ -167,11 +167,11 @@ class RewardClient(Reward):
                     raise self._error(f"could not be used for {_minutes(self.give_up_after)}: {away}; start it again") from None
                 if now >= say_at:
                     print(f"waiting for the reward server at {self.address}, {_minutes(left)} more: {away}", file=sys.stderr, flush=True)
-                    say_at, said = now + _SAY_EVERY, True
+                    say_at, announced = now + _SAY_EVERY, True
                 time.sleep(min(left, pause * random.uniform(0.5, 1.5)))  # so that many clients do not come back as one
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:
-                if said:
+                if announced:
                     print(f"the reward server at {self.address} is back", file=sys.stderr, flush=True)
                 return answer
 
@@ -230,7 +230,7 @@ def remote_rewards(addresses: Mapping[str, str], **settings: Any) -> dict[str, R
 
 
 def _parse(address: str) -> tuple[str, int, type[HTTPConnection]]:
-    """Host, port and kind of connection of an address."""
+    """Return host, port and kind of connection of an address."""
     try:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port
@@ -242,7 +242,7 @@ def _parse(address: str) -> tuple[str, int, type[HTTPConnection]]:
 
 
 def _line(content: bytes) -> str:
-    """What the server says is wrong; short and printable, whoever it is that answers."""
+    """Return what the server says is wrong; short and printable, whoever it is that answers."""
     try:
         text = json.loads(content)["error"]
     except (ValueError, KeyError, TypeError):

@@ -97,5 +97,5 @@ class CLIPScore(nn.Module, Reward):
 
 
 def sampled_frames(count: int) -> Tensor:
-    """Which of `count` frames are looked at: evenly spread, both ends included."""
+    """Return which of `count` frames are looked at: evenly spread, both ends included."""
     return torch.linspace(0, count - 1, 1 + math.ceil((count - 1) / SPACING)).round().long()

@@ -33,9 +33,9 @@ from arcopo_fast.rewards.fingerprint import code_and_weights
 
 
 class Declared(NamedTuple):
-    """What a user's function or class says of itself, see `Reward`; none of it is required.
+    """A user's own description of a function or class, see `Reward`; none of it is required.
 
-    scores: its own names for them; empty, or a single one: there is one score, which has the name of the path.
+    scores: its own names for them; if there are fewer than two, its score has the name of the path.
     """
 
     scores: Sequence[str] = ()
@@ -69,13 +69,13 @@ class CustomReward(nn.Module, Reward):
         several scores it returns a dictionary of them, by its own names.
     """
 
-    def __init__(self, path: str, function: Callable[[Tensor, list[str]], Any], said: Declared = NOTHING) -> None:
+    def __init__(self, path: str, function: Callable[[Tensor, list[str]], Any], about: Declared = NOTHING) -> None:
         super().__init__()
         self.path = path
         self.function: Any = function
-        self.scores = tuple(f"{path}:{name}" for name in said.scores) if len(said.scores) > 1 else (path,)
-        self._own = dict(zip(self.scores, said.scores))
-        self.bytes, self.sources = said.bytes, said.sources
+        self.scores = tuple(f"{path}:{name}" for name in about.scores) if len(about.scores) > 1 else (path,)
+        self._own = dict(zip(self.scores, about.scores))
+        self.bytes, self.sources = about.bytes, about.sources
         self._by_seconds = hasattr(function, "fps")
 
     @property
@@ -139,7 +139,7 @@ def load_custom(path: str) -> CustomReward:
         UserError: it cannot be imported, or not be called with (frames, prompts). An error in its code keeps its traceback.
     """
     found = find(path, "reward")
-    said = declared(path, found)
+    about = declared(path, found)
     if isinstance(found, type):
         _check_arguments(path, found, "it is made without arguments")
         try:
@@ -149,7 +149,7 @@ def load_custom(path: str) -> CustomReward:
     if not callable(found):
         raise UserError(f"reward {path!r} is a {type(found).__name__}; expected a function, or a class whose objects can be called")
     _check_arguments(path, found, "it is called with (frames, prompts)", None, None)
-    return CustomReward(path, found, said)
+    return CustomReward(path, found, about)
 
 
 def _check_arguments(path: str, function: Callable[..., Any], expected: str, *arguments: None) -> None:

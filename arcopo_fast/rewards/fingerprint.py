@@ -1,4 +1,4 @@
-"""What tells a reward from what it was before an edit or an update: kept beside scores, so that none are compared that two states gave."""
+"""A digest that tells a reward from itself before an edit or an update: kept beside scores, so that two states are never mixed."""
 
 from __future__ import annotations
 

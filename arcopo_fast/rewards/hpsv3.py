@@ -29,7 +29,7 @@ TOKEN = "<|Reward|>"
 INSTRUCTION = "github://MizzenAI/HPSv3/hpsv3/dataset/data_collator_qwen.py"
 CONSTANTS = ("INSTRUCTION", "prompt_with_special_token")  # of that file, in this order (inference.py, prepare_batch)
 PIXELS = 256 * 28 * 28
-"""Of a frame, at least and at most (inference.py, prepare_batch)."""
+"""The pixels of a frame, at least and at most (inference.py, prepare_batch)."""
 
 
 class FrameJudge(nn.Module):
@@ -61,9 +61,9 @@ class FrameJudge(nn.Module):
 
     @torch.no_grad()
     def forward(self, frames: Tensor, prompt: str) -> Tensor:
-        """Frames [F, 3, H, W] in [0, 1] of one prompt -> scores [F] fp32, on the judge's device."""
+        """Judge frames [F, 3, H, W] in [0, 1] of one prompt: scores [F] fp32, on the judge's device."""
         size = fitting_size(*frames.shape[-2:], least=PIXELS, most=PIXELS, factor=self.patches.factor)
-        return torch.cat([self._score(resize(quantise(some), size), prompt) for some in frames.split(self.frames_at_once)])
+        return torch.cat([self._score(resize(quantise(part), size), prompt) for part in frames.split(self.frames_at_once)])
 
     def _score(self, frames: Tensor, prompt: str) -> Tensor:
         """[F] of resized frames, as many at once as there are: they share the prompt, so there is no padding."""

@@ -31,7 +31,7 @@ REWARDS = {
     "hpsv3": "arcopo_fast.rewards.hpsv3:HPSv3",
     "hpsv3_every_4th": "arcopo_fast.rewards.hpsv3:HPSv3",
 }
-"""By the name of each score of the package, the judge that gives it: a subclass of `Reward` that is made without arguments."""
+"""The judge of each score of the package: a subclass of `Reward` that is made without arguments."""
 
 
 def load_rewards(names: Iterable[str], *, fps: float = 16.0, device: torch.device | str | None = None) -> dict[str, Reward]:

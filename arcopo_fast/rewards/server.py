@@ -89,7 +89,7 @@ class Scorer:
 
     @contextmanager
     def admit(self, size: int) -> Iterator[None]:
-        """Room for a request of `size` bytes, from before it is read until it is answered.
+        """Hold room for a request of `size` bytes, from before it is read until it is answered.
 
         Raises:
             Refusal: there is none, or the server ends.
@@ -121,7 +121,7 @@ class Scorer:
 
     @property
     def waiting(self) -> int:
-        """Videos that wait for their turn."""
+        """The number of videos that wait for their turn."""
         with self._changed:
             return sum(len(job.prompts) for job in self._jobs)
 
@@ -155,7 +155,7 @@ class Scorer:
             return jobs
 
     def _waits(self, job: Job) -> bool:
-        """Whether a request's client still waits for its scores; if it does not, the request is done with."""
+        """Return whether a request's client still waits for its scores; if it does not, the request is done with."""
         if not job.has_left():
             return True
         job.scores.set_exception(Refusal(HTTPStatus.REQUEST_TIMEOUT, "the client has left"))
@@ -169,10 +169,10 @@ class Scorer:
         parts: list[dict[str, Tensor]] = []
         try:
             frames = jobs[0].frames if len(jobs) == 1 else torch.cat([job.frames for job in jobs])
-            for start, some in zip(range(0, len(frames), self.batch), frames.split(self.batch)):
+            for start, part in zip(range(0, len(frames), self.batch), frames.split(self.batch)):
                 if start and not self._waits(jobs[0]):  # more than a batch are of a single request
                     return
-                parts.append(self._judge(jobs[0].rewards, some, prompts[start : start + self.batch]))
+                parts.append(self._judge(jobs[0].rewards, part, prompts[start : start + self.batch]))
             scores = {name: torch.cat([part[name] for part in parts]) for name in jobs[0].rewards}
         except BaseException as error:  # SystemExit, too: a user's code must not end the thread and leave everybody waiting
             if len(jobs) > 1:  # one of them may be at fault: the others shall not suffer
@@ -194,7 +194,7 @@ class Scorer:
 
 
 def _refusal(error: BaseException) -> Refusal:
-    """What a client is told of an exception; the server's own output says more."""
+    """Return what a client is told of an exception; the server's own output says more."""
     if isinstance(error, FramesNotFinite):
         return Refusal(HTTPStatus.BAD_REQUEST, "not a request for scores: the frames are not finite")
     traceback.print_exception(error)
@@ -267,7 +267,7 @@ class RewardServer(ThreadingHTTPServer):
             self._silent.pop(request, None)
 
     def service_actions(self) -> None:
-        """Between connections and twice a second: end those that have not sent their headers in time."""
+        """End, between connections and twice a second, those that have not sent their headers in time."""
         latest = time.monotonic() - SILENCE
         with self._changed:
             late = [request for request, since in self._silent.items() if since < latest]
@@ -380,7 +380,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send_error(refusal.status, str(refusal))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the library refuses: its messages quote the request, ours do not."""
+        """Send what the library refuses: its messages quote the request, ours do not."""
         self._send_error(HTTPStatus(code), HTTPStatus(code).phrase)
 
     def _send_error(self, status: HTTPStatus, line: str) -> None:
@@ -407,7 +407,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Requests are not logged."""
+        """Do nothing: requests are not logged."""
 
 
 def _has_left(connection: socket.socket) -> bool:

@@ -16,7 +16,7 @@ _TINY = 1e-8
 
 
 class Sharpness(Reward):
-    """How much of the contrast lies between neighbouring pixels: sqrt((sum dx^2 + sum dy^2) / (8 sum (l - mean)^2)), mean over frames.
+    """The share of contrast that lies between neighbouring pixels: sqrt((sum dx^2 + sum dy^2) / (8 sum (l - mean)^2)), mean over frames.
 
     l is the luminance of a frame, dx and dy its differences along rows and columns. Each of their two sums is at most four times the
     last one. White noise scores 0.71, a smooth gradient nearly 0, a constant frame 0.
@@ -34,7 +34,7 @@ class Sharpness(Reward):
 
 
 class Steadiness(Reward):
-    """How evenly pixels change: 1 - sqrt(sum d^2 / (16 sum (l - mean)^2)).
+    """The evenness with which pixels change: 1 - sqrt(sum d^2 / (16 sum (l - mean)^2)).
 
     d is the second difference of the luminance over time, the mean each pixel's own over time. sum d^2 is at most 16 times the other sum.
     Flicker from frame to frame scores 0, white noise 0.39, slow change nearly 1, a still video 1.

@@ -34,7 +34,7 @@ TOKENS = tuple(f"<|{dimension}_reward|>" for dimension in DIMENSIONS)  # added i
 TEMPLATES = {"detailed_special": "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"}
 """Constants of prompt_template.py by the names that model_config.json gives them; the others have no tokens to read at."""
 LEAST_PIXELS = 128 * 28 * 28
-"""Of a frame (vision_process.py, VIDEO_MIN_PIXELS)."""
+"""The pixels of a frame, at least (vision_process.py, VIDEO_MIN_PIXELS)."""
 
 
 class VideoAlign(nn.Module):
@@ -154,7 +154,7 @@ def _read_checkpoint(checkpoint: Path, base: str, rows: int) -> dict[str, Tensor
 
 
 class Reading(NamedTuple):
-    """How a score is read off the network.
+    """The way a score is read off the network.
 
     dimension: one of `DIMENSIONS`. raw: before its normalisation. grey: frames are grey, so that color earns nothing; as in Astrolabe.
     """

@@ -1,4 +1,4 @@
-"""What a reward's client and server say to each other: safetensors over HTTP. No pickle; nothing is read before its size is known.
+"""The protocol of a reward's client and server: safetensors over HTTP. No pickle; nothing is read before its size is known.
 
     GET  /health   -> JSON: rewards, fingerprints (of the rewards, by name), version, protocol, waiting (videos), max_bytes (of a request),
                    fps (null: the rewards need no rate)
@@ -43,7 +43,7 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a request asks, before its frames are read. shape: [N, F, 3, H, W]."""
+    """The question of a request, before its frames are read. shape: [N, F, 3, H, W]."""
 
     rewards: tuple[str, ...]
     prompts: list[str]
@@ -58,7 +58,7 @@ def pack(frames: Tensor, prompts: Sequence[str], rewards: Sequence[str]) -> byte
 
 
 def room_for_header(prompts: Sequence[str], rewards: Sequence[str]) -> int:
-    """At most so many bytes of a request are not frames: inside its header the lists are quoted once more."""
+    """Return how many bytes of a request are not frames, at most: inside its header the lists are quoted once more."""
     return 1024 + 2 * len(json.dumps([*prompts, *rewards]))
 
 
@@ -114,7 +114,7 @@ def to_uint8(frames: Tensor) -> Tensor:
 
 
 def to_float32(frames: Tensor) -> Tensor:
-    """Frames as rewards take them, from either dtype."""
+    """Return frames as rewards take them, from either dtype."""
     return frames.float() / 255 if frames.dtype == torch.uint8 else frames
 
 
@@ -132,7 +132,7 @@ def read_scores(content: bytes, rewards: Sequence[str], count: int) -> dict[str,
         scores = load(content)
     except (SafetensorError, ValueError, KeyError) as error:
         raise Malformed("not a safetensors body") from error
-    if set(scores) != set(rewards) or any(one.shape != (count,) or one.dtype != torch.float32 for one in scores.values()):
+    if set(scores) != set(rewards) or any(values.shape != (count,) or values.dtype != torch.float32 for values in scores.values()):
         raise Malformed("not one float32 score for each video and reward")
     return {name: scores[name] for name in rewards}
 

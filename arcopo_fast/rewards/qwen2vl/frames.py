@@ -1,4 +1,4 @@
-"""From frames to what Qwen2-VL's vision tower takes: which frames, at which size, cut into which patches. On the device of the frames.
+"""Frames as Qwen2-VL's vision tower takes them: which frames, at which size, cut into which patches. On the device of the frames.
 
 Everything is computed from frames in whole steps of 1/255, as judges saw them in training, so frames sent in a quarter of the bytes get
 the same scores.
@@ -64,7 +64,7 @@ def greyscale(frames: Tensor) -> Tensor:
 
 
 class Patches(NamedTuple):
-    """How a Qwen2-VL cuts frames into patches. mean, std: of each colour, for values in [0, 1]."""
+    """The way a Qwen2-VL cuts frames into patches. mean, std: of each colour, for values in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -74,7 +74,7 @@ class Patches(NamedTuple):
 
     @property
     def factor(self) -> int:
-        """What a frame's sides must be multiples of."""
+        """The number that a frame's sides must be multiples of."""
         return self.patch * self.merge
 
     def features(self, grid: tuple[int, int, int]) -> int:

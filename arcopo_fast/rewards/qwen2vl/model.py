@@ -94,7 +94,7 @@ def build(base: Path, tokenizer: Tokenizer, head: Callable[[int], nn.Module]) ->
 
 
 def load_patches(base: Path) -> Patches:
-    """How the base model cuts frames into patches."""
+    """Return how the base model cuts frames into patches."""
     vision, file = read_json(base / "config.json").get("vision_config", {}), base / "preprocessor_config.json"
     colours = read_json(file)
     try:
@@ -137,12 +137,12 @@ class LoRA:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LoRA:
-        """From model_config.json's `peft_lora_config`."""
+        """Read model_config.json's `peft_lora_config`."""
         rank, alpha = int(config["lora_r"]), float(config["lora_alpha"])
         return cls(rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
     def shapes(self, judge: Qwen2VLJudge) -> dict[str, torch.Size]:
-        """Of its tensors, by name."""
+        """Return the shapes of its tensors, by name."""
         layers = {
             name: layer for name, layer in judge.named_modules() if isinstance(layer, nn.Linear) and name.startswith("language_model.")
         }
@@ -185,7 +185,7 @@ def load_strict(judge: Qwen2VLJudge, files: Mapping[str, Tensor], source: Path, 
             if name in state and state[name].shape != shape
         ],
     }
-    if found := [f"{len(some)} {kind} ({listed(some)})" for kind, some in problems.items() if some]:
+    if found := [f"{len(names)} {kind} ({listed(names)})" for kind, names in problems.items() if names]:
         raise UserError(f"{source} is not such a judge: {'; '.join(found)}; get it again, or the base model that belongs to it")
 
     if lora:

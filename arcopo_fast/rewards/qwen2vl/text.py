@@ -1,4 +1,4 @@
-"""What a Qwen2-VL judge reads: the instruction of its authors, the prompt in it, as tokens.
+"""The text that a Qwen2-VL judge reads: the instruction of its authors, the prompt in it, as tokens.
 
 An instruction belongs to its authors and is nowhere in this package: it is taken from a file of theirs.
 """
@@ -22,7 +22,7 @@ _AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 class Conversation:
-    """What a judge is told about a video or an image, as tokens.
+    """The words that a judge is told about a video or an image, as tokens.
 
     Args:
         tokenizer: as from `load_tokenizer`.
