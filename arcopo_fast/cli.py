@@ -1,4 +1,4 @@
-"""What every command of `python -m arcopo_fast.<name>` shares: reading the command line and ending with a clear line.
+"""The common part of every command of `python -m arcopo_fast.<name>`: reading the command line and ending with a clear line.
 
 A command is a function of its arguments, handed to `run_command`. It raises `UserError` for input that cannot be used; everything that is
 not the user's doing keeps its traceback.
@@ -134,7 +134,7 @@ class Parser(argparse.ArgumentParser):
     hint = ""
 
     def add_argument(self, *names: Any, **more: Any) -> argparse.Action:
-        """As argparse's; what names a file or a directory, by its metavar, may begin with "~", the home directory."""
+        """Add an option as argparse does; what names a file or a directory, by its metavar, may begin with "~", the home directory."""
         if re.search("DIR|FILE|PATH|RUN|RESULTS", str(more.get("metavar"))):
             convert = more.get("type", str)
             more["type"] = lambda text: convert(_expanded(text))

@@ -12,7 +12,7 @@ A video's noise is a function of the seed, its prompt's place and its own number
 the same video in the evaluations before and after a training run, whose prompts, seed and number of videos are the defaults: the base model
 then has the numbers of the run's `before`.
 The same command goes on where an earlier one ended, also with more adapters or prompts. Processes that share one directory share the work,
-batch by batch, and each waits for the rest; what one that ended has left is made by another (see `runtime.scores`).
+batch by batch, and each waits for the rest; what one that ended has left is made by another (see `evaluation.scores`).
 """
 
 from __future__ import annotations

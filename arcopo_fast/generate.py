@@ -90,9 +90,9 @@ def main(argv: list[str]) -> None:
     scale = scale_of(options)
     files = output_files(options.out, prompts)
     check_out(files[0].parent)
-    if not options.overwrite and (there := [file for file in files if file.exists()]):
-        others = f" and {len(there) - 1} more are" if len(there) > 1 else " is"
-        raise UserError(f"{there[0]}{others} there already; give another --out, or replace them with --overwrite")
+    if not options.overwrite and (existing := [file for file in files if file.exists()]):
+        others = f" and {len(existing) - 1} more are" if len(existing) > 1 else " is"
+        raise UserError(f"{existing[0]}{others} there already; give another --out, or replace them with --overwrite")
     tune_for_cpu(config.train.threads)
     try:
         generator = load_generator(config)

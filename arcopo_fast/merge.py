@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
 
 
 def on_policy_run(options: Any) -> Path:
-    """Whose recipe a sweep evaluates by, where the command line names none."""
+    """Return the run by whose recipe a sweep evaluates, where the command line names none."""
     if not (options.on / "config.yaml").is_file():
         raise UserError(f"{options.on} is not a run's directory (it has no config.yaml), so name the recipe by which the sweep evaluates")
     return options.on

@@ -6,7 +6,7 @@ An entry is one group, a safetensors file named by its index: complete or absent
 when it is first read. buffer.json says which policy and recipe made it. What the tensors mean is the caller's business.
 
 A process that makes an entry holds the lock on its file in claims/. So nothing is made twice at once and nothing stays claimed by the dead,
-on the file systems that `runtime.locks` names. Over NFS a process may learn late of an entry that another machine made, and make it again;
+on the file systems that `storage.locks` names. Over NFS a process may learn late of an entry that another machine made, and make it again;
 either file is whole, and the later one takes the name.
 """
 

@@ -31,7 +31,7 @@ class AdapterFile(NamedTuple):
 
 
 class AdapterOption(NamedTuple):
-    """What --adapter says. name: None for that of its file or directory."""
+    """A value of --adapter. name: None for that of its file or directory."""
 
     name: str | None
     path: str
@@ -51,7 +51,7 @@ class Adapted(NamedTuple):
 
     @property
     def identity(self) -> dict[str, Any] | None:
-        """What its scores depend on; the name of the file is no part of it."""
+        """Return what its scores depend on; the name of the file is no part of it."""
         if self.source is None:
             return None
         return {"sha256": self.source.sha256, "alpha": self.source.adapter.alpha, "scale": self.scale}

@@ -64,7 +64,7 @@ class Change:
 
 
 def changes(config: Config, evaluation: Mapping[str, Any]) -> list[Change]:
-    """Every reward and metric that was measured before and after: the total, the rewards, then what is held out."""
+    """Return the change of every reward and metric that was measured before and after: the total, the rewards, then what is held out."""
     found = []
     for name, before in evaluation.get("before", {}).items():
         after = evaluation.get("after", {}).get(name)
@@ -73,7 +73,7 @@ def changes(config: Config, evaluation: Mapping[str, Any]) -> list[Change]:
         kind = "total" if name == TOTAL else "trained" if config.rewards.get(name) else "held out"
         first, second, spread = number(before.get("mean")), number(after.get("mean")), number(before.get("std"))
         # The same prompt and noise: only the differences vary.
-        pairs = [(number(one), number(other)) for one, other in zip(before.get("values") or [], after.get("values") or [])]
+        pairs = [(number(early), number(late)) for early, late in zip(before.get("values") or [], after.get("values") or [])]
         whole = [pair for pair in pairs if all(map(math.isfinite, pair))]
         if len(whole) < len(pairs):  # means over other videos before than after would show a change where there is none
             first, second, spread = math.nan, math.nan, math.nan
@@ -81,16 +81,16 @@ def changes(config: Config, evaluation: Mapping[str, Any]) -> list[Change]:
                 ones, others = zip(*whole)
                 first, second, spread = statistics.fmean(ones), statistics.fmean(others), statistics.pstdev(ones)
         error, better = math.nan, None
-        differences = [other - one for one, other in whole]
+        differences = [late - early for early, late in whole]
         if len(differences) > 1:
             error = deviation(differences) / math.sqrt(len(differences))
             better = sum(difference > 0 for difference in differences) / len(differences)
         found.append(Change(name, kind, first, second, error, spread, better, len(pairs) - len(whole)))
-    return sorted(found, key=lambda one: KINDS.index(one.kind))
+    return sorted(found, key=lambda change: KINDS.index(change.kind))
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The sample's standard deviation; NaN of a single value."""
+    """Return the sample's standard deviation; NaN of a single value."""
     if len(values) < 2:
         return math.nan
     mean = sum(values) / len(values)

@@ -57,7 +57,7 @@ class Result(NamedTuple):
 
 
 def clustered(values: Mapping[Video, float]) -> Interval:
-    """The mean of finite values, and its interval at `LEVEL`; a cluster is a prompt."""
+    """Return the mean of finite values, and its interval at `LEVEL`; a cluster is a prompt."""
     sums: dict[int, float] = {}
     if not values:
         return Interval(math.nan, math.nan, math.nan)
@@ -72,7 +72,7 @@ def clustered(values: Mapping[Video, float]) -> Interval:
 
 
 def t_quantile(freedom: int, level: float = LEVEL) -> float:
-    """t with P(|T| <= t) = level, by bisection of the distribution's finite sums (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    """Return t with P(|T| <= t) = level, by bisection of the distribution's finite sums (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
 
     def inside(t: float) -> float:
         angle = math.atan(t / math.sqrt(freedom))
@@ -92,25 +92,25 @@ def t_quantile(freedom: int, level: float = LEVEL) -> float:
 
 
 def with_total(scores: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """A video's scores behind their weighted sum, which is not finite if one of its parts is not."""
+    """Return a video's scores behind their weighted sum, which is not finite if one of its parts is not."""
     return {TOTAL: weighted_total(scores, weights)} | dict(scores)
 
 
 def compare(scores: Scores, weights: Mapping[str, float], generators: Iterable[str] | None = None) -> list[Result]:
-    """Every score of every generator, score by score: the total, the rewards, then what is held out.
+    """Return every score of every generator, score by score: the total, the rewards, then what is held out.
 
     Args:
         weights: of the rewards; one of weight 0, or without weight, is held out.
         generators: which, in this order; None: all, the base model first.
     """
     generators = list(generators or sorted(scores.adapters, key=lambda name: (name != BASE, name)))
-    values = {name: {video: with_total(one, weights) for video, one in scores.of(name).items()} for name in {*generators, BASE}}
-    base = {(video.prompt, video.number): one for video, one in values[BASE].items()}
+    values = {name: {video: with_total(judged, weights) for video, judged in scores.of(name).items()} for name in {*generators, BASE}}
+    base = {(video.prompt, video.number): judged for video, judged in values[BASE].items()}
     results = []
     for generator in generators:
         videos = values[generator]
-        for name in dict.fromkeys(name for one in videos.values() for name in one):
-            given = {video: one[name] for video, one in videos.items() if name in one}
+        for name in dict.fromkeys(name for judged in videos.values() for name in judged):
+            given = {video: judged[name] for video, judged in videos.items() if name in judged}
             finite = {video: value for video, value in given.items() if math.isfinite(value)}
             kind = "total" if name == TOTAL else "trained" if weights.get(name) else "held out"
             changes = {
@@ -124,36 +124,36 @@ def compare(scores: Scores, weights: Mapping[str, float], generators: Iterable[s
                 difference = Difference(clustered(changes), len(changes), improved)
             results.append(Result(generator, name, kind, clustered(finite), len(given), len(given) - len(finite), difference))
     order = {name: place for place, name in enumerate(dict.fromkeys(result.name for result in results))}
-    return sorted(results, key=lambda one: (KINDS.index(one.kind), order[one.name]))
+    return sorted(results, key=lambda result: (KINDS.index(result.kind), order[result.name]))
 
 
 # Showing ---------------------------------------------------------------------------------------------------------------------------
 
 
 def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """For results.json; what is not known is null."""
+    """Return the entries of results.json; what is not known is null."""
     return [
         {
-            "generator": one.generator,
-            "score": one.name,
-            "kind": one.kind,
-            **_bounds(one.interval),
-            "videos": one.videos,
-            "failed": one.failed,
-            "difference": one.difference
+            "generator": result.generator,
+            "score": result.name,
+            "kind": result.kind,
+            **_bounds(result.interval),
+            "videos": result.videos,
+            "failed": result.failed,
+            "difference": result.difference
             and {
-                **_bounds(one.difference.interval),
-                "pairs": one.difference.pairs,
-                "improved": one.difference.improved,
-                "verdict": _verdict(one.difference.interval),
+                **_bounds(result.difference.interval),
+                "pairs": result.difference.pairs,
+                "improved": result.difference.improved,
+                "verdict": _verdict(result.difference.interval),
             },
         }
-        for one in results
+        for result in results
     ]
 
 
 def _verdict(interval: Interval) -> str | None:
-    """None: there is no interval."""
+    """Return what an interval shows; None where there is none."""
     return ("loss", "none shown", "gain")[interval.direction + 1] if math.isfinite(interval.low) else None
 
 

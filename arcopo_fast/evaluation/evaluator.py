@@ -38,7 +38,7 @@ POLL = 0.2
 
 
 class Evaluated(NamedTuple):
-    """What lies in a directory of scores. shown: the generators that were asked for, in the order of the table."""
+    """A directory of scores with what it holds. shown: the generators that were asked for, in the order of the table."""
 
     directory: ScoreDirectory
     scores: Scores
@@ -63,11 +63,11 @@ class Evaluator:
         prepare_text(self.generator, prompts)
 
     def make_room(self, videos: int) -> None:
-        """For so many videos at once; before `score`."""
+        """Make an engine for so many videos at once; before `score`."""
         self.engine = sized_engine(self.config, self.generator, videos, longer=False)
 
     def score(self, videos: Sequence[Video], files: Mapping[Video, Path]) -> dict[Video, dict[str, float]]:
-        """The scores of a batch, of one generator's videos; those that have a file are written to it.
+        """Return the scores of a batch, of one generator's videos; those that have a file are written to it.
 
         Raises:
             RewardError, FramesNotFinite: see `rewards.base.score`.
@@ -130,7 +130,7 @@ def evaluate(
     if mine:
         evaluator.make_room(max(map(len, mine)))
         new = {video for part in mine for video in part} - scores.values.keys()
-        say_size(evaluator, out, len(video_files(out, new, prompts, keep)))
+        print_size(evaluator, out, len(video_files(out, new, prompts, keep)))
     score_missing(evaluator, directory, mine, keep)
     scores = directory.read()
     if missing := len(wanted - scores.values.keys()):
@@ -198,7 +198,8 @@ def score_missing(evaluator: Evaluator, directory: ScoreDirectory, batches: Sequ
             except FramesNotFinite as error:
                 raise FramesNotFinite(f"{part[0].generator}: {error}; what is scored is kept") from None
             writer.append([(video, prompts[video.prompt], values[video]) for video in missing], adapters)
-            progress.update(torch.tensor([with_total(one, evaluator.config.rewards)[TOTAL] for one in values.values()]).nanmean().item())
+            totals = [with_total(judged, evaluator.config.rewards)[TOTAL] for judged in values.values()]
+            progress.update(torch.tensor(totals).nanmean().item())
 
 
 def prepare_text(generator: Generator, prompts: Sequence[Prompt]) -> None:
@@ -213,7 +214,7 @@ def prepare_text(generator: Generator, prompts: Sequence[Prompt]) -> None:
 
 
 def settings_of(config: Config, generator: Generator, judges: Mapping[str, Reward]) -> dict[str, Any]:
-    """What every score depends on, by dotted keys. The generator has no adapter yet. judges: rewards and held-out metrics."""
+    """Return what every score depends on, by dotted keys. The generator has no adapter yet. judges: rewards and held-out metrics."""
     return describe(
         {
             "seed": config.evaluation.seed,
@@ -231,15 +232,15 @@ def settings_of(config: Config, generator: Generator, judges: Mapping[str, Rewar
 
 
 def batches(generators: Sequence[Adapted], prompts: Sequence[Prompt], videos: int, size: int) -> Iterator[list[Video]]:
-    """All videos, generator by generator, cut into batches whose videos do not depend on what is done already."""
-    for one in generators:
-        every = [Video(one.name, place, index) for place in range(len(prompts)) for index in range(videos)]
-        for start in range(0, len(every), size):
-            yield every[start : start + size]
+    """Yield all videos, generator by generator, cut into batches whose videos do not depend on what is done already."""
+    for adapted in generators:
+        videos_of = [Video(adapted.name, place, index) for place in range(len(prompts)) for index in range(videos)]
+        for start in range(0, len(videos_of), size):
+            yield videos_of[start : start + size]
 
 
 def video_files(out: Path, videos: Iterable[Video], prompts: Sequence[Prompt], keep: int | None) -> dict[Video, Path]:
-    """Where videos that are kept lie: by their generator, the number and words of their prompt, and their own number."""
+    """Return where videos that are kept lie: by their generator, the number and words of their prompt, and their own number."""
     files = {}
     for video in videos:
         if keep is None or video.prompt < keep:
@@ -248,8 +249,8 @@ def video_files(out: Path, videos: Iterable[Video], prompts: Sequence[Prompt], k
     return files
 
 
-def say_size(evaluator: Evaluator, out: Path, videos: int) -> None:
-    """How much of the disk the videos take, before the first is made."""
+def print_size(evaluator: Evaluator, out: Path, videos: int) -> None:
+    """Print how much of the disk the videos take, before the first is made."""
     if not videos:
         return
     vae, shape = VAESizes.from_config(evaluator.generator.decoder.vae.config), evaluator.shape

@@ -54,17 +54,17 @@ class Substitutions:
 
 
 def noise_name(step: int | None) -> str:
-    """Of what follows step `step`, counted from 0, or None for what comes before all: "initial", "renoise1", "renoise2", ..."""
+    """Return the name of the noise drawn after `step`, counted from 0: "renoise1", ...; "initial" for None, the initial noise."""
     return "initial" if step is None else f"renoise{step + 1}"
 
 
 def noise_tensors(engine: Engine, chunk: int) -> list[int | None]:
-    """What a chunk draws: its initial noise (None) and, unless its sampler is deterministic, the re-noise of each step but the last."""
+    """Return a chunk's draws: its initial noise (None) and, unless the sampler is deterministic, the re-noise of each step but the last."""
     return [None, *(range(len(engine.steps_of(chunk)) - 1) if engine.kernel.random else ())]
 
 
 def mean_squared_change(rows: Tensor) -> Tensor:
-    """Of each row but the first, against the first: [B, ...] -> [B - 1]."""
+    """Return the change of each row but the first, against the first: [B, ...] -> [B - 1]."""
     return (rows[1:] - rows[:1]).square().flatten(1).mean(dim=1)
 
 
@@ -124,7 +124,7 @@ def _finish(engine: Engine, prefix: Stream, pivot: int, noise: StackedNoise) -> 
 
 
 def noise_influence(model: CausalWan, text: Tensor, shape: VideoShape, sampler: SamplerConfig, *, seed: int) -> dict[str, list[float]]:
-    """Mean squared change of the whole latent video, averaged over prompts, for each pivot chunk.
+    """Return the mean squared change of the whole latent video, averaged over prompts, for each pivot chunk.
 
     Args:
         text: prompts [B, length, text_dim], one video each.

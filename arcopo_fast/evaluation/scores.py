@@ -7,7 +7,7 @@ about, and the fingerprint of the settings in evaluation.json. A torn last line,
 of a video that two processes have scored, the first line counts, by the files' names.
 
 A process that makes a batch holds the lock on its videos' places in `claims`, so that no other makes one of them meanwhile, on the file
-systems that `runtime.locks` names. Over NFS a process may learn late of lines that another machine has written, and score their videos
+systems that `storage.locks` names. Over NFS a process may learn late of lines that another machine has written, and score their videos
 again; the first line counts, as above.
 """
 
@@ -51,7 +51,7 @@ class Video(NamedTuple):
 
 
 class _Adapter(BaseModel):
-    """What tells adapters apart."""
+    """The identity of an adapter, which tells it from others."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     sha256: str
@@ -75,7 +75,7 @@ class _Line(BaseModel):
 
 @dataclass
 class Scores:
-    """What is known.
+    """The scores that are known, with their prompts and adapters.
 
     values: the scores of each video by name; NaN for one that failed.
     prompts: by their place. adapters: what each generator's adapter is, by the generator's name; None: it has none.
@@ -114,9 +114,9 @@ class ScoreDirectory:
             with lock(path / CLAIMS, "evaluation", wait=True, span=_CREATION):
                 if not (path / STAMP).exists():
                     atomic_write(path / STAMP, json.dumps({"format": FORMAT, "settings": settings}, indent=2) + "\n")
-        there = cls.open(path)
-        require_same(f"{path} holds scores with other settings", there.settings, settings, "give another --out")
-        return there
+        found = cls.open(path)
+        require_same(f"{path} holds scores with other settings", found.settings, settings, "give another --out")
+        return found
 
     @classmethod
     def open(cls, path: Path) -> ScoreDirectory:
@@ -216,14 +216,15 @@ class ScoreDirectory:
             UserError: another prompt has the same place, or another adapter the same name.
         """
         for place, prompt in enumerate(prompts):
-            if (there := scores.prompts.get(place, prompt)) != prompt:
-                known, new = ((one.for_generator if there.text == prompt.text else one.text) for one in (there, prompt))
-                raise UserError(f"{self.path} holds scores of other prompts: number {place} is {known!r}, here {new!r}; give another --out")
+            if (known := scores.prompts.get(place, prompt)) != prompt:
+                held, given = ((entry.for_generator if known.text == prompt.text else entry.text) for entry in (known, prompt))
+                problem = f"{self.path} holds scores of other prompts: number {place} is {held!r}, here {given!r}"
+                raise UserError(f"{problem}; give another --out")
         for name, adapter in adapters.items():
-            if (there_too := scores.adapters.get(name, adapter)) != adapter:
+            if (known_adapter := scores.adapters.get(name, adapter)) != adapter:
                 raise UserError(
-                    f"{self.path} holds scores of another {name} (SHA-256 {_short(there_too)}, here {_short(adapter)}); give the adapter "
-                    "another NAME=, or another --out"
+                    f"{self.path} holds scores of another {name} (SHA-256 {_short(known_adapter)}, here {_short(adapter)}); give "
+                    "the adapter another NAME=, or another --out"
                 )
 
     def add_files(self, other: ScoreDirectory) -> None:

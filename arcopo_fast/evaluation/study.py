@@ -57,10 +57,10 @@ def study_noise(config: Config, *, prompts: int, draws: int, adapter: Path | Non
     Raises:
         UserError: the input cannot be used, or the directory holds something else.
     """
-    every = [prompt.for_generator for part in reversed(load_prompts(config)) for prompt in part]
-    if prompts > len(every):
-        raise UserError(f"--prompts is {prompts}, but {config.prompts} has {len(every)}; give at most that")
-    study = Study.open(directory, settings_of(config, every, adapter, draws))
+    texts = [prompt.for_generator for part in reversed(load_prompts(config)) for prompt in part]
+    if prompts > len(texts):
+        raise UserError(f"--prompts is {prompts}, but {config.prompts} has {len(texts)}; give at most that")
+    study = Study.open(directory, settings_of(config, texts, adapter, draws))
     missing = {index: pivots for index in range(prompts) if (pivots := study.missing(index, config.video.count))}
     if missing:
         generation = Generation(config, adapter, draws)
@@ -71,7 +71,7 @@ def study_noise(config: Config, *, prompts: int, draws: int, adapter: Path | Non
         left = sum(map(len, missing.values()))
         with Progress(prompts * config.video.count, prompts * config.video.count - left) as progress:
             for index, pivots in missing.items():
-                for record in generation.measure(index, every[index], pivots, directory if index == 0 else None):
+                for record in generation.measure(index, texts[index], pivots, directory if index == 0 else None):
                     study.add(record)
                     progress.update(**{name: sum(values) / draws for name, values in record["video"].items()})
     return study
@@ -98,7 +98,7 @@ class Generation:
         self.pixel_frames = VAESizes.from_config(self.generator.decoder.vae.config).pixel_frames
 
     def measure(self, index: int, prompt: str, pivots: Sequence[int], figures: Path | None) -> Iterator[Record]:
-        """A record for each of `pivots`, counted from 1, of one prompt; with `figures` a sheet of frames goes to that directory."""
+        """Yield a record for each of `pivots`, counted from 1, of one prompt; with `figures` a sheet of frames goes to that directory."""
         text = self.generator.encode_text([prompt])
         noise, *others = (
             KeyedNoise(self.shape.chunk, self.config.evaluation.seed, iteration=draw, group=index) for draw in range(1 + self.draws)
@@ -123,7 +123,7 @@ class Generation:
             yield record
 
     def _decoded(self, latents: list[Tensor], pivot: int, times: list[int]) -> tuple[Tensor, Tensor]:
-        """The change of the frames from the pivot on, of each row but the first, [rows - 1]; every row's frames at `times`, made small."""
+        """Return the change of the frames from the pivot on, of each row but the first, [rows - 1]; and small frames at `times`."""
         first, base = self._start(pivot), None
         changes, sheet = [], []
         for frames in Judging.of(self.config, self.generator).decode(latents, pivot):
@@ -135,12 +135,12 @@ class Generation:
         return torch.cat(changes)[1:], torch.cat(sheet)
 
     def _start(self, chunk: int) -> int:
-        """The first pixel frame of a chunk; of the chunk after the last, the number of frames."""
+        """Return the first pixel frame of a chunk; of the chunk after the last, the number of frames."""
         latents = sum(self.shape.chunk_frames[:chunk])
         return self.pixel_frames(latents) if latents else 0
 
     def _columns(self, pivot: int) -> tuple[list[int], list[int]]:
-        """Which frames a figure shows, spread over each chunk, and which of its columns are the pivot chunk's."""
+        """Return which frames a figure shows, spread over each chunk, and which of its columns are the pivot chunk's."""
         each = max(1, FRAME_COLUMNS // self.shape.chunks)
         times: list[int] = []
         marked: list[int] = []
@@ -161,7 +161,7 @@ def figure_path(directory: Path, pivot: int) -> Path:
 
 @dataclass
 class Study:
-    """What is known so far, in `directory`/entropy.json. settings: all that numbers depend on, by dotted key."""
+    """The records so far, in `directory`/entropy.json. settings: all that numbers depend on, by dotted key."""
 
     directory: Path
     settings: dict[str, Any]
@@ -188,19 +188,19 @@ class Study:
         return cls(directory, settings, records)
 
     def missing(self, prompt: int, pivots: int) -> list[int]:
-        """Pivots of a prompt that are not measured yet."""
-        there = {record["pivot"] for record in self.records if record["prompt"] == prompt}
-        return [pivot for pivot in range(1, pivots + 1) if pivot not in there]
+        """Return the pivots of a prompt that are not measured yet."""
+        known = {record["pivot"] for record in self.records if record["prompt"] == prompt}
+        return [pivot for pivot in range(1, pivots + 1) if pivot not in known]
 
     def add(self, record: Record) -> None:
         self.records.append(record)
-        self.records.sort(key=lambda one: (one["prompt"], one["pivot"]))
+        self.records.sort(key=lambda entry: (entry["prompt"], entry["pivot"]))
         document = {"settings": self.settings, "summary": summarise(self.records), "records": self.records}
         atomic_write(self.directory / "entropy.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def settings_of(config: Config, prompts: Sequence[str], adapter: Path | None, draws: int) -> dict[str, Any]:
-    """What a study's numbers depend on; how fast and where they are computed is left out.
+    """Return what a study's numbers depend on; how fast and where they are computed is left out.
 
     Raises:
         UserError: the adapter cannot be read.
@@ -226,7 +226,7 @@ def settings_of(config: Config, prompts: Sequence[str], adapter: Path | None, dr
 
 
 def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """For each pivot and measure: every noise's mean change and `RATIO`, the initial noise's over the largest re-noise's, with errors.
+    """Return, for each pivot and measure, every noise's mean change and `RATIO`, the initial noise's over the largest re-noise's.
 
     Errors are standard errors over prompts, by the jackknife: the draws of one prompt share its video and are averaged first. With a single
     prompt they are over its draws. None: not known, or there is no re-noise.
@@ -251,7 +251,7 @@ def _ratio(mean: NDArray[np.float64]) -> float:
 
 
 def _estimate(units: NDArray[np.float64], statistic: Callable[[Any], float]) -> dict[str, float | None]:
-    """A statistic of the mean over units [n, ...] and its standard error, by leaving out one after the other."""
+    """Return a statistic of the mean over units [n, ...] and its standard error, by leaving out one after the other."""
     count, total = len(units), units.sum(axis=0)
     error = math.nan
     if count > 1:

@@ -61,22 +61,22 @@ class Point(NamedTuple):
 
 
 def choose_scale(points: Sequence[Point]) -> Point | None:
-    """The dual criterion: the largest scale at which both scores' means are above the base model's; None if there is none."""
+    """Return, by the dual criterion, the largest scale at which both scores' means are above the base model's; None if there is none."""
     return max((point for point in points if point.both_above), key=lambda point: point.scale, default=None)
 
 
 def with_held_out(scores: Summaries, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """An evaluation's scores with one more, HELD_OUT: for each video the mean of the named ones."""
+    """Return an evaluation's scores with one more, HELD_OUT: for each video the mean of the named ones."""
     of_videos = zip(*(scores[name]["values"] for name in names), strict=True)
     values = [None if None in of_video else sum(of_video) / len(names) for of_video in of_videos]
-    there = [value for value in values if value is not None]
-    mean, std = (statistics.fmean(there), statistics.pstdev(there)) if there else (None, None)
+    known = [value for value in values if value is not None]
+    mean, std = (statistics.fmean(known), statistics.pstdev(known)) if known else (None, None)
     return {**scores, HELD_OUT: {"mean": mean, "std": std, "values": values}}
 
 
 def point_of(config: Config, scale: float, baseline: Summaries, scores: Summaries) -> Point:
-    """Every score of one scale against the base model's, with the standard error of the videos' differences."""
-    return Point(scale, {one.name: one for one in changes(config, {"before": baseline, "after": scores})})
+    """Return every score of one scale against the base model's, with the standard error of the videos' differences."""
+    return Point(scale, {change.name: change for change in changes(config, {"before": baseline, "after": scores})})
 
 
 class Sweep(NamedTuple):
@@ -96,7 +96,7 @@ class Sweep(NamedTuple):
 
 
 def out_of_domain(config: Config, metrics: Sequence[str], chosen: Sequence[str]) -> list[str]:
-    """The names of the scores that make up the out-of-domain score: `chosen`, or else every held-out metric.
+    """Return the names of the scores that make up the out-of-domain score: `chosen`, or else every held-out metric.
 
     Raises:
         UserError: there is none, or a name that is not held out.
@@ -171,7 +171,7 @@ def _keep(out: Path, scale: float | None, settings: Mapping[str, Any], scores: S
 
 
 def settings_of(config: Config, pair: Pair, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What the numbers of an evaluation depend on, by dotted keys."""
+    """Return what the numbers of an evaluation depend on, by dotted keys."""
     adapters = {name: source.summary() for name, source in pair._asdict().items()}
     sections = {"seed", "prompts", "generator", "video", "sampler", "cache", "rewards", "evaluation"}
     settings = describe(adapters | config.model_dump(mode="json", include=sections) | {"prompts.sha256": digest(prompts)})
@@ -179,7 +179,7 @@ def settings_of(config: Config, pair: Pair, prompts: Sequence[Prompt]) -> dict[s
 
 
 def evaluation_file(out: Path, scale: float | None) -> Path:
-    """None: the base model's."""
+    """Return the file of a scale's evaluation, of the base model's for None."""
     return out / "evaluations" / ("baseline.json" if scale is None else f"scale-{scale_text(scale)}.json")
 
 
@@ -215,7 +215,7 @@ def check_complete(out: Path, kept: Mapping[float | None, Summaries], names: Seq
 
 
 def _remove_sweep(out: Path) -> None:
-    """What `sweep` has written, but for the base model's evaluation: that is replaced first, and until then says what `out` is."""
+    """Remove what `sweep` has written, but for the base model's evaluation: that is replaced first, and until then says what `out` is."""
     if (out / ADAPTER / MERGE).is_file():
         remove_directory(out / ADAPTER)
     for file in (*(out / f"sweep.{kind}" for kind in ("json", "md", "html")), *evaluation_file(out, None).parent.glob("scale-*.json")):

@@ -79,7 +79,7 @@ def generate(
     switches: Sequence[Switch] = (),
     batch: int = 1,
 ) -> None:
-    """Write a video of each prompt to the file in its place. What is said of them goes to stderr.
+    """Write a video of each prompt to the file in its place. Their sizes and times go to stderr.
 
     Args:
         seed: of the noise.
@@ -143,15 +143,15 @@ def write_videos(
     pace = f"{len(files) * frames / (time.perf_counter() - began):.1f} frames/s"
     together = f" of {len(files)} videos at once" if len(files) > 1 else ""
     for file in files:
-        said = f"{file.name}: {frames} frames, {frames / fps:.1f} s; first frame after {first:.2f} s, {pace}{together}"
-        print(said, file=sys.stderr)
+        line = f"{file.name}: {frames} frames, {frames / fps:.1f} s; first frame after {first:.2f} s, {pace}{together}"
+        print(line, file=sys.stderr)
 
 
 # What a video is made with ---------------------------------------------------------------------------------------------------------
 
 
 def with_frames(config: Config, frames: int, vae: VAESizes) -> Config:
-    """The recipe with as many chunks as hold `frames` frames."""
+    """Return the recipe with as many chunks as hold `frames` frames."""
     video = config.video
     latents = 1 + math.ceil((frames - 1) / (vae.pixel_frames(2) - 1))
     chunks = max(1, math.ceil((latents - video.independent_first_frame) / video.chunk_frames))
@@ -159,13 +159,13 @@ def with_frames(config: Config, frames: int, vae: VAESizes) -> Config:
 
 
 def first_frames(shape: VideoShape, vae: VAESizes) -> dict[int, int]:
-    """The number of each chunk's first frame, by that of its first latent frame; both count from 0."""
+    """Return the number of each chunk's first frame, by that of its first latent frame; both count from 0."""
     starts = accumulate(shape.chunk_frames[:-1], initial=0)
     return {start: max(0, vae.pixel_frames(start)) for start in starts}
 
 
 def place_switches(switches: Sequence[Switch], shape: VideoShape, vae: VAESizes) -> dict[int, str]:
-    """The prompts to switch to, by the latent frame with which a chunk begins. Says where that is not the frame that was asked for.
+    """Return the prompts to switch to, by the latent frame with which a chunk begins. Says where that is not the frame that was asked for.
 
     Raises:
         UserError: no chunk begins at or after a switch, or two of them fall on one chunk.
@@ -185,7 +185,7 @@ def place_switches(switches: Sequence[Switch], shape: VideoShape, vae: VAESizes)
 
 
 def output_files(out: Path, prompts: Sequence[str]) -> list[Path]:
-    """`out` itself if it names an mp4, for a single prompt; else in that directory one file for each: its number, and its prompt's words.
+    """Return `out` itself if it names an mp4, for a single prompt; else one file for each in that directory: its number and words.
 
     Raises:
         UserError: several videos for one file, or a file of another kind.
@@ -198,4 +198,4 @@ def output_files(out: Path, prompts: Sequence[str]) -> list[Path]:
         return [out]
     digits = max(2, len(str(len(prompts) - 1)))
     words = (re.sub(r"\W+", "-", prompt.lower())[:48].strip("-") for prompt in prompts)
-    return [out / f"{index:0{digits}d}-{some}.mp4" for index, some in enumerate(words)]
+    return [out / f"{index:0{digits}d}-{slug}.mp4" for index, slug in enumerate(words)]

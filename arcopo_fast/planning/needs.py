@@ -1,4 +1,4 @@
-"""What a recipe needs of this machine: packages, a GPU, files. Looks, downloads nothing and loads no weights."""
+"""The needs of a recipe on this machine: packages, a GPU, files. Looks, downloads nothing and loads no weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors
 
 
 class Need(NamedTuple):
-    """What a recipe's key asks for. source: as the recipe says it. files: what is needed of a directory."""
+    """A file or directory that a recipe's key asks for. source: as the recipe says it. files: what is needed of a directory."""
 
     key: str
     source: str

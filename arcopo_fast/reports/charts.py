@@ -1,4 +1,4 @@
-"""Charts as SVG text, for a page that needs nothing else; their colours are the page's (`runtime.page`)."""
+"""Charts as SVG text, for a page that needs nothing else; their colours are the page's (`reports.html`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOURS = 8  # of series, in the page's style: s0, s1, ... for lines, f0, f1, ..
 
 @dataclass(frozen=True)
 class Spread:
-    """What lies behind a line that is a mean. band: (x, low, high), shaded; lines: what it is the mean of, drawn thin."""
+    """The spread behind a line that is a mean. band: (x, low, high), shaded; lines: what it is the mean of, drawn thin."""
 
     band: Sequence[tuple[float, float, float]]
     lines: Sequence[Points]
@@ -117,7 +117,7 @@ def _svg(drawn: Sequence[str], title: str, width: int, height: int) -> str:
 
 
 class _Plane:
-    """Where values lie in a drawing: from `first` to `last` across, from `low` to `high` upwards. whole_x: widen x to round numbers."""
+    """The places of values in a drawing: from `first` to `last` across, from `low` to `high` upwards. whole_x: widen x to round numbers."""
 
     def __init__(
         self, xs: Sequence[float], ys: Sequence[float], width: int, height: int, *, top: int, bottom: int, whole_x: bool = False

@@ -42,13 +42,13 @@ _SETTINGS_NOTE = "What differs between the series; below it, what all of them sh
 
 
 def write_comparison(directories: Sequence[str | Path], path: str | Path) -> Path:
-    """Write the page of several runs; what a run did not come to is left out, and said. Returns its path.
+    """Write the page of several runs; stages that a run did not reach are left out, and listed. Returns its path.
 
     Raises:
         UserError: a directory is not a run, or a file of it is broken.
     """
     series = group([read_run(directory) for directory in directories])
-    by_label = {one.label: one.runs for one in series}
+    by_label = {item.label: item.runs for item in series}
     parts = [
         _headline(series),
         verdict(by_label) if _measured(series) else "",
@@ -66,7 +66,7 @@ def write_comparison(directories: Sequence[str | Path], path: str | Path) -> Pat
 
 
 def _runs(series: Sequence[Series]) -> list[Run]:
-    return [run for one in series for run in one.runs]
+    return [run for item in series for run in item.runs]
 
 
 def _count(number: int, noun: str) -> str:
@@ -78,19 +78,19 @@ def _headline(series: Sequence[Series]) -> str:
     stopped = [f"{run.directory} ({run.iterations} of {run.config.train.iterations} iterations)" for run in runs if not run.ended]
     notes = []
     if stopped:
-        notes.append(f"Not come to their end: {', '.join(stopped)}. What they did not come to is left out.")
-    if len({one.settings["rewards"] for one in series}) > 1:
+        notes.append(f"Unfinished: {', '.join(stopped)}. Stages that they did not reach are left out.")
+    if len({item.settings["rewards"] for item in series}) > 1:
         notes.append("The series weigh rewards differently, so their total rewards cannot be compared with each other.")
-    if len({_start(one) for one in series}) > 1:
+    if len({_start(item) for item in series}) > 1:
         notes.append("The series do not start from the same videos: compare their changes, not their values.")
-    said = "".join(f"<p>{escape(note)}</p>" for note in notes) + "".join(map(left_out, runs))
+    text = "".join(f"<p>{escape(note)}</p>" for note in notes) + "".join(map(left_out, runs))
     names = ", ".join(dict.fromkeys(run.config.generator.checkpoint for run in runs))
     facts = escape(f"{_count(len(series), 'series')} · {_count(len(runs), 'run')} · generator {names}")
-    return f'<header><h1>Comparison of runs</h1><p class="facts">{facts}</p>{said}</header>'
+    return f'<header><h1>Comparison of runs</h1><p class="facts">{facts}</p>{text}</header>'
 
 
 def legend(series: Sequence[Series]) -> str:
-    entries = "".join(f"<span>{chip(index)}{escape(one.label)}</span>" for index, one in enumerate(series))
+    entries = "".join(f"<span>{chip(index)}{escape(item.label)}</span>" for index, item in enumerate(series))
     return f'<p class="legend">{entries}</p>'
 
 
@@ -104,13 +104,13 @@ def _measured(series: Sequence[Series]) -> list[tuple[str, str]]:
     """
     kinds: dict[str, str] = {}
     for run in _runs(series):
-        for one in run.changes:
-            kinds.setdefault(one.name, one.kind)
+        for change in run.changes:
+            kinds.setdefault(change.name, change.kind)
     return sorted(((kind, name) for name, kind in kinds.items()), key=lambda item: KINDS.index(item[0]))
 
 
-def _changes(one: Series, name: str) -> list[tuple[Run, Change]]:
-    return [(run, change) for run in one.runs for change in run.changes if change.name == name]
+def _changes(item: Series, name: str) -> list[tuple[Run, Change]]:
+    return [(run, change) for run in item.runs for change in run.changes if change.name == name]
 
 
 def _row_head(index: int, text: str, more: str = "") -> str:
@@ -125,10 +125,10 @@ def _over_seeds(values: Iterable[float], digits: int = 3, *, sign: bool = False)
 def _result_table(series: Sequence[Series]) -> str:
     measured = _measured(series)
     rows = []
-    for index, one in enumerate(series):
-        cells = [f"<td>{_over_seeds((change.in_spreads for _, change in _changes(one, name)), 2, sign=True)}</td>" for _, name in measured]
-        evaluated = sum(bool(run.changes) for run in one.runs)
-        rows.append(f"<tr>{_row_head(index, one.label)}<td>{evaluated}</td>{''.join(cells)}</tr>")
+    for index, item in enumerate(series):
+        cells = [f"<td>{_over_seeds((change.in_spreads for _, change in _changes(item, name)), 2, sign=True)}</td>" for _, name in measured]
+        evaluated = sum(bool(run.changes) for run in item.runs)
+        rows.append(f"<tr>{_row_head(index, item.label)}<td>{evaluated}</td>{''.join(cells)}</tr>")
     heads = [f"{name} (held out)" if kind == "held out" else name for kind, name in measured]
     return table(["", "seeds", *heads], rows, style="series")
 
@@ -137,8 +137,8 @@ def _every_change(series: Sequence[Series]) -> str:
     rows = []
     for kind, name in _measured(series):
         rows.append(f'<tr class="group"><th colspan="5" scope="rowgroup">{escape(name)}, {kind}</th></tr>')
-        for index, one in enumerate(series):
-            found = _changes(one, name)
+        for index, item in enumerate(series):
+            found = _changes(item, name)
             for run, change in found:
                 rows.append(
                     f"<tr>{_row_head(index, f'seed {run.config.seed}')}<td>{plain(change.before)}</td><td>{plain(change.after)}</td>"
@@ -146,12 +146,12 @@ def _every_change(series: Sequence[Series]) -> str:
                     f"<td>{signed(change.in_spreads, 2)}</td></tr>"
                 )
             if len(found) > 1:
-                every = [change for _, change in found]
+                over = [change for _, change in found]
                 cells = [
-                    _over_seeds(change.before for change in every),
-                    _over_seeds(change.after for change in every),
-                    _over_seeds((change.change for change in every), sign=True),
-                    _over_seeds((change.in_spreads for change in every), 2, sign=True),
+                    _over_seeds(change.before for change in over),
+                    _over_seeds(change.after for change in over),
+                    _over_seeds((change.change for change in over), sign=True),
+                    _over_seeds((change.in_spreads for change in over), 2, sign=True),
                 ]
                 rows.append(f'<tr class="sum">{_row_head(index, "mean")}{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     every_run = table(["", "before", "after", "change", "in std"], rows)
@@ -162,11 +162,11 @@ def _every_change(series: Sequence[Series]) -> str:
 
 
 def _charts(series: Sequence[Series]) -> str:
-    names = list(dict.fromkeys(name for one in series for name in one.runs[0].config.rewards))
+    names = list(dict.fromkeys(name for item in series for name in item.runs[0].config.rewards))
     charts, none = [], ""
     for statistic in [REWARD, *(reward_statistics(names) if len(names) > 1 else []), *HEALTH]:
-        curves = {one.label: _curves(one, statistic) for one in series}
-        drawn = [value for some in curves.values() for points in some for _, value in points]
+        curves = {item.label: _curves(item, statistic) for item in series}
+        drawn = [value for lines in curves.values() for points in lines for _, value in points]
         if statistic.if_any and drawn and not any(drawn):
             none += f"<p class=note>{escape(statistic.title)}: none.</p>"
         elif drawn:
@@ -174,15 +174,15 @@ def _charts(series: Sequence[Series]) -> str:
     return figures(charts) + none
 
 
-def _curves(one: Series, statistic: Statistic) -> list[list[tuple[float, float]]]:
+def _curves(item: Series, statistic: Statistic) -> list[list[tuple[float, float]]]:
     """A curve for each run that has one: of at least two points."""
-    found = [curve(run.records, statistic) for run in one.runs if logs(run.config, statistic)]
+    found = [curve(run.records, statistic) for run in item.runs if logs(run.config, statistic)]
     return [moving_mean(points) if statistic.smooth else points for points in found if len(points) > 1]
 
 
 def _chart(title: str, curves: Mapping[str, Sequence[list[tuple[float, float]]]]) -> str:
     """A line for each series; the series without one keep their colours."""
-    found = {label: over_seeds(some) for label, some in curves.items()}
+    found = {label: over_seeds(runs) for label, runs in curves.items()}
     spreads = {label: spread for label, (_, spread) in found.items() if len(spread.lines) > 1}
     return line_chart({label: mean for label, (mean, _) in found.items()}, title=title, spreads=spreads, legend=False)
 
@@ -190,9 +190,9 @@ def _chart(title: str, curves: Mapping[str, Sequence[list[tuple[float, float]]]]
 # Videos ----------------------------------------------------------------------------------------------------------------------------
 
 
-def _start(one: Series) -> tuple[object, ...]:
-    """What decides how a video looks before training. Series with the same start can be set beside each other."""
-    config = one.runs[0].config
+def _start(item: Series) -> tuple[object, ...]:
+    """Return what decides how a video looks before training. Series with the same start can be set beside each other."""
+    config = item.runs[0].config
     evaluation = config.evaluation
     generator = (config.generator.checkpoint, config.generator.dtype, config.generator.vae_dtype)
     parts = (config.prompts, evaluation.prompts, evaluation.videos_per_prompt, evaluation.seed, *generator)
@@ -202,8 +202,8 @@ def _start(one: Series) -> tuple[object, ...]:
 def _video_section(series: Sequence[Series]) -> str:
     """For each start, a row of videos for each prompt, as many as the page can carry."""
     starts: dict[tuple[object, ...], list[tuple[int, Series]]] = {}
-    for index, one in enumerate(series):
-        starts.setdefault(_start(one), []).append((index, one))
+    for index, item in enumerate(series):
+        starts.setdefault(_start(item), []).append((index, item))
     cards: list[str] = []
     skipped = size = 0
     for members in starts.values():
@@ -226,10 +226,10 @@ def _video_rows(members: Sequence[tuple[int, Series]]) -> dict[tuple[Any, str], 
 
     The label says the reward, if all series weigh the rewards alike.
     """
-    alike = len({one.settings["rewards"] for _, one in members}) == 1  # their rewards can be compared
+    alike = len({item.settings["rewards"] for _, item in members}) == 1  # their rewards can be compared
     rows: dict[tuple[Any, str], list[tuple[Path, str, str]]] = {}
-    for index, one in members:
-        run = next((run for run in one.runs if run.evaluation.get("videos")), one.runs[0])
+    for index, item in members:
+        run = next((run for run in item.runs if run.evaluation.get("videos")), item.runs[0])
         for entry in run.evaluation.get("videos") or []:
             row = rows.setdefault((entry.get("seed"), str(entry.get("prompt"))), [])
             for side, mark in (("before", ""), ("after", chip(index))):
@@ -242,27 +242,27 @@ def _video_rows(members: Sequence[tuple[int, Series]]) -> dict[tuple[Any, str], 
 # Times, settings, runs -------------------------------------------------------------------------------------------------------------
 
 
-def _seconds(one: Series) -> dict[str, float]:
-    return stage_seconds([record for run in one.runs for record in run.records])
+def _seconds(item: Series) -> dict[str, float]:
+    return stage_seconds([record for run in item.runs for record in run.records])
 
 
 def _timing_table(series: Sequence[Series]) -> str:
     stages = sorted(
-        {stage for one in series for stage in _seconds(one)}, key=lambda stage: -sum(_seconds(one).get(stage, 0) for one in series)
+        {stage for item in series for stage in _seconds(item)}, key=lambda stage: -sum(_seconds(item).get(stage, 0) for item in series)
     )
     rows = []
-    for index, one in enumerate(series):
-        seconds = _seconds(one)
+    for index, item in enumerate(series):
+        seconds = _seconds(item)
         cells = "".join(f"<td>{plain(seconds.get(stage, math.nan))}</td>" for stage in stages)
-        rows.append(f"<tr>{_row_head(index, one.label)}<td>{plain(sum(seconds.values()) if seconds else math.nan)}</td>{cells}</tr>")
+        rows.append(f"<tr>{_row_head(index, item.label)}<td>{plain(sum(seconds.values()) if seconds else math.nan)}</td>{cells}</tr>")
     return table(["", "an iteration", *stages], rows, style="series")
 
 
 def _settings(series: Sequence[Series]) -> str:
-    keys = differences([one.settings for one in series])
+    keys = differences([item.settings for item in series])
     rows = []
     for key in keys:
-        cells = [f"<td>{escape(one.settings.get(key, '–'))}</td>" for one in series]
+        cells = [f"<td>{escape(item.settings.get(key, '–'))}</td>" for item in series]
         rows.append(f'<tr><th scope="row">{escape(key)}</th>{"".join(cells)}</tr>')
     differing = (
         legend(series) + table(["", *(str(index + 1) for index in range(len(series)))], rows, style="series settings") if rows else ""
@@ -273,8 +273,8 @@ def _settings(series: Sequence[Series]) -> str:
 
 def _run_table(series: Sequence[Series]) -> str:
     rows = []
-    for index, one in enumerate(series):
-        for run in one.runs:
+    for index, item in enumerate(series):
+        for run in item.runs:
             cells = (run.config.seed, f"{run.iterations} of {run.config.train.iterations}", "yes" if run.changes else "no")
             rows.append(f"<tr>{_row_head(index, str(run.directory))}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return table(["", "seed", "iterations", "evaluated"], rows, style="series")

@@ -49,7 +49,7 @@ def number(value: dict[str, float | None] | None) -> str:
 
 
 def _about(study: Study, summary: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """What was done, and what has to be said about re-noises where there are none."""
+    """Return what was done, and a sentence about re-noises where there are none."""
     counts = sorted({entry["prompts"] for entry in summary})
     prompts = f"{counts[0]} prompt{'s' * (counts[0] > 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} prompts"
     draws = study.settings["draws"]

@@ -39,23 +39,24 @@ def write_results(directory: ScoreDirectory, scores: Scores, generators: Sequenc
 
 
 def as_markdown(results: Sequence[Result]) -> str:
-    """A table of all results, what failed, and how to read it."""
+    """Return a table of all results, what failed, and how to read it."""
     head = ["score", "", "generator", "videos", "mean", "difference", "better"]
     rows = [
         [
-            one.name,
-            one.kind,
-            one.generator,
-            str(one.videos - one.failed),
-            f"{plain(one.interval.mean)} {_brackets(one.interval, plain)}".strip(),
-            _change(one.difference.interval) if one.difference else "",
-            f"{one.difference.improved:.0%} of {one.difference.pairs}" if one.difference else "",
+            result.name,
+            result.kind,
+            result.generator,
+            str(result.videos - result.failed),
+            f"{plain(result.interval.mean)} {_brackets(result.interval, plain)}".strip(),
+            _change(result.difference.interval) if result.difference else "",
+            f"{result.difference.improved:.0%} of {result.difference.pairs}" if result.difference else "",
         ]
-        for one in results
+        for result in results
     ]
-    failed = [f"{one.name} of {one.generator}: {one.failed} of {one.videos}" for one in results if one.failed and one.kind != "total"]
-    said = f"Scores that failed, left out together with the pairs that they belong to: {'; '.join(failed)}." if failed else ""
-    return "\n\n".join(filter(None, [markdown_table(head, rows).rstrip(), said, NOTE])) + "\n"
+    incomplete = [result for result in results if result.failed and result.kind != "total"]
+    failed = [f"{result.name} of {result.generator}: {result.failed} of {result.videos}" for result in incomplete]
+    lost = f"Scores that failed, left out together with the pairs that they belong to: {'; '.join(failed)}." if failed else ""
+    return "\n\n".join(filter(None, [markdown_table(head, rows).rstrip(), lost, NOTE])) + "\n"
 
 
 def _change(interval: Interval) -> str:

@@ -26,8 +26,8 @@ def verdict(series: Mapping[str, Sequence[Run]]) -> str:
 
     series: the runs of each configuration, by its label; a single one needs no label.
     """
-    judged = [(run, one) for runs in series.values() for run in runs for one in run.changes if one.kind in ("total", "held out")]
-    if not any(one.kind == "held out" for _, one in judged):
+    judged = [(run, change) for runs in series.values() for run in runs for change in run.changes if change.kind in ("total", "held out")]
+    if not any(change.kind == "held out" for _, change in judged):
         return "<p>No held-out metric was measured, so nothing here tells whether the reward is being exploited.</p>"
     parted = [line for label, runs in series.items() for line in _lines(label, runs, rising=True)]
     harmed = [line for label, runs in series.items() for line in _lines(label, runs, rising=False)]
@@ -36,9 +36,9 @@ def verdict(series: Mapping[str, Sequence[Run]]) -> str:
         parts.append(warning("The reward is being exploited", f"<ul>{''.join(parted)}</ul><p>{_ADVICE}</p>"))
     if harmed:
         parts.append(warning("Held-out metrics fell, and the reward did not rise", f"<ul>{''.join(harmed)}</ul><p>{_HARM_ADVICE}</p>"))
-    if not parts and any(one.kind == "held out" and one.known for _, one in judged):
+    if not parts and any(change.kind == "held out" and change.known for _, change in judged):
         parts.append("<p>No held-out metric fell by more than two standard errors.</p>")
-    unknown = sorted({one.name for _, one in judged if not one.known})
+    unknown = sorted({change.name for _, change in judged if not change.known})
     if unknown:
         parts.append(f"<p>Not judged, for want of two videos or of finite values: {escape(', '.join(unknown))}.</p>")
     return "".join(parts)
@@ -46,12 +46,12 @@ def verdict(series: Mapping[str, Sequence[Run]]) -> str:
 
 def fallen(run: Run) -> list[Change]:
     """Held-out metrics that fell."""
-    return [one for one in run.changes if one.kind == "held out" and one.direction < 0]
+    return [change for change in run.changes if change.kind == "held out" and change.direction < 0]
 
 
 def rose(run: Run) -> Change | None:
     """The weighted sum of the rewards, if it rose."""
-    return next((one for one in run.changes if one.kind == "total" and one.direction > 0), None)
+    return next((change for change in run.changes if change.kind == "total" and change.direction > 0), None)
 
 
 def _lines(label: str, runs: Sequence[Run], *, rising: bool) -> list[str]:
@@ -59,11 +59,11 @@ def _lines(label: str, runs: Sequence[Run], *, rising: bool) -> list[str]:
     found: dict[str, list[tuple[Run, Change]]] = {}
     for run in runs:
         if (rose(run) is not None) is rising:
-            for one in fallen(run):
-                found.setdefault(one.name, []).append((run, one))
+            for change in fallen(run):
+                found.setdefault(change.name, []).append((run, change))
     lines = []
     for name, hits in found.items():
-        text = f"<b>{escape(name)}</b> fell{_by([one for _, one in hits])}"
+        text = f"<b>{escape(name)}</b> fell{_by([change for _, change in hits])}"
         if label:
             seeds = ", ".join(str(run.config.seed) for run, _ in hits)
             text += f" in {len(hits)} of {sum(bool(run.changes) for run in runs)} runs of {escape(label)} (seed {seeds})"
@@ -74,7 +74,7 @@ def _lines(label: str, runs: Sequence[Run], *, rising: bool) -> list[str]:
 
 def _by(found: Sequence[Change]) -> str:
     """How large changes are, in standard deviations of a video; nothing where these do not vary."""
-    sizes = sorted(abs(one.in_spreads) for one in found)
+    sizes = sorted(abs(change.in_spreads) for change in found)
     if not all(map(math.isfinite, sizes)):
         return ""
     low, high = f"{sizes[0]:.2f}", f"{sizes[-1]:.2f}"
@@ -86,13 +86,13 @@ def scatter_charts(series: Mapping[str, Sequence[Run]]) -> str:
     marks: dict[str, list[Mark]] = {}
     for index, (label, runs) in enumerate(series.items()):
         for run in runs:
-            total = next((one for one in run.changes if one.kind == "total"), None)
-            for one in run.changes:
-                if one.kind == "held out" and total and math.isfinite(one.in_spreads) and math.isfinite(total.in_spreads):
-                    errors = [2 * each.error / each.spread if math.isfinite(each.error) else 0.0 for each in (total, one)]
-                    tip = f"{label}, seed {run.config.seed}: {one.in_spreads:+.2f} against {total.in_spreads:+.2f}"
-                    marks.setdefault(one.name, []).append(Mark(total.in_spreads, one.in_spreads, errors[0], errors[1], index, tip))
+            total = next((change for change in run.changes if change.kind == "total"), None)
+            for change in run.changes:
+                if change.kind == "held out" and total and math.isfinite(change.in_spreads) and math.isfinite(total.in_spreads):
+                    errors = [2 * each.error / each.spread if math.isfinite(each.error) else 0.0 for each in (total, change)]
+                    tip = f"{label}, seed {run.config.seed}: {change.in_spreads:+.2f} against {total.in_spreads:+.2f}"
+                    marks.setdefault(change.name, []).append(Mark(total.in_spreads, change.in_spreads, errors[0], errors[1], index, tip))
     return figures(
-        (name, "Its change, upwards, against that of the trained reward.", scatter_chart(some, title=name, x_label="trained reward"))
-        for name, some in marks.items()
+        (name, "Its change, upwards, against that of the trained reward.", scatter_chart(points, title=name, x_label="trained reward"))
+        for name, points in marks.items()
     )

@@ -35,7 +35,7 @@ def figures(charts: Iterable[tuple[str, str, str]]) -> str:
 
 
 def warning(title: str, content: str) -> str:
-    """What must not be overlooked; `title` is text, `content` is HTML."""
+    """Return a warning that must not be overlooked; `title` is text, `content` is HTML."""
     return f'<div class="warning" role="note"><b>{escape(title)}</b>{content}</div>'
 
 
@@ -45,7 +45,7 @@ def chip(index: int) -> str:
 
 
 def give_or_take(error: float, digits: int = 3) -> str:
-    """What follows a number with an error; nothing where that is not known."""
+    """Return what follows a number with an error; nothing where that is not known."""
     return f" <small>± {error:.{digits}f}</small>" if math.isfinite(error) else ""
 
 

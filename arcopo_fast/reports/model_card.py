@@ -44,7 +44,8 @@ def model_card(config: Config, evaluation: Mapping[str, Any]) -> str:
         sort_keys=False,
     )
     rows = [
-        [one.name, one.kind, plain(one.before), plain(one.after), signed(one.change) + _error(one)] for one in changes(config, evaluation)
+        [change.name, change.kind, plain(change.before), plain(change.after), signed(change.change) + _error(change)]
+        for change in changes(config, evaluation)
     ]
     results = markdown_table(["", "", "before", "after", "change"], rows, padded=False) if rows else "Not evaluated.\n"
     weights = ", ".join(f"{name} x {weight:g}" for name, weight in config.rewards.items())

@@ -1,4 +1,4 @@
-"""What a run left behind, read back: its settings, its metrics, and how each reward and held-out metric changed.
+"""A run read back from its directory: its settings, its metrics, and how each reward and held-out metric changed.
 
 evaluation.json of a run directory is
 

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, made from what the run directory holds (`runtime.results`)."""
+"""The report of a run: one HTML file that needs nothing else, made from what the run directory holds (`reports.results`)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
 
 def _headline(run: Run, videos: bool) -> str:
     config = run.config
-    total = next((one for one in run.changes if one.kind == "total"), None)
+    total = next((change for change in run.changes if change.kind == "total"), None)
     facts = [
         f"generator {config.generator.checkpoint}",
         f"{run.iterations} of {config.train.iterations} iterations",
@@ -78,12 +78,12 @@ def _headline(run: Run, videos: bool) -> str:
         )
     absent = [
         name
-        for name, there in (
+        for name, present in (
             ("iterations", run.iterations),
             ("before and after", run.changes),
             ("videos", videos or not config.evaluation.sample_videos),
         )
-        if not there
+        if not present
     ]
     missing = f"<p>The run has not come to its end. Not here yet: {', '.join(absent)}.</p>" if absent else ""
     missing += left_out(run)
@@ -107,15 +107,16 @@ def left_out(run: Run) -> str:
 
 def _change_table(changes: Sequence[Change]) -> str:
     rows, kind = [], ""
-    for one in changes:
-        if one.kind != kind:
-            kind = one.kind
+    for change in changes:
+        if change.kind != kind:
+            kind = change.kind
             label = {"total": "Weighted sum", "trained": "Rewards, trained on", "held out": "Held out"}[kind]
             rows.append(f'<tr class="group"><th colspan="5" scope="rowgroup">{label}</th></tr>')
         rows.append(
-            f'<tr><th scope="row">{escape(one.name)}{_left_out(one)}</th><td>{plain(one.before)}</td><td>{plain(one.after)}</td>'
-            f'<td class="{("", "up", "down")[one.direction]}">{signed(one.change)}{give_or_take(one.error)}</td>'
-            f"<td>{signed(one.in_spreads, 2)}</td></tr>"
+            f'<tr><th scope="row">{escape(change.name)}{_left_out(change)}</th>'
+            f"<td>{plain(change.before)}</td><td>{plain(change.after)}</td>"
+            f'<td class="{("", "up", "down")[change.direction]}">{signed(change.change)}{give_or_take(change.error)}</td>'
+            f"<td>{signed(change.in_spreads, 2)}</td></tr>"
         )
     return table(["", "before", "after", "change", "in std"], rows)
 
@@ -168,11 +169,11 @@ def _charts(config: Config, records: Sequence[Record]) -> str:
     each = reward_statistics(config.rewards)
     plans = [(REWARD, {"": REWARD.name})]
     if len(each) > 1:
-        plans.append((Statistic("Each reward", "Moving means.", "", smooth=True), {one.title: one.name for one in each}))
-    for one in HEALTH:
-        if logs(config, one):
-            by_update = {f"update {update}": f"update{update}/{one.name}" for update in updates(records)}
-            plans.append((one, by_update if one.each_update else {"": one.name}))
+        plans.append((Statistic("Each reward", "Moving means.", "", smooth=True), {statistic.title: statistic.name for statistic in each}))
+    for statistic in HEALTH:
+        if logs(config, statistic):
+            by_update = {f"update {update}": f"update{update}/{statistic.name}" for update in updates(records)}
+            plans.append((statistic, by_update if statistic.each_update else {"": statistic.name}))
     charts, none = [], ""
     for statistic, names in plans:
         series = {label: values for label, name in names.items() if len(values := points(records, name)) > 1}

@@ -59,7 +59,7 @@ def differences(series: Sequence[dict[str, str]]) -> list[str]:
 
 
 def _labels(series: Sequence[dict[str, str]]) -> list[str]:
-    """What differs, as overrides; where that is too much to read, the first settings that tell all series apart."""
+    """Return what differs, as overrides; where that is too much to read, the first settings that tell all series apart."""
     keys = differences(series)
     if len(keys) > _MOST_IN_A_LABEL:
         telling: list[str] = []

@@ -67,7 +67,9 @@ def as_json(point: Point, scores: Summaries) -> dict[str, Any]:
     def known(value: float) -> float | None:
         return value if math.isfinite(value) else None
 
-    compared = {name: {"change": known(one.change), "error": known(one.error)} | dict(scores[name]) for name, one in point.scores.items()}
+    compared = {
+        name: {"change": known(change.change), "error": known(change.error)} | dict(scores[name]) for name, change in point.scores.items()
+    }
     return {"scale": point.scale, "both_above": point.both_above, "scores": compared}
 
 
@@ -75,7 +77,7 @@ def as_json(point: Point, scores: Summaries) -> dict[str, Any]:
 
 
 def result_line(chosen: Point | None) -> str:
-    """What the criterion chose, and how sure that is."""
+    """Return what the criterion chose, and how sure that is."""
     if chosen is None:
         return "No scale has both scores above the base model's, so no adapter is written."
     unsure = [label for name, label in _LABELS.items() if not chosen.scores[name].direction]
@@ -84,7 +86,7 @@ def result_line(chosen: Point | None) -> str:
 
 
 def note(names: Sequence[str]) -> str:
-    """How the tables are to be read."""
+    """Return how the tables are to be read."""
     return (
         f"In-domain is the weighted sum of the rewards, out-of-domain the mean of {', '.join(names)}. Every row has the same prompts and "
         f"noises; changes are against the base model, ± one standard error of the videos' differences, and ≈ marks those within two "
@@ -114,11 +116,11 @@ def as_page(config: Config, found: Sweep) -> str:
         for name, explained in ((TOTAL, "Weighted sum of the rewards."), (HELD_OUT, f"Mean of {escape(', '.join(names))}."))
     )
     merged = [
-        f'<tr><th scope="row">{escape(name)}</th><td>{one["rank"]}</td><td>{one["alpha"]:g}</td>'
-        f"<td><code>{one['sha256'][:16]}</code></td><td>{escape(one['file'])}</td></tr>"
-        for name, one in _merged(found.pair).items()
+        f'<tr><th scope="row">{escape(name)}</th><td>{about["rank"]}</td><td>{about["alpha"]:g}</td>'
+        f"<td><code>{about['sha256'][:16]}</code></td><td>{escape(about['file'])}</td></tr>"
+        for name, about in _merged(found.pair).items()
     ]
-    criterion, others = (_html_table(*one, chosen=points.index(chosen) if chosen else None) for one in _tables(points))
+    criterion, others = (_html_table(*tables, chosen=points.index(chosen) if chosen else None) for tables in _tables(points))
     band = "The band is two standard errors of the change: where the base model's line runs inside, the two cannot be told apart."
     recipe = f"<details><summary>config.yaml</summary><pre>{escape(resolved_yaml(config))}</pre></details>"
     parts = [
@@ -138,7 +140,8 @@ def _tables(points: Sequence[Point]) -> list[tuple[list[str], list[Row]]]:
     def rows(names: Sequence[str]) -> Iterator[Row]:
         yield [("base model", ""), *((plain(points[0].scores[name].before), "") for name in names)]
         for point in points:
-            yield [(scale_text(point.scale), ""), *((plain(one.after), _change(one)) for one in (point.scores[name] for name in names))]
+            found = [point.scores[name] for name in names]
+            yield [(scale_text(point.scale), ""), *((plain(change.after), _change(change)) for change in found)]
 
     verdicts = [("", ""), *((_verdict(point), "") for point in points)]
     criterion: list[Row] = [[*row, verdict] for row, verdict in zip(rows(list(_LABELS)), verdicts, strict=True)]
@@ -164,14 +167,14 @@ def _html_table(head: list[str], rows: Sequence[Row], *, chosen: int | None) -> 
 def _chart(points: Sequence[Point], name: str) -> str:
     """A score against the scale with a band of two standard errors of its change, and the base model's as a level."""
     compared = [(point.scale, point.scores[name]) for point in points]
-    means = [(scale, one.after) for scale, one in compared]
-    reach = [2 * one.error if math.isfinite(one.error) else 0.0 for _, one in compared]
+    means = [(scale, change.after) for scale, change in compared]
+    reach = [2 * change.error if math.isfinite(change.error) else 0.0 for _, change in compared]
     band = [(x, y - error, y + error) for (x, y), error in zip(means, reach)]
     spread = Spread(band, [[(x, low) for x, low, _ in band], [(x, high) for x, _, high in band]])
-    level = [(scale, one.before) for scale, one in compared]
+    level = [(scale, change.before) for scale, change in compared]
     return line_chart({"merged": means, "base model": level}, title=_LABELS[name], spreads={"merged": spread}, x_label="scale")
 
 
-def _change(one: Change) -> str:
-    error = f" ± {one.error:.3f}" if math.isfinite(one.error) else ""
-    return f"{signed(one.change)}{error}{'' if one.direction else ' ≈'}"
+def _change(change: Change) -> str:
+    error = f" ± {change.error:.3f}" if math.isfinite(change.error) else ""
+    return f"{signed(change.change)}{error}{'' if change.direction else ' ≈'}"

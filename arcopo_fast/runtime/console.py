@@ -1,4 +1,4 @@
-"""What a command's user sees and does while it runs: a line that says how it is going, and Ctrl-C.
+"""A command and its user while it runs: a line that says how it is going, and Ctrl-C.
 
 Ctrl-C and SIGTERM mean the same: what is complete is kept, and one line says how to go on.
 """

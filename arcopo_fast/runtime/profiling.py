@@ -1,4 +1,4 @@
-"""Where an iteration's time goes: named stages as NVTX ranges and seconds, and PyTorch traces.
+"""The time of an iteration: named stages as NVTX ranges and seconds, and PyTorch traces.
 
     with profiling.record(device) as seconds:    an iteration
         with profiling.stage("denoise"): ...     anywhere in the library; costs next to nothing outside of `record`
@@ -71,7 +71,7 @@ def record(device: torch.device) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """What runs in this block belongs to `name`, one of `STAGES` or another."""
+    """Count what runs in this block as `name`, one of `STAGES` or another."""
     recorder = _recorder
     if recorder is None:
         yield

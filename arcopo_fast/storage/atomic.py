@@ -217,7 +217,7 @@ def _abandoned(directory: Path, *, unknown: bool) -> Iterator[bool]:
 
 
 def _disk_full(error: BaseException, place: Path) -> OSError | None:
-    """What a full disk should have raised, if it made a library raise something else: torch.save complains about a position in its file."""
+    """Return what a full disk should have raised, if a library raised something else: torch.save complains about a place in its file."""
     if isinstance(error, (OSError, UserError)) or not isinstance(error, Exception):
         return None
     disk = os.statvfs(place)
@@ -243,7 +243,7 @@ def check_out(out: Path) -> None:
 
 
 def why_not(path: Path) -> str | None:
-    """What keeps a directory from being made or written to; None: nothing."""
+    """Return what keeps a directory from being made or written to; None: nothing."""
     existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists() or folder.is_symlink())
     if not existing.is_dir():
         return f"{existing} is not a directory"

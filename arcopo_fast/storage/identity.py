@@ -1,4 +1,4 @@
-"""What content is, in a few digits; what numbers depend on, and whether that is still the same.
+"""Digests of content, descriptions of what numbers depend on, and the comparison that names what differs.
 
 Files keep these digests and descriptions, so their values stay as they are: `digest` of bytes or text, `file_digest`, `values_digest` of
 settings, `weights_digest` of a whole model, `sampled_digest` where reading a whole model would take too long. `describe` and
@@ -114,9 +114,9 @@ def require_same(
         there: of what lies on the disk.
         places: the words for where a value is `here`, and `there`.
     """
-    there, here = dict(_flat(there)), dict(_flat(json.loads(json.dumps(here))))
-    if keys := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
-        named = [f"{key}: {_shown(here, key)} {places[0]}, {_shown(there, key)} {places[1]}" for key in keys[:MOST_NAMED]]
+    before, now = dict(_flat(there)), dict(_flat(json.loads(json.dumps(here))))
+    if keys := _differing(before, now):
+        named = [f"{key}: {_shown(now, key)} {places[0]}, {_shown(before, key)} {places[1]}" for key in keys[:MOST_NAMED]]
         more = [f"and {len(keys) - MOST_NAMED} more"] if len(keys) > MOST_NAMED else []
         raise UserError(f"{problem}: {'; '.join([*named, *more])}; {advice}")
 
@@ -128,6 +128,11 @@ def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys of two flat descriptions that differ; what one of them lacks is equal to null."""
+    return sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -179,18 +184,18 @@ def check_settings(run: Path, config: BaseModel) -> None:
     if earlier is None or earlier.settings is None:
         return
     before, now = earlier.settings, _settings(config)
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    changed = _differing(before, now)
 
-    def said(keys: Sequence[str]) -> str:
+    def listed(keys: Sequence[str]) -> str:
         return ", ".join(f"{key} from {_shown(before, key)} to {_shown(now, key)}" for key in keys)
 
-    if fixed := [key for key in changed if key not in _FREE and any(key == one or key.startswith(f"{one}.") for one in _FIXED)]:
+    if fixed := [key for key in changed if key not in _FREE and any(key == section or key.startswith(f"{section}.") for section in _FIXED)]:
         raise UserError(
-            f"{run / 'config.yaml'} was changed since the run began: {said(fixed)}; it would not go on as it began, so put that back, or "
+            f"{run / 'config.yaml'} was changed since the run began: {listed(fixed)}; it would not go on as it began, so put that back, or "
             "start a new run with it"
         )
     if changed:
-        print(f"{run / 'config.yaml'} was changed since the run last went on: {said(changed)}; from here on it counts", file=sys.stderr)
+        print(f"{run / 'config.yaml'} was changed since the run last went on: {listed(changed)}; from here on it counts", file=sys.stderr)
 
 
 def check_inputs(run: Path, config: BaseModel, made_of: Mapping[str, str], judges: Mapping[str, str], *, done: int) -> None:
@@ -208,11 +213,9 @@ def check_inputs(run: Path, config: BaseModel, made_of: Mapping[str, str], judge
     """
     earlier = _read(run / INPUTS)
     if earlier is not None:
-        if other := [name for name, digest in made_of.items() if earlier.made_of.get(name) != digest]:
-            raise UserError(
-                f"{run} was begun with another {' and another '.join(other)} than is here now, and would not go on as it began; "
-                f"put back what its config.yaml names, or start a new run"
-            )
+        began = {name: earlier.made_of.get(name) for name in made_of}
+        problem = f"{run} was begun with something else than is here now, and would not go on as it began"
+        require_same(problem, began, made_of, "put back what its config.yaml names, or start a new run")
         if other := [name for name, digest in judges.items() if earlier.judges.get(name) != digest]:
             print(
                 f"{', '.join(other)}: another code or other weights than when {run} was last running; its curves are of the earlier one up "
@@ -224,7 +227,7 @@ def check_inputs(run: Path, config: BaseModel, made_of: Mapping[str, str], judge
 
 
 def _read(file: Path) -> _Document | None:
-    """None: there is none yet."""
+    """Return what inputs.json says; None if there is none yet."""
     if not file.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a run measures: one JSON line for each step, and the same numbers as TensorBoard scalars.
+"""The numbers that a run measures: one JSON line for each step, and the same numbers as TensorBoard scalars.
 
 A line depends on the run's seed alone, times aside: keys are sorted, and everything measured in seconds lies under "time".
 """

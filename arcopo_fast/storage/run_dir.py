@@ -177,9 +177,9 @@ class RunDirectory:
                         raise
                     problem = f"cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             if problem is None:
-                for path, said in damaged:
+                for path, reason in damaged:
                     print(
-                        f"{path} is damaged: {said}; it is now {_put_away(path).name}, and the run goes on from {checkpoint.name}",
+                        f"{path} is damaged: {reason}; it is now {_put_away(path).name}, and the run goes on from {checkpoint.name}",
                         file=sys.stderr,
                     )
                 return step_of(checkpoint)
@@ -211,7 +211,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, by their checksums; None: nothing, or an earlier version wrote no checksums."""
+    """Return what is wrong with a checkpoint's files, by their checksums; None: nothing, or an earlier version wrote no checksums."""
     if not (checkpoint / SUMS).exists() and (checkpoint / "trainer.pt").exists():
         return None
     try:

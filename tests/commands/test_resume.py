@@ -152,7 +152,8 @@ def test_a_run_goes_on_with_what_it_was_begun_with(tmp_path: Path, monkeypatch: 
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata()
             save_file({key: tensor * 1.5 for key, tensor in load_file(file).items()}, file, metadata=metadata)
-        with pytest.raises(UserError, match=rf"{run} was begun with another {name} than is here now, .* start a new run$"):
+        problem = rf"{run} was begun with something else than is here now, .*: {name}: .* here, .* there; put back .* start a new run$"
+        with pytest.raises(UserError, match=problem):
             main(["--resume", str(run)])
         file.write_bytes(original)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

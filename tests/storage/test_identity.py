@@ -90,11 +90,12 @@ def test_a_run_is_held_to_what_it_began_with(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err == ""
     before = (tmp_path / INPUTS).read_bytes()
     for change, said in (
-        ({"VAE": "0"}, "another VAE than"),
-        ({"VAE": "0", "transformer": "0"}, "another transformer and another VAE than"),
-        ({"prompts": "0"}, "another prompts than"),
+        ({"VAE": "0"}, 'VAE: "0" here, "4567" there'),
+        ({"VAE": "0", "transformer": "0"}, 'VAE: "0" here, "4567" there; transformer: "0" here, "0123" there'),
+        ({"prompts": "0"}, 'prompts: "0" here, null there'),
     ):
-        with pytest.raises(UserError, match=rf"^{tmp_path} was begun with {said} is here now.*start a new run$"):
+        problem = rf"^{tmp_path} was begun with something else than is here now, .*: {said}; put back .* start a new run$"
+        with pytest.raises(UserError, match=problem):
             check_inputs(tmp_path, CONFIG, MADE_OF | change, JUDGES | {"one": "0"}, done=3)
     assert (tmp_path / INPUTS).read_bytes() == before and capsys.readouterr().err == ""
     check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES | {"other": "cd"}, done=3)

@@ -82,7 +82,7 @@ def read_info(path: Path) -> list[Prompt]:
         if not info:
             raise ValueError("no prompts")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"cannot read prompts from {path}: {_said(error)}; expected VBench's VBench_full_info.json") from None
+        raise UserError(f"cannot read prompts from {path}: {_reason(error)}; expected VBench's VBench_full_info.json") from None
     if strange := {name for prompt in info for name in prompt.dimensions} - DIMENSIONS.keys():
         raise UserError(f"{path} has an unknown dimension {sorted(strange)[0]!r}; expected VBench's VBench_full_info.json, of version 1")
     return info
@@ -97,7 +97,7 @@ def unique_prompts(info: Sequence[Prompt]) -> list[Prompt]:
 
 
 def read_extended(path: Path, info: Sequence[Prompt], originals: Path | None = None) -> dict[str, str]:
-    """What is generated in place of each prompt, by the prompt. Of two lines for one prompt the first counts.
+    """Return what is generated in place of each prompt, by the prompt. Of two lines for one prompt the first counts.
 
     Args:
         path: one extended prompt on each line.
@@ -176,7 +176,7 @@ def total_score(quality: float, semantic: float) -> float:
 
 @dataclass(frozen=True)
 class VBenchScores:
-    """What VBench says of a generator; everything from 0 to 1.
+    """The scores that VBench gives a generator; everything from 0 to 1.
 
     raw: the score of each of the 16 dimensions. videos: how many it is the mean of, where the file says that.
     """
@@ -215,7 +215,7 @@ def read_result(path: Path) -> dict[str, tuple[float, int | None]]:
         results = json.loads(path.read_text(encoding="utf-8"))
         found = {name.replace(" ", "_"): (float(entry[0]), *entry[1:2]) for name, entry in results.items()}
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise UserError(f"cannot read results from {path}: {_said(error)}; expected VBench's {{dimension: [score, videos]}}") from None
+        raise UserError(f"cannot read results from {path}: {_reason(error)}; expected VBench's {{dimension: [score, videos]}}") from None
     for name, (score, *_) in found.items():
         if name not in DIMENSIONS:
             raise UserError(f"{path} has the dimension {name!r}; VBench's are {', '.join(DIMENSIONS)}")
@@ -248,9 +248,9 @@ def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts from {path}: {_said(error)}; expected a UTF-8 text file with one on each line") from None
+        raise UserError(f"cannot read prompts from {path}: {_reason(error)}; expected a UTF-8 text file with one on each line") from None
     return [line.strip() for line in text.rstrip().split("\n")]
 
 
-def _said(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

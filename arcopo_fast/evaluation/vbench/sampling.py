@@ -20,7 +20,7 @@ from arcopo_fast.storage.video import Mp4Writer
 
 
 def sampling_of(config: Config, generator: Generator, prompts: str) -> dict[str, Any]:
-    """What makes the videos what they are. prompts: the manifest. The adapter, if any, is loaded."""
+    """Return what the videos depend on. prompts: the manifest. The adapter, if any, is loaded."""
     return {
         "weights": weights_digest(generator.model),
         "vae_weights": weights_digest(generator.decoder.vae),
@@ -35,7 +35,7 @@ def sampling_of(config: Config, generator: Generator, prompts: str) -> dict[str,
 
 
 def begin(out: Path, prompts: str, sampling: Mapping[str, Any], sources: Mapping[str, Any]) -> Path:
-    """The directory for the videos, with the manifest and what they are made with beside it.
+    """Return the directory for the videos, with the manifest and what they are made with beside it.
 
     sources: where all that came from, to be read by people.
 

@@ -54,12 +54,12 @@ class Scorer(NamedTuple):
         python = python.absolute()  # not resolved: that of a virtual environment is a link, and known by its place
         look = "import importlib.util as util; spec = util.find_spec('vbench'); print(*(spec.submodule_search_locations if spec else ()))"
         try:
-            said = subprocess.run([python, "-c", look], capture_output=True, text=True, cwd="/", env=_environment()).stdout
+            found = subprocess.run([python, "-c", look], capture_output=True, text=True, cwd="/", env=_environment()).stdout
         except OSError as error:
             raise UserError(f"cannot run {python}: {error.strerror}; expected the Python interpreter of VBench's environment") from None
-        if not said.strip():
+        if not found.strip():
             raise UserError(f"{python} has no vbench; install it there (pip install vbench, and detectron2 for four of its dimensions)")
-        package = Path(said.strip())
+        package = Path(found.strip())
         return cls(python, package, info.absolute() if info else package / "VBench_full_info.json")
 
     def evaluate(self, dimension: str, videos: Path, log: Path, *, ngpus: int) -> str:
@@ -98,12 +98,12 @@ class Scorer(NamedTuple):
 
 
 def _environment() -> dict[str, str]:
-    """That of this process, without what would make another interpreter import this one's packages."""
+    """Return the environment of this process, without what would make another interpreter import this one's packages."""
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
 
 def videos_to_score(info: Sequence[Prompt], dimension: str, videos: Path, per_prompt: int) -> list[Path]:
-    """What the scorer looks at. It only warns of a missing video, and takes the mean of the others.
+    """Return the videos that the scorer looks at. It only warns of a missing video, and takes the mean of the others.
 
     Raises:
         UserError: one is missing, or there is something else among the videos.
