@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -24,14 +23,10 @@ from arcopo_fast import merge
 from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_held_out, load_model, load_prompts, load_rewards
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config, resolved_yaml
-from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation import sweep
-from arcopo_fast.evaluation.changes import Change
 from arcopo_fast.evaluation.judging import Evaluation, evaluate
-from arcopo_fast.evaluation.sweep import Point, choose_scale
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import BLOCK_TARGETS, Adapter, adapter_parameters, add_lora, load_adapter, read_adapter, save_adapter
-from arcopo_fast.reports.sweep import result_line
 from arcopo_fast.reports.table import signed
 
 SMALL = [
@@ -160,51 +155,6 @@ def test_different_base_models_are_told(runs: tuple[Path, Path], tmp_path: Path,
     status, said, _ = command(capsys, "--semi", runs[0], "--on", other, "--scale", 1, "--out", tmp_path / "merged")
     assert status == 0 and len(said) == 1 and "some/base and toy" in said[0]
     assert "base_model" not in (tmp_path / "merged" / "README.md").read_text().split("---")[1]
-
-
-# The criterion
-
-
-def point(scale: float, in_domain: float, out_of_domain: float, error: float = 0.01) -> Point:
-    changes = {"reward": in_domain, "held_out": out_of_domain}
-    return Point(scale, {name: Change(name, "total", 0.5, 0.5 + change, error, 0.1, None) for name, change in changes.items()})
-
-
-UP, DOWN, NAN = 0.25, -0.25, math.nan
-CASES: dict[str, tuple[list[tuple[float, float, float]], float | None]] = {
-    "the largest of those that improve both": ([(0.0, UP, UP), (0.4, UP, UP), (0.8, UP, DOWN)], 0.4),
-    "not the best, the largest": ([(0.0, 9 * UP, 9 * UP), (1.0, UP, UP)], 1.0),
-    "improvement need not be monotonic": ([(0.0, UP, UP), (0.5, DOWN, UP), (1.0, UP, UP)], 1.0),
-    "in any order": ([(0.9, UP, UP), (0.1, UP, UP)], 0.9),
-    "scale 0, the semi-on-policy adapter alone": ([(0.0, UP, UP), (0.5, UP, DOWN)], 0.0),
-    "in-domain alone does not do": ([(0.0, DOWN, DOWN), (0.5, UP, DOWN)], None),
-    "out-of-domain alone does not do": ([(0.0, DOWN, UP), (0.5, DOWN, UP)], None),
-    "a tie is not above": ([(0.0, 0.0, 0.0), (0.5, 0.0, UP), (1.0, UP, 0.0)], None),
-    "NaN is not above": ([(0.0, NAN, UP), (0.5, UP, NAN), (1.0, NAN, NAN)], None),
-    "nothing": ([], None),
-}
-
-
-@pytest.mark.parametrize(("measured", "expected"), CASES.values(), ids=CASES.keys())
-def test_the_dual_criterion(measured: list[tuple[float, float, float]], expected: float | None) -> None:
-    chosen = choose_scale([point(*one) for one in measured])
-    assert (chosen.scale if chosen else None) == expected
-
-
-def test_a_choice_within_its_error_is_called_so() -> None:
-    assert "within" not in result_line(point(0.5, UP, UP))
-    assert "Out-of-domain, the change is within" in result_line(point(0.5, UP, 0.015))
-    assert "In-domain and out-of-domain, the change is within" in result_line(point(0.5, UP, UP, error=math.nan))
-    assert "No scale" in result_line(None)
-
-
-def test_what_is_held_out() -> None:
-    config = load_config("toy", ["rewards={toy_vq: 1, toy_mq: 0}"])
-    assert sweep.out_of_domain(config, ["a", "b"], []) == ["a", "b"]
-    assert sweep.out_of_domain(config, ["a", "b"], ["b", "toy_mq", "b"]) == ["b", "toy_mq"]
-    for metrics, chosen, part in ((["a"], ["toy_vq"], "trains on toy_vq"), (["a"], ["c"], "'c'"), ([], [], "no held-out metrics")):
-        with pytest.raises(UserError, match=part):
-            sweep.out_of_domain(config, metrics, chosen)
 
 
 # The sweep
