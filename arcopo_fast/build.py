@@ -318,7 +318,7 @@ def build_objective(config: Config, engine: Engine) -> Objective[ObjectiveSettin
     """The recipe's objective. Off-policy training is semi-on-policy training without the clip."""
     settings, mode = config.objective, config.train.mode
     if mode == "off_policy":
-        settings = settings.model_copy(update={"clip": None})
+        settings = settings.off_policy()
     return objective_class(settings.kind)(engine, settings, reference=mode != "on_policy")
 
 

@@ -17,7 +17,7 @@ from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.objectives.advantage import weighted_total
 from arcopo_fast.runtime.console import Progress
 from arcopo_fast.runtime.memory import tune_for_cpu
-from arcopo_fast.training.groups import Rollouts, policy_of, prompt_of, recipe_of, store
+from arcopo_fast.training.groups import JudgedGroup, Rollouts, policy_of, prompt_of, recipe_of, store
 
 
 def collect(config: Config, path: str, groups: int) -> Buffer:
@@ -38,9 +38,10 @@ def collect(config: Config, path: str, groups: int) -> Buffer:
 
     with Progress(groups, sum(index < groups for index in buffer.indices)) as progress:
         for index in buffer.missing(groups, waiting):
-            judged = source.draw(index, 0)
-            with judged.group:
-                buffer.write(index, *store(judged))
+            prompt = source.prompt(index, 0)
+            with source.roll_out(source.encode(prompt), index, 0) as group:
+                judged = JudgedGroup(group, prompt, source.judge(group, prompt))
+                buffer.write(index, *store(judged, engine.shape))
             progress.update(weighted_total(judged.rewards, config.rewards).nanmean().item())
     return buffer
 

@@ -37,7 +37,7 @@ from arcopo_fast.planning.work import iteration as iteration_work
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.cache import plan_pages
 from arcopo_fast.rollout.engine import Group, VideoShape
-from arcopo_fast.rollout.noise import KeyedNoise, normal
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan, normal
 from arcopo_fast.runtime import profiling
 from benchmarks.reference.iteration import Reference, Result, adamw
 from benchmarks.results import OURS
@@ -81,7 +81,7 @@ class Scene:
 
     @property
     def noise(self) -> KeyedNoise:
-        return KeyedNoise(self.shape.chunk, seed=0)
+        return KeyedNoise(self.shape, GroupId(seed=0))
 
     @property
     def middle(self) -> int:
@@ -135,17 +135,17 @@ class OurPath:
             if advantages is None:
                 advantages = random_advantages(config)
             statistics = self.update(group, advantages)
-            latents = torch.cat([chunk.expand(group.size, *chunk.shape[1:]) for chunk in group.latents], dim=1)
+            latents = group.videos()
         return Result(latents, rewards, advantages, statistics)
 
     def rollout(self) -> Group:
         settings = self.scene.config.rollout
         return self.engine.rollout(
             self.scene.text,
-            self.scene.noise,
+            self.scene.noise.id,
             pivot=self.pivot,
-            branches=settings.group_size,
-            sigma=settings.noise_strength,
+            members=settings.group_size,
+            plan=NoisePlan(settings.noise_strength),
             branches_per_wave=settings.branches_per_wave,
         )
 
@@ -157,7 +157,7 @@ class OurPath:
         assert self.decoder is not None
         judging = Judging(self.decoder, self.scene.config.rollout.decode_branches)
         parts: list[dict[str, Tensor]] = []
-        for frames, scores in judging.judge(self.scene.rewards, group.latents, [self.scene.prompt] * group.size, group.pivot):
+        for frames, scores in judging.judge(self.scene.rewards, group.tails, [self.scene.prompt] * group.size, group.prefix_latents):
             del frames  # the next ones need the memory
             parts.append(scores)
         return joined(parts)

@@ -197,17 +197,7 @@ class ObjectiveSettings(Section):
     """What the policy learns from its groups, and how: the part that all objectives share."""
 
     kind: str = Field("copo", description="copo: AR-CoPO; sde_grpo: the baseline; or the dotted name of a module that holds one")
-    clip: PositiveFloat | None = Field(1e-4, description="eps of clip(rho, 1 - eps, 1 + eps); null: no clipping")
-    steps: Annotated[float, Field(gt=0, le=1)] | Literal["all"] = Field(
-        "all", description="denoising steps to train: all, or a random fraction"
-    )
-    skip_last_step: bool = Field(False, description="never train the last denoising step")
-    anchors_per_update: Positive = Field(4, description="A: candidates that are replayed in one update, drawn without replacement")
-    updates: Positive = Field(2, description="optimiser steps of an iteration")
-    anchors: Literal["fresh", "same", "split"] = Field(
-        "fresh", description="of an iteration's updates: A new ones for each, the same A for all, or A in all, dealt over the updates"
-    )
-    old_prediction: Literal["replay"] = Field("replay", description="the old prediction is made by the replay path under the old weights")
+    updates: Positive = Field(2, description="optimizer steps of an iteration")
     context: Literal["rollout", "recompute"] = Field("rollout", description="h_{p-1}: the rollout's, or recomputed under new weights")
     advantage: Literal["zscore", "quasi_norm"] = Field("zscore", description="A_i from the rewards of a group")
     quasi_norm_p: PositiveFloat = Field(0.8, description="p of the quasi-norm")
@@ -220,10 +210,12 @@ class ObjectiveSettings(Section):
     micro_batch: Positive | None = Field(None, description="(anchor, step) pairs of one backward pass: less memory; null: all")
     checkpoint: bool = Field(False, description="activation checkpointing of the pivot chunk, block by block: less memory, more time")
 
-    @property
-    def largest_update(self) -> int:
-        """Anchors that one update replays, at most."""
-        return -(-self.anchors_per_update // self.updates) if self.anchors == "split" else self.anchors_per_update
+    def check_group(self, size: int) -> None:
+        """Raise ValueError if groups of `size` members do not do."""
+
+    def off_policy(self) -> ObjectiveSettings:
+        """Return the settings for `train.mode: off_policy`: without a clip where there is one."""
+        return self
 
 
 class LoraConfig(Section):
@@ -376,16 +368,7 @@ class Config(Section):
             )
         if strangers := [name for name in self.reward_servers.addresses if name not in self.rewards]:
             raise ValueError(f"reward_servers.addresses has {strangers[0]!r}, which is not among the rewards {', '.join(self.rewards)}")
-        if objective.anchors == "split" and objective.anchors_per_update < objective.updates:
-            raise ValueError(
-                f"objective.anchors split deals objective.anchors_per_update {objective.anchors_per_update} anchors over objective.updates "
-                f"{objective.updates}: give at least one for each update"
-            )
-        if objective.anchors_per_update > rollout.group_size:
-            raise ValueError(
-                f"objective.anchors_per_update {objective.anchors_per_update} is more than rollout.group_size {rollout.group_size}: "
-                "anchors are drawn without replacement"
-            )
+        objective.check_group(rollout.group_size)
         return self
 
 

@@ -16,7 +16,7 @@ from arcopo_fast.config.schema import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import pages_for
 from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
-from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource, StackedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoiseSource, StackedNoise
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def noise_influence(model: CausalWan, text: Tensor, shape: VideoShape, sampler: 
     engine = Engine(model, shape, sampler, cache, pages=pages_for(cache, shape.chunk_frames, 1 + len(sampler.steps)))
     changes: dict[str, list[float]] = {}
     for row in range(len(text)):
-        noise, other = (KeyedNoise(shape.chunk, seed + offset, group=row) for offset in (0, 1))
+        noise, other = (KeyedNoise(shape, GroupId(seed + offset, group=row)) for offset in (0, 1))
         for videos in substitute(engine, text[row : row + 1], noise, [other]):
             tail = videos.tail
             of_whole = mean_squared_change(tail) * (tail.shape[1] / shape.frames)  # nothing changes before the pivot

@@ -22,7 +22,7 @@ from arcopo_fast.objectives.advantage import weighted_total
 from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine
-from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, StackedNoise
 from arcopo_fast.runtime import profiling
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.storage.metrics import TOTAL
@@ -52,17 +52,17 @@ class Judging:
         """Keep the modules among `things` on the device inside the block, if they wait elsewhere."""
         return nullcontext() if self.device is None else resident(self.device, *things, offload=True)
 
-    def decode(self, latents: Sequence[Tensor], pivot: int = 0) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, prefix: Tensor | None = None) -> Iterator[Tensor]:
         """Yield frames [n, F, 3, H, W] in [0, 1] of a slice after the other, see `decode_branches`.
 
         Delete a slice before the next one is asked for: its memory is needed.
 
         Args:
-            latents: of each chunk [1 or N, F, C, h, w]: one video before the pivot, N videos from it on.
-            pivot: the chunk from which the videos differ, counted from 0.
+            latents: of N videos, [N, F, C, h, w].
+            prefix: what all of them begin with, [1, F0, C, h, w].
         """
-        videos = len(latents[-1])
-        slices = decode_branches(self.decoder, latents, pivot, self.at_once)
+        videos = len(latents)
+        slices = decode_branches(self.decoder, latents[:1, :0] if prefix is None else prefix, latents, self.at_once)
         for _ in range(math.ceil(videos / (self.at_once or videos))):
             with profiling.stage("decode"), self.at_work(self.decoder.vae):
                 frames = next(slices)
@@ -70,17 +70,17 @@ class Judging:
             del frames  # the next ones need the memory
 
     def judge(
-        self, rewards: Mapping[str, Reward], latents: Sequence[Tensor], prompts: Sequence[str], pivot: int = 0
+        self, rewards: Mapping[str, Reward], latents: Tensor, prompts: Sequence[str], prefix: Tensor | None = None
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield each slice's frames, see `decode`, and its scores [n] fp32 on the CPU by the reward's name, NaN where a reward failed.
 
         Args:
             rewards: see `score`.
-            latents, pivot: see `decode`.
+            latents, prefix: see `decode`.
             prompts: one for each of the N videos.
         """
         done = 0
-        for frames in self.decode(latents, pivot):
+        for frames in self.decode(latents, prefix):
             own = list(prompts[done : done + len(frames)])
             with profiling.stage("reward"), self.at_work(*rewards.values()):
                 scores = score(rewards, frames, own, quarantine=True)
@@ -142,9 +142,9 @@ def judge(
     Returns:
         frames and scores of a slice after the other, see `Judging.judge`.
     """
-    rows = [KeyedNoise(engine.shape.chunk, config.evaluation.seed, group=group) for group in groups]
+    rows = [KeyedNoise(engine.shape, GroupId(config.evaluation.seed, group=group)) for group in groups]
     latents = engine.generate(generator.encode_text([prompt.for_generator for prompt in prompts]), StackedNoise(rows))
-    return Judging.of(config, generator).judge(rewards, [latents], [prompt.text for prompt in prompts])
+    return Judging.of(config, generator).judge(rewards, latents, [prompt.text for prompt in prompts])
 
 
 def evaluate(

@@ -25,7 +25,7 @@ from arcopo_fast.evaluation.judging import Judging
 from arcopo_fast.model.adapter_files import read_adapter
 from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.model.sizes import VAESizes
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise
 from arcopo_fast.runtime.console import Progress
 from arcopo_fast.storage.atomic import atomic_write
 from arcopo_fast.storage.identity import describe, digest, require_same
@@ -101,7 +101,7 @@ class Generation:
         """Yield a record for each of `pivots`, counted from 1, of one prompt; with `figures` a sheet of frames goes to that directory."""
         text = self.generator.encode_text([prompt])
         noise, *others = (
-            KeyedNoise(self.shape.chunk, self.config.evaluation.seed, iteration=draw, group=index) for draw in range(1 + self.draws)
+            KeyedNoise(self.shape, GroupId(self.config.evaluation.seed, iteration=draw, group=index)) for draw in range(1 + self.draws)
         )
         batches = substitute(self.engine, text, noise, others, pivots=[pivot - 1 for pivot in pivots], branches=self.branches)
         for pivot, of_pivot in groupby(batches, key=lambda videos: videos.pivot):
@@ -126,7 +126,9 @@ class Generation:
         """Return the change of the frames from the pivot on, of each row but the first, [rows - 1]; and small frames at `times`."""
         first, base = self._start(pivot), None
         changes, sheet = [], []
-        for frames in Judging.of(self.config, self.generator).decode(latents, pivot):
+        tails = torch.cat(latents[pivot:], dim=1)
+        prefix = torch.cat(latents[:pivot], dim=1) if pivot else None
+        for frames in Judging.of(self.config, self.generator).decode(tails, prefix):
             base = frames[:1, first:].clone() if base is None else base
             changes.append(mean_squared_change(255 * torch.cat([base, frames[:, first:]])))
             small = max(1, min(frames.shape[-2:]) // FRAME_SIDE)

@@ -20,7 +20,7 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.rollout.engine import Engine, VideoShape
-from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource, StackedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoiseSource, StackedNoise
 from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.storage.video import NOT_FINITE, Mp4Writer
@@ -110,7 +110,7 @@ def generate(
             if interruption.asked:
                 raise Interrupted(f"{start} of {len(prompts)} videos are made")
             part = slice(start, start + batch)
-            noise = StackedNoise([KeyedNoise(shape.chunk, seed, group=index) for index in range(len(prompts))[part]])
+            noise = StackedNoise([KeyedNoise(shape, GroupId(seed, group=index)) for index in range(len(prompts))[part]])
             videos = stream_frames(generator, engine, text[part], noise, switches=latent_switches, offload=config.generator.offload)
             write_videos(videos, files[part], interruption, chunks=shape.chunks, frames=total, fps=config.video.fps)
 

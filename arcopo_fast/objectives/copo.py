@@ -12,17 +12,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from arcopo_fast.config.schema import ObjectiveSettings, PositiveFloat
-from arcopo_fast.objectives.base import Items, Objective, Outcome
+from arcopo_fast.config.schema import PositiveFloat
+from arcopo_fast.objectives.ratio import Ratio, RatioObjective, RatioSettings
 from arcopo_fast.rollout.sampler import Kernel, Steps
 
 if TYPE_CHECKING:
-    from arcopo_fast.rollout.engine import Group, Stream
+    from arcopo_fast.rollout.group import Group, Samples
 
 EULER = Kernel("ode")
 
 
-class CopoSettings(ObjectiveSettings):
+class CopoSettings(RatioSettings):
     """AR-CoPO: the surrogate and its open choices."""
 
     distance: Literal["consistency", "flow_matching"] = Field(
@@ -33,7 +33,7 @@ class CopoSettings(ObjectiveSettings):
 
 
 def one_step(clean: Tensor, inputs: Tensor, steps: Steps, step: Tensor) -> Tensor:
-    """The state after one first-order solver step from `inputs`, given the prediction `clean`; `step` [N] indexes dimension 0."""
+    """Return the state after one first-order solver step from `inputs`, given the prediction `clean`; `step` [N] indexes dimension 0."""
     return EULER.transitions(steps, step.to(clean.device), dim=clean.dim()).mean(inputs, clean)
 
 
@@ -45,11 +45,12 @@ class Target(NamedTuple):
     tau: float
 
 
-class CopoObjective(Objective[CopoSettings]):
+class CopoObjective(RatioObjective[CopoSettings]):
     Settings = CopoSettings
+    method = "AR-CoPO (arXiv 2603.17461)"
 
     def target(self, group: Group, advantages: Tensor) -> Target:
-        """Candidates in the space where distances are taken, and tau (``auto``: the median pairwise distance of the group)."""
+        """Return candidates in the space where distances are taken, and tau (``auto``: the median pairwise distance of the group)."""
         candidates = group.predictions
         if self.settings.distance == "flow_matching":
             candidates = one_step(candidates, group.inputs, group.steps, torch.arange(len(group.steps)))
@@ -62,27 +63,23 @@ class CopoObjective(Objective[CopoSettings]):
             tau = distances.median().item()
         return Target(candidates, advantages.to(candidates.device), tau)
 
-    def predict(self, group: Group, items: Items, prefix: Stream | None) -> Tensor:
-        """The prediction (or, for flow matching, the state one solver step on) of each item, [N, F, C, h, w] float32."""
-        clean = self.engine.replay(group, items.steps, items.anchors, prefix=prefix, checkpoint=self.settings.checkpoint)
-        if self.settings.distance == "flow_matching":
-            return one_step(clean, group.inputs[items.steps, items.anchors], group.steps, items.steps)
-        return clean
-
-    def loss(self, group: Group, target: Target, items: Items, new: Tensor, old: Tensor) -> Outcome:
+    def ratio(self, group: Group, target: Target, samples: Samples, new: Tensor, old: Tensor) -> Ratio:
         from arcopo_kernels.surrogate import copo_surrogate  # here: reading a recipe imports this file, and needs no kernel
 
+        assert samples.steps is not None
+        if self.settings.distance == "flow_matching":
+            new, old = (one_step(clean, samples.x, group.steps, samples.steps) for clean in (new, old))
         loss, ratio_minus_one, live = copo_surrogate(
             new,
             old,
             target.candidates,
             target.advantages,
-            items.steps.to(new.device),
+            samples.steps.to(new.device),
             tau=target.tau,
             clip=self.settings.clip,
             reduction=self.settings.distance_reduction,
         )
-        return Outcome(loss, ratio_minus_one, live[:, target.advantages != 0])
+        return Ratio(loss, ratio_minus_one, live[:, target.advantages != 0])
 
 
 OBJECTIVE = CopoObjective

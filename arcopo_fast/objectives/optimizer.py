@@ -59,6 +59,8 @@ class Stepper:
     ) -> None:
         self.optimizer = optimizer
         self.eps, self.gradient_clip, self.relative_clip = eps, gradient_clip, relative_clip
+        self.begun = 0
+        """Steps that were begun: a step that was broken off counts, for the weights may have moved."""
 
     @property
     def _norms(self) -> dict[str, Any]:
@@ -93,6 +95,7 @@ class Stepper:
             for group in self.optimizer.param_groups:
                 group["eps"] = self.eps * size
         below_eps = _share_below(gradients, 10 * self._norms.get("eps", 0.0))
+        self.begun += 1
         self.optimizer.step()
         self._norms["log_norm"] = MEMORY * self._norms.get("log_norm", 0.0) + (1 - MEMORY) * math.log(norm)
         self._norms["norms"] = self._norms.get("norms", 0) + 1

@@ -20,18 +20,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from arcopo_fast.config.schema import ObjectiveSettings, PositiveFloat
+from arcopo_fast.config.schema import PositiveFloat
 from arcopo_fast.errors import UserError
-from arcopo_fast.objectives.base import Items, Objective, Outcome
+from arcopo_fast.objectives.ratio import Ratio, RatioObjective, RatioSettings
+from arcopo_fast.rollout.noise import NoisePlan
 from arcopo_fast.rollout.sampler import Kernel
 
 if TYPE_CHECKING:
-    from arcopo_fast.rollout.engine import Engine, Group, Stream
+    from arcopo_fast.rollout.engine import Engine
+    from arcopo_fast.rollout.group import Group, Samples
 
 DEFAULT_NOISE = {"consistency": 0.0, "dance_sde": 0.3, "flow_sde": 0.7, "flow_cps": 0.7}
 
 
-class SdeGrpoSettings(ObjectiveSettings):
+class SdeGrpoSettings(RatioSettings):
     """SDE-GRPO: the kernel of the pivot's steps, and whether members also start from noise of their own."""
 
     kind: str = "sde_grpo"
@@ -57,19 +59,21 @@ class SdeGrpoSettings(ObjectiveSettings):
         return self
 
 
-class SdeGrpoObjective(Objective[SdeGrpoSettings]):
+class SdeGrpoObjective(RatioObjective[SdeGrpoSettings]):
     Settings = SdeGrpoSettings
+    method = "SDE-GRPO"
 
     def __init__(self, engine: Engine, settings: SdeGrpoSettings, *, reference: bool = False) -> None:
         super().__init__(engine, settings, reference=reference)
         if min(len(engine.steps), len(engine.first_steps)) < 2:
             raise UserError("SDE-GRPO explores through the noise between steps; a sampler of one step has none: use objective.kind=copo")
 
-    def noise_strength(self, strength: float) -> float:
-        return 0.0 if self.settings.init_noise == "shared" else 1.0
+    def noise_plan(self, strength: float) -> NoisePlan:
+        return NoisePlan(0.0 if self.settings.init_noise == "shared" else 1.0, self.rule)
 
     @property
-    def kernel(self) -> Kernel:
+    def rule(self) -> Kernel:
+        """The transition through which each member draws noise of its own."""
         noise = self.settings.kernel_noise
         return Kernel(self.settings.kernel, DEFAULT_NOISE[self.settings.kernel] if noise is None else noise)
 
@@ -77,27 +81,24 @@ class SdeGrpoObjective(Objective[SdeGrpoSettings]):
         return len(group.steps) - 1
 
     def target(self, group: Group, advantages: Tensor) -> Tensor:
-        """Advantages [G]."""
+        """Return the advantages [G]."""
         return advantages.to(group.inputs.device)
 
-    def predict(self, group: Group, items: Items, prefix: Stream | None) -> Tensor:
-        """mu, the mean of the next state of each item, [N, F, C, h, w] float32."""
-        clean = self.engine.replay(group, items.steps, items.anchors, prefix=prefix, checkpoint=self.settings.checkpoint)
-        transition = group.kernel.transitions(group.steps, items.steps.to(clean.device), dim=clean.dim())
-        return transition.mean(group.inputs[items.steps, items.anchors], clean)
-
-    def loss(self, group: Group, target: Any, items: Items, new: Tensor, old: Tensor) -> Outcome:
-        std = group.kernel.transitions(group.steps, items.steps.to(new.device), dim=1).std
-        reached = group.inputs[items.steps + 1, items.anchors]
-        log_ratio = log_probability_ratio(reached, new, old, torch.as_tensor(std))
+    def ratio(self, group: Group, target: Any, samples: Samples, new: Tensor, old: Tensor) -> Ratio:
+        assert samples.steps is not None
+        transition = group.rule.transitions(group.steps, samples.steps.to(new.device), dim=new.dim())
+        std = group.rule.transitions(group.steps, samples.steps.to(new.device), dim=1).std
+        reached = group.inputs[samples.steps + 1, samples.members]
+        mean, old_mean = transition.mean(samples.x, new), transition.mean(samples.x, old)
+        log_ratio = log_probability_ratio(reached, mean, old_mean, torch.as_tensor(std))
         ratio_minus_one = torch.expm1(log_ratio)
-        advantages = target[items.anchors.to(target.device)]
+        advantages = target[samples.members.to(target.device)]
         clip = self.settings.clip
         clipped = ratio_minus_one if clip is None else ratio_minus_one.clamp(-clip, clip)
         objective = torch.minimum((1 + ratio_minus_one) * advantages, (1 + clipped) * advantages)
         outside = torch.zeros_like(advantages, dtype=torch.bool) if clip is None else ratio_minus_one * advantages.sign() > clip
         live = ~outside[advantages != 0]
-        return Outcome(-objective, ratio_minus_one.detach()[:, None], live[:, None])
+        return Ratio(-objective, ratio_minus_one.detach()[:, None], live[:, None])
 
 
 def log_probability_ratio(reached: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from arcopo_kernels.paging import GroupPlan
 
 from arcopo_fast.build import pool_pages
-from arcopo_fast.config.schema import Config
+from arcopo_fast.config.schema import Config, objective_class
 from arcopo_fast.evaluation.judging import videos_at_once
 from arcopo_fast.model.sizes import GeneratorSizes
 from arcopo_fast.planning.layers import decoder_convolutions, transformer_parameters, vae_parameters
@@ -124,7 +124,8 @@ def _kept(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Estimate:
     """Count what outlives a stage: weights, adapters, the pool, and what a group keeps from its rollout to its update.
 
     A group keeps the inputs and predictions of the pivot's T steps, 2 T chunks a member (twice while its waves are joined), and all its
-    chunks, or on a buffer the prefix's. Each update but the first, on a buffer each, keeps the old prediction of its pairs, a chunk each.
+    chunks, or on a buffer the prefix's. An update holds the old predictions of one group's pairs, a chunk each. The old policy of groups of
+    its own is a copy of the adapter; while it is asked, another one keeps the live policy.
     """
     model, branches = sizes.transformer, config.rollout.wave_size
     shape, buffered = _shape(config, sizes), config.train.buffer is not None
@@ -135,17 +136,18 @@ def _kept(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Estimate:
     pages, whole = pool_pages(config), pool_pages(config, videos=1)
     worst = _worst_plan(config, sizes)
     tails = pages - (prompts + (config.objective.context == "recompute")) * whole if buffered else branches * worst.tail
-    joined, asked = (1, updates) if buffered else (2, updates - 1)
-    stored = joined * group * 2 * _steps(config) + (1 if buffered else group) * shape.chunks + asked * pairs_of(config)
+    joined, asked = (1, 1) if buffered else (2, int(updates > 1))
+    stored = joined * group * 2 * _steps(config) + (1 if buffered else group) * shape.chunks
     return Estimate(
         {
             "generator weights": itemsize(config.generator.dtype) * transformer_parameters(model),
             "adapters, float32": adapters,
             "optimiser and gradients": 3 * adapters,  # two moments
+            **({} if buffered else {"the old policy": 2 * adapters}),
             "keys and values of the prefix": (pages - tails) * _page_bytes(config, sizes),
             f"keys and values of {'evaluations' if buffered else 'the branches'}": tails * _page_bytes(config, sizes),
             "keys and values of the text": _text_bytes(config, sizes),
-            "latents of the group": prompts * stored * _chunk(shape),
+            "latents of the group": (prompts * stored + asked * pairs_of(config)) * _chunk(shape),
             "decoder weights": itemsize(config.generator.vae_dtype) * vae_parameters(sizes.vae),
             "rewards": reward_bytes + bytes_of(name for name in config.rewards if name not in config.reward_servers.addresses),
             "copies while judging": 2 * _video(config, sizes),  # of the one video that is looked at
@@ -255,11 +257,9 @@ def _steps(config: Config) -> int:
 
 
 def pairs_of(config: Config) -> int:
-    """(anchor, step) pairs of one update of one group."""
-    objective, steps = config.objective, _steps(config)
-    available = steps - (objective.skip_last_step and steps > 1)
-    chosen = available if objective.steps == "all" else max(1, round(objective.steps * available))
-    return objective.largest_update * chosen
+    """Return the samples of one update of one group, at most: with a ratio method its (anchor, step) pairs."""
+    objective = objective_class(config.objective.kind)
+    return objective.samples_per_update(config.objective, _steps(config), config.rollout.group_size)
 
 
 def _page_bytes(config: Config, sizes: GeneratorSizes) -> int:

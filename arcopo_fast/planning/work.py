@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from arcopo_fast.config.schema import Config
+from arcopo_fast.config.schema import Config, objective_class
 from arcopo_fast.model.sizes import CausalWanConfig, VAESizes
 from arcopo_fast.planning.ceilings import Ceilings
 from arcopo_fast.planning.layers import Linear, block_linears, decoder_convolutions
@@ -168,7 +168,7 @@ def iteration(config: Config, model: CausalWanConfig, vae: VAESizes | None, pivo
 
     last = shape.chunks - 1
     frames, visible = shape.chunk_frames[pivot], visible_frames(config, model, pivot)
-    items = min(objective.largest_update, group) * steps_of(config, pivot)
+    items = objective_class(objective.kind).samples_per_update(objective, steps_of(config, pivot), group)
     prompts = -(-items // (objective.micro_batch or items))  # the prompt is encoded once for each micro-batch
     train = replay(config, model, frames, visible) * items + text(config, model, backward=True) * prompts
     old = forward(config, model, frames, visible) * items + text(config, model) * prompts

@@ -10,8 +10,9 @@ from typing import Any
 
 from arcopo_fast.evaluation.changes import Change
 from arcopo_fast.evaluation.scores import KINDS
+from arcopo_fast.objectives.base import Chart
 from arcopo_fast.reports.charts import line_chart, moving_mean
-from arcopo_fast.reports.curves import HEALTH, REWARD, Statistic, curve, logs, reward_statistics
+from arcopo_fast.reports.curves import REWARD, curve, health, reward_statistics
 from arcopo_fast.reports.hacking import scatter_charts, verdict
 from arcopo_fast.reports.html import chip, figures, give_or_take, page, section, table, video
 from arcopo_fast.reports.results import Run, read_run, stage_seconds
@@ -164,7 +165,8 @@ def _every_change(series: Sequence[Series]) -> str:
 def _charts(series: Sequence[Series]) -> str:
     names = list(dict.fromkeys(name for item in series for name in item.runs[0].config.rewards))
     charts, none = [], ""
-    for statistic in [REWARD, *(reward_statistics(names) if len(names) > 1 else []), *HEALTH]:
+    shown = dict.fromkeys(chart for item in series for chart in health(item.runs[0].config))
+    for statistic in [REWARD, *(reward_statistics(names) if len(names) > 1 else []), *shown]:
         curves = {item.label: _curves(item, statistic) for item in series}
         drawn = [value for lines in curves.values() for points in lines for _, value in points]
         if statistic.if_any and drawn and not any(drawn):
@@ -174,9 +176,10 @@ def _charts(series: Sequence[Series]) -> str:
     return figures(charts) + none
 
 
-def _curves(item: Series, statistic: Statistic) -> list[list[tuple[float, float]]]:
+def _curves(item: Series, statistic: Chart) -> list[list[tuple[float, float]]]:
     """A curve for each run that has one: of at least two points."""
-    found = [curve(run.records, statistic) for run in item.runs if logs(run.config, statistic)]
+    known = [REWARD, *reward_statistics(item.runs[0].config.rewards), *health(item.runs[0].config)]
+    found = [curve(run.records, statistic) for run in item.runs] if statistic in known else []
     return [moving_mean(points) if statistic.smooth else points for points in found if len(points) > 1]
 
 

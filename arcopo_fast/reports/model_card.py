@@ -9,14 +9,11 @@ from typing import Any
 import yaml
 
 from arcopo_fast.config.reading import resolved_yaml
-from arcopo_fast.config.schema import Config
+from arcopo_fast.config.schema import Config, objective_class
 from arcopo_fast.evaluation.adapters import Pair, scale_text
 from arcopo_fast.evaluation.changes import Change, changes
 from arcopo_fast.reports.table import markdown_table, plain, signed
 from arcopo_fast.storage.identity import digest
-
-_METHODS = {"copo": "AR-CoPO (arXiv 2603.17461)", "sde_grpo": "SDE-GRPO"}
-
 
 HOW_TO_LOAD = """## How to load it
 
@@ -66,7 +63,7 @@ def model_card(config: Config, evaluation: Mapping[str, Any]) -> str:
 # {config.name}
 
 A LoRA adapter for the streaming autoregressive video generator `{config.generator.checkpoint}`, aligned with
-{_METHODS.get(config.objective.kind, config.objective.kind)} by arcopo_fast.
+{objective_class(config.objective.kind).method or config.objective.kind} by arcopo_fast.
 
 {markdown_table(["", ""], facts.items(), padded=False)}
 ## What it changed

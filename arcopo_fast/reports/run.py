@@ -11,8 +11,9 @@ from typing import Any
 from arcopo_fast.config.reading import resolved_yaml
 from arcopo_fast.config.schema import Config
 from arcopo_fast.evaluation.changes import Change
+from arcopo_fast.objectives.base import Chart
 from arcopo_fast.reports.charts import line_chart
-from arcopo_fast.reports.curves import HEALTH, REWARD, Statistic, logs, reward_statistics, updates
+from arcopo_fast.reports.curves import REWARD, health, reward_statistics, updates
 from arcopo_fast.reports.hacking import verdict
 from arcopo_fast.reports.html import figures, give_or_take, page, section, table, video, warning
 from arcopo_fast.reports.results import Record, Run, points, read_run, stage_floors, stage_seconds
@@ -169,11 +170,10 @@ def _charts(config: Config, records: Sequence[Record]) -> str:
     each = reward_statistics(config.rewards)
     plans = [(REWARD, {"": REWARD.name})]
     if len(each) > 1:
-        plans.append((Statistic("Each reward", "Moving means.", "", smooth=True), {statistic.title: statistic.name for statistic in each}))
-    for statistic in HEALTH:
-        if logs(config, statistic):
-            by_update = {f"update {update}": f"update{update}/{statistic.name}" for update in updates(records)}
-            plans.append((statistic, by_update if statistic.each_update else {"": statistic.name}))
+        plans.append((Chart("Each reward", "Moving means.", "", smooth=True), {chart.title: chart.name for chart in each}))
+    for chart in health(config):
+        by_update = {f"update {update}": f"update{update}/{chart.name}" for update in updates(records)}
+        plans.append((chart, by_update if chart.each_update else {"": chart.name}))
     charts, none = [], ""
     for statistic, names in plans:
         series = {label: values for label, name in names.items() if len(values := points(records, name)) > 1}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,17 +14,15 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 
-def decode_branches(
-    decoder: StreamingDecoder, latents: Sequence[Tensor], pivot: int, branches_at_once: int | None = None
-) -> Iterator[Tensor]:
-    """Frames of a group's latents, some branches after the other: the prefix decoded once, the decoder's causal cache forked at the pivot.
+def decode_branches(decoder: StreamingDecoder, prefix: Tensor, tails: Tensor, branches_at_once: int | None = None) -> Iterator[Tensor]:
+    """Frames of a group's latents, some branches after the other: the prefix decoded once, the decoder's causal cache forked after it.
 
     No slice is held here while the next one is made, as one with a name would be, or in a generator under a decorator like `no_grad`.
 
     Args:
         decoder: of the VAE to use.
-        latents: of each chunk [1 or G, F, C, h, w]: one video before the pivot, G branches from it on.
-        pivot: the chunk from which the branches differ.
+        prefix: latents that all branches share, [1, F0, C, h, w]; F0 may be 0.
+        tails: each branch's own, [G, F1, C, h, w].
         branches_at_once: how many branches the VAE decodes together, all of them if None. Fewer need less memory, of activations, of the
             decoder's cache and of frames, all of which are large at full size. The frames are the same up to rounding.
 
@@ -37,9 +35,8 @@ def decode_branches(
     if branches_at_once is not None and branches_at_once < 1:
         raise ValueError(f"branches_at_once is {branches_at_once}; expected at least 1, or None for all")
     cache, shared = decoder.start(), None
-    if pivot:
-        shared, cache = decoder.decode(torch.cat(list(latents[:pivot]), dim=1), cache)
-    tails = torch.cat(list(latents[pivot:]), dim=1)
+    if prefix.shape[1]:
+        shared, cache = decoder.decode(prefix, cache)
     for part in tails.split(branches_at_once or len(tails)):
         yield _whole(shared, decoder.decode(part, fork(cache, len(part)))[0])
 

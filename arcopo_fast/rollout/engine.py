@@ -8,9 +8,10 @@ AR-CoPO; `replay` predicts anchors of the group's pivot chunk again, with gradie
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Iterator, Literal, NamedTuple, Sequence
 
 import torch
@@ -18,11 +19,12 @@ from arcopo_kernels.paging import GroupPlan, PagePool
 from torch import Tensor
 
 from arcopo_fast.config.schema import CacheConfig, SamplerConfig, VideoConfig
-from arcopo_fast.model.causal_wan import CausalWan, TextContext
-from arcopo_fast.rollout.cache import VideoCache, plan_pages, variant_of
+from arcopo_fast.model.causal_wan import CausalWan
+from arcopo_fast.rollout.cache import plan_pages, variant_of
 from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.graphs import ChunkGraphs
-from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource, OwnRenoise
+from arcopo_fast.rollout.group import Group, Samples, Stream
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise, NoisePlan, NoiseSource
 from arcopo_fast.rollout.sampler import Kernel, Steps, Trajectory, predict
 from arcopo_fast.rollout.scheduler import Schedule
 from arcopo_fast.runtime.profiling import stage
@@ -56,57 +58,13 @@ class VideoShape:
         return self.chunk_frames[index], self.channels, self.height, self.width
 
 
-@dataclass
-class Stream:
-    """A batch of B videos in the making."""
-
-    cache: VideoCache
-    text: TextContext
-    latents: list[Tensor] = field(default_factory=list)  # finished chunks [1 or B, F, C, h, w] float32
-    frame: int = 0  # the next one to generate
-
-
-@dataclass
-class Group:
-    """G videos that differ only in the noise of the pivot chunk: the initial noise, or that of its steps.
-
-    Holds the prefix's pages: release it, or use it as a context manager.
-    inputs, predictions: x_t and x0hat_t of the pivot chunk, [T, G, F, C, h, w] float32. latents: all chunks of the finished videos,
-    [1, F, C, h, w] before the pivot and [G, F, C, h, w] from it on; a group out of a buffer has the prefix's only. pivot counts from 0.
-    kernel: what took the pivot chunk from step to step.
-    """
-
-    text: Tensor
-    pivot: int
-    prefix: Stream
-    inputs: Tensor
-    predictions: Tensor
-    latents: list[Tensor]
-    steps: Steps
-    noise: KeyedNoise
-    kernel: Kernel = Kernel()
-
-    @property
-    def size(self) -> int:
-        return self.inputs.shape[1]
-
-    def release(self) -> None:
-        """Give the prefix's pages back."""
-        self.prefix.cache.release()
-
-    def __enter__(self) -> Group:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
 class _Fork(NamedTuple):
-    """Where a group's branches begin. kernel: of the pivot chunk, if not the sampler's. tails: the pages set aside for the first wave's."""
+    """Where a group's branches begin. rule: of the chunks with noise of their own, if not the sampler's. tails: the pages set aside for the
+    first wave's."""
 
     prefix: Stream
     pivot: int
-    kernel: Kernel | None
+    noise: MemberNoise
     tails: list[list[int]]
     tail_pages: int
 
@@ -271,77 +229,69 @@ class Engine:
 
     @torch.no_grad()
     def rollout(
-        self,
-        text: Tensor,
-        noise: KeyedNoise,
-        *,
-        pivot: int,
-        branches: int,
-        sigma: float,
-        kernel: Kernel | None = None,
-        branches_per_wave: int | None = None,
+        self, text: Tensor, group: GroupId, *, pivot: int, members: int, plan: NoisePlan, branches_per_wave: int | None = None
     ) -> Group:
-        """A group of G = `branches` videos for one prompt (AR-CoPO, one iteration, steps 2 to 4).
+        """Make a group of G = `members` videos for one prompt (AR-CoPO, one iteration, steps 2 to 4).
 
         Args:
             text: [1, length, text_dim].
-            noise: names every draw; branches share all of them but the pivot chunk's initial noise and, with a `kernel`, its steps' noise.
+            group: names every draw.
             pivot: the chunk to fork at, counted from 0.
-            branches: G.
-            sigma: strength of the perturbation of the pivot's initial noise; 0: the same for all, 1: a fresh one for each.
-            kernel: each branch draws noise of its own at every step of the pivot chunk, through this kernel. None: the sampler's kernel,
-                with the same draws for all.
+            plan: the noises that the members do not share.
             branches_per_wave: finish at most so many branches at once; less K/V memory, the same result within rounding.
         """
         if not 0 <= pivot < self.shape.chunks:
             raise ValueError(f"pivot {pivot} is not a chunk of this video; it has {self.shape.chunks}, counted from 0")
         text = text.to(self.model.device)  # once, and not for every replay
-        wave_size = min(branches_per_wave or branches, self.largest_wave or branches, branches)
-        plan = self.plan(pivot, wave_size)
+        noise = KeyedNoise(self.shape, group)
+        wave_size = min(branches_per_wave or members, self.largest_wave or members, members)
+        pages = self.plan(pivot, wave_size)
         prefix = self.start(text)
-        reserved = self.pool.reserve(plan)  # a group that does not fit fails here, before a frame is computed
+        reserved = self.pool.reserve(pages)  # a group that does not fit fails here, before a frame is computed
         prefix.cache.reserved = [reserved.prefix]
         try:
             with stage("prefix") if pivot else nullcontext():
                 for chunk in range(pivot):
                     self.extend(prefix, chunk, noise.initial(chunk), noise, last=False)
-            with stage("fork"):
-                initial = noise.neighbours(pivot, branches, sigma)
-                source: NoiseSource = noise
-                if kernel is not None:
-                    source = OwnRenoise(noise, pivot, [noise.own(pivot, step, branches) for step in range(len(self.steps_of(pivot)) - 1)])
             waves: list[tuple[Tensor, Tensor, Tensor]] = []
             done = 0
-            while done < branches:
-                branch = slice(done, done + wave_size)
-                own = source.rows(branch) if isinstance(source, OwnRenoise) else source
-                wave = self._try_finish(_Fork(prefix, pivot, kernel, reserved.tails, plan.tail), initial[branch], own)
+            while done < members:
+                own = MemberNoise(noise, plan, pivot, range(done, min(done + wave_size, members)))
+                wave = self._try_finish(_Fork(prefix, pivot, own, reserved.tails, pages.tail))
                 if wave is None:
                     wave_size = self.largest_wave = (wave_size + 1) // 2
                     continue
                 waves.append(wave)
-                done += len(wave[2])
+                done += len(own.members)
         except BaseException:
             prefix.cache.release()
             reserved.release()
             raise
         prefix.cache.finish()
         inputs, predictions = (torch.cat([wave[part] for wave in waves], dim=1) for part in (0, 1))
-        tail = torch.cat([wave[2] for wave in waves])
-        latents = [*prefix.latents, *tail.split(self.shape.chunk_frames[pivot:], dim=1)]
-        return Group(text, pivot, prefix, inputs, predictions, latents, self.steps_of(pivot), noise, kernel or self.kernel)
+        tails = torch.cat([wave[2] for wave in waves])
+        prefix_latents = self._joined(prefix.latents)
+        prefix.latents = list(prefix_latents.split(self.shape.chunk_frames[:pivot], dim=1)) if pivot else []  # no second copy
+        return Group(group, text, pivot, prefix, prefix_latents, tails, inputs, predictions, self.steps_of(pivot), plan.rule or self.kernel)
 
-    def _try_finish(self, fork: _Fork, initial: Tensor, noise: NoiseSource) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _joined(self, chunks: Sequence[Tensor]) -> Tensor:
+        """The frames of chunks [1, F, C, h, w] as one tensor, of no frames where there is no chunk."""
+        if chunks:
+            return torch.cat(list(chunks), dim=1)
+        return torch.empty(1, 0, *self.shape.chunk(0)[1:], device=self.model.device)
+
+    def _try_finish(self, fork: _Fork) -> tuple[Tensor, Tensor, Tensor] | None:
         """`_finish`; None if a wave of several branches ran out of memory, which is then free again."""
+        members = len(fork.noise.members)
         try:
-            return self._finish(fork, initial, noise)
+            return self._finish(fork)
         except torch.OutOfMemoryError as error:
-            if len(initial) == 1:
+            if members == 1:
                 raise
             message = str(error).splitlines()[0]
-        half = (len(initial) + 1) // 2
+        half = (members + 1) // 2
         warnings.warn(
-            f"a wave of {len(initial)} branches ran out of memory ({message}); going on with waves of {half}: "
+            f"a wave of {members} branches ran out of memory ({message}); going on with waves of {half}: "
             f"set rollout.branches_per_wave={half}",
             stacklevel=3,
         )
@@ -349,31 +299,37 @@ class Engine:
             torch.cuda.empty_cache()
         return None
 
-    def _finish(self, fork: _Fork, initial: Tensor, noise: NoiseSource) -> tuple[Tensor, Tensor, Tensor]:
+    def _finish(self, fork: _Fork) -> tuple[Tensor, Tensor, Tensor]:
         """Complete the branches of one wave: pivot inputs and predictions [T, g, F, ...], tail latents [g, frames, ...].
 
         The first wave takes the pages reserved for its tails; those after it take `tail_pages` for each branch of what it gave back.
         """
-        prefix, pivot = fork.prefix, fork.pivot
+        prefix, pivot, noise = fork.prefix, fork.pivot, fork.noise
+        with stage("fork"):
+            initial = noise.initial(pivot)
         stream = replace(prefix, cache=prefix.cache.fork(len(initial)), latents=list(prefix.latents))
         stream.cache.reserved = fork.tails[: len(initial)]
         try:
             stream.cache.reserve(fork.tail_pages)
-            trajectory = self.extend(stream, pivot, initial, noise, last=pivot == self.shape.chunks - 1, kernel=fork.kernel)
-            for chunk in range(pivot + 1, self.shape.chunks):
-                start = noise.initial(chunk)
-                self.extend(stream, chunk, start.expand(len(initial), *start.shape[1:]), noise, last=chunk == self.shape.chunks - 1)
+            at_pivot: Trajectory | None = None
+            for chunk in range(pivot, self.shape.chunks):
+                rule = noise.plan.rule if noise.is_own(chunk) else None
+                initial = initial if chunk == pivot else noise.initial(chunk)
+                trajectory = self.extend(stream, chunk, initial, noise, last=chunk == self.shape.chunks - 1, kernel=rule)
+                at_pivot = at_pivot or trajectory
         finally:
             stream.cache.release()
-        tail = torch.cat(stream.latents[pivot:], dim=1)
-        return torch.stack(trajectory.inputs), torch.stack(trajectory.predictions), tail
+        assert at_pivot is not None
+        tails = torch.cat(stream.latents[pivot:], dim=1)
+        return torch.stack(at_pivot.inputs), torch.stack(at_pivot.predictions), tails
 
-    def rebuild_prefix(self, text: Tensor, latents: Sequence[Tensor]) -> Stream:
-        """The shared context again, from its clean chunks, by clean passes only."""
+    def rebuild_prefix(self, text: Tensor, latents: Tensor) -> Stream:
+        """Return the context after the first chunks again, from their clean latents [1, F0, C, h, w], by clean passes only."""
         stream = self.start(text)
+        chunks = list(accumulate(self.shape.chunk_frames, initial=0)).index(latents.shape[1])
         try:
-            for index, chunk in enumerate(latents):
-                replaced = stream.cache.recomputed and index < len(latents) - 1  # by the context after the next chunk
+            for index, chunk in enumerate(latents.split(self.shape.chunk_frames[:chunks], dim=1) if chunks else ()):
+                replaced = stream.cache.recomputed and index < chunks - 1  # by the context after the next chunk
                 self.append(stream, chunk, timestep=self.context_noise, last=replaced)
         except BaseException:
             stream.cache.release()
@@ -381,24 +337,68 @@ class Engine:
         stream.cache.finish()
         return stream
 
-    def replay(self, group: Group, steps: Tensor, anchors: Tensor, *, prefix: Stream | None = None, checkpoint: bool = False) -> Tensor:
-        """Predict x0hat of anchors again under the present weights, as the rollout did; the context is constant.
+    # Prediction
 
-        steps, anchors: [N] indices into the group's steps and branches. checkpoint: see `CausalWan.forward`. Returns [N, F, C, h, w]
-        float32, with gradient if enabled.
+    @contextmanager
+    def recomputed_prefix(self, group: Group, recompute: bool) -> Iterator[Stream | None]:
+        """Give the context of a group's pivot chunk anew, under the weights as they are, as long as the block lasts; or None."""
+        if not recompute:
+            yield None
+            return
+        with torch.no_grad():
+            prefix = self.rebuild_prefix(group.text, group.prefix_latents)
+        try:
+            yield prefix
+        finally:
+            prefix.cache.release()
+
+    def at_once(self, group: Group, chunk: int) -> int | None:
+        """Return how many members' own contexts of a chunk the free pages hold; None: any number, since the chunk is the pivot."""
+        own = sum(self.shape.chunk_frames[group.pivot : chunk])
+        return max(1, self.pool.pages_free // own) if own else None
+
+    @contextmanager
+    def context(self, group: Group, chunk: int, members: Tensor, *, prefix: Stream | None = None) -> Iterator[Stream]:
+        """What chunk `chunk` of `members` [N] sees, as long as the block lasts: the group's prefix, then each member's own chunks.
+
+        The members' own chunks are made anew by clean passes of their latents, under the weights as they are.
+
+        Args:
+            prefix: instead of the group's own.
         """
         prefix = prefix or group.prefix
-        branch = prefix.cache.fork(len(anchors))
+        stream = replace(prefix, cache=prefix.cache.fork(len(members)), latents=list(prefix.latents))
         try:
-            frames = group.inputs.shape[2]
-            branch.make_room(frames)
-            context = branch.context(prefix.frame, frames, keep=False)
-            timesteps, sigmas = (
-                torch.tensor(table)[steps.cpu()].to(self.model.device) for table in (group.steps.timesteps, group.steps.sigmas)
-            )
+            for number, latents in group.own_chunks(self.shape.chunk_frames).items():
+                if number < chunk:
+                    with torch.no_grad():
+                        self.append(stream, latents[members], timestep=self.context_noise)
+            yield stream
+        finally:
+            stream.cache.release()
+
+    def predict(self, group: Group, samples: Samples, *, context: Stream | None = None, checkpoint: bool = False) -> Tensor:
+        """Predict x0hat of samples [N, F, C, h, w] float32 under the present weights, with gradient if enabled; the context is constant.
+
+        Args:
+            context: from `context`, and held until the backward pass is done; None: made here. Of the pivot chunk none has to be held.
+            checkpoint: see `CausalWan.forward`.
+        """
+        made = self.context(group, samples.chunk, samples.members) if context is None else nullcontext(context)
+        with made as stream:
+            frames = samples.x.shape[1]
+            stream.cache.make_room(frames)
+            seen = stream.cache.context(stream.frame, frames, keep=False)
             # The prompt is encoded again: with gradient, the adapters of the cross-attention keys and values learn too.
             text = self.model.encode_text(group.text)
             checkpoint = checkpoint and torch.is_grad_enabled()
-            return predict(self.model, group.inputs[steps, anchors], timesteps, sigmas, text, context, checkpoint=checkpoint)
-        finally:
-            branch.release()
+            return predict(self.model, samples.x, samples.timesteps, samples.sigmas, text, seen, checkpoint=checkpoint)
+
+    def replay(self, group: Group, steps: Tensor, members: Tensor, *, prefix: Stream | None = None, checkpoint: bool = False) -> Tensor:
+        """Predict again what the rollout predicted at `steps` [N] of the pivot chunk of `members` [N], see `predict`.
+
+        Args:
+            prefix: instead of the group's own context.
+        """
+        with self.context(group, group.pivot, members, prefix=prefix) as context:
+            return self.predict(group, group.samples(steps, members), context=context, checkpoint=checkpoint)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Callable, Protocol, Sequence
+from typing import TYPE_CHECKING, Iterable, NamedTuple, Protocol, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from arcopo_fast.rollout.sampler import Kernel
 
 
 def generator(*name: int | str) -> np.random.Generator:
@@ -37,58 +40,84 @@ class NoiseSource(Protocol):
         """The noise that takes the prediction of `step` to the next step."""
 
 
-@dataclass(frozen=True)
-class KeyedNoise:
-    """The noise of one shared video: batch 1, so every branch that uses it uses the same tensor.
+class ChunkShapes(Protocol):
+    """The shape of a video's latents, chunk by chunk."""
 
-    shape(chunk) is [frames, C, h, w] of a chunk.
-    """
+    def chunk(self, index: int) -> tuple[int, int, int, int]:
+        """[frames, C, h, w] of chunk `index`."""
 
-    shape: Callable[[int], tuple[int, int, int, int]]
+
+class GroupId(NamedTuple):
+    """The name of a group: all that is drawn for it, and all that is kept of it, goes by this name."""
+
     seed: int
     iteration: int = 0
     group: int = 0
 
+
+@dataclass(frozen=True)
+class KeyedNoise:
+    """The noise of one shared video: batch 1, so every branch that uses it uses the same tensor."""
+
+    shape: ChunkShapes
+    id: GroupId
+
     def initial(self, chunk: int) -> Tensor:
-        return normal((1, *self.shape(chunk)), self.seed, self.iteration, self.group, "initial", chunk)
+        return normal((1, *self.shape.chunk(chunk)), *self.id, "initial", chunk)
 
     def renoise(self, chunk: int, step: int) -> Tensor:
-        return normal((1, *self.shape(chunk)), self.seed, self.iteration, self.group, "renoise", chunk, step)
+        return normal((1, *self.shape.chunk(chunk)), *self.id, "renoise", chunk, step)
 
-    def neighbours(self, chunk: int, branches: int, sigma: float) -> Tensor:
-        """eps_i = sqrt(1 - sigma^2) eps* + sigma delta_i, i = 1..branches, around the chunk's own initial noise eps*: [branches, ...].
+    def neighbors(self, chunk: int, members: Iterable[int], sigma: float) -> Tensor:
+        """Return eps_i = sqrt(1 - sigma^2) eps* + sigma delta_i for each i of `members`: [members, ...].
 
-        The norm is preserved in expectation; eps* is not a member (AR-CoPO, arXiv 2603.17461).
+        eps* is the chunk's own initial noise. The norm is preserved in expectation; eps* is not a member (AR-CoPO, arXiv 2603.17461).
         """
+        members = list(members)
         if sigma == 0:
-            return self.initial(chunk).expand(branches, *self.shape(chunk))
-        return (1 - sigma**2) ** 0.5 * self.initial(chunk) + sigma * self._of_each("neighbour", chunk, branches)
+            return self.initial(chunk).expand(len(members), *self.shape.chunk(chunk))
+        return (1 - sigma**2) ** 0.5 * self.initial(chunk) + sigma * self._of_each("neighbour", chunk, members)
 
-    def own(self, chunk: int, step: int, branches: int) -> Tensor:
-        """A re-noise of its own for every branch: [branches, ...]."""
-        return self._of_each("own renoise", chunk, branches, step)
+    def own(self, chunk: int, step: int, members: Iterable[int]) -> Tensor:
+        """Return a re-noise of its own for each of `members`: [members, ...]."""
+        return self._of_each("own renoise", chunk, members, step)
 
-    def _of_each(self, role: str, chunk: int, branches: int, *more: int) -> Tensor:
-        names: tuple[int | str, ...] = (self.seed, self.iteration, self.group, role, chunk, *more)
-        return torch.cat([normal((1, *self.shape(chunk)), *names, branch) for branch in range(branches)])
+    def _of_each(self, role: str, chunk: int, members: Iterable[int], *more: int) -> Tensor:
+        return torch.cat([normal((1, *self.shape.chunk(chunk)), *self.id, role, chunk, *more, member) for member in members])
 
 
 @dataclass(frozen=True)
-class OwnRenoise:
-    """A shared source, but for the re-noise of one chunk, which differs by branch: draws [B, ...] of each step."""
+class NoisePlan:
+    """Which noises are a member's own, from the chunk on at which its group forks; all others are shared.
 
-    base: NoiseSource
-    chunk: int
-    draws: Sequence[Tensor]
+    initial: strength sigma of the members' own initial noise; 0: shared, 1: a fresh one for each.
+    rule: each member draws noise of its own at every step, through this rule; None: the sampler's rule, with shared draws.
+    chunks: for so many chunks; None: to the end of the video.
+    """
+
+    initial: float
+    rule: Kernel | None = None
+    chunks: int | None = 1
+
+
+@dataclass(frozen=True)
+class MemberNoise:
+    """The noise of some members of a group, in this order, by its plan: draws [members, frames, C, h, w]."""
+
+    shared: KeyedNoise
+    plan: NoisePlan
+    fork: int
+    members: Sequence[int]
+
+    def is_own(self, chunk: int) -> bool:
+        return self.fork <= chunk and (self.plan.chunks is None or chunk < self.fork + self.plan.chunks)
 
     def initial(self, chunk: int) -> Tensor:
-        return self.base.initial(chunk)
+        return self.shared.neighbors(chunk, self.members, self.plan.initial if self.is_own(chunk) else 0)
 
     def renoise(self, chunk: int, step: int) -> Tensor:
-        return self.draws[step] if chunk == self.chunk else self.base.renoise(chunk, step)
-
-    def rows(self, branches: slice) -> OwnRenoise:
-        return OwnRenoise(self.base, self.chunk, [draw[branches] for draw in self.draws])
+        own = self.plan.rule is not None and self.is_own(chunk)
+        return self.shared.own(chunk, step, self.members) if own else self.shared.renoise(chunk, step)
 
 
 class StackedNoise:

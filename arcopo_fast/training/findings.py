@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from arcopo_fast.objectives.base import Items
-from arcopo_fast.train import Trainer
+from arcopo_fast.objectives.ratio import Items, RatioObjective
 from arcopo_fast.training.groups import JudgedGroup
+from arcopo_fast.training.trainer import Trainer
 
 
 class Finding(NamedTuple):
@@ -54,3 +54,9 @@ class Replayed(NamedTuple):
     live: Tensor
     gain: float
     moved: float
+
+
+def ratio_objective(check: Check) -> RatioObjective[Any]:
+    """Return the objective, which has a ratio."""
+    assert isinstance(check.trainer.objective, RatioObjective)
+    return check.trainer.objective

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arcopo_fast.evaluation.judging import Judging
 from arcopo_fast.rewards.base import score
-from arcopo_fast.training.findings import Check, Finding, Replayed
+from arcopo_fast.training.findings import Check, Finding, Replayed, ratio_objective
 
 ALIKE = 1e-5
 """Spread of the candidates, relative to their size, below which float32 predictions tell them apart by rounding alone."""
@@ -47,7 +47,7 @@ def _spread(check: Check, replayed: Replayed) -> Iterator[Finding]:
 
 def _ratios(check: Check, replayed: Replayed) -> Iterator[Finding]:
     """How far one step goes, by step of the sampler, and what the clip leaves."""
-    clip = check.trainer.objective.settings.clip
+    clip = ratio_objective(check).settings.clip
     sizes = replayed.ratio_minus_one.abs()
     by_step = _by_step(replayed, sizes)
     if clip is None:

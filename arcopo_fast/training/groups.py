@@ -1,14 +1,11 @@
-"""Where the groups of an iteration come from: rollouts of the policy, judged on the spot, or a buffer of the reference policy's.
-
-Either way a group comes with its prompt and every reward's scores of its members. The rest of an iteration does not know the difference.
-"""
+"""Where the groups of an iteration come from: rollouts of the policy, or a buffer of the reference policy's, which are judged already."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +20,9 @@ from arcopo_fast.model.lora import adapter_disabled
 from arcopo_fast.objectives.base import Objective
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.cache import variant_of
-from arcopo_fast.rollout.engine import Engine, Group
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.group import Group
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise
 from arcopo_fast.rollout.noise import generator as random_for
 from arcopo_fast.storage.identity import weights_digest
 
@@ -36,11 +34,6 @@ class JudgedGroup:
     group: Group
     prompt: Prompt
     rewards: dict[str, Tensor]
-
-
-class GroupSource(Protocol):
-    def draw(self, iteration: int, index: int) -> JudgedGroup:
-        """The group `index` of an iteration; the same for the same numbers and seed."""
 
 
 def prompt_of(seed: int, prompts: Sequence[Prompt], iteration: int, index: int) -> Prompt:
@@ -69,38 +62,39 @@ class Rollouts:
         self.prompts = prompts.training
         self.rewards = rewards
 
-    def draw(self, iteration: int, index: int) -> JudgedGroup:
-        group, prompt = self.rollout(iteration, index)
-        try:
-            return JudgedGroup(group, prompt, self.judge(group, prompt))
-        except BaseException:
-            group.release()
-            raise
+    def prompt(self, iteration: int, index: int) -> Prompt:
+        """Return the prompt of the group `index` of an iteration."""
+        return prompt_of(self.config.seed, self.prompts, iteration, index)
 
-    def rollout(self, iteration: int, index: int) -> tuple[Group, Prompt]:
-        """A group of videos for one prompt, not yet judged."""
-        config, shape = self.config, self.engine.shape
-        prompt = prompt_of(config.seed, self.prompts, iteration, index)
-        pivot = config.rollout.pivot
-        if isinstance(pivot, str):
-            key = ("pivot",) if pivot == "shared" else ("pivot", index)
-            pivot = 1 + int(random_for(config.seed, iteration, *key).integers(shape.chunks))
-        group = self.engine.rollout(
-            self.generator.encode_text([prompt.for_generator]),
-            KeyedNoise(shape.chunk, config.seed, iteration, index),
-            pivot=pivot - 1,
-            branches=config.rollout.group_size,
-            sigma=self.objective.noise_strength(config.rollout.noise_strength),
-            kernel=self.objective.kernel,
-            branches_per_wave=config.rollout.branches_per_wave,
+    def encode(self, prompt: Prompt) -> Tensor:
+        """Return what the generator reads of a prompt, [1, length, text_dim]."""
+        return self.generator.encode_text([prompt.for_generator])
+
+    def pivot(self, iteration: int, index: int) -> int:
+        """Return the chunk at which a group forks, counted from 0."""
+        pivot = self.config.rollout.pivot
+        if isinstance(pivot, int):
+            return pivot - 1
+        key = ("pivot",) if pivot == "shared" else ("pivot", index)
+        return int(random_for(self.config.seed, iteration, *key).integers(self.engine.shape.chunks))
+
+    def roll_out(self, text: Tensor, iteration: int, index: int) -> Group:
+        """Return a group of videos of the policy as it is, not yet judged."""
+        rollout = self.config.rollout
+        return self.engine.rollout(
+            text,
+            GroupId(self.config.seed, iteration, index),
+            pivot=self.pivot(iteration, index),
+            members=rollout.group_size,
+            plan=self.objective.noise_plan(rollout.noise_strength),
+            branches_per_wave=rollout.branches_per_wave,
         )
-        return group, prompt
 
     def judge(self, group: Group, prompt: Prompt) -> dict[str, Tensor]:
         """Return every reward's scores [G] of a group's videos, on the CPU, decoded and judged as many at a time as the recipe says."""
         judging = Judging.of(self.config, self.generator)
         parts: list[dict[str, Tensor]] = []
-        for frames, scores in judging.judge(self.rewards, group.latents, [prompt.text] * group.size, group.pivot):
+        for frames, scores in judging.judge(self.rewards, group.tails, [prompt.text] * group.size, group.prefix_latents):
             del frames  # the next ones need the memory
             parts.append(scores)
         return joined(parts)
@@ -139,18 +133,19 @@ REWARD = "reward/"
 """Begins the name of a reward's scores [G] in a buffer's entry."""
 
 
-def store(judged: JudgedGroup) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A group as a buffer keeps it: tensors and what names them. Latents, never keys and values: those are rebuilt from the prefix.
+def store(judged: JudgedGroup, shape: VideoShape) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a group as a buffer keeps it: tensors and what names them. Latents, never keys and values: those are rebuilt from the prefix.
 
     inputs, predictions [T, G, F, C, h, w]: x_t and x0hat_t of the pivot chunk, x_0 being eps_i; initial [F, C, h, w]: eps*; prefix [frames,
     C, h, w] float32, absent at the first chunk.
     """
-    group, noise = judged.group, judged.group.noise
-    tensors = {"inputs": group.inputs, "predictions": group.predictions, "initial": noise.initial(group.pivot)[0]}
+    group, (seed, iteration, index) = judged.group, judged.group.id
+    initial = KeyedNoise(shape, group.id).initial(group.pivot)[0]
+    tensors = {"inputs": group.inputs, "predictions": group.predictions, "initial": initial}
     if group.pivot:
-        tensors["prefix"] = torch.cat(group.latents[: group.pivot], dim=1)[0]
+        tensors["prefix"] = group.prefix_latents[0]
     tensors |= {REWARD + name: values for name, values in judged.rewards.items()}
-    about = {"prompt": judged.prompt.text, "pivot": group.pivot, "seed": noise.seed, "iteration": noise.iteration, "group": noise.group}
+    about = {"prompt": judged.prompt.text, "pivot": group.pivot, "seed": seed, "iteration": iteration, "group": index}
     if judged.prompt.extended:
         about["extended"] = judged.prompt.extended
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, about
@@ -158,7 +153,7 @@ def store(judged: JudgedGroup) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @torch.no_grad()
 def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objective[Any], rewards: list[str]) -> JudgedGroup:
-    """Return a stored group, its prefix rebuilt by clean passes of the generator without its adapter. Its `latents` end at the pivot.
+    """Return a stored group, its prefix rebuilt by clean passes of the generator without its adapter. Its `tails` are the pivot chunk's.
 
     The passes are the rollout's, so with the device and the libraries that made the group, keys and values are equal bit for bit; elsewhere
     they differ by rounding, which the ratio does not see: old and new predictions have the same prefix.
@@ -166,15 +161,14 @@ def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objec
     about, device = entry.metadata, engine.model.device
     pivot, prompt = about["pivot"], _prompt_in(about)
     text = generator.encode_text([prompt.for_generator]).to(device)
-    sizes = engine.shape.chunk_frames[:pivot]
-    latents = [part.to(device) for part in entry.tensors["prefix"][None].split(sizes, dim=1)] if pivot else []
+    inputs, predictions = (entry.tensors[name].to(device) for name in ("inputs", "predictions"))
+    latents = entry.tensors["prefix"][None].to(device) if pivot else predictions[-1, :1, :0]
     with adapter_disabled(engine.model):
         prefix = engine.rebuild_prefix(text, latents)
     try:
-        noise = KeyedNoise(engine.shape.chunk, about["seed"], about["iteration"], about["group"])
-        inputs, predictions = (entry.tensors[name].to(device) for name in ("inputs", "predictions"))
-        kernel = objective.kernel or engine.kernel
-        group = Group(text, pivot, prefix, inputs, predictions, latents, engine.steps_of(pivot), noise, kernel)
+        name = GroupId(about["seed"], about["iteration"], about["group"])
+        rule = objective.noise_plan(0.0).rule or engine.kernel
+        group = Group(name, text, pivot, prefix, latents, predictions[-1], inputs, predictions, engine.steps_of(pivot), rule)
         return JudgedGroup(group, prompt, {name: entry.tensors[REWARD + name] for name in rewards})
     except BaseException:
         prefix.cache.release()
@@ -190,7 +184,7 @@ def _prompt_in(about: Mapping[str, Any]) -> Prompt:
 
 def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -> dict[str, Any]:
     """What the groups of a buffer were drawn from; training must agree with every value. The generator must have no adapter."""
-    kernel = objective.kernel
+    plan = objective.noise_plan(config.rollout.noise_strength)
     reencoded = {"vae_dtype": config.generator.vae_dtype} if variant_of(config.cache).reencodes(config.cache) else {}
     return reencoded | {
         "weights": weights_digest(generator.model),
@@ -199,8 +193,8 @@ def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -
         "sampler": config.sampler.model_dump(),
         "cache": config.cache.model_dump(),
         "group_size": config.rollout.group_size,
-        "noise_strength": objective.noise_strength(config.rollout.noise_strength),
-        "kernel": asdict(kernel) if kernel else None,
+        "noise_strength": plan.initial,
+        "kernel": asdict(plan.rule) if plan.rule else None,
     }
 
 

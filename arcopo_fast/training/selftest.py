@@ -20,13 +20,14 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.evaluation.judging import Judging
 from arcopo_fast.model.lora import adapter_disabled, adapter_state, load_adapter_state
 from arcopo_fast.model.sizes import VAESizes
-from arcopo_fast.objectives.base import Items, RatioNotOne
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
+from arcopo_fast.objectives.ratio import Items, RatioNotOne, RatioObjective
 from arcopo_fast.rewards.base import Reward, score
-from arcopo_fast.train import Trainer
-from arcopo_fast.training.findings import Check, Finding, Replayed
+from arcopo_fast.rollout.group import Samples
+from arcopo_fast.training.findings import Check, Finding, Replayed, ratio_objective
 from arcopo_fast.training.forecast import forecast
-from arcopo_fast.training.groups import JudgedGroup, Rollouts
+from arcopo_fast.training.groups import JudgedGroup
+from arcopo_fast.training.trainer import Trainer
 
 LARGER_STEPS = (1, 10, 100)
 """Times the recipe's learning rate: in half precision one small step may lie below what a prediction can show."""
@@ -58,20 +59,22 @@ def self_test(config: Config) -> Iterator[Finding]:
         UserError: the recipe cannot be used.
     """
     trainer = Trainer(one_group(config))
-    assert isinstance(trainer.source, Rollouts)
-    began = time.monotonic()
-    group, prompt = trainer.source.rollout(1, 0)
-    with group:
-        judged = JudgedGroup(group, prompt, trainer.source.judge(group, prompt))
+    rollouts, began = trainer.rollouts, time.monotonic()
+    prompt = rollouts.prompt(1, 0)
+    with rollouts.roll_out(rollouts.encode(prompt), 1, 0) as group:
+        judged = JudgedGroup(group, prompt, rollouts.judge(group, prompt))
         forked = f"{group.size} members that fork at chunk {group.pivot + 1} of {trainer.shape.chunks}"
         yield Finding("a group", None, f"{forked}, made and judged in {time.monotonic() - began:.1f} s")
-        advantages = trainer.advantages(judged)
+        advantages = trainer.advantages(judged.rewards)
         yield from _advantages(trainer, judged, advantages)
         if not advantages.abs().any():  # the checks of the update need something to learn
             advantages = torch.linspace(-1, 1, group.size, dtype=torch.float64)
         check = Check(trainer, judged, *_frames(trainer, judged), advantages)
         for checks in (_shared_frames, _fresh_adapter, _replay, _rewards):
             yield from checks(check)
+        if not isinstance(trainer.objective, RatioObjective):
+            yield from _any_update(check)
+            return
         replayed = None
         for finding in _update(check):
             if isinstance(finding, Replayed):
@@ -89,9 +92,8 @@ def _frames(trainer: Trainer, judged: JudgedGroup) -> tuple[Tensor, Tensor]:
     """The first members' frames, decoded as a group is, and each by itself."""
     group, judging = judged.group, Judging.of(trainer.config, trainer.generator)
     count = min(COMPANIONS, group.size)
-    together = replace(judging, at_once=count).decode(group.latents, group.pivot)
-    own = [chunk.expand(group.size, *chunk.shape[1:])[:count] for chunk in group.latents]
-    return next(together), torch.cat(list(replace(judging, at_once=1).decode(own)))
+    together = replace(judging, at_once=count).decode(group.tails, group.prefix_latents)
+    return next(together), torch.cat(list(replace(judging, at_once=1).decode(group.videos()[:count])))
 
 
 def _advantages(trainer: Trainer, judged: JudgedGroup, advantages: Tensor) -> Iterator[Finding]:
@@ -144,7 +146,7 @@ def _replay(check: Check) -> Iterator[Finding]:
     group, items = check.judged.group, _every_step(check)
 
     def replay() -> Tensor:
-        return torch.cat([check.trainer.engine.replay(group, part.steps, part.anchors) for part in _micro_batches(check, items)])
+        return predictions(check, items)
 
     ours, theirs = replay(), group.predictions[items.steps, items.anchors]
     apart = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
@@ -192,9 +194,22 @@ def _rewards(check: Check) -> Iterator[Finding]:
             yield Finding(f"reward {name}", None, "does not tell the members apart: raise rollout.noise_strength, or take another reward")
 
 
+def _any_update(check: Check) -> Iterator[Finding]:
+    """Two updates of an objective without a ratio give finite numbers and move the weights."""
+    start = {name: tensor.clone() for name, tensor in adapter_state(check.trainer.generator.model).items()}
+    try:
+        statistics, _ = _two_steps(check, 1)
+    except GradientNotFinite as error:
+        yield Finding("the gradient", False, str(error))
+        return
+    yield Finding("the gradient", statistics["gradient_norm"] > 0, f"of the adapter: norm {statistics['gradient_norm']:.3g}")
+    moved = _moved(start, adapter_state(check.trainer.generator.model))
+    yield Finding("the weights", moved > 0.99, f"{100 * moved:.1f} % of those with a gradient have moved after two steps")
+
+
 def _update(check: Check) -> Iterator[Finding | Replayed]:
     """The ratio is 1 before the first step, the old policy stays the old one, and a step raises what it shall raise."""
-    trainer, objective, group = check.trainer, check.trainer.objective, check.judged.group
+    trainer, objective, group = check.trainer, ratio_objective(check), check.judged.group
     start = {name: tensor.clone() for name, tensor in adapter_state(trainer.generator.model).items()}
     kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in trainer.parameters}
     yield Finding("the master weights", kinds == {"float32"}, f"of the adapter are {', '.join(sorted(kinds))}")
@@ -236,8 +251,7 @@ def _update(check: Check) -> Iterator[Finding | Replayed]:
 def _reference(check: Check) -> Iterator[Finding]:
     """Groups from a buffer are compared with the generator without its adapter, which has moved by now."""
     trainer, group = check.trainer, check.judged.group
-    objective = type(trainer.objective)(trainer.engine, trainer.objective.settings, reference=True)
-    objective.moved = True
+    objective = type(ratio_objective(check))(trainer.engine, ratio_objective(check).settings, reference=True)
     items = objective.draw_items(group, 0)
     with adapter_disabled(trainer.generator.model):
         old = predictions(check, items)
@@ -269,10 +283,10 @@ def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
 @torch.no_grad()
 def _compare(check: Check, target: object, items: Items, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """ratio - 1 [N, K], live [N, K] and losses [N] of items under the present weights, against predictions `old`."""
-    objective, group, parts = check.trainer.objective, check.judged.group, _micro_batches(check, items)
+    objective, group, parts = ratio_objective(check), check.judged.group, _micro_batches(check, items)
     outcomes = [
-        objective.loss(group, target, part, objective.predict(group, part, None), before)
-        for part, before in zip(parts, old.split([len(part.steps) for part in parts]))
+        objective.ratio(group, target, part, check.trainer.engine.predict(group, part), before)
+        for part, before in zip(parts, old.split([len(part) for part in parts]))
     ]
     ratios, live, losses = (torch.cat(values) for values in zip(*((o.ratio_minus_one, o.live, o.loss) for o in outcomes)))
     return ratios.cpu(), live.cpu(), losses.cpu()
@@ -288,17 +302,17 @@ def _gain(check: Check, target: object, items: Items, old: Tensor) -> float:
 
 def _every_step(check: Check) -> Items:
     """Every step of the first member."""
-    steps = check.trainer.objective.trainable_steps(check.judged.group)
+    objective, group = check.trainer.objective, check.judged.group
+    steps = objective.trainable_steps(group) if isinstance(objective, RatioObjective) else len(group.steps)
     return Items(torch.arange(steps), torch.zeros(steps, dtype=torch.long))
 
 
-def _micro_batches(check: Check, items: Items) -> list[Items]:
-    """As many at once as in training."""
-    size = check.trainer.objective.settings.micro_batch or len(items.steps)
-    return [Items(*part) for part in zip(items.steps.split(size), items.anchors.split(size))]
+def _micro_batches(check: Check, items: Items) -> list[Samples]:
+    """Return samples of the items, as many at once as in training."""
+    return check.judged.group.samples(*items).split(check.trainer.objective.settings.micro_batch or len(items.steps))
 
 
 @torch.no_grad()
 def predictions(check: Check, items: Items) -> Tensor:
-    """What the objective compares, of items [N, F, C, h, w] under the present weights."""
-    return torch.cat([check.trainer.objective.predict(check.judged.group, part, None) for part in _micro_batches(check, items)])
+    """Return x0hat of items [N, F, C, h, w] under the present weights."""
+    return torch.cat([check.trainer.engine.predict(check.judged.group, part) for part in _micro_batches(check, items)])

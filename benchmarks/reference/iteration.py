@@ -141,7 +141,7 @@ class Reference:
         chunks = range(self.shape.chunks)
         initial = [noise.initial(chunk).to(device) for chunk in chunks]
         renoise = [[noise.renoise(chunk, step).to(device) for step in range(len(self.steps_of(chunk)) - 1)] for chunk in chunks]
-        return initial, renoise, noise.neighbours(pivot, settings.group_size, settings.noise_strength).to(device)
+        return initial, renoise, noise.neighbors(pivot, range(settings.group_size), settings.noise_strength).to(device)
 
     def video(
         self, text: Tensor, draws: tuple[list[Tensor], list[list[Tensor]], Tensor], pivot: int, branch: int
@@ -246,7 +246,7 @@ class Reference:
 
     def items(self, noise: KeyedNoise, pivot: int, update: int) -> Iterator[tuple[int, int]]:
         """(step, anchor) pairs of an update: anchors without replacement, each at every step."""
-        random = generator(noise.seed, noise.iteration, noise.group, "anchors", update)
+        random = generator(*noise.id, "anchors", update)
         size = self.config.rollout.group_size
         for anchor in random.choice(size, size=min(self.objective.anchors_per_update, size), replace=False).tolist():
             for step in range(len(self.steps_of(pivot))):

@@ -325,7 +325,7 @@ def test_less_memory_than_the_cut_needs_is_a_problem(monkeypatch: pytest.MonkeyP
 
     def falls_back(path: iteration.OurPath, advantages: Any = None) -> Any:
         path.engine.largest_wave = 2
-        path.objective.settings = path.objective.settings.model_copy(update={"micro_batch": 1})
+        path.objective.batching.restore({"micro_batch": 1})
         return original(path)
 
     monkeypatch.setattr(iteration.OurPath, "iteration", falls_back)

@@ -24,7 +24,8 @@ from arcopo_fast.model.lora import adapter_enabled
 from arcopo_fast.storage.locks import LOCK
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.storage.run_dir import SUMS
-from arcopo_fast.train import Trainer, main
+from arcopo_fast.train import main
+from arcopo_fast.training.trainer import Trainer
 
 SMALL = ["toy", "train.iterations=4", "train.save_every=1", "lora.rank=2", "lora.alpha=4", "lora.targets=[to_q]"]
 SMALL += ["evaluation.prompts=2", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=1"]
@@ -34,21 +35,21 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 def made_up(patch: pytest.MonkeyPatch) -> None:
     """An iteration changes the adapter by what follows from its number and the state before; an evaluation depends on the adapter."""
 
-    def iteration(self: Trainer, number: int) -> dict[str, Any]:
-        self.stepped = False
-        self.set_learning_rate(number)
-        for index, parameter in enumerate(self.parameters):
+    def iteration(trainer: Trainer, watch: object, number: int) -> dict[str, Any]:
+        trainer.set_learning_rate(number)
+        for index, parameter in enumerate(trainer.parameters):
             generator = torch.Generator().manual_seed(1000 * number + index)
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        self.optimizer.step()
-        return {"reward": self.parameters[0].sum().item(), "pivot": 1.0, "time": {"update": 1.0}}
+        trainer.stepper.begun += 1
+        trainer.optimizer.step()
+        return {"reward": trainer.parameters[0].sum().item(), "pivot": 1.0, "time": {"update": 1.0}}
 
     def evaluate(self: Trainer) -> Evaluation:
         values = torch.stack([parameter.detach().sum() for parameter in self.parameters[:2]]).double()
         values = values if adapter_enabled(self.generator.model) else torch.zeros(2)
         return Evaluation({"reward": values, "toy_vq": values}, ["a", "b"], torch.full((1, 3, 3, 16, 16), 0.5))
 
-    patch.setattr(Trainer, "iteration", iteration)
+    patch.setattr(module, "one_iteration", iteration)
     patch.setattr(Trainer, "evaluate", evaluate)
     patch.setattr(Trainer, "device", lambda self: {"device": "a", "dtype": "float32", "matmul": 1.0, "bandwidth": 1.0, "floor": {}})
 

@@ -18,7 +18,7 @@ from arcopo_fast.config.reading import load_config
 from arcopo_fast.entropy import main
 from arcopo_fast.evaluation.study import MEASURES, Study
 from arcopo_fast.model.lora import adapter_state, add_lora, load_adapter_state, save_adapter
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise
 
 SMALL = ["toy", "video.chunks=3", "sampler.steps=[1000,300]"]
 NAMES = ["initial", "renoise1"]
@@ -59,7 +59,7 @@ def test_its_numbers_are_those_of_independent_videos(finished: Path) -> None:
             self.place, self.draw = (pivot, step), draw
 
         def noise(self, *place: Any) -> KeyedNoise:
-            return KeyedNoise(engine.shape.chunk, config.evaluation.seed, iteration=self.draw if place == self.place else 0, group=1)
+            return KeyedNoise(engine.shape, GroupId(config.evaluation.seed, iteration=self.draw if place == self.place else 0, group=1))
 
         def initial(self, chunk: int) -> torch.Tensor:
             return self.noise(chunk, None).initial(chunk)

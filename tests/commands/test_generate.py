@@ -31,7 +31,7 @@ from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, 
 from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes, VAESizes
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.rollout.engine import Engine, Stream
-from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, StackedNoise
 
 FAST = ["sampler.steps=[1000,300]", "generator.device=cpu"]
 WINDOW = ["cache.variant=longlive", "cache.window=4", "cache.sink=1"]
@@ -66,7 +66,7 @@ def toy(generator: Generator, *overrides: str, frames: int | None = None, videos
 
 def frames_of(generator: Generator, engine: Engine, prompts: Sequence[str], seed: int, first: int = 0, **more: Any) -> list[Tensor]:
     """Each chunk's frames [B, F, 3, H, W]; the prompts are those from place `first` on."""
-    noise = StackedNoise([KeyedNoise(engine.shape.chunk, seed, group=first + row) for row in range(len(prompts))])
+    noise = StackedNoise([KeyedNoise(engine.shape, GroupId(seed, group=first + row)) for row in range(len(prompts))])
     return list(stream_frames(generator, engine, generator.encode_text(prompts), noise, **more))
 
 
@@ -140,7 +140,7 @@ def test_a_prompt_switch_changes_the_chunks_from_there_on(generator: Generator) 
     switched = frames_of(generator, engine, PROMPTS[:1], seed, switches={4: text})
     assert all(torch.equal(a, b) for a, b in zip(plain[:2], switched[:2]))
     assert all((a - b).abs().max() > 0.05 for a, b in zip(plain[2:], switched[2:]))
-    latents = engine.generate(generator.encode_text(PROMPTS[:1]), KeyedNoise(engine.shape.chunk, seed), switches={4: text})
+    latents = engine.generate(generator.encode_text(PROMPTS[:1]), KeyedNoise(engine.shape, GroupId(seed)), switches={4: text})
     whole, _ = generator.decoder.decode(latents, generator.decoder.start())
     torch.testing.assert_close(torch.cat(switched, dim=1), whole, rtol=0, atol=ROUNDING)
 
@@ -192,7 +192,7 @@ def test_memory_does_not_grow_with_a_window(generator: Generator, monkeypatch: p
     start = engine.start
     monkeypatch.setattr(engine, "start", lambda text: streams.append(start(text)) or streams[-1])
     text, switched = generator.encode_text(PROMPTS[:2]), generator.encode_text(PROMPTS[2:] * 2)
-    noise = StackedNoise([KeyedNoise(engine.shape.chunk, 0, group=row) for row in range(2)])
+    noise = StackedNoise([KeyedNoise(engine.shape, GroupId(0, group=row)) for row in range(2)])
 
     def living() -> int:
         gc.collect()

@@ -18,11 +18,23 @@ from torch import Tensor
 
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config
+from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.rewards.base import RewardError
 from arcopo_fast.storage.metrics import read_metrics
-from arcopo_fast.train import Trainer, main
+from arcopo_fast.train import main, one_iteration
+from arcopo_fast.training.groups import JudgedGroup
+from arcopo_fast.training.lessons import LearningWatch
+from arcopo_fast.training.trainer import Trainer
 
 GROUP, PROMPTS = 4, 2
+
+
+class NoVideos(nullcontext[Any]):
+    """A group of which only its pivot is asked."""
+
+    pivot = 0
+
+
 BUFFER = ["train.mode=semi_on_policy", "train.buffer=nowhere"]
 
 
@@ -33,20 +45,20 @@ def trainer_of(scores: Iterable[dict[str, Tensor]], iterations: int, *settings: 
     made.config = load_config("toy", ["rewards={toy_vq: 1.0, toy_mq: 1.0, toy_ta: 0.0}", *shape, *settings])
     made.generator = SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu")))
     groups = iter(scores)
-    group = nullcontext(SimpleNamespace(pivot=0))
-    made.source = SimpleNamespace(draw=lambda iteration, index: SimpleNamespace(group=group, rewards=next(groups)))
+    group: Any = NoVideos()
+    made.buffer = SimpleNamespace(draw=lambda iteration, index: JudgedGroup(group, Prompt("a boat"), next(groups)))
     made.objective = SimpleNamespace(update=lambda *unused, **more: {})
     made.optimizer = SimpleNamespace(param_groups=[{}])
     made.stepper = None
-    made.unscored = made.alike = 0
     return made
 
 
 def ends_at(trainer: Trainer) -> tuple[int, str]:
     """The iteration that ended the run, and why; one more than all if none did."""
+    watch = LearningWatch(trainer.config)
     for iteration in range(1, trainer.config.train.iterations + 1):
         try:
-            trainer.iteration(iteration)
+            one_iteration(trainer, watch, iteration)
         except RewardError as error:
             return iteration, str(error)
     return trainer.config.train.iterations + 1, ""

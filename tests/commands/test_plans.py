@@ -13,8 +13,7 @@ from arcopo_fast.config.reading import load_config
 from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.runtime.memory import resident
-from arcopo_fast.train import Trainer
-from arcopo_fast.training.groups import Rollouts
+from arcopo_fast.training.trainer import Trainer
 
 SMALL = ["rollout.group_size=4", "objective.anchors_per_update=2", "objective.updates=1", "rollout.pivot=2", "lora.rank=4"]
 LITTLE_MEMORY = [
@@ -35,14 +34,14 @@ def iteration(directory: Path, *overrides: str) -> tuple[list[Tensor], dict[str,
         torch.nn.init.normal_(parameter, std=0.05)
     gradients: list[Tensor] = []
     trainer.optimizer.step = lambda: gradients.extend(parameter.grad.clone() for parameter in trainer.parameters)  # type: ignore[method-assign]
-    assert isinstance(trainer.source, Rollouts)
-    group, prompt = trainer.source.rollout(1, 0)
-    with group:
-        scores = trainer.source.judge(group, prompt)
+    rollouts = trainer.rollouts
+    prompt = rollouts.prompt(1, 0)
+    with rollouts.roll_out(rollouts.encode(prompt), 1, 0) as group:
+        scores = rollouts.judge(group, prompt)
         advantages = group_advantages(scores, config.rewards)
         statistics = trainer.objective.update([(group, advantages)], Stepper(trainer.optimizer))
         assert statistics["update1/ratio_max"] == 0
-    return group.latents, scores, gradients
+    return [group.prefix_latents, group.tails], scores, gradients
 
 
 def test_little_memory_gives_the_same_iteration(tmp_path: Path) -> None:

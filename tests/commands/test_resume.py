@@ -14,15 +14,18 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from arcopo_fast import train
 from arcopo_fast.build import checkpoint_path
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
-from arcopo_fast.objectives.base import GradientNotFinite
+from arcopo_fast.objectives.optimizer import GradientNotFinite
 from arcopo_fast.runtime.console import Interruption
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.storage.run_dir import RunDirectory
-from arcopo_fast.train import Trainer, main
+from arcopo_fast.train import main
+from arcopo_fast.training.lessons import LearningWatch
+from arcopo_fast.training.trainer import Trainer
 
 SMALL = [
     "toy",
@@ -51,18 +54,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stopped(directory: Path, monkeypatch: pytest.MonkeyPatch, *settings: str, at: int, how: str) -> Path:
     """A run that is interrupted in iteration `at`: "softly", or by an error, before or in the midst of its update."""
-    original = Trainer.iteration
+    original = train.one_iteration
 
-    def iteration(self: Trainer, number: int) -> dict[str, object]:
+    def iteration(trainer: Trainer, watch: LearningWatch, number: int) -> dict[str, object]:
         if number == at:
             if how != "softly":
-                self.stepped = how == "updating"
+                trainer.stepper.begun += how == "updating"
                 raise RuntimeError("the machine went away")
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, number)
+        return original(trainer, watch, number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "iteration", iteration)
+        patched.setattr(train, "one_iteration", iteration)
         if how != "softly":
             with pytest.raises(RuntimeError, match="went away"):
                 main([*SMALL, *settings, f"run.directory={directory}"])
@@ -88,11 +91,11 @@ def test_what_was_halved_for_want_of_memory_stays_halved(out_of_memory: bool, tm
     """A run that goes on makes the calls that it would have made, in the same shapes."""
     first, second = (Trainer(load_config("toy", SMALL[1:])) for _ in range(2))
     if out_of_memory:
-        first.objective.settings = first.objective.settings.model_copy(update={"micro_batch": 1, "checkpoint": True})
+        first.objective.batching.restore({"micro_batch": 1, "checkpoint": True})
         first.engine.largest_wave = 2
     first.save(RunDirectory(tmp_path), 3)
     second.restore(tmp_path / "checkpoints" / "step-3")
-    assert second.objective.settings == first.objective.settings and second.engine.largest_wave == first.engine.largest_wave
+    assert second.objective.batching.state() == first.objective.batching.state() and second.engine.largest_wave == first.engine.largest_wave
 
 
 @pytest.mark.parametrize(("at", "how"), [(1, "softly"), (3, "softly"), (4, "rolling out"), (4, "updating")])

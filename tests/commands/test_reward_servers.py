@@ -23,7 +23,8 @@ from arcopo_fast.rewards.base import score
 from arcopo_fast.rewards.client import RewardServerError
 from arcopo_fast.rewards.server import RewardServer
 from arcopo_fast.storage.metrics import read_metrics
-from arcopo_fast.train import Trainer, main
+from arcopo_fast.train import main
+from arcopo_fast.training.trainer import Trainer
 
 SMALL = [
     "toy",

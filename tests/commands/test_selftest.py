@@ -16,13 +16,14 @@ from arcopo_fast import doctor
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.objectives.copo import CopoObjective
+from arcopo_fast.objectives.policies import Policies
 from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.toy.rewards import MotionQuality, TextAlignment
-from arcopo_fast.train import Trainer
 from arcopo_fast.training.findings import Finding
 from arcopo_fast.training.groups import Rollouts
 from arcopo_fast.training.selftest import self_test
+from arcopo_fast.training.trainer import Trainer
 
 FAST = ["evaluation.prompts=1", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=0"]
 FAST += ["video.chunks=3", "sampler.steps=[1000, 350]", "rollout.group_size=4", "objective.anchors_per_update=2"]
@@ -78,17 +79,17 @@ def wrapped(kind: type, name: str, change: Callable[..., Any], monkeypatch: pyte
 
 def test_a_replay_that_does_not_repeat_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = itertools.count(1)
-    wrapped(Engine, "replay", lambda self, prediction: prediction + 1e-6 * next(calls), monkeypatch)
+    wrapped(Engine, "predict", lambda self, prediction: prediction + 1e-6 * next(calls), monkeypatch)
     assert failures() == {"a new adapter", "its repetition"}
 
 
 def test_a_replay_of_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapped(Engine, "replay", lambda self, prediction: 0.9 * prediction, monkeypatch)
+    wrapped(Engine, "predict", lambda self, prediction: 0.9 * prediction, monkeypatch)
     assert failures() == {"the replay"}
 
 
 def test_a_ratio_that_is_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapped(CopoObjective, "loss", lambda self, outcome: outcome._replace(ratio_minus_one=outcome.ratio_minus_one + 1e-9), monkeypatch)
+    wrapped(CopoObjective, "ratio", lambda self, outcome: outcome._replace(ratio_minus_one=outcome.ratio_minus_one + 1e-9), monkeypatch)
     assert failures() == {"the ratio"}
 
 
@@ -175,19 +176,19 @@ def test_master_weights_that_lose_small_steps(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_old_policy_that_is_silently_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CopoObjective, "_old", lambda self, group, items, update: None)
+    monkeypatch.setattr(Policies, "is_live", lambda self, name: True)
     assert failures() == {"the old policy"}
 
 
 def test_a_reference_policy_that_is_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
     semi = ["train.mode=semi_on_policy", "train.buffer=none"]
     assert failures(*semi) == set()
-    monkeypatch.setattr(CopoObjective, "_old_policy", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(Policies, "as_", lambda self, name: contextlib.nullcontext())
     assert failures(*semi) == {"the reference policy"}
 
 
 def test_an_old_policy_that_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapped(CopoObjective, "_old", lambda self, old: None if old is None else 1.1 * old, monkeypatch)
+    wrapped(CopoObjective, "predict_known", lambda self, old: 1.1 * old, monkeypatch)
     assert failures() == {"the old policy"}
 
 
@@ -196,7 +197,7 @@ def test_a_step_too_small_for_the_clip() -> None:
 
 
 def test_a_clip_that_lets_nothing_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapped(CopoObjective, "loss", lambda self, outcome: outcome._replace(live=torch.zeros_like(outcome.live)), monkeypatch)
+    wrapped(CopoObjective, "ratio", lambda self, outcome: outcome._replace(live=torch.zeros_like(outcome.live)), monkeypatch)
     assert "lower optimizer.lr" in poor()["the live fraction"]
 
 
@@ -229,5 +230,5 @@ def test_an_adapter_that_adds_something(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_members_that_are_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapped(KeyedNoise, "neighbours", lambda self, noise: noise[:1].expand_as(noise).clone(), monkeypatch)
+    wrapped(KeyedNoise, "neighbors", lambda self, noise: noise[:1].expand_as(noise).clone(), monkeypatch)
     assert "the perturbed noise" in failures()

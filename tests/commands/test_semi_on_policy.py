@@ -20,10 +20,13 @@ from arcopo_fast.config.reading import load_config
 from arcopo_fast.data.buffer import Buffer, Entry
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.base import Reward
+from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.toy.text import ToyTextEncoder
-from arcopo_fast.train import Trainer, main
-from arcopo_fast.training.groups import BufferedGroups, Rollouts, restore
+from arcopo_fast.train import main
+from arcopo_fast.training.groups import restore
+from arcopo_fast.training.trainer import Trainer
 
 SMALL = [
     "rollout.group_size=3",
@@ -58,25 +61,25 @@ def entries(path: Path) -> list[Entry]:
     return list(Buffer.open(path, document["policy"]["values"]).entries())
 
 
-def cached(source: Rollouts | BufferedGroups, pages: list[int]) -> tuple[Tensor, Tensor]:
-    pool = source.engine.pool
+def cached(engine: Engine, pages: list[int]) -> tuple[Tensor, Tensor]:
+    pool = engine.pool
     return pool.keys[:, pages].clone(), pool.values[:, pages].clone()
 
 
 def test_the_rebuilt_prefix_equals_the_rollouts_bit_for_bit(buffer: Path) -> None:
     """With a trained adapter in the generator, which must not leak into the prefix."""
     fresh, trained = Trainer(load_config("toy", SMALL)), trainer(buffer)
-    assert isinstance(fresh.source, Rollouts) and isinstance(trained.source, BufferedGroups)
     pivots = set()
     for entry in entries(buffer):
-        group, prompt = fresh.source.rollout(entry.index, 0)
+        prompt = fresh.rollouts.prompt(entry.index, 0)
+        group = fresh.rollouts.roll_out(fresh.rollouts.encode(prompt), entry.index, 0)
         with group, restore(entry, trained.generator, trained.engine, trained.objective, ["toy_vq"]).group as again:
             pivots.add(group.pivot)
             assert (again.pivot, prompt.text) == (group.pivot, entry.metadata["prompt"])
             assert torch.equal(again.inputs, group.inputs) and torch.equal(again.predictions, group.predictions)
-            assert torch.equal(again.noise.initial(group.pivot)[0], entry.tensors["initial"])
-            ours = cached(trained.source, again.prefix.cache.tables[0].pages)
-            theirs = cached(fresh.source, group.prefix.cache.tables[0].pages)
+            assert torch.equal(KeyedNoise(trained.shape, again.id).initial(group.pivot)[0], entry.tensors["initial"])
+            ours = cached(trained.engine, again.prefix.cache.tables[0].pages)
+            theirs = cached(fresh.engine, group.prefix.cache.tables[0].pages)
             assert len(ours[0][0]) == 2 * group.pivot
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert len(pivots) > 1, "the test needs groups with and without a long prefix"
@@ -108,28 +111,29 @@ def test_a_run_whose_every_ratio_is_clipped_says_so(buffer: Path, monkeypatch: p
 
 def test_the_old_policy_is_the_generator_without_adapter_asked_once(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = trainer(buffer, "objective.anchors_per_update=3", "objective.updates=1")
-    objective, asked = trained.objective, []
-    original = objective.predict
-    monkeypatch.setattr(objective, "predict", lambda group, items, prefix: (asked.append(1), original(group, items, prefix))[1])
+    objective, engine, asked = trained.objective, trained.engine, []
+    original = engine.predict
+    monkeypatch.setattr(engine, "predict", lambda *given, **named: (asked.append(1), original(*given, **named))[1])
     base = Trainer(load_config("toy", SMALL))  # its fresh adapter adds zeros
-    assert isinstance(base.source, Rollouts)
-    judged = trained.source.draw(1, 0)
-    with judged.group as group:
-        items = objective.draw_items(group, 0)
+    assert trained.buffer is not None and objective.compared() == ("reference",)
+    with trained.buffer.draw(1, 0).group as group:
+        samples = objective.samples(group, 0)
         for expected in (1, 1):  # the second time they are known
-            old = objective._old(group, items, 0)
-            assert old is not None and len(asked) == expected
-        with base.source.rollout(group.noise.iteration, 0)[0] as theirs, torch.no_grad():
-            assert torch.equal(old, base.objective.predict(theirs, items, None))
-            assert not torch.equal(old, original(group, items, None)), "the adapter must do something"
+            (old,) = objective._predictions("reference", group, samples)
+            assert len(asked) == expected
+        rollouts, iteration = base.rollouts, group.id.iteration
+        with rollouts.roll_out(rollouts.encode(rollouts.prompt(iteration, 0)), iteration, 0) as theirs, torch.no_grad():
+            assert torch.equal(old, base.engine.predict(theirs, base.objective.samples(theirs, 0)[0]))
+            assert not torch.equal(old, original(group, samples[0])), "the adapter must do something"
 
 
 def test_every_entry_is_drawn_once_in_a_pass(buffer: Path) -> None:
-    source = trainer(buffer).source
+    source = trainer(buffer).buffer
+    assert source is not None
     seen = []
     for iteration in range(1, 2 * GROUPS + 1):
         with source.draw(iteration, 0).group as group:
-            seen.append(group.noise.iteration)
+            seen.append(group.id.iteration)
     assert sorted(seen[:GROUPS]) == sorted(seen[GROUPS:]) == list(range(GROUPS))
 
 

@@ -19,9 +19,10 @@ from arcopo_fast.config.reading import load_config
 from arcopo_fast.evaluation.videos import stream_frames
 from arcopo_fast.model.lora import load_adapter
 from arcopo_fast.model.vae import load_vae
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise
 from arcopo_fast.storage.metrics import read_metrics
-from arcopo_fast.train import Trainer, main
+from arcopo_fast.train import main
+from arcopo_fast.training.trainer import Trainer
 
 SMALL = [
     "train.iterations=2",
@@ -144,7 +145,7 @@ def test_the_adapter_gives_the_same_video_in_diffusers_own_pipeline(finished: Pa
     config = load_config("toy", [*steps, "video.chunks=1", "video.chunk_frames=4"])
     generator = load_generator(config)
     engine = build_engine(config, generator.model, videos=1)
-    noise = KeyedNoise(engine.shape.chunk, seed=int(torch.randint(1 << 30, ())))
+    noise = KeyedNoise(engine.shape, GroupId(seed=int(torch.randint(1 << 30, ()))))
     prompt = "a red circle moving right"
     text = generator.encode_text([prompt])
 

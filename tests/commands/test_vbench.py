@@ -50,7 +50,7 @@ from arcopo_fast.evaluation.vbench.data import (
 from arcopo_fast.evaluation.videos import stream_frames
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, save_adapter
 from arcopo_fast.rollout.engine import Engine
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise
 from arcopo_fast.storage.video import Mp4Writer
 
 FAST = ["sampler.steps=[1000]", "video.chunks=1", "generator.device=cpu"]
@@ -289,7 +289,7 @@ def test_the_videos_are_those_of_their_seeds(tmp_path: Path, capsys: pytest.Capt
     engine = sized_engine(config, generator, 1, longer=False)
     made = []
     for prompt, video in random.sample(videos, 3):
-        noise = KeyedNoise(engine.shape.chunk, video["seed"])
+        noise = KeyedNoise(engine.shape, GroupId(video["seed"]))
         frames = torch.cat(list(stream_frames(generator, engine, generator.encode_text([prompt]), noise)), dim=1)[0]
         made.append(decoded(tmp_path / "out" / "videos" / video["file"]))
         assert made[-1].shape == (13, 64, 64, 3), "not enlarged"

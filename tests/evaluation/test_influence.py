@@ -13,7 +13,7 @@ from arcopo_fast.config.schema import CacheConfig
 from arcopo_fast.evaluation.influence import mean_squared_change, noise_influence, noise_name, noise_tensors, substitute
 from arcopo_fast.rollout.cache import pages_for
 from arcopo_fast.rollout.engine import Engine
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise
 
 POLICIES = {
     "global": CacheConfig(),
@@ -126,7 +126,7 @@ def test_noise_influence_is_the_change_of_whole_videos() -> None:
     expected = {noise_name(step): [0.0] * 4 for step in TENSORS}
     assert list(expected) == ["initial", "renoise1", "renoise2"]
     for row in range(2):
-        sources = (KeyedNoise(SHAPE.chunk, seed + offset, group=row) for offset in (0, 1))
+        sources = (KeyedNoise(SHAPE, GroupId(seed + offset, group=row)) for offset in (0, 1))
         base, other = ({key: draw(source, *key) for key in draws().tensors} for source in sources)
         unchanged = engine.generate(text[row : row + 1], Draws(base))
         for chunk, step in base:

@@ -29,7 +29,7 @@ from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings
 from arcopo_fast.rollout.cache import pages_for
 from arcopo_fast.rollout.engine import Engine, Group
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import GroupId
 
 GROUP, PIVOTS = 6, (0, 2)
 TOLERANCE = 1e-6
@@ -170,16 +170,9 @@ class Iteration:
         self.engine = Engine(model, SHAPE, SAMPLER, GLOBAL, pages=2 * pages_for(CacheConfig(), SHAPE.chunk_frames, GROUP))
         self.objective: Objective[Any] = objective_class(self.engine, settings)
         self.reference = reference
-        sigma, seed = self.objective.noise_strength(0.5), int(torch.randint(10**6, ()))
+        plan, seed = self.objective.noise_plan(0.5), int(torch.randint(10**6, ()))
         self.groups = [
-            self.engine.rollout(
-                random_text(),
-                KeyedNoise(SHAPE.chunk, seed, group=index),
-                pivot=pivot,
-                branches=GROUP,
-                sigma=sigma,
-                kernel=self.objective.kernel,
-            )
+            self.engine.rollout(random_text(), GroupId(seed, group=index), pivot=pivot, members=GROUP, plan=plan)
             for index, pivot in enumerate(PIVOTS)
         ]
         drawn = torch.randn(len(PIVOTS), GROUP, dtype=torch.float64)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
-from arcopo_fast.objectives.base import Items, RatioNotOne
 from arcopo_fast.objectives.copo import CopoObjective, CopoSettings
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
+from arcopo_fast.objectives.ratio import RatioNotOne
 from arcopo_fast.rollout.engine import Engine, Group
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.group import Samples
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan
 
 GROUP = 6
 
@@ -32,8 +33,8 @@ def adapted_engine(dtype: torch.dtype = torch.float32) -> Engine:
 
 
 def make_group(engine: Engine, pivot: int = 1) -> Group:
-    noise = KeyedNoise(SHAPE.chunk, seed=int(torch.randint(10**6, ())))
-    return engine.rollout(random_text(), noise, pivot=pivot, branches=GROUP, sigma=0.5)
+    noise = KeyedNoise(SHAPE, GroupId(seed=int(torch.randint(10**6, ()))))
+    return engine.rollout(random_text(), noise.id, pivot=pivot, members=GROUP, plan=NoisePlan(0.5))
 
 
 def run_update(engine: Engine, settings: CopoSettings, group: Group, advantages: Tensor, lr: float = 1e-2) -> dict[str, float]:
@@ -63,17 +64,17 @@ def test_gradient_identity(tau: float | str) -> None:
     with make_group(engine) as group:
         target = objective.target(group, advantages)
         seen: list[Tensor] = []
-        original = engine.replay
+        original = engine.predict
 
         def watched(*arguments: object, **named: object) -> Tensor:
             seen.append(original(*arguments, **named))  # type: ignore[arg-type]
             seen[-1].retain_grad()
             return seen[-1]
 
-        engine.replay = watched  # type: ignore[method-assign]
+        engine.predict = watched  # type: ignore[method-assign]
         items = objective.draw_items(group, 0)
-        new = objective.predict(group, items, None)
-        objective.loss(group, target, items, new, new.detach()).loss.sum().backward()
+        new = engine.replay(group, *items)
+        objective.ratio(group, target, group.samples(*items), new, new.detach()).loss.sum().backward()
         (prediction,) = seen
         size = prediction[0].numel()
         ascent = 2 / (target.tau * GROUP * size) * torch.einsum("g,tg...->t...", advantages, group.predictions.double())
@@ -98,8 +99,8 @@ def test_every_adapter_matrix_gets_gradient() -> None:
     with make_group(engine) as group:
         target = objective.target(group, zscore(torch.randn(GROUP)))
         items = objective.draw_items(group, 0)
-        new = objective.predict(group, items, None)
-        objective.loss(group, target, items, new, new.detach()).loss.sum().backward()
+        new = engine.replay(group, *items)
+        objective.ratio(group, target, group.samples(*items), new, new.detach()).loss.sum().backward()
     silent = [name for name, p in engine.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert parameters and not silent
 
@@ -166,12 +167,12 @@ def test_anchors_are_distinct_and_keyed() -> None:
 def test_a_replay_that_is_not_reproducible_is_refused() -> None:
     engine = adapted_engine()
     objective = CopoObjective(engine, CopoSettings())
-    original = objective.loss
+    original = objective.ratio
 
-    def noisy(group: Group, target: object, items: Items, new: Tensor, old: Tensor) -> object:
-        return original(group, target, items, new, old + 1e-3)  # type: ignore[arg-type]
+    def noisy(group: Group, target: object, samples: Samples, new: Tensor, old: Tensor) -> object:
+        return original(group, target, samples, new, old + 1e-3)  # type: ignore[arg-type]
 
-    objective.loss = noisy  # type: ignore[method-assign, assignment]
+    objective.ratio = noisy  # type: ignore[method-assign, assignment]
     parameters = adapter_parameters(engine.model)
     with make_group(engine) as group, pytest.raises(RatioNotOne, match="must be exactly 0"):
         optimizer = torch.optim.SGD(parameters, lr=1.0)

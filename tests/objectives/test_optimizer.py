@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
-from arcopo_fast.objectives.base import Outcome
 from arcopo_fast.objectives.copo import CopoObjective, CopoSettings
 from arcopo_fast.objectives.optimizer import Stepper
+from arcopo_fast.objectives.ratio import Ratio
 from arcopo_fast.rollout.engine import Engine
 
 LR = 1e-3
@@ -27,8 +27,8 @@ class Scaled(CopoObjective):
 
     factor = 1.0
 
-    def loss(self, *arguments: Any) -> Outcome:
-        outcome = super().loss(*arguments)
+    def ratio(self, *arguments: Any) -> Ratio:
+        outcome = super().ratio(*arguments)
         return outcome._replace(loss=outcome.loss * self.factor)
 
 

@@ -9,27 +9,29 @@ from typing import Iterator
 
 import pytest
 import torch
-from support.models import SHAPE, random_text, small_engine, small_model
+from support.models import random_text, small_engine, small_model
+from torch import Tensor
 
 import arcopo_fast.objectives
+from arcopo_fast import train
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import config_class, objective_class, objectives
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.lora import adapter_parameters, add_lora
+from arcopo_fast.model.lora import adapter_parameters, adapter_state, add_lora
 from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.copo import CopoObjective
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import GroupId
 from arcopo_fast.storage.metrics import read_metrics
-from arcopo_fast.train import main
+from arcopo_fast.train import main, one_iteration
+from arcopo_fast.training.trainer import Trainer
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "adding_an_objective.md").read_text(encoding="utf-8")
-KIND = "my_project.best_and_worst"
+KIND = "my_project.forward_process"
 SMALL = [
     "train.iterations=2",
     "rollout.group_size=3",
-    "objective.anchors_per_update=2",
     "evaluation.prompts=2",
     "evaluation.videos_per_prompt=1",
     "evaluation.sample_videos=1",
@@ -51,56 +53,82 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path = directory / f"{KIND.replace('.', '/')}.py"
     path.parent.mkdir()
     path.write_text(block("python"))
-    (directory / "best_and_worst.yaml").write_text(block("yaml"))
+    (directory / "forward_process.yaml").write_text(block("yaml"))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(directory)
-        yield str(directory / "best_and_worst.yaml")
+        yield str(directory / "forward_process.yaml")
     for name in (KIND, KIND.partition(".")[0]):
         sys.modules.pop(name, None)
     config_class.cache_clear()
 
 
 def test_the_document_names_its_files() -> None:
-    assert f"`{KIND.replace('.', '/')}.py`" in DOCUMENT and f"kind: {KIND}\n" in block("yaml") and "`best_and_worst.yaml`" in DOCUMENT
+    assert f"`{KIND.replace('.', '/')}.py`" in DOCUMENT and f"kind: {KIND}\n" in block("yaml") and "`forward_process.yaml`" in DOCUMENT
 
 
-def test_it_trains(recipe: str, tmp_path: Path) -> None:
-    main([recipe, *SMALL, f"run.directory={tmp_path}"])
-    metrics = read_metrics(tmp_path / "best_and_worst" / "metrics.jsonl")
-    assert [line["step"] for line in metrics] == [1, 2]
-    assert all(line["update1/ratio_max"] == 0 for line in metrics) and any(line["update2/ratio_max"] > 0 for line in metrics)
-    assert load_config(str(tmp_path / "best_and_worst" / "config.yaml")).objective.kind == KIND
-    assert (tmp_path / "best_and_worst" / "report.html").is_file()
+def test_it_trains_and_goes_on(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old policy follows the live one, is part of a checkpoint, and a run that goes on is the run that was never stopped."""
+    main([recipe, *SMALL, f"run.directory={tmp_path / 'whole'}"])
+    whole = read_metrics(tmp_path / "whole" / "forward_process")
+    assert [line["step"] for line in whole] == [1, 2]
+    assert whole[0]["update1/moved"] == 0 < whole[0]["update2/moved"] and whole[1]["update1/moved"] > 0
+    assert load_config(str(tmp_path / "whole" / "forward_process" / "config.yaml")).objective.kind == KIND
+    report = (tmp_path / "whole" / "forward_process" / "report.html").read_text()
+    assert "Distance from the old policy" in report and "Live fraction" not in report
+    assert "a forward-process loss" in (tmp_path / "whole" / "forward_process" / "adapter" / "README.md").read_text()
+
+    def broken_off(trainer: Trainer, watch: object, iteration: int) -> dict[str, object]:
+        if iteration == 2:
+            raise RuntimeError("the machine went away")
+        return one_iteration(trainer, watch, iteration)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="went away"):
+        patch.setattr(train, "one_iteration", broken_off)
+        main([recipe, *SMALL, f"run.directory={tmp_path / 'broken'}"])
+    main(["--resume", str(tmp_path / "broken" / "forward_process")])
+    again = read_metrics(tmp_path / "broken" / "forward_process")
+    assert [{**line, "time": None} for line in again] == [{**line, "time": None} for line in whole]
 
 
 def test_it_does_what_it_says(recipe: str) -> None:
-    """Updates take predictions towards the best member and away from the worst, and the clip ends them."""
+    """The first gradient, at the old policy, is 2 beta (2 r - 1) (p_old - x_0) / N; updates pull towards the better videos."""
     own = objective_class(KIND)
     engine = small_engine(add_lora(small_model(), rank=4, alpha=8, seed=1), branches=6)
-    parameters, advantages = adapter_parameters(engine.model), zscore(torch.randn(6))
-    noise = KeyedNoise(SHAPE.chunk, int(torch.randint(10**6, ())))
-    with engine.rollout(random_text(), noise, pivot=1, branches=6, sigma=0.5) as group:
-        best, worst = group.predictions[:, advantages.argmax()], group.predictions[:, advantages.argmin()]
+    parameters, advantages = adapter_parameters(engine.model), 3 * zscore(torch.randn(6))
+    objective = own(engine, own.Settings(kind=KIND, updates=4, decay=0.5))
+    with engine.rollout(random_text(), GroupId(7), pivot=1, members=6, plan=objective.noise_plan(0.5)) as group:
+        assert len({tuple(chunk.flatten().tolist()) for chunk in group.tails[:, -1]}) == 6, "the last chunk's noises differ, too"
+        target, trained = objective.target(group, advantages), objective.samples(group, 0)
+        assert [samples.chunk for samples in trained] == [1, 2, 3] and all(len(samples) == 6 for samples in trained)
+        for samples in trained:
+            new = engine.predict(group, samples).detach().requires_grad_()
+            objective.loss(group, target, samples, new, {"old": new.detach()}).loss.sum().backward()
+            error = new.detach() - target.chunks[samples.chunk]
+            expected = 2 * (2 * target.r - 1).view(-1, 1, 1, 1, 1) * error / error[0].numel()
+            torch.testing.assert_close(new.grad, expected, rtol=1e-4, atol=1e-9)
 
-        def margin() -> float:
-            steps = torch.arange(len(group.steps)).repeat_interleave(6)
-            with torch.no_grad():
-                replayed = engine.replay(group, steps, torch.arange(6).repeat(len(group.steps)))
-            return ((replayed - worst[steps]).square().mean() - (replayed - best[steps]).square().mean()).item()
+        def distances() -> Tensor:
+            found = []
+            for samples in objective.samples(group, 0):
+                with torch.no_grad():
+                    error = engine.predict(group, samples) - target.chunks[samples.chunk]
+                found.append(error.square().flatten(1).mean(1))
+            return torch.stack(found).mean(0)
 
-        before = margin()
-        free = own(engine, own.Settings(kind=KIND, clip=None, updates=6))
-        statistics = free.update([(group, advantages)], Stepper(torch.optim.AdamW(parameters, lr=3e-3), gradient_clip=1.0))
-        assert margin() > before and statistics["update6/live"] == 1
-        clipped = own(engine, own.Settings(kind=KIND, clip=1e-9, updates=2, anchors_per_update=6))
-        statistics = clipped.update([(group, advantages)], Stepper(torch.optim.AdamW(parameters, lr=3e-3), gradient_clip=1.0))
-        assert statistics["update1/live"] == 1 and statistics["update2/live"] < 1
+        before = distances()
+        start = {name: tensor.clone() for name, tensor in adapter_state(engine.model).items()}
+        statistics = objective.update([(group, advantages)], Stepper(torch.optim.AdamW(parameters, lr=3e-3)))
+        assert (((distances() - before) * advantages).sum()) < 0
+        assert statistics["update1/moved"] == 0 < statistics["update4/moved"] and engine.pool.pages_in_use == group.prefix.cache.frames
+        old, live = objective.policies.state_dict()["old"], adapter_state(engine.model)
+        for name, tensor in old.items():
+            torch.testing.assert_close(tensor, 0.5 * (start[name] + live[name]))
 
 
 def test_the_resolved_configuration_repeats_itself(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([recipe, "--print-config"])
     printed = capsys.readouterr().out
-    assert f"kind: {KIND}\n" in printed and "pairs: 3\n" in printed
+    assert f"kind: {KIND}\n" in printed and "beta: 1.0\n" in printed
     (tmp_path / "again.yaml").write_text(printed)
     main([str(tmp_path / "again.yaml"), "--print-config"])
     assert capsys.readouterr().out == printed
@@ -110,8 +138,8 @@ def test_the_resolved_configuration_repeats_itself(recipe: str, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("objective.pair=2", "unknown key objective.pair; did you mean objective.pairs?"),
-        ("objective.pairs=0", "objective.pairs: expected a whole number >= 1; given 0"),
+        ("objective.betta=2", "unknown key objective.betta; did you mean objective.beta?"),
+        ("objective.beta=0", "objective.beta: expected a number > 0; given 0"),
         ("objective.tau=1.0", "unknown key objective.tau"),  # another objective's
     ],
 )
@@ -131,15 +159,15 @@ def test_a_file_in_the_package_is_an_objective(recipe: str, monkeypatch: pytest.
     # As if it lay beside them.
     monkeypatch.setattr(arcopo_fast.objectives, "__path__", [*arcopo_fast.objectives.__path__, str(Path(recipe).parent / "my_project")])
     try:
-        assert load_config(recipe, ["objective.kind=best_and_worst"]).objective.pairs == 3
+        assert load_config(recipe, ["objective.kind=forward_process"]).objective.beta == 1
     finally:
-        sys.modules.pop("arcopo_fast.objectives.best_and_worst", None)
+        sys.modules.pop("arcopo_fast.objectives.forward_process", None)
         config_class.cache_clear()
 
 
 @pytest.mark.parametrize(
     "override",
-    ["objective.kind=best", "objective={kind: best}", "objective.kind=my_project.worst", "objective.kind=base"]
+    ["objective.kind=best", "objective={kind: best}", "objective.kind=my_project.backward", "objective.kind=base"]
     + [f"objective.kind={name}" for name in ("json.decoder", "'.best'", "''", "'a b.c'", "..")],
 )
 def test_what_is_no_objective_is_said_in_one_line(recipe: str, override: str) -> None:

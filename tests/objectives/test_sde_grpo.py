@@ -14,18 +14,16 @@ from torch.distributions import Normal
 
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import SamplerConfig
-from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
-from arcopo_fast.objectives.base import Items
 from arcopo_fast.objectives.optimizer import Stepper
+from arcopo_fast.objectives.ratio import Items
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings, log_probability_ratio
 from arcopo_fast.rollout.engine import Engine, Group, Stream
-from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource
-from arcopo_fast.rollout.sampler import Trajectory
-from arcopo_fast.train import Trainer
-from arcopo_fast.training.groups import JudgedGroup
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan, NoiseSource
+from arcopo_fast.rollout.sampler import Trajectory, Transition
+from arcopo_fast.training.trainer import Trainer
 
 GROUP, PIVOT = 6, 2
 KERNELS = ["consistency", "dance_sde", "flow_sde", "flow_cps"]
@@ -45,13 +43,13 @@ def settings_of(kernel: str = "consistency", **more: Any) -> SdeGrpoSettings:
 
 
 def make_group(objective: SdeGrpoObjective, pivot: int = PIVOT) -> Group:
-    noise, sigma = KeyedNoise(SHAPE.chunk, seed=int(torch.randint(10**6, ()))), objective.noise_strength(0.5)
-    return objective.engine.rollout(random_text(), noise, pivot=pivot, branches=GROUP, sigma=sigma, kernel=objective.kernel)
+    name, plan = GroupId(seed=int(torch.randint(10**6, ()))), objective.noise_plan(0.5)
+    return objective.engine.rollout(random_text(), name, pivot=pivot, members=GROUP, plan=plan)
 
 
 def gaussian(group: Group, step: int, clean: Tensor, x: Tensor) -> Normal:
     """Of the next state after one step, by the table of ALGORITHM.md 4 (whose formulas tests/rollout/test_sampler.py checks), float64."""
-    transition = group.kernel.transition(group.steps.sigmas[step], group.steps.next_sigma(step))
+    transition = group.rule.transition(group.steps.sigmas[step], group.steps.next_sigma(step))
     return Normal(transition.mean(x.double(), clean.double()), transition.std)
 
 
@@ -99,20 +97,22 @@ def test_what_members_share(kernel: str, init_noise: str) -> None:
 
     engine.extend = watched  # type: ignore[method-assign]
     with make_group(objective) as group:
+        shared = KeyedNoise(SHAPE, group.id)
         assert [chunk for chunk, *_ in seen] == list(range(SHAPE.chunks))
         for chunk, initial, fresh in seen:
-            same_start, own = group.noise.initial(chunk), chunk == PIVOT
+            same_start, own = shared.initial(chunk), chunk == PIVOT
             if own and init_noise == "fresh":
                 assert distinct(initial)
             else:
                 assert torch.equal(initial, same_start.expand_as(initial))
             for step, draw in enumerate(fresh):
-                assert distinct(draw) and len(draw) == GROUP if own else torch.equal(draw, group.noise.renoise(chunk, step))
+                assert distinct(draw) and len(draw) == GROUP if own else torch.equal(draw, shared.renoise(chunk, step))
         assert distinct(group.inputs[0]) == (init_noise == "fresh")
         for step in range(1, len(group.steps)):
             assert distinct(group.inputs[step])
-        assert [len(chunk) for chunk in group.latents] == [1] * PIVOT + [GROUP] * (SHAPE.chunks - PIVOT)
-        assert distinct(group.latents[PIVOT])
+        before = sum(SHAPE.chunk_frames[:PIVOT])
+        assert group.prefix_latents.shape[:2] == (1, before) and group.tails.shape[:2] == (GROUP, SHAPE.frames - before)
+        assert distinct(group.tails[:, : SHAPE.chunk_frames[PIVOT]])
 
 
 def distinct(members: Tensor) -> bool:
@@ -132,7 +132,7 @@ def test_a_rollout_draws_from_its_kernel(kernel: str) -> None:
         for step in range(len(group.steps) - 1):
             states = gaussian(group, step, group.predictions[step], group.inputs[step])
             residuals.append((group.inputs[step + 1] - states.mean) / states.stddev)
-        torch.testing.assert_close(group.latents[PIVOT], group.predictions[-1], rtol=0, atol=0)  # the last step draws nothing
+        assert torch.equal(group.tails[:, : SHAPE.chunk_frames[PIVOT]], group.predictions[-1]), "the last step draws nothing"
     drawn = torch.cat(residuals).flatten(1)  # [steps * G, D]
     assert abs(drawn.mean().item()) < 6 / drawn.numel() ** 0.5
     assert abs(drawn.square().mean().item() - 1) < 6 * (2 / drawn.numel()) ** 0.5
@@ -143,14 +143,13 @@ def test_a_rollout_draws_from_its_kernel(kernel: str) -> None:
 def test_the_prefix_is_that_of_every_other_objective() -> None:
     """The same key gives the same prompt's prefix and the same noise after the pivot: objectives are compared on the same rollouts."""
     engine, text = adapted_engine(), random_text()
-    noise = KeyedNoise(SHAPE.chunk, seed=int(torch.randint(10**6, ())))
-    kernel = SdeGrpoObjective(engine, settings_of("flow_sde")).kernel
+    noise = KeyedNoise(SHAPE, GroupId(seed=int(torch.randint(10**6, ()))))
+    rule = SdeGrpoObjective(engine, settings_of("flow_sde")).rule
     with (
-        engine.rollout(text, noise, pivot=PIVOT, branches=2, sigma=0.5) as neighbours,
-        engine.rollout(text, noise, pivot=PIVOT, branches=2, sigma=0.0, kernel=kernel) as transitions,
+        engine.rollout(text, noise.id, pivot=PIVOT, members=2, plan=NoisePlan(0.5)) as neighbours,
+        engine.rollout(text, noise.id, pivot=PIVOT, members=2, plan=NoisePlan(0.0, rule)) as transitions,
     ):
-        for ours, theirs in zip(transitions.latents[:PIVOT], neighbours.latents[:PIVOT]):
-            assert torch.equal(ours, theirs)
+        assert torch.equal(transitions.prefix_latents, neighbours.prefix_latents)
         assert torch.equal(transitions.inputs[0][0], noise.initial(PIVOT)[0])
 
 
@@ -159,16 +158,14 @@ def test_the_prefix_is_that_of_every_other_objective() -> None:
 def test_waves_draw_the_same(kernel: str, init_noise: str) -> None:
     objective = SdeGrpoObjective(adapted_engine(), settings_of(kernel, init_noise=init_noise))
     text, seed = random_text(), int(torch.randint(10**6, ()))
-    noise, sigma = KeyedNoise(SHAPE.chunk, seed), objective.noise_strength(0.5)
+    name, plan = GroupId(seed), objective.noise_plan(0.5)
     groups = []
     for size in (None, 2, 4):  # all at once; even waves; a smaller last one
-        with objective.engine.rollout(
-            text, noise, pivot=PIVOT, branches=GROUP, sigma=sigma, kernel=objective.kernel, branches_per_wave=size
-        ) as group:
+        with objective.engine.rollout(text, name, pivot=PIVOT, members=GROUP, plan=plan, branches_per_wave=size) as group:
             groups.append(group)
     for group in groups[1:]:
         torch.testing.assert_close(group.inputs, groups[0].inputs, rtol=0, atol=1e-4)
-        torch.testing.assert_close(group.latents[-1], groups[0].latents[-1], rtol=0, atol=1e-4)
+        torch.testing.assert_close(group.tails, groups[0].tails, rtol=0, atol=1e-4)
 
 
 # The ratio -------------------------------------------------------------------------------------------------------------------------
@@ -268,20 +265,25 @@ def test_updates_make_good_transitions_likelier(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("clip", [1e-3, None])
-def test_loss_clip_and_live_are_those_of_the_formula(clip: float | None) -> None:
+def test_loss_clip_and_live_are_those_of_the_formula(clip: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = SdeGrpoObjective(adapted_engine(), settings_of("flow_sde", clip=clip))
     advantages = torch.tensor([1.5, -0.7, 0.0, 0.4, -2.0, 0.8], dtype=torch.float64)
     with make_group(objective) as group:
         items = Items(*torch.cartesian_prod(torch.arange(len(group.steps) - 1), torch.arange(GROUP)).unbind(1))
         pairs = list(zip(items.steps.tolist(), items.anchors.tolist()))
-        old = objective.predict(group, items, None).detach()
+        samples = group.samples(*items)
+        transition = group.rule.transitions(group.steps, items.steps, dim=5)
+        old_clean = objective.engine.predict(group, samples).detach()
+        old = transition.mean(samples.x, old_clean)  # means of the next state
         # Along the drawn noise: ratios of either sign, inside the clip and beyond it.
-        std = torch.tensor([group.kernel.transition(group.steps.sigmas[step], group.steps.next_sigma(step)).std for step, _ in pairs])
+        std = torch.tensor([group.rule.transition(group.steps.sigmas[step], group.steps.next_sigma(step)).std for step, _ in pairs])
         wanted = torch.tensor([3e-3, 3e-4, -3e-4, -3e-3]).repeat(len(pairs))[: len(pairs)]
         reached = group.inputs[items.steps + 1, items.anchors]
         shift = (wanted * std**2 / (reached - old).square().flatten(1).mean(1)).view(-1, 1, 1, 1, 1)
         new = (old + shift * (reached - old)).requires_grad_()
-        outcome = objective.loss(group, objective.target(group, advantages), items, new, old)
+        monkeypatch.setattr(Transition, "mean", lambda self, x, clean: clean)  # what is compared are the means themselves
+        outcome = objective.ratio(group, objective.target(group, advantages), samples, new, old)
+        monkeypatch.undo()
         (gradient,) = torch.autograd.grad(outcome.loss.sum(), new)
 
         live = []
@@ -334,9 +336,9 @@ def test_a_sampler_of_one_step_is_refused(steps: dict[str, Any]) -> None:
 
 def test_kernels_have_the_noise_of_their_papers() -> None:
     engine = adapted_engine()
-    noise = {kernel: SdeGrpoObjective(engine, settings_of(kernel)).kernel.noise for kernel in KERNELS[1:]}
+    noise = {kernel: SdeGrpoObjective(engine, settings_of(kernel)).rule.noise for kernel in KERNELS[1:]}
     assert noise == {"dance_sde": 0.3, "flow_sde": 0.7, "flow_cps": 0.7}
-    assert SdeGrpoObjective(engine, settings_of("flow_sde", kernel_noise=0.4)).kernel.noise == 0.4
+    assert SdeGrpoObjective(engine, settings_of("flow_sde", kernel_noise=0.4)).rule.noise == 0.4
 
 
 def test_only_steps_with_noise_are_drawn() -> None:
@@ -361,7 +363,7 @@ def test_advantages_are_cut() -> None:
     rewards = {"toy_vq": torch.randn(64).cauchy_()}
     for largest in (1.0, None):
         config = load_config("toy_sde_grpo", [f"objective.advantage_max={largest or 'null'}", "rewards={toy_vq: 1.0}"])
-        advantages = Trainer.advantages(SimpleNamespace(config=config), JudgedGroup(None, Prompt(""), rewards))  # type: ignore[arg-type]
+        advantages = Trainer.advantages(SimpleNamespace(config=config), rewards)  # type: ignore[arg-type]
         uncut = zscore(rewards["toy_vq"], config.objective.advantage_std_floor)
         assert uncut.abs().max() > 1
         torch.testing.assert_close(advantages, uncut if largest is None else uncut.clamp(-1, 1))

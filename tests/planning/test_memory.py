@@ -24,6 +24,7 @@ from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.families import SIZES
 from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes, VAESizes
 from arcopo_fast.model.vae import StreamingDecoder
+from arcopo_fast.objectives.copo import CopoObjective
 from arcopo_fast.planning import memory as footprint
 from arcopo_fast.planning.layers import transformer_parameters, vae_parameters
 from arcopo_fast.planning.memory import GB, SLACK, estimate, host_bytes
@@ -31,7 +32,7 @@ from arcopo_fast.planning.work import frame_tokens, itemsize
 from arcopo_fast.rewards import simple
 from arcopo_fast.rollout.cache import plan_pages
 from arcopo_fast.rollout.engine import Engine, VideoShape
-from arcopo_fast.train import Trainer
+from arcopo_fast.training.trainer import Trainer
 
 FULL = SIZES["1.3b"]
 REWARD_OF_2B = 2 * 2 * 10**9
@@ -270,15 +271,16 @@ def test_what_a_run_on_a_buffer_holds(tmp_path: Path) -> None:
     needs, page = estimate(config, sizes).components, footprint._page_bytes(config, sizes)
     pool = trainer.engine.pool
     assert needs["keys and values of the prefix"] + needs["keys and values of evaluations"] == pool.keys.nbytes + pool.values.nbytes
-    judged = trainer.source.draw(1, 0)
-    with judged.group as group:
+    objective, source = trainer.objective, trainer.buffer
+    assert isinstance(objective, CopoObjective) and source is not None
+    with source.draw(1, 0).group as group:
         assert needs["keys and values of the prefix"] == pool.pages_in_use * page, "the last pivot's prefix is the longest"
-        held = group.inputs.nbytes + group.predictions.nbytes + sum(latents.nbytes for latents in group.latents)
-        asked = [trainer.objective._old(group, trainer.objective.draw_items(group, update), update) for update in range(2)]
-        held += sum(predictions.nbytes for predictions in asked if predictions is not None)
+        held = group.inputs.nbytes + group.predictions.nbytes + group.prefix_latents.nbytes  # the pivot's latents are its last predictions
+        asked = [objective._predictions("reference", group, objective.samples(group, update)) for update in range(2)]
+        held += max(sum(part.nbytes for part in parts) for parts in asked)  # those of one update at a time
         chunk = group.predictions[0, 0].nbytes
         assert needs["latents of the group"] == held + chunk, "one chunk more: the prefix is counted as a whole video"
-        kept = sum(prediction.nbytes for prediction in trainer.objective._kept.values())
+        kept = sum(prediction.nbytes for prediction in objective._kept.values())
     assert kept == host_bytes(config, sizes)[0] == 3 * 2 * chunk
     assert host_bytes(config, sizes)[1] == config.train.iterations * 2 * kept
 
@@ -291,6 +293,7 @@ def test_the_stages_of_a_run_on_a_buffer(offload: bool) -> None:
     needs, on_policy = (estimate(each, FULL, reward_bytes=REWARD_OF_2B) for each in (config, own))
     assert [*needs.stages] == ["prefix", "update", "evaluation: rollout", "evaluation: decode", "evaluation: reward"]
     assert on_policy.components.keys() - needs.components.keys() == {
+        "the old policy",
         "denoising a wave",
         "decoder cache of the prefix",
         "decoder caches of a slice",

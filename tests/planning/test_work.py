@@ -25,7 +25,7 @@ from arcopo_fast.planning import work as work_of
 from arcopo_fast.planning.work import AttentionBackward
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.graphs import LAUNCHES_OF_A_BLOCK
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan
 from benchmarks.iteration import changed
 
 DENSE = AttentionBackward(2.5, 2.5)
@@ -66,11 +66,11 @@ FEW = "lora.targets=[attn1.to_v, attn2.to_k, ffn.net.2]"
 @pytest.mark.parametrize("overrides", [[], ["cache.window=4", "cache.sink=1"], [FEW]], ids=["global", "window", "few adapters"])
 def test_a_rollout_counts_what_pytorch_counts(pivot: int, overrides: list[str]) -> None:
     config = small(*overrides)
-    engine, noise, group = engine_of(config), KeyedNoise(SHAPE.chunk, seed=1), config.rollout.group_size
+    engine, noise, group = engine_of(config), KeyedNoise(SHAPE, GroupId(seed=1)), config.rollout.group_size
     # A clean pass embeds its timestep once for the whole batch; the formula is of one video.
     shared = 2 * (MODEL.freq_dim * MODEL.dim + 7 * MODEL.dim**2) * (group - 1) * (SHAPE.chunks - 1 - pivot)
     with torch.no_grad():
-        flops = counted(lambda: engine.rollout(random_text(), noise, pivot=pivot, branches=group, sigma=0.5).release())
+        flops = counted(lambda: engine.rollout(random_text(), noise.id, pivot=pivot, members=group, plan=NoisePlan(0.5)).release())
     work = work_of.iteration(config, MODEL, None, pivot)
     expected = work_of.text(config, MODEL).flops + sum(work[stage].flops for stage in ("prefix", "denoise", "clean") if stage in work)
     assert flops == expected - shared
@@ -79,9 +79,9 @@ def test_a_rollout_counts_what_pytorch_counts(pivot: int, overrides: list[str]) 
 @pytest.mark.parametrize("pivot", range(3))
 def test_a_replay_counts_what_pytorch_counts(pivot: int) -> None:
     config = small()
-    engine, noise = engine_of(config), KeyedNoise(SHAPE.chunk, seed=1)
+    engine, noise = engine_of(config), KeyedNoise(SHAPE, GroupId(seed=1))
     items = torch.tensor([0, 2, 1])
-    with engine.rollout(random_text(), noise, pivot=pivot, branches=3, sigma=0.5) as group:
+    with engine.rollout(random_text(), noise.id, pivot=pivot, members=3, plan=NoisePlan(0.5)) as group:
         flops = counted(lambda: engine.replay(group, items, items.flip(0)).sum().backward())
         without_gradient = counted(lambda: torch.no_grad()(engine.replay)(group, items, items))
     frames, visible = SHAPE.chunk_frames[pivot], work_of.visible_frames(config, MODEL, pivot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import Config
 from arcopo_fast.model.vae import StreamingDecoder, VAECache
 from arcopo_fast.rollout.decode import decode_branches
-from arcopo_fast.train import Trainer
+from arcopo_fast.train import judged_group
+from arcopo_fast.training.trainer import Trainer
 
 SMALL = ["video.chunks=2", "sampler.steps=[1000, 350]", "rollout.group_size=3", "rollout.decode_branches=1", "rollout.pivot=1"]
 SMALL += ["evaluation.prompts=3", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=2", "objective.anchors_per_update=2"]
@@ -44,10 +46,10 @@ def trainer() -> Trainer:
 
 def test_branches(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, shape = trainer.generator.decoder, trainer.shape
-    latents = [torch.randn(3 if chunk else 1, *shape.chunk(chunk)) for chunk in range(shape.chunks)]
-    whole = list(decode_branches(decoder, latents, pivot=1))[0]
+    prefix, tails = torch.randn(1, *shape.chunk(0)), torch.randn(3, *shape.chunk(1))
+    whole = list(decode_branches(decoder, prefix, tails))[0]
     watched = Watched(decoder, monkeypatch)
-    for branch, frames in enumerate(decode_branches(decoder, latents, pivot=1, branches_at_once=1)):
+    for branch, frames in enumerate(decode_branches(decoder, prefix, tails, branches_at_once=1)):
         torch.testing.assert_close(frames[0], whole[branch], rtol=0, atol=1e-5)
         del frames
     assert watched.held == [0, 2, 2, 2], "only what the prefix left: its frames, and the state that every branch goes on from"
@@ -55,7 +57,8 @@ def test_branches(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_group_is_judged(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(trainer.generator.decoder, monkeypatch)
-    with trainer.source.draw(1, 0).group:
+    with ExitStack() as stack:
+        judged_group(trainer, 1, 0, stack)
         assert watched.held == [0, 0, 0]
 
 

@@ -16,7 +16,8 @@ from arcopo_fast.config.schema import CacheConfig
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import pages_for, plan_pages, variant_of
 from arcopo_fast.rollout.engine import Engine, VideoShape
-from arcopo_fast.rollout.noise import KeyedNoise, NoiseSource
+from arcopo_fast.rollout.group import Samples
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan, NoiseSource
 
 GROUP = 6
 POLICIES = {
@@ -51,7 +52,7 @@ def policy_engine(model: CausalWan, policy: CacheConfig, pages: int | None = Non
 
 
 def keyed() -> KeyedNoise:
-    return KeyedNoise(SHAPE.chunk, seed=int(torch.randint(10**6, ())), iteration=3, group=1)
+    return KeyedNoise(SHAPE, GroupId(seed=int(torch.randint(10**6, ())), iteration=3, group=1))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"])
@@ -59,9 +60,9 @@ def keyed() -> KeyedNoise:
 @pytest.mark.parametrize("pivot", range(SHAPE.chunks))
 def test_branches_equal_independent_rollouts(policy: CacheConfig, pivot: int, dtype: torch.dtype, tolerance: float) -> None:
     engine, text, noise = policy_engine(small_model(dtype), policy), random_text(), keyed()
-    with engine.rollout(text, noise, pivot=pivot, branches=GROUP, sigma=0.5) as group:
-        branches = torch.cat([chunk.expand(GROUP, *chunk.shape[1:]) for chunk in group.latents], dim=1)
-    initial = noise.neighbours(pivot, GROUP, 0.5)
+    with engine.rollout(text, noise.id, pivot=pivot, members=GROUP, plan=NoisePlan(0.5)) as group:
+        branches = group.videos()
+    initial = noise.neighbors(pivot, range(GROUP), 0.5)
     alone = policy_engine(engine.model, policy)
     for branch in range(GROUP):
         latents = alone.generate(text, WithPivot(noise, pivot, initial[branch : branch + 1]))
@@ -73,13 +74,13 @@ def test_branches_equal_independent_rollouts(policy: CacheConfig, pivot: int, dt
 @pytest.mark.parametrize("pivot", range(SHAPE.chunks))
 def test_pages_are_prefix_plus_tails_and_the_parent_is_untouched(pivot: int) -> None:
     engine, text, noise = small_engine(small_model()), random_text(), keyed()
-    prefix_only = engine.rebuild_prefix(text, [])
+    prefix_only = engine.rebuild_prefix(text, torch.empty(1, 0, *SHAPE.chunk(0)[1:]))
     for chunk in range(pivot):
         engine.extend(prefix_only, chunk, noise.initial(chunk), noise, last=False)
     expected = [engine.pool.read(0, run)[0].clone() for run in engine.pool.runs(prefix_only.cache.tables)]
     prefix_only.cache.release()
     engine.pool.peak_in_use = 0
-    group = engine.rollout(text, noise, pivot=pivot, branches=GROUP, sigma=0.5)
+    group = engine.rollout(text, noise.id, pivot=pivot, members=GROUP, plan=NoisePlan(0.5))
     prefix = 2 * pivot
     planned = plan_pages(CacheConfig(), SHAPE.chunk_frames, pivot, GROUP).pages
     assert engine.pool.peak_in_use == max(prefix + GROUP * (6 - prefix), prefix) == max(planned, prefix)
@@ -92,14 +93,13 @@ def test_pages_are_prefix_plus_tails_and_the_parent_is_untouched(pivot: int) -> 
 
 def test_waves_give_the_same_group() -> None:
     engine, text, noise = small_engine(small_model()), random_text(), keyed()
-    with engine.rollout(text, noise, pivot=1, branches=GROUP, sigma=0.5) as whole:
+    with engine.rollout(text, noise.id, pivot=1, members=GROUP, plan=NoisePlan(0.5)) as whole:
         pass
     engine.pool.peak_in_use = 0
-    with engine.rollout(text, noise, pivot=1, branches=GROUP, sigma=0.5, branches_per_wave=4) as waves:
+    with engine.rollout(text, noise.id, pivot=1, members=GROUP, plan=NoisePlan(0.5), branches_per_wave=4) as waves:
         assert engine.pool.peak_in_use == 2 + 4 * 4
     torch.testing.assert_close(waves.predictions, whole.predictions, rtol=0, atol=1e-5)
-    for a, b in zip(waves.latents, whole.latents):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    torch.testing.assert_close(waves.videos(), whole.videos(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES.values() if policy.window], ids=[*POLICIES][1:])
@@ -109,7 +109,7 @@ def test_a_windowed_group_runs_in_the_pages_planned_for_it(policy: CacheConfig) 
     engine = policy_engine(small_model(), policy, pages)
     for pivot in range(SHAPE.chunks):
         engine.pool.peak_in_use = 0
-        with engine.rollout(random_text(), keyed(), pivot=pivot, branches=GROUP, sigma=0.5):
+        with engine.rollout(random_text(), keyed().id, pivot=pivot, members=GROUP, plan=NoisePlan(0.5)):
             assert engine.pool.peak_in_use == plan_pages(policy, SHAPE.chunk_frames, pivot, GROUP).pages
         assert engine.pool.pages_in_use == 0
 
@@ -117,15 +117,15 @@ def test_a_windowed_group_runs_in_the_pages_planned_for_it(policy: CacheConfig) 
 def test_a_failed_rollout_gives_its_pages_back() -> None:
     engine = small_engine(small_model(), branches=2)
     with pytest.raises(PagePoolExhausted):
-        engine.rollout(random_text(), keyed(), pivot=1, branches=GROUP, sigma=0.5)
+        engine.rollout(random_text(), keyed().id, pivot=1, members=GROUP, plan=NoisePlan(0.5))
     assert engine.pool.pages_in_use == 0
     with pytest.raises(ValueError, match="pivot 4 is not a chunk"):
-        engine.rollout(random_text(), keyed(), pivot=4, branches=2, sigma=0.5)
+        engine.rollout(random_text(), keyed().id, pivot=4, members=2, plan=NoisePlan(0.5))
 
 
 def test_a_wave_that_runs_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, text, noise = small_engine(small_model()), random_text(), keyed()
-    with engine.rollout(text, noise, pivot=1, branches=GROUP, sigma=0.5) as whole:
+    with engine.rollout(text, noise.id, pivot=1, members=GROUP, plan=NoisePlan(0.5)) as whole:
         pass
     forward, batches = engine.model.forward, []
 
@@ -138,19 +138,18 @@ def test_a_wave_that_runs_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(engine.model, "forward", scarce)
     said = r"a wave of 6 branches ran out of memory \(CUDA out of memory. Tried to allocate 3.00 GiB.\); going on with waves of 3"
     with pytest.warns(UserWarning, match=said), pytest.warns(UserWarning, match="a wave of 3 branches"):
-        group = engine.rollout(text, noise, pivot=1, branches=GROUP, sigma=0.5)
+        group = engine.rollout(text, noise.id, pivot=1, members=GROUP, plan=NoisePlan(0.5))
     assert engine.pool.pages_in_use == 2
     group.release()
     torch.testing.assert_close(group.predictions, whole.predictions, rtol=0, atol=1e-5)
-    for a, b in zip(group.latents, whole.latents):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    torch.testing.assert_close(group.videos(), whole.videos(), rtol=0, atol=1e-5)
     batches.clear()
-    with engine.rollout(text, noise, pivot=1, branches=GROUP, sigma=0.5):
+    with engine.rollout(text, noise.id, pivot=1, members=GROUP, plan=NoisePlan(0.5)):
         assert max(batches) == 2, "what ran out once is not tried again"
     monkeypatch.setattr(engine.model, "forward", lambda *args, **kwargs: (_ for _ in ()).throw(torch.OutOfMemoryError("nothing fits")))
     engine.largest_wave = 1
     with pytest.raises(torch.OutOfMemoryError, match="nothing fits"):
-        engine.rollout(text, noise, pivot=1, branches=GROUP, sigma=0.5)
+        engine.rollout(text, noise.id, pivot=1, members=GROUP, plan=NoisePlan(0.5))
     assert engine.pool.pages_in_use == 0
 
 
@@ -158,7 +157,7 @@ def test_a_wave_that_runs_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatc
 def test_checkpointing_changes_no_gradient_and_keeps_less(policy: CacheConfig) -> None:
     engine = policy_engine(small_model(), policy)
     steps, anchors = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 5])
-    with engine.rollout(random_text(), keyed(), pivot=1, branches=GROUP, sigma=0.5) as group:
+    with engine.rollout(random_text(), keyed().id, pivot=1, members=GROUP, plan=NoisePlan(0.5)) as group:
         engine.model.requires_grad_()
         results: list[tuple[Tensor, tuple[Tensor, ...]]] = []
         kept: list[int] = []
@@ -184,7 +183,7 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(policy: CacheConfig) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replay_equals_rollout_bit_for_bit(pivot: int, policy: CacheConfig, dtype: torch.dtype) -> None:
     engine = policy_engine(small_model(dtype), policy)
-    with engine.rollout(random_text(), keyed(), pivot=pivot, branches=GROUP, sigma=0.5) as group:
+    with engine.rollout(random_text(), keyed().id, pivot=pivot, members=GROUP, plan=NoisePlan(0.5)) as group:
         for step in range(len(group.steps)):
             everyone = torch.arange(GROUP)
             replayed = engine.replay(group, torch.full((GROUP,), step), everyone)
@@ -195,8 +194,8 @@ def test_replay_equals_rollout_bit_for_bit(pivot: int, policy: CacheConfig, dtyp
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 def test_a_rebuilt_prefix_equals_the_rollouts_bit_for_bit(policy: CacheConfig) -> None:
     engine = policy_engine(small_model(), policy)
-    with engine.rollout(random_text(), keyed(), pivot=3, branches=2, sigma=0.5) as group:
-        rebuilt = engine.rebuild_prefix(group.text, group.latents[:3])
+    with engine.rollout(random_text(), keyed().id, pivot=3, members=2, plan=NoisePlan(0.5)) as group:
+        rebuilt = engine.rebuild_prefix(group.text, group.prefix_latents)
         for layer in range(2):
             for which in range(2):
                 ours, theirs = (
@@ -207,11 +206,30 @@ def test_a_rebuilt_prefix_equals_the_rollouts_bit_for_bit(policy: CacheConfig) -
         rebuilt.cache.release()
 
 
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_a_later_chunk_is_predicted_in_its_members_own_context(policy: CacheConfig) -> None:
+    """It is the context of the member's whole video, made by clean passes; nothing of it is kept."""
+    engine = policy_engine(small_model(torch.float64), policy)
+    with engine.rollout(random_text(), keyed().id, pivot=1, members=3, plan=NoisePlan(0.5)) as group:
+        for chunk, clean in group.own_chunks(SHAPE.chunk_frames).items():
+            samples = Samples.noised(chunk, clean, torch.randn_like(clean), group.steps, torch.tensor([0, 1, 1]))
+            with torch.no_grad():
+                predicted = engine.predict(group, samples)
+                assert engine.pool.pages_in_use == group.prefix.cache.frames
+                for member in range(3):
+                    own = group.videos()[member : member + 1, : sum(SHAPE.chunk_frames[:chunk])]
+                    stream = engine.rebuild_prefix(group.text, own)
+                    alone = engine.predict(group, samples.split(1)[member], context=stream)
+                    stream.cache.release()
+                    torch.testing.assert_close(predicted[member : member + 1], alone, rtol=0, atol=1e-5)
+            assert (predicted[0] - predicted[1]).abs().max() > 1e-2
+
+
 def test_gradient_stays_in_the_pivot_chunk() -> None:
     engine = small_engine(small_model())
-    with engine.rollout(random_text(), keyed(), pivot=2, branches=3, sigma=0.5) as group:
+    with engine.rollout(random_text(), keyed().id, pivot=2, members=3, plan=NoisePlan(0.5)) as group:
         assert not engine.pool.keys.requires_grad
-        latents = group.latents[0].requires_grad_()  # an earlier chunk
+        latents = group.prefix_latents.requires_grad_()
         inputs = group.inputs.requires_grad_()
         out = engine.replay(group, torch.tensor([1, 0]), torch.tensor([2, 0])).sum()
         through_prefix, through_pivot = torch.autograd.grad(out, [latents, inputs], allow_unused=True)
@@ -247,7 +265,7 @@ def test_a_long_video_takes_no_more_than_its_window(policy: CacheConfig, monkeyp
     """Pages and latents; and a prompt switch finds all the latents it caches again."""
     assert policy.window is not None
     shape, text, others = VideoShape((2,) * 30, 8, 4, 6), random_text(2), [random_text() for _ in range(2)]
-    noise, switches = KeyedNoise(shape.chunk, seed=int(torch.randint(10**6, ()))), {8: others[0], 51: others[1]}
+    noise, switches = KeyedNoise(shape, GroupId(seed=int(torch.randint(10**6, ())))), {8: others[0], 51: others[1]}
     held = 2 * plan_pages(policy, shape.chunk_frames, shape.chunks - 1, 0).prefix
     assert held == 2 * (policy.window - 2 if variant_of(policy).recomputed else policy.window)
     engine = Engine(small_model(), shape, SAMPLER.model_copy(update={"steps": [1000]}), policy, pages=held, reencoder=StandIn())
@@ -276,7 +294,7 @@ def test_ode_rollouts_draw_no_noise() -> None:
             raise AssertionError("an ODE step asked for noise")
 
     engine = small_engine(small_model(), sampler=SAMPLER.model_copy(update={"kind": "ode"}))
-    latents = engine.generate(random_text(2), Silent(SHAPE.chunk, seed=5))
+    latents = engine.generate(random_text(2), Silent(SHAPE, GroupId(seed=5)))
     assert latents.shape == (2, *(SHAPE.frames, 8, 4, 6)) and latents.isfinite().all()
 
 

@@ -23,7 +23,7 @@ from arcopo_fast.rewards.simple import Sharpness, Steadiness
 from arcopo_fast.rollout import graphs
 from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine, VideoShape
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan
 from benchmarks.full_size import FULL
 from benchmarks.iteration import OurPath, Scene, changed, memory, problems
 from benchmarks.reference.iteration import Reference
@@ -71,8 +71,8 @@ class SameDevice(TorchDispatchMode):
 
 def watched_rollout(engine: Engine, text: Tensor, monkeypatch: pytest.MonkeyPatch, watch: Any) -> int:
     """A rollout, `watch()` around each chunk's denoising; how many there were. What is made only once, as RoPE's tables are, is there."""
-    noise, denoise, calls = KeyedNoise(SHAPE.chunk, seed=1), graphs.denoise, []
-    engine.rollout(text, noise, pivot=1, branches=3, sigma=0.5).release()
+    noise, denoise, calls = KeyedNoise(SHAPE, GroupId(seed=1)), graphs.denoise, []
+    engine.rollout(text, noise.id, pivot=1, members=3, plan=NoisePlan(0.5)).release()
 
     def watched(*args: Any, **more: Any) -> Any:
         calls.append(1)
@@ -80,7 +80,7 @@ def watched_rollout(engine: Engine, text: Tensor, monkeypatch: pytest.MonkeyPatc
             return denoise(*args, **more)
 
     monkeypatch.setattr(graphs, "denoise", watched)
-    engine.rollout(text, noise, pivot=1, branches=3, sigma=0.5).release()
+    engine.rollout(text, noise.id, pivot=1, members=3, plan=NoisePlan(0.5)).release()
     return len(calls)
 
 
@@ -121,11 +121,11 @@ def test_an_iteration_computes_on_one_device() -> None:
     path = OurPath(replace(scene, vae=vae), pivot=1)
     assert path.decoder is not None
     with OnlyCopiesCross(), path.rollout() as group:
-        slices = decode_branches(path.decoder, group.latents, group.pivot, 2)
+        slices = decode_branches(path.decoder, group.prefix_latents, group.tails, 2)
         scores = [reward(frames, ["a boat"] * len(frames)) for frames in slices for reward in (Sharpness(), Steadiness())]
         items = path.objective.draw_items(group, 0)
         target = path.objective.target(group, torch.randn(5, dtype=torch.float64))
-        new = path.objective.predict(group, items, None)
+        new = path.engine.replay(group, *items)
         steps = items.steps.to(meta)
         loss = copo_surrogate(new, new.detach(), target.candidates, target.advantages, steps).loss
         loss.sum().backward()
@@ -168,8 +168,8 @@ def test_latents_are_those_of_plain_pytorch(pivot: int) -> None:
     half = scene_of(torch.bfloat16)
     exact = as_dtype(half, torch.float64)
     ours = OurPath(half, pivot)
-    with torch.no_grad(), ours.engine.rollout(half.text, half.noise, pivot=pivot, branches=5, sigma=0.5) as group:
-        latents = torch.cat([chunk.expand(5, *chunk.shape[1:]) for chunk in group.latents], dim=1)
+    with torch.no_grad(), ours.engine.rollout(half.text, half.noise.id, pivot=pivot, members=5, plan=NoisePlan(0.5)) as group:
+        latents = group.videos()
     same, reference = (Reference(scene.config, scene.model).rollout(scene.text, scene.noise, pivot) for scene in (half, exact))
     assert_no_worse("latents", latents, same.latents, reference.latents, factor=2.0)
 
@@ -182,7 +182,7 @@ def test_gradients_are_those_of_plain_pytorch(pivot: int) -> None:
     exact = as_dtype(half, torch.float64)
     ours = OurPath(half, pivot)
     paths = {name: Reference(scene.config, scene.copy().model) for name, scene in (("same", half), ("exact", exact))}
-    with ours.engine.rollout(half.text, half.noise, pivot=pivot, branches=5, sigma=0.5) as group:
+    with ours.engine.rollout(half.text, half.noise.id, pivot=pivot, members=5, plan=NoisePlan(0.5)) as group:
         weight = torch.randn_like(group.predictions[1, 3])
         (ours.engine.replay(group, torch.tensor([1]), torch.tensor([3]))[0] * weight).sum().backward()
         for path in paths.values():
@@ -215,8 +215,8 @@ def test_cuda_graphs_change_no_bit() -> None:
     for mode in ("off", "on"):
         engine = build_engine(changed(MIDDLE, rollout={"cuda_graphs": mode}), scene.model)
         for _ in range(3):  # the second time a place is captured, the third it is replayed
-            with engine.rollout(scene.text, scene.noise, pivot=1, branches=5, sigma=0.5) as group:
-                latents.append(torch.cat([chunk.expand(5, *chunk.shape[1:]) for chunk in group.latents], dim=1))
+            with engine.rollout(scene.text, scene.noise.id, pivot=1, members=5, plan=NoisePlan(0.5)) as group:
+                latents.append(group.videos())
         if mode == "on":
             assert engine.graphs.reason is None
     assert all(torch.equal(latents[0], other) for other in latents[1:])

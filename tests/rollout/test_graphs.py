@@ -23,7 +23,7 @@ from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings
 from arcopo_fast.rollout import graphs
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.graphs import ChunkGraphs, Function, launch_bound
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan
 from arcopo_fast.rollout.sampler import Trajectory
 
 GROUP = 3
@@ -50,8 +50,8 @@ class Captures:
 
 
 def rollout(engine: Engine, text: Tensor, iteration: int, pivot: int, seed: int = 7) -> Group:
-    noise = KeyedNoise(SHAPE.chunk, seed=seed, iteration=iteration)
-    with engine.rollout(text, noise, pivot=pivot, branches=GROUP, sigma=0.5) as group:
+    noise = KeyedNoise(SHAPE, GroupId(seed=seed, iteration=iteration))
+    with engine.rollout(text, noise.id, pivot=pivot, members=GROUP, plan=NoisePlan(0.5)) as group:
         return group
 
 
@@ -79,7 +79,7 @@ def test_replayed_rollouts_equal_plain_ones(policy: CacheConfig) -> None:
         text, pivot = random_text(), iteration % SHAPE.chunks
         ours, theirs = (rollout(engine, text, iteration, pivot) for engine in (graphed, plain))
         assert torch.equal(ours.inputs, theirs.inputs) and torch.equal(ours.predictions, theirs.predictions)
-        assert all(torch.equal(a, b) for a, b in zip(ours.latents, theirs.latents))
+        assert torch.equal(ours.videos(), theirs.videos())
     assert captures.captured and captures.replayed > captures.captured, "places must come back, and their graphs with them"
 
 
@@ -124,14 +124,14 @@ def test_results_of_one_call_survive_the_next() -> None:
     text = random_text()
     for _ in range(2):
         first = rollout(graphed, text, 0, 1)
-    kept = [first.predictions.clone(), *(latents.clone() for latents in first.latents)]
+    kept = [tensor.clone() for tensor in (first.predictions, first.prefix_latents, first.tails)]
     rollout(graphed, random_text(), 1, 1)
-    assert all(torch.equal(a, b) for a, b in zip([first.predictions, *first.latents], kept))
+    assert all(torch.equal(a, b) for a, b in zip((first.predictions, first.prefix_latents, first.tails), kept))
 
 
 def test_a_place_is_pages_and_positions() -> None:
     engine = small_engine(small_model(), cache=CacheConfig(window=6))
-    stream = engine.rebuild_prefix(random_text(), [torch.randn(1, 2, 8, 4, 6)])
+    stream = engine.rebuild_prefix(random_text(), torch.randn(1, 2, 8, 4, 6))
     contexts = [stream.cache.context(frame, 2, keep=False) for frame in (2, 2, 4)]
     assert contexts[0].addresses() == contexts[1].addresses() != contexts[2].addresses()
     assert stream.cache.context(4, 2, keep=True).addresses() is None
@@ -196,13 +196,13 @@ def test_keys_seen_are_forgotten_at_last(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_steps_noise_may_be_shared_or_each_branchs_own() -> None:
     """A window of one chunk leaves the last chunk where a chunk before it lay: what differs is the noise alone."""
     graphed, plain, captures = engines(CacheConfig(window=2))
-    kernel, text = SdeGrpoObjective(graphed, SdeGrpoSettings()).kernel, random_text()
+    rule, text = SdeGrpoObjective(graphed, SdeGrpoSettings()).rule, random_text()
     for iteration, pivot in product(range(3), range(SHAPE.chunks)):
-        noise = KeyedNoise(SHAPE.chunk, seed=7, iteration=iteration)
-        groups = [engine.rollout(text, noise, pivot=pivot, branches=GROUP, sigma=0.5, kernel=kernel) for engine in (graphed, plain)]
+        noise = KeyedNoise(SHAPE, GroupId(seed=7, iteration=iteration))
+        groups = [engine.rollout(text, noise.id, pivot=pivot, members=GROUP, plan=NoisePlan(0.5, rule)) for engine in (graphed, plain)]
         with groups[0] as ours, groups[1] as theirs:
             assert torch.equal(ours.predictions, theirs.predictions)
-            assert all(torch.equal(a, b) for a, b in zip(ours.latents, theirs.latents))
+            assert torch.equal(ours.videos(), theirs.videos())
     assert captures.replayed
 
 
@@ -246,5 +246,5 @@ def test_on_a_gpu() -> None:
         text = random_text().cuda()
         ours, theirs = (rollout(engine, text, iteration, 1) for engine in (graphed, plain))
         assert torch.equal(ours.predictions, theirs.predictions)
-        assert all(torch.equal(a, b) for a, b in zip(ours.latents, theirs.latents))
+        assert torch.equal(ours.videos(), theirs.videos())
     assert graphed.graphs.reason is None

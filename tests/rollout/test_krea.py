@@ -20,7 +20,7 @@ from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import pages_for, plan_pages
 from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.engine import Engine, VideoShape
-from arcopo_fast.rollout.noise import KeyedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan
 
 CHUNK = 2
 SHAPE = VideoShape((CHUNK,) * 6, 4, 4, 6)
@@ -45,7 +45,7 @@ def engine_of(model: CausalWan, policy: CacheConfig, reencoder: Reencoder | None
 
 
 def noise_of(shape: VideoShape = SHAPE) -> KeyedNoise:
-    return KeyedNoise(shape.chunk, seed=int(torch.randint(10**6, ())))
+    return KeyedNoise(shape, GroupId(seed=int(torch.randint(10**6, ()))))
 
 
 # The dense implementation ----------------------------------------------------------------------------------------------------------
@@ -222,21 +222,21 @@ def test_branches_with_a_vae_are_independent_videos(pivot: int) -> None:
     model, policy, noise = small_model(torch.float64, in_channels=4, out_channels=4), CacheConfig(variant="krea", window=5), noise_of()
     reencoder = Reencoder(small_vae())
     engine, text = engine_of(model, policy, reencoder, branches=2), random_text()
-    with engine.rollout(text, noise, pivot=pivot, branches=3, sigma=0.5, branches_per_wave=2) as group:
+    with engine.rollout(text, noise.id, pivot=pivot, members=3, plan=NoisePlan(0.5), branches_per_wave=2) as group:
         assert engine.pool.peak_in_use == plan_pages(policy, SHAPE.chunk_frames, pivot, 2).pages
         assert group.prefix.cache.decoded == () and group.prefix.cache.frames == min(CHUNK * pivot, 3)
-        branches = torch.cat([chunk.expand(3, *chunk.shape[1:]) for chunk in group.latents], dim=1)
-        rebuilt = engine.rebuild_prefix(text, group.latents[:pivot])
+        branches = group.videos()
+        rebuilt = engine.rebuild_prefix(text, group.prefix_latents)
         replayed = engine.replay(group, torch.tensor([1]), torch.tensor([2]), prefix=rebuilt)
         assert torch.equal(replayed, engine.replay(group, torch.tensor([1]), torch.tensor([2])))
         rebuilt.cache.release()
-    initial = noise.neighbours(pivot, 3, 0.5)
+    initial = noise.neighbors(pivot, range(3), 0.5)
 
     class Own(KeyedNoise):
         def initial(self, chunk: int) -> Tensor:
             return initial[2:] if chunk == pivot else super().initial(chunk)
 
-    alone = engine.generate(text, Own(noise.shape, noise.seed))
+    alone = engine.generate(text, Own(noise.shape, noise.id))
     torch.testing.assert_close(branches[2:], alone, rtol=0, atol=1e-12)
     assert engine.pool.pages_in_use == 0
 
@@ -246,8 +246,8 @@ def test_a_prefix_from_stored_latents_is_the_rollouts(dtype: torch.dtype) -> Non
     """Bit for bit, though it was decoded in other parts: the state of the VAE depends on the latents alone."""
     model, policy = small_model(dtype, in_channels=4, out_channels=4), CacheConfig(variant="krea", window=5)
     engine, text = engine_of(model, policy, Reencoder(small_vae(dtype))), random_text()
-    with engine.rollout(text, noise_of(), pivot=5, branches=2, sigma=0.5) as group:
-        stored = [chunk.cpu().clone() for chunk in group.latents[:5]]
+    with engine.rollout(text, noise_of().id, pivot=5, members=2, plan=NoisePlan(0.5)) as group:
+        stored = group.prefix_latents.cpu().clone()
         rebuilt = engine.rebuild_prefix(text, stored)
         for stream in (group.prefix, rebuilt):
             for step in range(len(group.steps)):
@@ -262,10 +262,10 @@ def test_every_latent_is_decoded_once_and_none_ahead_of_need() -> None:
     engine.generate(random_text(), noise_of())
     assert reencoder.calls == [4, 2, 2], "3 frames of context before chunks 3, 4 and 5: up to latents 3, 5 and 7"
     reencoder.calls.clear()
-    with engine.rollout(random_text(), noise_of(), pivot=3, branches=4, sigma=0.5):
+    with engine.rollout(random_text(), noise_of().id, pivot=3, members=4, plan=NoisePlan(0.5)):
         assert reencoder.calls == [4] + [2] * 4 * 2, "what the branches share, once"
     reencoder.calls.clear()
-    engine.rebuild_prefix(random_text(), list(torch.randn(5, 1, *SHAPE.chunk(0)))).cache.release()
+    engine.rebuild_prefix(random_text(), torch.randn(1, 5 * CHUNK, *SHAPE.chunk(0)[1:])).cache.release()
     assert reencoder.calls == [8], "one context, after the last chunk"
     reencoder.calls.clear()
     engine = Engine(engine.model, SHAPE, SAMPLER, policy.model_copy(update={"sink": 1}), pages=12)

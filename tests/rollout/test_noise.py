@@ -7,11 +7,10 @@ import itertools
 import pytest
 import torch
 
-from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise, normal
+from arcopo_fast.rollout.engine import VideoShape
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, StackedNoise, normal
 
-
-def shape(_: int) -> tuple[int, int, int, int]:
-    return (3, 16, 20, 30)
+shape = VideoShape((3,) * 9, 16, 20, 30)
 
 
 def test_a_draw_depends_on_its_name_only() -> None:
@@ -26,25 +25,26 @@ def test_a_draw_depends_on_its_name_only() -> None:
 def test_every_part_of_the_name_counts() -> None:
     draws = []
     for seed, iteration, group in itertools.product((0, 1), repeat=3):
-        noise = KeyedNoise(shape, seed, iteration, group)
+        noise = KeyedNoise(shape, GroupId(seed, iteration, group))
         draws += [noise.initial(0), noise.initial(1), noise.renoise(0, 0), noise.renoise(0, 1), noise.renoise(1, 0)]
-        draws += list(noise.neighbours(0, 2, 1.0).split(1))
+        draws += list(noise.neighbors(0, range(2), 1.0).split(1))
     flat = torch.cat(draws).flatten(1)
     correlation = flat @ flat.T / flat.shape[1] - torch.eye(len(flat))
     assert correlation.abs().max() < 6 / flat.shape[1] ** 0.5, "two differently named draws are correlated"
 
 
 def test_neighbours_keep_the_norm_and_share_the_centre() -> None:
-    sigma, noise = 0.5, KeyedNoise(shape, 7)
-    members, centre = noise.neighbours(1, 12, sigma), noise.initial(1)
+    sigma, noise = 0.5, KeyedNoise(shape, GroupId(7))
+    members, centre = noise.neighbors(1, range(12), sigma), noise.initial(1)
     size = centre.numel()
     assert members.square().mean() == pytest.approx(1.0, abs=0.02)
     assert ((members - members[:1])[1:].square().flatten(1).mean(1) - 2 * sigma**2).abs().max() < 10 / size**0.5
     assert ((members * centre).flatten(1).mean(1) - (1 - sigma**2) ** 0.5).abs().max() < 10 / size**0.5
-    assert torch.equal(noise.neighbours(1, 12, sigma)[:5], noise.neighbours(1, 5, sigma)), "a member does not depend on the group's size"
+    few = noise.neighbors(1, range(5), sigma)
+    assert torch.equal(members[:5], few), "a member does not depend on the group's size"
 
 
 def test_stacked_sources_are_rows() -> None:
-    sources = [KeyedNoise(shape, seed) for seed in (3, 4)]
+    sources = [KeyedNoise(shape, GroupId(seed)) for seed in (3, 4)]
     stacked = StackedNoise(sources)
     assert torch.equal(stacked.renoise(2, 1), torch.cat([source.renoise(2, 1) for source in sources]))

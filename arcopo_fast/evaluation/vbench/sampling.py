@@ -12,7 +12,7 @@ from arcopo_fast.build import Generator, encode_ahead, sized_engine
 from arcopo_fast.config.schema import Config
 from arcopo_fast.evaluation.vbench.data import Video
 from arcopo_fast.evaluation.videos import stream_frames
-from arcopo_fast.rollout.noise import KeyedNoise, StackedNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, StackedNoise
 from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
 from arcopo_fast.storage.atomic import atomic_write
 from arcopo_fast.storage.identity import digest, file_digest, require_same, weights_digest
@@ -72,7 +72,7 @@ def make_videos(config: Config, generator: Generator, videos: Sequence[Video], d
                 raise Interrupted(f"{progress.done} of {len(videos)} videos are made; the same command makes the others")
             part = missing[start : start + batch]
             text = generator.encode_text([video.text for video in part])
-            noise = StackedNoise([KeyedNoise(engine.shape.chunk, video.seed) for video in part])
+            noise = StackedNoise([KeyedNoise(engine.shape, GroupId(video.seed)) for video in part])
             with ExitStack() as stack:
                 writers = [stack.enter_context(Mp4Writer(directory / video.file, config.video.fps, smallest_side=1)) for video in part]
                 for chunk in stream_frames(generator, engine, text, noise, offload=config.generator.offload):

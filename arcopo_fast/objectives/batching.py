@@ -1,0 +1,79 @@
+"""How many samples go into one backward pass, and what happens when they do not fit.
+
+An update that runs out of memory is computed again, from no gradient on, in micro-batches of half the size, and at last with checkpointing;
+so it is for the rest of the run. Everything is bit for bit what these settings give from the start.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from arcopo_fast.errors import UserError
+
+R = TypeVar("R")
+
+
+class Batching:
+    """The present size of a backward pass.
+
+    micro_batch: samples of one backward pass; None: all of an update. checkpoint: activation checkpointing. At first they are what the
+    recipe says.
+    """
+
+    def __init__(self, micro_batch: int | None, checkpoint: bool) -> None:
+        self.micro_batch, self.checkpoint = micro_batch, checkpoint
+        self._recipe = self.state()
+
+    def state(self) -> dict[str, Any]:
+        """Both values, by name."""
+        return {"micro_batch": self.micro_batch, "checkpoint": self.checkpoint}
+
+    def changed(self) -> dict[str, Any]:
+        """The values that are no longer the recipe's."""
+        return {name: value for name, value in self.state().items() if value != self._recipe[name]}
+
+    def restore(self, changed: dict[str, Any]) -> None:
+        """Take the values that `changed` returned in an earlier part of the run."""
+        self.micro_batch = changed.get("micro_batch", self.micro_batch)
+        self.checkpoint = changed.get("checkpoint", self.checkpoint)
+
+    def until_it_fits(self, attempt: Callable[[], R], samples: int) -> R:
+        """Return what `attempt` returns. Where it runs out of memory it starts again with values that need less, and they stay.
+
+        Args:
+            samples: the most that can be in a micro-batch.
+
+        Raises:
+            UserError: not even one sample at a time, with checkpointing, fits.
+        """
+        before, reason = self.state(), ""
+        while True:
+            try:
+                result = attempt()
+                break
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition("\n")[0]
+            # Out here the error is gone, and with it the frames that held the activations.
+            self._shrink(min(self.micro_batch or samples, samples), reason)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if self.state() != before:
+            values = " ".join(f"objective.{name}={str(value).lower()}" for name, value in self.state().items() if value != before[name])
+            warnings.warn(f"the replay ran out of memory ({reason}); going on with {values}: set it", stacklevel=3)
+        return result
+
+    def _shrink(self, size: int, reason: str) -> None:
+        """Take micro-batches of half of `size`, then checkpointing."""
+        if size > 1:
+            self.micro_batch = (size + 1) // 2
+        elif not self.checkpoint:
+            self.checkpoint = True
+        else:
+            raise UserError(
+                f"the replay of one (anchor, step) pair, with checkpointing, ran out of memory ({reason}); rollout.branches_per_wave=1 and "
+                "generator.offload=true leave it most, else take a smaller video: train --dry-run prints what fits"
+            )

@@ -1,0 +1,122 @@
+"""Videos in the making and a group of finished ones: the engine's data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from arcopo_fast.model.causal_wan import TextContext
+from arcopo_fast.rollout.cache import VideoCache
+from arcopo_fast.rollout.noise import GroupId
+from arcopo_fast.rollout.sampler import Kernel, Steps
+
+
+@dataclass
+class Stream:
+    """A batch of B videos in the making."""
+
+    cache: VideoCache
+    text: TextContext
+    latents: list[Tensor] = field(default_factory=list)  # finished chunks [1 or B, F, C, h, w] float32
+    frame: int = 0  # the next one to generate
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is predicted of one chunk of a group's videos: noisy inputs of some members, at some timesteps.
+
+    members [N] int64; x [N, F, C, h, w] float32; timesteps, sigmas [N] float32. steps [N] int64: of the sampler, where x is what the
+    rollout had there; else None.
+    """
+
+    chunk: int
+    members: Tensor
+    x: Tensor
+    timesteps: Tensor
+    sigmas: Tensor
+    steps: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @classmethod
+    def noised(cls, chunk: int, clean: Tensor, noise: Tensor, steps: Steps, step: Tensor) -> Samples:
+        """Return every member's clean chunk [G, F, C, h, w], noised to x_t = (1 - sigma) x_0 + sigma noise at `step` [G] of the sampler."""
+        timesteps, sigmas = (torch.tensor(table)[step].to(clean.device) for table in (steps.timesteps, steps.sigmas))
+        sigma = sigmas.view(-1, 1, 1, 1, 1)
+        return cls(chunk, torch.arange(len(clean)), (1 - sigma) * clean + sigma * noise.to(clean), timesteps, sigmas)
+
+    def split(self, size: int) -> list[Samples]:
+        """Parts of at most `size` samples."""
+        cuts = [slice(start, start + size) for start in range(0, len(self), size)]
+        return [
+            Samples(
+                self.chunk,
+                self.members[cut],
+                self.x[cut],
+                self.timesteps[cut],
+                self.sigmas[cut],
+                None if self.steps is None else self.steps[cut],
+            )
+            for cut in cuts
+        ]
+
+
+@dataclass
+class Group:
+    """G videos that share their chunks before the pivot, and from there on differ in the noises that a plan names.
+
+    Holds the prefix's pages: release it, or use it as a context manager.
+
+    text [1, length, text_dim]. pivot: counted from 0. prefix: the context of the pivot chunk. prefix_latents [1, F0, C, h, w], tails
+    [G, F1, C, h, w] float32: before the pivot, and from it on; of a group out of a buffer the pivot chunk's alone. inputs, predictions
+    [T, G, F, C, h, w] float32: x_t and x0hat_t of the pivot chunk at its steps. rule: what took the pivot chunk from step to step.
+    """
+
+    id: GroupId
+    text: Tensor
+    pivot: int
+    prefix: Stream
+    prefix_latents: Tensor
+    tails: Tensor
+    inputs: Tensor
+    predictions: Tensor
+    steps: Steps
+    rule: Kernel
+
+    @property
+    def size(self) -> int:
+        """G"""
+        return self.inputs.shape[1]
+
+    def samples(self, steps: Tensor, members: Tensor) -> Samples:
+        """The pivot chunk as the rollout had it at `steps` [N] of the sampler in `members` [N]."""
+        timesteps, sigmas = (torch.tensor(table)[steps].to(self.inputs.device) for table in (self.steps.timesteps, self.steps.sigmas))
+        return Samples(self.pivot, members, self.inputs[steps, members], timesteps, sigmas, steps)
+
+    def own_chunks(self, chunk_frames: Sequence[int]) -> dict[int, Tensor]:
+        """Return the members' own chunks [G, F, C, h, w] by number, given the frames of each chunk of the video."""
+        sizes, first = chunk_frames[self.pivot :], 0
+        chunks = {}
+        for chunk, frames in enumerate(sizes, self.pivot):
+            if first + frames <= self.tails.shape[1]:  # a group out of a buffer has the pivot chunk's alone
+                chunks[chunk] = self.tails[:, first : first + frames]
+            first += frames
+        return chunks
+
+    def videos(self) -> Tensor:
+        """Return the latents of every member, [G, F, C, h, w]."""
+        return torch.cat([self.prefix_latents.expand(self.size, *self.prefix_latents.shape[1:]), self.tails], dim=1)
+
+    def release(self) -> None:
+        """Give the prefix's pages back."""
+        self.prefix.cache.release()
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

@@ -1,0 +1,70 @@
+"""The end of a run: what it leaves behind, or how to go on with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from arcopo_fast.config.schema import Config
+from arcopo_fast.evaluation.changes import Change, changes
+from arcopo_fast.evaluation.judging import Evaluation
+from arcopo_fast.model.lora import save_adapter
+from arcopo_fast.reports.model_card import model_card
+from arcopo_fast.storage.metrics import TOTAL
+from arcopo_fast.storage.run_dir import RunDirectory, step_of
+from arcopo_fast.storage.video import write_mp4
+from arcopo_fast.training.trainer import Trainer
+
+
+def finish(trainer: Trainer, run: RunDirectory, before: Evaluation) -> None:
+    """Evaluate, and write what a run leaves behind. evaluation.json is the last: with it the run is complete but for its report."""
+    config, after = trainer.config, trainer.evaluate()
+    document = {"before": before.summary(), "after": after.summary(), "videos": write_samples(run, config, before, after)}
+    card = {"README.md": model_card(config, document)}
+    save_adapter(run.path / "adapter", trainer.generator.model, base_model=config.generator.checkpoint, more=card)
+    run.write("evaluation.json", json.dumps(document, indent=2) + "\n")
+    print(comparison(changes(config, document), len(before.prompts)))
+
+
+def write_samples(run: RunDirectory, config: Config, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+    """Write the first evaluation videos as mp4, before and after, the same prompt and noise side by side."""
+    videos = []
+    for index in range(len(before.frames)):
+        entry: dict[str, Any] = {"prompt": before.prompts[index], "seed": index}
+        for name, evaluation in (("before", before), ("after", after)):
+            entry[name] = f"samples/{name}-{index:02d}.mp4"
+            write_mp4(run.path / entry[name], evaluation.frames[index], config.video.fps)
+            reward = evaluation.scores[TOTAL][index].item()
+            entry[f"reward_{name}"] = reward if math.isfinite(reward) else None
+        videos.append(entry)
+    return videos
+
+
+def comparison(changes: Sequence[Change], videos: int) -> str:
+    """Return the table that ends a run: each reward and held-out metric before and after, the change also in standard deviations."""
+    width = max(len(one.name) for one in changes) + 2
+    lines = [f"{'':{width}}  before   after  change  in std of a video"]
+    for one in changes:
+        label = f"({one.name})" if one.kind == "held out" else one.name
+        in_spreads = f"{one.in_spreads:+6.2f}" if math.isfinite(one.in_spreads) else "     -"
+        left_out = f"  {one.failed} left out: no score" if one.failed else ""
+        lines.append(f"{label:{width}}  {one.before:6.3f}  {one.after:6.3f}  {one.change:+6.3f}  {in_spreads}{left_out}")
+    return "\n".join([*lines, f"{videos} videos on fixed prompts and noises; metrics in (brackets) are never trained on"])
+
+
+def how_to_go_on(run: RunDirectory | None) -> str:
+    """Return what is kept of a run that ends early, and the command that goes on with it."""
+    if run is None:
+        return "nothing was begun; the same command starts it"
+    if run.evaluated:
+        return f"{run.path} is complete but for its report; write that with python -m arcopo_fast.report {run.path}"
+    kept = run.checkpoints()
+    stand = f"iterations up to {step_of(kept[-1])} are kept" if kept else "its settings are kept"
+    return f"{stand}; {resumption(run)}"
+
+
+def resumption(run: RunDirectory) -> str:
+    """Return how to go on with a run."""
+    return f"go on with python -m arcopo_fast.train --resume {run.path}"

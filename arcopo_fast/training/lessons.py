@@ -1,0 +1,80 @@
+"""What rewards say of an iteration's groups: the numbers that are logged, and whether there is anything to learn from them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from arcopo_fast.config.schema import Config
+from arcopo_fast.objectives.advantage import weighted_total, zscore
+from arcopo_fast.rewards.base import RewardError
+from arcopo_fast.training.groups import JudgedGroup
+
+UNSCORED = 3
+"""Iterations in a row without one score that end a run: of one, its prompts alone may be to blame."""
+ALIKE = 10
+"""Iterations in a row without a group whose members differ that end a run: scores in whole numbers may agree by chance for a while."""
+
+
+def reward_record(config: Config, groups: Sequence[JudgedGroup]) -> dict[str, float]:
+    """Return what metrics.jsonl says of an iteration's rewards: mean and spread within a group, averaged over the groups that have scores.
+
+    What the groups of a buffer were rewarded says nothing of the policy: then the names begin with "buffer/".
+    """
+    prefix = "" if config.train.buffer is None else "buffer/"
+    logged: dict[str, list[float]] = {}
+    for judged in groups:
+        for name, scores in _scores(config, judged).items():
+            scores = scores[scores.isfinite()].double()
+            if len(scores):
+                logged.setdefault(prefix + name, []).append(scores.mean().item())
+                logged.setdefault(f"{prefix}{name}_std", []).append(scores.std(correction=0).item())
+        logged.setdefault("pivot", []).append(judged.group.pivot + 1)
+    failed = sum(int(scores.isnan().sum()) for judged in groups for scores in judged.rewards.values())
+    return {name: sum(values) / len(values) for name, values in logged.items()} | {"failed_scores": failed}
+
+
+def _scores(config: Config, judged: JudgedGroup) -> dict[str, Tensor]:
+    total = weighted_total(judged.rewards, config.rewards)
+    return {"reward": total} | {f"reward/{name}": scores for name, scores in judged.rewards.items()}
+
+
+class LearningWatch:
+    """Counts iterations in a row from which nothing can be learned, and ends the run when they are too many."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.unscored = self.alike = 0  # iterations in a row without one score, and without a group whose members differ
+
+    def check(self, groups: Sequence[JudgedGroup], advantages: Sequence[Tensor]) -> None:
+        """Take an iteration's groups, each with its members' advantages, into account.
+
+        Raises:
+            RewardError: the rewards teach the run nothing, by all signs; the message names them.
+        """
+        config, scores = self.config, [_scores(self.config, judged) for judged in groups]
+        self.unscored = 0 if any(scored["reward"].isfinite().any() for scored in scores) else self.unscored + 1
+        self.alike = 0 if any(group.any() for group in advantages) else self.alike + 1
+        unscored = Counter[str]()  # videos by the reward that failed
+        for judged in groups:
+            unscored.update({name: int(values.isnan().sum()) for name, values in judged.rewards.items()})
+        failed = ", ".join(f"{name!r} failed for {number}" for name, number in unscored.items() if number)
+        videos = f"of the last one's {config.rollout.prompts_per_iteration * config.rollout.group_size}, {failed}"
+        if self.unscored == min(UNSCORED, config.train.iterations):
+            raise RewardError(f"not one video of {self.unscored} iterations in a row got all its scores: {videos}")
+        if self.alike == min(ALIKE, config.train.iterations):
+            telling = {name.removeprefix("reward/") for scored in scores for name, values in scored.items() if _differ(values)}
+            alike = ", ".join(repr(name) for name, weight in config.rewards.items() if weight and name not in telling)
+            advice = "raise rollout.noise_strength or rollout.group_size" if config.train.buffer is None else "collect another buffer"
+            raise RewardError(
+                f"nothing was learnt in {self.alike} iterations in a row, for the members of each group had the same reward: in the last "
+                f"one {alike or 'the weighted sum of the rewards'} did not tell them apart{f' ({videos})' if failed else ''}; take a "
+                f"reward that does, or {advice}"
+            )
+
+
+def _differ(scores: Tensor) -> bool:
+    finite = scores[scores.isfinite()].double()
+    return bool(len(finite)) and bool(zscore(finite).any())

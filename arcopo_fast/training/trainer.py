@@ -1,0 +1,158 @@
+"""What a run is made of: the generator with its adapter, the source of its groups, the objective, the optimizer; and what it keeps."""
+
+from __future__ import annotations
+
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arcopo_fast.build import (
+    Generator,
+    build_engine,
+    build_objective,
+    encode_ahead,
+    load_generator,
+    load_held_out,
+    load_prompts,
+    load_rewards,
+)
+from arcopo_fast.config.schema import Config
+from arcopo_fast.data.buffer import Buffer
+from arcopo_fast.data.prompts import digest
+from arcopo_fast.errors import UserError
+from arcopo_fast.evaluation.judging import Evaluation, evaluate
+from arcopo_fast.model.lora import adapter_parameters, add_lora, load_adapter, save_adapter
+from arcopo_fast.model.sizes import VAESizes
+from arcopo_fast.objectives.advantage import group_advantages
+from arcopo_fast.objectives.optimizer import Stepper
+from arcopo_fast.planning.ceilings import measure_ceilings
+from arcopo_fast.planning.plan import over_plan
+from arcopo_fast.planning.work import floors
+from arcopo_fast.rewards.base import Reward
+from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.storage.identity import sampled_digest, version_of
+from arcopo_fast.storage.run_dir import RunDirectory, step_of
+from arcopo_fast.training.groups import BufferedGroups, Rollouts, policy_of, training_prompts
+
+
+def check_trainable(config: Config) -> None:
+    """Raise UserError for what can generate videos, but cannot be trained."""
+    if config.generator.dtype == "float16":
+        raise UserError(
+            "generator.dtype=float16 cannot be trained: the gradient of one latent's element is about 4e-8, below what float16 holds; "
+            "use generator.dtype=bfloat16, or float32"
+        )
+
+
+class Trainer:
+    """What a run trains and with what. `groups` is None where `buffer` gives the groups."""
+
+    def __init__(self, config: Config) -> None:
+        check_trainable(config)
+        self.config = config
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        self.rewards: dict[str, Reward] = load_rewards(config)
+        self.prompts = load_prompts(config)
+        self.generator: Generator = load_generator(config)
+        ahead = [*training_prompts(config, self.prompts.training), *self.prompts.evaluation]
+        encode_ahead(self.generator.encode_text, (prompt.for_generator for prompt in ahead))
+        self.held_out = load_held_out(self.generator)
+        self.engine: Engine = build_engine(config, self.generator.model, vae=self.generator.decoder.vae)
+        self.shape = self.engine.shape
+        self.objective = build_objective(config, self.engine)
+        self.rollouts = Rollouts(config, self.generator, self.engine, self.objective, self.prompts, self.rewards)
+        self.buffer: BufferedGroups | None = None
+        if config.train.buffer is not None:
+            buffer = Buffer.open(config.train.buffer, policy_of(config, self.generator, self.objective))
+            self.buffer = BufferedGroups(config, self.generator, self.engine, self.objective, buffer)
+        self.made_of = self._made_of()
+        self.judges = {name: judge.fingerprint(name) for name, judge in {**self.rewards, **self.held_out}.items()}
+        lora = config.lora
+        add_lora(self.generator.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
+        self.parameters = adapter_parameters(self.generator.model)
+        optimizer = config.optimizer
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay)
+        self.stepper = Stepper(
+            self.optimizer, eps=optimizer.eps, gradient_clip=optimizer.gradient_clip, relative_clip=optimizer.relative_clip
+        )
+
+    def _made_of(self) -> dict[str, str]:
+        """Return what every video depends on, see `check_inputs`. The generator has no adapter yet."""
+        generator = self.generator
+        return {
+            "transformer": sampled_digest(generator.model.state_dict().items()),
+            "VAE": sampled_digest(generator.decoder.vae.state_dict().items()),
+            "text encoder": generator.encode_text.fingerprint,
+            "set of prompts": digest([*self.prompts.training, *self.prompts.evaluation]),
+        }
+
+    def evaluate(self) -> Evaluation:
+        """Make and judge the evaluation videos under the weights as they are."""
+        return evaluate(self.config, self.generator, self.engine, self.prompts.evaluation, self.rewards, self.held_out)
+
+    def advantages(self, rewards: dict[str, Tensor]) -> Tensor:
+        """Return A_i of a group's members [G] float64 from their scores [G] by the reward's name."""
+        objective = self.config.objective
+        return group_advantages(
+            rewards,
+            self.config.rewards,
+            combine=objective.reward_combine,
+            kind=objective.advantage,
+            p=objective.quasi_norm_p,
+            std_floor=objective.advantage_std_floor,
+            std=objective.advantage_std,
+            largest=objective.advantage_max,
+        )
+
+    def set_learning_rate(self, iteration: int) -> float:
+        """Set and return the learning rate of an iteration, a function of its number alone."""
+        done = (iteration - 1) / self.config.train.iterations
+        factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.config.optimizer.schedule]
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * self.config.optimizer.lr
+        return group["lr"]
+
+    def device(self) -> dict[str, Any]:
+        """Return what device.json says: the device, what it reaches at best, and by pivot the seconds below which no stage gets."""
+        config, model = self.config, self.generator.model
+        ceilings = measure_ceilings(model.device, model.dtype)
+        name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else f"{platform.machine()} CPU"
+        floor = floors(config, model.config, VAESizes.from_config(self.generator.decoder.vae.config), ceilings)
+        versions = {package: version_of(package) for package in ("torch", "arcopo_fast")}
+        return {"device": name, "versions": versions, "dtype": config.generator.dtype, **ceilings._asdict(), "floor": floor}
+
+    def over_plan(self) -> str | None:
+        """Return what to say if the run has taken more of the device's memory than was planned."""
+        device = self.generator.model.device
+        return over_plan(self.config, torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+
+    def save(self, run: RunDirectory, iteration: int) -> None:
+        """Write checkpoints/step-N: the adapter and the optimizer's state; complete or absent. Everything else follows from N.
+
+        What became smaller than the recipe says when memory ran out is kept, too: with other shapes a run that goes on would round
+        differently.
+        """
+        halved = self.objective.batching.changed()
+        if self.engine.largest_wave is not None:
+            halved["largest_wave"] = self.engine.largest_wave
+        with run.checkpoint(iteration) as directory:
+            save_adapter(directory / "adapter", self.generator.model, base_model=self.config.generator.checkpoint)
+            state = {"iteration": iteration, "optimizer": self.optimizer.state_dict(), "halved": halved}
+            torch.save(state | {"objective": self.objective.state_dict()}, directory / "trainer.pt")
+
+    def restore(self, directory: Path) -> None:
+        """Go back to what `save` wrote."""
+        load_adapter(self.generator.model, directory / "adapter")
+        state = torch.load(directory / "trainer.pt", map_location="cpu", weights_only=True)  # where AdamW counts its steps; the rest moves
+        if state["iteration"] != step_of(directory):
+            raise UserError(f"{directory} is the checkpoint of iteration {state['iteration']}; give it back its name")
+        self.optimizer.load_state_dict(state["optimizer"])
+        halved = state.get("halved", {})
+        self.engine.largest_wave = halved.get("largest_wave")
+        self.objective.batching.restore(halved)
+        self.objective.load_state_dict(state.get("objective", {}))
