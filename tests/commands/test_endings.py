@@ -25,6 +25,8 @@ from arcopo_fast.storage.locks import LOCK
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.storage.run_dir import SUMS
 from arcopo_fast.train import main
+from arcopo_fast.training import finish
+from arcopo_fast.training import trainer as trainer_module
 from arcopo_fast.training.trainer import Trainer
 
 SMALL = ["toy", "train.iterations=4", "train.save_every=1", "lora.rank=2", "lora.alpha=4", "lora.targets=[to_q]"]
@@ -96,7 +98,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
         made_up(patch)
-        patch.setattr(Trainer, "iteration", at(Trainer.iteration, 3, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        patch.setattr(module, "one_iteration", at(module.one_iteration, 3, lambda: os.kill(os.getpid(), signal.SIGINT)))
         assert run_command(main, [*SMALL, f"run.directory={folder}"]) == 130
     return folder / "toy"
 
@@ -122,17 +124,17 @@ def at(function: Callable[..., Any], call: int, do: Callable[[], object]) -> Cal
 
 RESUME = "go on with python -m arcopo_fast.train --resume {run}"
 MOMENTS: dict[str, tuple[Any, str, int, str]] = {
-    "loading": (module, "load_generator", 1, "nothing was begun; the same command starts it"),
-    "the prompts' encoding": (module, "encode_ahead", 1, "nothing was begun; the same command starts it"),
+    "loading": (trainer_module, "load_generator", 1, "nothing was begun; the same command starts it"),
+    "the prompts' encoding": (trainer_module, "encode_ahead", 1, "nothing was begun; the same command starts it"),
     "the checks": (module, "check_inputs", 1, f"its settings are kept; {RESUME}"),
     "the evaluation before": (Trainer, "evaluate", 1, f"its settings are kept; {RESUME}"),
-    "an iteration": (Trainer, "iteration", 2, f"stopped after iteration 2; {RESUME}"),
+    "an iteration": (module, "one_iteration", 2, f"stopped after iteration 2; {RESUME}"),
     "a checkpoint": (Trainer, "save", 3, f"stopped after iteration 3; {RESUME}"),
-    "the last iteration": (Trainer, "iteration", 4, f"stopped after iteration 4; {RESUME}"),
+    "the last iteration": (module, "one_iteration", 4, f"stopped after iteration 4; {RESUME}"),
     "the evaluation after": (Trainer, "evaluate", 2, f"iterations up to 4 are kept; {RESUME}"),
-    "the samples": (module, "write_mp4", 2, f"iterations up to 4 are kept; {RESUME}"),
-    "the card": (module, "model_card", 1, f"iterations up to 4 are kept; {RESUME}"),
-    "the adapter": (module, "save_adapter", 5, f"iterations up to 4 are kept; {RESUME}"),
+    "the samples": (finish, "write_mp4", 2, f"iterations up to 4 are kept; {RESUME}"),
+    "the card": (finish, "model_card", 1, f"iterations up to 4 are kept; {RESUME}"),
+    "the adapter": (finish, "save_adapter", 1, f"iterations up to 4 are kept; {RESUME}"),
     "the report": (module, "write_report", 1, "{run} is complete but for its report; write that with python -m arcopo_fast.report {run}"),
 }
 

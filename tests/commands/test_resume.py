@@ -124,15 +124,15 @@ def test_a_gradient_that_is_not_finite_ends_a_run_whose_weights_are_kept(
     update: int, kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless a step of its iteration has been taken already: the weights are then of no iteration."""
-    original = Trainer.iteration
+    original = train.one_iteration
 
-    def iteration(self: Trainer, number: int) -> dict[str, object]:
+    def iteration(trainer: Trainer, watch: LearningWatch, number: int) -> dict[str, object]:
         calls = iter(range(1, 100))
         if number == 3:
-            self.parameters[0].register_hook(lambda gradient: gradient * math.nan if next(calls) == update else gradient)
-        return original(self, number)
+            trainer.parameters[0].register_hook(lambda gradient: gradient * math.nan if next(calls) == update else gradient)
+        return original(trainer, watch, number)
 
-    monkeypatch.setattr(Trainer, "iteration", iteration)
+    monkeypatch.setattr(train, "one_iteration", iteration)
     with pytest.raises(GradientNotFinite, match=f"the gradient of update {update} of 2 has the norm nan"):
         main([*SMALL, "train.save_every=0", f"run.directory={tmp_path}"])
     assert [path.name for path in (tmp_path / "toy").glob("checkpoints/*")] == kept

@@ -118,12 +118,13 @@ def test_the_old_policy_is_the_generator_without_adapter_asked_once(buffer: Path
     assert trained.buffer is not None and objective.compared() == ("reference",)
     with trained.buffer.draw(1, 0).group as group:
         samples = objective.samples(group, 0)
+        assert samples[0].steps is not None
         for expected in (1, 1):  # the second time they are known
             (old,) = objective._predictions("reference", group, samples)
             assert len(asked) == expected
         rollouts, iteration = base.rollouts, group.id.iteration
         with rollouts.roll_out(rollouts.encode(rollouts.prompt(iteration, 0)), iteration, 0) as theirs, torch.no_grad():
-            assert torch.equal(old, base.engine.predict(theirs, base.objective.samples(theirs, 0)[0]))
+            assert torch.equal(old, base.engine.predict(theirs, theirs.samples(samples[0].steps, samples[0].members)))
             assert not torch.equal(old, original(group, samples[0])), "the adapter must do something"
 
 
