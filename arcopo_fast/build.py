@@ -36,7 +36,7 @@ from arcopo_fast.rewards.wire import read_token
 from arcopo_fast.rollout.cache import pages_for, plan_pages, variant_of
 from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.engine import Engine, VideoShape
-from arcopo_fast.rollout.noise import generator as random_for
+from arcopo_fast.rollout.noise import keyed_rng
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.storage import hub
 from arcopo_fast.storage.textfiles import read_json
@@ -353,4 +353,4 @@ def load_prompts(config: Config) -> Prompts:
         prompts = [Prompt(caption) for caption in toy_data.all_captions()]
     else:
         prompts = read_prompt_set(config.prompts, config.extended_prompts)
-    return split_prompts(prompts, config.evaluation.prompts, random_for(config.evaluation.seed, "evaluation prompts"))
+    return split_prompts(prompts, config.evaluation.prompts, keyed_rng(config.evaluation.seed, "evaluation prompts"))

@@ -60,7 +60,7 @@ def noise_name(step: int | None) -> str:
 
 def noise_tensors(engine: Engine, chunk: int) -> list[int | None]:
     """Return a chunk's draws: its initial noise (None) and, unless the sampler is deterministic, the re-noise of each step but the last."""
-    return [None, *(range(len(engine.steps_of(chunk)) - 1) if engine.kernel.random else ())]
+    return [None, *(range(len(engine.steps_of(chunk)) - 1) if engine.rule.random else ())]
 
 
 def mean_squared_change(rows: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from arcopo_fast.config.schema import PositiveFloat
 from arcopo_fast.objectives.ratio import Ratio, RatioObjective, RatioSettings
-from arcopo_fast.rollout.sampler import Kernel, Steps
+from arcopo_fast.rollout.sampler import StepRule, Steps
 
 if TYPE_CHECKING:
     from arcopo_fast.rollout.group import Group, Samples
 
-EULER = Kernel("ode")
+EULER = StepRule("ode")
 
 
 class CopoSettings(RatioSettings):

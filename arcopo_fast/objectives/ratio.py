@@ -21,7 +21,7 @@ from torch import Tensor
 
 from arcopo_fast.config.schema import ObjectiveSettings, Positive, PositiveFloat
 from arcopo_fast.objectives.base import Chart, Loss, Objective
-from arcopo_fast.rollout.noise import generator
+from arcopo_fast.rollout.noise import keyed_rng
 
 if TYPE_CHECKING:
     from arcopo_fast.rollout.engine import Engine
@@ -126,7 +126,7 @@ class RatioObjective(Objective[S]):
         """
         settings = self.settings
         drawn_for = update if settings.anchors == "fresh" else 0
-        random = generator(*group.id, *draw, "anchors", drawn_for)
+        random = keyed_rng(*group.id, *draw, "anchors", drawn_for)
         anchors = random.choice(group.size, size=min(settings.anchors_per_update, group.size), replace=False)
         available = min(self.trainable_steps(group), max(1, len(group.steps) - settings.skip_last_step))
         pairs: list[tuple[int, int]] = []

@@ -24,7 +24,7 @@ from arcopo_fast.config.schema import PositiveFloat
 from arcopo_fast.errors import UserError
 from arcopo_fast.objectives.ratio import Ratio, RatioObjective, RatioSettings
 from arcopo_fast.rollout.noise import NoisePlan
-from arcopo_fast.rollout.sampler import Kernel
+from arcopo_fast.rollout.sampler import StepRule
 
 if TYPE_CHECKING:
     from arcopo_fast.rollout.engine import Engine
@@ -72,10 +72,10 @@ class SdeGrpoObjective(RatioObjective[SdeGrpoSettings]):
         return NoisePlan(0.0 if self.settings.init_noise == "shared" else 1.0, self.rule)
 
     @property
-    def rule(self) -> Kernel:
+    def rule(self) -> StepRule:
         """The transition through which each member draws noise of its own."""
         noise = self.settings.kernel_noise
-        return Kernel(self.settings.kernel, DEFAULT_NOISE[self.settings.kernel] if noise is None else noise)
+        return StepRule(self.settings.kernel, DEFAULT_NOISE[self.settings.kernel] if noise is None else noise)
 
     def trainable_steps(self, group: Group) -> int:
         return len(group.steps) - 1

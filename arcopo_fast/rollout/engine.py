@@ -25,7 +25,7 @@ from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.graphs import ChunkGraphs
 from arcopo_fast.rollout.group import Group, Samples, Stream
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise, NoisePlan, NoiseSource
-from arcopo_fast.rollout.sampler import Kernel, Steps, Trajectory, predict
+from arcopo_fast.rollout.sampler import StepRule, Steps, Trajectory, predict
 from arcopo_fast.rollout.scheduler import Schedule
 from arcopo_fast.runtime.profiling import stage
 
@@ -100,7 +100,7 @@ class Engine:
         self.shape = shape
         self.cache = cache
         self.reencoder = reencoder
-        self.kernel = Kernel(sampler.kind)
+        self.rule = StepRule(sampler.kind)
         self.context_noise = sampler.context_noise
         schedule = Schedule(sampler.shift)
         self.steps = Steps.from_schedule(schedule, sampler.steps, warp=sampler.warp)
@@ -136,19 +136,19 @@ class Engine:
         return self.first_steps if chunk == 0 else self.steps
 
     def extend(
-        self, stream: Stream, chunk: int, initial: Tensor, noise: NoiseSource, *, last: bool, kernel: Kernel | None = None
+        self, stream: Stream, chunk: int, initial: Tensor, noise: NoiseSource, *, last: bool, rule: StepRule | None = None
     ) -> Trajectory:
         """Generate the next chunk of every video from `initial` [B, F, C, h, w]; `chunk` names its draws and its step list.
 
-        kernel: instead of the sampler's own.
+        rule: instead of the sampler's own.
         """
-        frames, steps, kernel = initial.shape[1], self.steps_of(chunk), kernel or self.kernel
+        frames, steps, rule = initial.shape[1], self.steps_of(chunk), rule or self.rule
         stream.cache.make_room(frames)
         context = stream.cache.context(stream.frame, frames, keep=False)
-        draws = [noise.renoise(chunk, step) for step in range(len(steps) - 1)] if kernel.random else []
+        draws = [noise.renoise(chunk, step) for step in range(len(steps) - 1)] if rule.random else []
         with stage("denoise"):
             initial, fresh = self._on_device(initial), [self._on_device(draw) for draw in draws]
-            trajectory = self.graphs.denoise(self.model, initial, steps, fresh, stream.text, context, kernel=kernel)
+            trajectory = self.graphs.denoise(self.model, initial, steps, fresh, stream.text, context, rule=rule)
         self.append(stream, trajectory.predictions[-1], timestep=self.context_noise, last=last)
         return trajectory
 
@@ -272,7 +272,7 @@ class Engine:
         tails = torch.cat([wave[2] for wave in waves])
         prefix_latents = self._joined(prefix.latents)
         prefix.latents = list(prefix_latents.split(self.shape.chunk_frames[:pivot], dim=1)) if pivot else []  # no second copy
-        return Group(group, text, pivot, prefix, prefix_latents, tails, inputs, predictions, self.steps_of(pivot), plan.rule or self.kernel)
+        return Group(group, text, pivot, prefix, prefix_latents, tails, inputs, predictions, self.steps_of(pivot), plan.rule or self.rule)
 
     def _joined(self, chunks: Sequence[Tensor]) -> Tensor:
         """The frames of chunks [1, F, C, h, w] as one tensor, of no frames where there is no chunk."""
@@ -315,7 +315,7 @@ class Engine:
             for chunk in range(pivot, self.shape.chunks):
                 rule = noise.plan.rule if noise.is_own(chunk) else None
                 initial = initial if chunk == pivot else noise.initial(chunk)
-                trajectory = self.extend(stream, chunk, initial, noise, last=chunk == self.shape.chunks - 1, kernel=rule)
+                trajectory = self.extend(stream, chunk, initial, noise, last=chunk == self.shape.chunks - 1, rule=rule)
                 at_pivot = at_pivot or trajectory
         finally:
             stream.cache.release()

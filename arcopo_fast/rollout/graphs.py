@@ -23,7 +23,7 @@ from torch import Tensor
 from arcopo_fast.model.causal_wan import CausalWan, ChunkContext, TextContext
 from arcopo_fast.model.lora import adapter_enabled
 from arcopo_fast.model.sizes import CausalWanConfig
-from arcopo_fast.rollout.sampler import CONSISTENCY, Kernel, Steps, Trajectory, denoise
+from arcopo_fast.rollout.sampler import CONSISTENCY, StepRule, Steps, Trajectory, denoise
 
 LAUNCHES_OF_A_BLOCK = 52
 """Kernel launches of one block without gradient, with an adapter, over two segments."""
@@ -102,18 +102,18 @@ class ChunkGraphs:
         text: TextContext,
         context: ChunkContext,
         *,
-        kernel: Kernel = CONSISTENCY,
+        rule: StepRule = CONSISTENCY,
     ) -> Trajectory:
         """Do what `sampler.denoise` does, as a graph where there is one."""
 
         def loop(noise: Tensor, fresh: Sequence[Tensor], text: TextContext) -> Trajectory:
-            return denoise(model, noise, steps, fresh, text, context, kernel=kernel)
+            return denoise(model, noise, steps, fresh, text, context, rule=rule)
 
         addresses = context.addresses()
         self.reason = self._unsuitable(model, noise, addresses)
         if self.reason is None:
             shapes = tuple(tuple(tensor.shape) for tensor in (noise, *fresh, text.keys[0]))
-            key = (addresses, shapes, noise.dtype, steps, kernel, adapter_enabled(model))
+            key = (addresses, shapes, noise.dtype, steps, rule, adapter_enabled(model))
             return self._run(key, loop, noise, fresh, text)
         return loop(noise, fresh, text)
 

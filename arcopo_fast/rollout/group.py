@@ -11,7 +11,7 @@ from torch import Tensor
 from arcopo_fast.model.causal_wan import TextContext
 from arcopo_fast.rollout.cache import VideoCache
 from arcopo_fast.rollout.noise import GroupId
-from arcopo_fast.rollout.sampler import Kernel, Steps
+from arcopo_fast.rollout.sampler import StepRule, Steps
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Group:
     inputs: Tensor
     predictions: Tensor
     steps: Steps
-    rule: Kernel
+    rule: StepRule
 
     @property
     def size(self) -> int:

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from arcopo_fast.rollout.sampler import Kernel
+    from arcopo_fast.rollout.sampler import StepRule
 
 
-def generator(*name: int | str) -> np.random.Generator:
-    """A generator for one named draw."""
+def keyed_rng(*name: int | str) -> np.random.Generator:
+    """Return the random number generator of one named draw."""
     digest = hashlib.blake2b(repr(name).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def normal(shape: Sequence[int], *name: int | str) -> Tensor:
-    """Standard normal float32 numbers on the CPU for one named draw."""
-    return torch.from_numpy(generator(*name).standard_normal(tuple(shape), dtype=np.float32))
+    """Return standard normal float32 numbers on the CPU for one named draw."""
+    return torch.from_numpy(keyed_rng(*name).standard_normal(tuple(shape), dtype=np.float32))
 
 
 class NoiseSource(Protocol):
@@ -96,7 +96,7 @@ class NoisePlan:
     """
 
     initial: float
-    rule: Kernel | None = None
+    rule: StepRule | None = None
     chunks: int | None = 1
 
 

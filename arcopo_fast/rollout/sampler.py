@@ -2,7 +2,7 @@
 
     x = noise;  for each step t:  x0hat = x - sigma_t F(x, t);  x = next state;  the last x0hat is the chunk
 
-The next state is a draw from N(mean, std^2 I); a `Kernel` says which (ALGORITHM.md 4). With s, s' the sigmas before and after a step,
+The next state is a draw from N(mean, std^2 I); a `StepRule` says which (ALGORITHM.md 4). With s, s' the sigmas before and after a step,
 v = (x - x0hat) / s the flow and eps = x + (1 - s) v the noise that the prediction implies:
 
     consistency   std s',                                 mean (1 - s') x0hat          re-noises the prediction (Self-Forcing)
@@ -11,7 +11,7 @@ v = (x - x0hat) / s the flow and eps = x + (1 - s) v the noise that the predicti
     flow_sde      the same with g = a sqrt(s / (1 - s)); at s = 1 the denominator is 1 - s'
     flow_cps      std s' sin(a pi / 2),                   mean (1 - s') x0hat + sqrt(s'^2 - std^2) eps
 
-Sources: DanceGRPO (2505.07818), Flow-GRPO (2505.05470), Flow-CPS, CM-GRPO of RAVEN (2605.15190), whose kernel is "consistency".
+Sources: DanceGRPO (2505.07818), Flow-GRPO (2505.05470), Flow-CPS, CM-GRPO of RAVEN (2605.15190), whose rule is "consistency".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from arcopo_fast.rollout.scheduler import Schedule, predict_clean
 if TYPE_CHECKING:
     from arcopo_fast.model.causal_wan import CausalWan, ChunkContext, TextContext
 
-KernelKind = Literal["consistency", "ode", "dance_sde", "flow_sde", "flow_cps"]
+RuleKind = Literal["consistency", "ode", "dance_sde", "flow_sde", "flow_cps"]
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class Transition(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kernel:
+class StepRule:
     """How the sampler goes from one state to the next. noise: eta of dance_sde, a of flow_sde and flow_cps; the others have none."""
 
-    kind: KernelKind = "consistency"
+    kind: RuleKind = "consistency"
     noise: float = 0.0
 
     @property
@@ -119,18 +119,18 @@ class Kernel:
         return Transition(*columns)
 
 
-CONSISTENCY = Kernel()
+CONSISTENCY = StepRule()
 """The rule of the published few-step generators."""
 
 
-def next_input(kernel: Kernel, x: Tensor, clean: Tensor, sigma: float, sigma_next: float, noise: Tensor | None) -> Tensor:
+def next_input(rule: StepRule, x: Tensor, clean: Tensor, sigma: float, sigma_next: float, noise: Tensor | None) -> Tensor:
     """Return the input of the next step, float32, from this step's input x, its prediction and fresh noise (None for "ode")."""
-    transition = kernel.transition(sigma, sigma_next)
+    transition = rule.transition(sigma, sigma_next)
     mean = transition.mean(x, clean)
-    if not kernel.random:
+    if not rule.random:
         return mean
     if noise is None:
-        raise ValueError(f"the {kernel.kind} sampler needs noise for every step but the last")
+        raise ValueError(f"the {rule.kind} sampler needs noise for every step but the last")
     return mean + transition.std * noise
 
 
@@ -150,11 +150,11 @@ def denoise(
     text: TextContext,
     context: ChunkContext,
     *,
-    kernel: Kernel = CONSISTENCY,
+    rule: StepRule = CONSISTENCY,
 ) -> Trajectory:
     """Denoise one chunk from `noise` [B, F, C, h, w]. The host never waits for the device in here.
 
-    fresh: the noise [1 or B, F, C, h, w] after each step but the last; none if the kernel is not random. All on the model's device.
+    fresh: the noise [1 or B, F, C, h, w] after each step but the last; none if the rule is not random. All on the model's device.
     """
     x, batch, device = noise, noise.shape[0], model.device
     trajectory = Trajectory([], [])
@@ -164,5 +164,5 @@ def denoise(
         trajectory.inputs.append(x)
         trajectory.predictions.append(clean)
         if step + 1 < len(steps):
-            x = next_input(kernel, x, clean, sigma, steps.next_sigma(step), fresh[step] if kernel.random else None)
+            x = next_input(rule, x, clean, sigma, steps.next_sigma(step), fresh[step] if rule.random else None)
     return trajectory

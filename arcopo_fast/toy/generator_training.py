@@ -20,7 +20,7 @@ from torch import Tensor
 from arcopo_fast.config.schema import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CachedRun, CausalWan, ChunkContext
 from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
-from arcopo_fast.rollout.sampler import Kernel, next_input, predict
+from arcopo_fast.rollout.sampler import StepRule, next_input, predict
 
 CONTEXT_NOISE = 0.1
 """Standard deviation of the noise on the clean chunks that the teacher sees as context: a generator's own chunks are never quite clean."""
@@ -179,7 +179,7 @@ class GuidedTeacher:
             times = torch.full((len(x),), timestep), torch.full((len(x),), sigma)
             told, untold = (predict(self.model, x, *times, state.text, context) for state, context in zip(self.states, contexts))
             clean = untold + self.guidance * (told - untold)
-            x = next_input(Kernel("ode"), x, clean, sigma, steps.next_sigma(step), None)
+            x = next_input(StepRule("ode"), x, clean, sigma, steps.next_sigma(step), None)
         return clean
 
     def append(self, chunk: Tensor, *, last: bool) -> None:
@@ -237,5 +237,5 @@ def imitate(
         losses.append((clean - target).square().mean())
         if step + 1 < len(steps):
             fresh = torch.randn(noise.shape, generator=random)
-            x = next_input(Kernel(), x, clean.detach(), sigma, steps.next_sigma(step), fresh)
+            x = next_input(StepRule(), x, clean.detach(), sigma, steps.next_sigma(step), fresh)
     return clean.detach(), losses

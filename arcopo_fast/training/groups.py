@@ -22,8 +22,7 @@ from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.cache import variant_of
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.group import Group
-from arcopo_fast.rollout.noise import GroupId, KeyedNoise
-from arcopo_fast.rollout.noise import generator as random_for
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, keyed_rng
 from arcopo_fast.storage.identity import weights_digest
 
 
@@ -38,7 +37,7 @@ class JudgedGroup:
 
 def prompt_of(seed: int, prompts: Sequence[Prompt], iteration: int, index: int) -> Prompt:
     """The prompt of the group `index` of an iteration."""
-    return prompts[int(random_for(seed, iteration, index, "prompt").integers(len(prompts)))]
+    return prompts[int(keyed_rng(seed, iteration, index, "prompt").integers(len(prompts)))]
 
 
 def training_prompts(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -76,7 +75,7 @@ class Rollouts:
         if isinstance(pivot, int):
             return pivot - 1
         key = ("pivot",) if pivot == "shared" else ("pivot", index)
-        return int(random_for(self.config.seed, iteration, *key).integers(self.engine.shape.chunks))
+        return int(keyed_rng(self.config.seed, iteration, *key).integers(self.engine.shape.chunks))
 
     def roll_out(self, text: Tensor, iteration: int, index: int) -> Group:
         """Return a group of videos of the policy as it is, not yet judged."""
@@ -124,7 +123,7 @@ class BufferedGroups:
     def draw(self, iteration: int, index: int) -> JudgedGroup:
         place = (iteration - 1) * self.config.rollout.prompts_per_iteration + index
         turn, place = divmod(place, len(self.indices))
-        order = random_for(self.config.seed, "buffer", turn).permutation(self.indices).tolist()
+        order = keyed_rng(self.config.seed, "buffer", turn).permutation(self.indices).tolist()
         entry = next(self.buffer.entries(order[place:] + order[:place]))  # a broken entry's place is taken by the next one
         return restore(entry, self.generator, self.engine, self.objective, list(self.config.rewards))
 
@@ -167,7 +166,7 @@ def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objec
         prefix = engine.rebuild_prefix(text, latents)
     try:
         name = GroupId(about["seed"], about["iteration"], about["group"])
-        rule = objective.noise_plan(0.0).rule or engine.kernel
+        rule = objective.noise_plan(0.0).rule or engine.rule
         group = Group(name, text, pivot, prefix, latents, predictions[-1], inputs, predictions, engine.steps_of(pivot), rule)
         return JudgedGroup(group, prompt, {name: entry.tensors[REWARD + name] for name in rewards})
     except BaseException:

@@ -21,7 +21,7 @@ from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.engine import VideoShape
-from arcopo_fast.rollout.noise import KeyedNoise, generator
+from arcopo_fast.rollout.noise import KeyedNoise, keyed_rng
 from arcopo_fast.rollout.sampler import Steps
 from arcopo_fast.rollout.scheduler import Schedule
 from arcopo_fast.runtime.profiling import stage
@@ -246,7 +246,7 @@ class Reference:
 
     def items(self, noise: KeyedNoise, pivot: int, update: int) -> Iterator[tuple[int, int]]:
         """(step, anchor) pairs of an update: anchors without replacement, each at every step."""
-        random = generator(*noise.id, "anchors", update)
+        random = keyed_rng(*noise.id, "anchors", update)
         size = self.config.rollout.group_size
         for anchor in random.choice(size, size=min(self.objective.anchors_per_update, size), replace=False).tolist():
             for step in range(len(self.steps_of(pivot))):

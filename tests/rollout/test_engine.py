@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from arcopo_fast.config.schema import CacheConfig
 from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.rollout.cache import pages_for, plan_pages, variant_of
+from arcopo_fast.rollout.cache import VARIANTS, pages_for, plan_pages, variant_of
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.group import Samples
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan, NoiseSource
@@ -30,6 +31,11 @@ POLICIES = {
     "krea": CacheConfig(variant="krea", window=4),
     "krea, first frame kept": CacheConfig(variant="krea", window=5, sink=1),
 }
+
+
+def test_every_variant_has_a_class() -> None:
+    assert list(VARIANTS) == list(get_args(CacheConfig.model_fields["variant"].annotation))
+    assert {policy.variant for policy in POLICIES.values()} == {*VARIANTS}, "and is among those that are tested here"
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.rollout.engine import Stream
-from arcopo_fast.rollout.sampler import Kernel, next_input, predict
+from arcopo_fast.rollout.sampler import StepRule, next_input, predict
 from arcopo_fast.rollout.scheduler import Schedule
 
 FLOAT32, BFLOAT16 = 2e-5, 6e-2
@@ -137,7 +137,7 @@ def test_each_step(case: fixtures.Case) -> None:
                 assert_close(f"chunk{chunk}/step{step}/x0", clean.to(recorded.dtype), recorded, tolerance)
                 if step + 1 < len(steps):
                     sigma, following = steps.sigmas[step], steps.sigmas[step + 1]
-                    x = next_input(Kernel(), x, recorded.float(), sigma, following, case.noise.renoise(chunk, step))
+                    x = next_input(StepRule(), x, recorded.float(), sigma, following, case.noise.renoise(chunk, step))
                     x = x.to(recorded.dtype)
             case.engine.append(stream, recorded.float(), timestep=case.config["context_noise"])
 
