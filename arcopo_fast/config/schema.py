@@ -40,6 +40,8 @@ Place = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+CacheVariant = Literal["self_forcing", "longlive", "longlive_infinity", "infinity_rope", "krea"]
+"""A published generator whose cache and positions are used; its class is in `rollout.cache`."""
 
 
 class Section(BaseModel):
@@ -137,9 +139,7 @@ class SamplerConfig(Section):
 class CacheConfig(Section):
     """Which finished frames a chunk attends to."""
 
-    variant: Literal["self_forcing", "longlive", "longlive_infinity", "infinity_rope", "krea"] = Field(
-        "self_forcing", description="the published generator whose cache and positions are used"
-    )
+    variant: CacheVariant = Field("self_forcing", description="the published generator whose cache and positions are used")
     window: Positive | None = Field(None, description="visible latent frames, the chunk being denoised included; null: all")
     sink: int = Field(
         0, ge=0, description="first latent frames that never leave the window; krea: 1, or 0 for a frame encoded again in its place"

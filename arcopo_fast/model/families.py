@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from arcopo_fast.config.schema import CacheVariant
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes
 from arcopo_fast.storage import hub
@@ -80,7 +81,7 @@ class Family:
     files: Mapping[str, Published]
     weights: Literal["auto", "ema", "generator"] = "ema"
     base: Base = WAN_1_3B
-    cache: Literal["self_forcing", "longlive", "longlive_infinity", "infinity_rope", "krea"] = "self_forcing"
+    cache: CacheVariant = "self_forcing"
 
     @property
     def checkpoint(self) -> str:

@@ -2,7 +2,7 @@
 
 A class for each published generator (sources: Self-Forcing, LongLive v1.0, Infinity-RoPE, Krea realtime), chosen by `cache.variant`. It
 says where a chunk's queries and keys stand, whether keys are cached roped, and what is cached after a chunk and at a prompt switch. A new
-variant is one more class here, and its name in `VARIANTS` and in `CacheConfig`.
+variant is one more class here, and its name in `VARIANTS` and in `CacheVariant`.
 
 The noisy chunk is never cached: while it is denoised its keys and values live for one layer at a time.
 """
