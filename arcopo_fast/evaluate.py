@@ -79,7 +79,7 @@ def command_line() -> RecipeParser:
         help="a text file with a prompt on each line, JSON lines of {prompt, extended}, or a CSV file with a column prompt: its path, or "
         "hf://datasets/WenhaoWang/VidProM/VidProM_unique.csv or github://facebookresearch/MovieGenBench/benchmark/MovieGenVideoBench.txt, "
         "or toy or bench (default: those that the recipe keeps for evaluation). VidProM and MovieGen Video Bench are not part of this "
-        "package: their licences (CC BY-NC) do not allow commercial use",
+        "package: their licenses (CC BY-NC) do not allow commercial use",
     )
     parser.add_argument(
         "--extended",

@@ -4,7 +4,7 @@
 
 Exit status 1 if a case became slower beyond noise or fails now, 2 if a file cannot be read or the two cannot be compared. Noise is the
 larger of --noise and of half of both interquartile ranges together, relative to the old median: two medians differ when the boxes of their
-quartiles, centred on them, do not touch.
+quartiles, centered on them, do not touch.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ class RolloutConfig(Section):
 
     @field_validator("group_size")
     @classmethod
-    def _group_has_neighbours(cls, size: int) -> int:
+    def _group_has_neighbors(cls, size: int) -> int:
         if size < 2:
             raise ValueError(f"a group of {size} has no advantage: rewards are compared inside the group; give at least 2 (the paper: 12)")
         return size

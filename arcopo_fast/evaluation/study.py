@@ -197,7 +197,7 @@ class Study:
     def add(self, record: Record) -> None:
         self.records.append(record)
         self.records.sort(key=lambda entry: (entry["prompt"], entry["pivot"]))
-        document = {"settings": self.settings, "summary": summarise(self.records), "records": self.records}
+        document = {"settings": self.settings, "summary": summarize(self.records), "records": self.records}
         atomic_write(self.directory / "entropy.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
@@ -227,7 +227,7 @@ def settings_of(config: Config, prompts: Sequence[str], adapter: Path | None, dr
 # Statistics ------------------------------------------------------------------------------------------------------------------------
 
 
-def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
+def summarize(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Return, for each pivot and measure, every noise's mean change and `RATIO`, the initial noise's over the largest re-noise's.
 
     Errors are standard errors over prompts, by the jackknife: the draws of one prompt share its video and are averaged first. With a single

@@ -34,21 +34,27 @@ _ALPHA_KEYS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
 _RANK_KEYS = ("r", "rank", "lora_rank", "network_dim", "ss_network_dim")
 _LOOSE = (*_ALPHA_KEYS, *_RANK_KEYS, "adapter_config", "lora_config", "peft_config")
 _HUGE = 1e300
-_LARGEST_SCALE = 1e6  # of alpha / rank, and its inverse the smallest: no training uses more than hundreds
+_LARGEST_SCALE = 1e6  # largest alpha / rank, its inverse the smallest: no training uses more than hundreds
 
-# Of peft's configuration: what says nothing of how the saved matrices are to be read.
+# Keys of peft's configuration that do not matter for reading the saved matrices.
 _BOOKKEEPING = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "target_modules",
     "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core", "runtime_config", "qalora_group_size",
     "init_lora_weights", *_ALPHA_KEYS, *_RANK_KEYS,
 }  # fmt: skip
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # B A = 0 at first: over the base as it is
-# Of the same meaning in whatever wrote a lora_config.json.
+# Keys of the same meaning in any lora_config.json, whatever program wrote it.
 _VARIANTS = {"use_dora", "dora", "use_rslora", "rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias"}
 
 
 class Adapter(NamedTuple):
-    """An adapter as read from a file: `state` maps `<module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r] to tensors."""
+    """An adapter as read from a file.
+
+    Attributes:
+        state: `<module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r] by name, in the dtypes of the file.
+        rank: r, the same for all layers.
+        alpha: the adapter adds B A times alpha / rank.
+    """
 
     state: dict[str, Tensor]
     rank: int
@@ -56,6 +62,7 @@ class Adapter(NamedTuple):
 
     @property
     def modules(self) -> list[str]:
+        """Names of the adapted layers, sorted."""
         return sorted({name.rpartition(".lora_")[0] for name in self.state})
 
 
@@ -91,8 +98,8 @@ def read_adapter(path: str | Path, *, alpha: float | None = None) -> Adapter:
         for key in _RANK_KEYS:
             if config.get(key) is not None and _number(config[key], f"{file}: {place} says {key}") != rank:
                 raise UserError(f"{file}: {place} says rank {config[key]}, its tensors have rank {rank}; they do not belong together")
-        said = {key: config[key] for key in _ALPHA_KEYS if config.get(key) is not None}
-        places |= {place if len(said) == 1 else f"{place} as {key}": value for key, value in said.items()}
+        alphas_here = {key: config[key] for key in _ALPHA_KEYS if config.get(key) is not None}
+        places |= {place if len(alphas_here) == 1 else f"{place} as {key}": value for key, value in alphas_here.items()}
     if file.name == DIFFUSERS_WEIGHTS and len(places) > (alpha is not None) and not alphas and not _says_alpha(file):
         places["diffusers, where such a file itself says nothing,"] = rank
     return Adapter(state, rank, _alpha(places | alphas, rank, file))
@@ -110,19 +117,19 @@ def adapter_file(path: Path) -> Path:
 
 
 def _loose(container: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """What a pickle says of an adapter beside its matrices, each with its name."""
+    """Return what a pickle says of an adapter beside its matrices: (place, entries) pairs."""
     found = [(f"its entry {name}", container[name]) for name in _LOOSE if name in container]
     return [(place, value if isinstance(value, Mapping) else {place.rpartition(" ")[2]: value}) for place, value in found]
 
 
 def _configs(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """What the header and the files beside it say of an adapter, each with its name."""
+    """Return what the header and the files beside it say of an adapter: (place, entries) pairs."""
     found = _header(file)
     if file.name == PEFT_WEIGHTS and not file.with_name(PEFT_CONFIG).exists():
         raise UserError(f"{file.with_name(PEFT_CONFIG)} does not exist; copy it from where {PEFT_WEIGHTS} came from: it says alpha")
-    # A file in diffusers' form is whole if it lies beside PEFT's, or says its own alpha: the configuration there is PEFT's.
-    whole = file.name == DIFFUSERS_WEIGHTS and (_says_alpha(file) or file.with_name(PEFT_WEIGHTS).exists())
-    return found + [(name, read_json(file.with_name(name))) for name in CONFIGS if not whole and file.with_name(name).is_file()]
+    # A file in diffusers' form is self-contained if it lies beside PEFT's, or says its own alpha: the configuration there is PEFT's.
+    self_contained = file.name == DIFFUSERS_WEIGHTS and (_says_alpha(file) or file.with_name(PEFT_WEIGHTS).exists())
+    return found + [(name, read_json(file.with_name(name))) for name in CONFIGS if not self_contained and file.with_name(name).is_file()]
 
 
 def _says_alpha(file: Path) -> bool:
@@ -130,6 +137,7 @@ def _says_alpha(file: Path) -> bool:
 
 
 def _header(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the entries of a safetensors header that concern an adapter: (place, entries) pairs."""
     if file.suffix != ".safetensors":
         return []
     with safe_open(file, "pt") as opened:
@@ -146,7 +154,7 @@ def _header(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _from_text(value: str) -> Any:
-    """A number out of a safetensors header, which holds texts only."""
+    """Return a number out of a safetensors header, which holds texts only; a text that is no number is returned as it is."""
     try:
         return float(value)
     except ValueError:
@@ -154,7 +162,7 @@ def _from_text(value: str) -> Any:
 
 
 def _matrices(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The pairs A and B under diffusers names; anything else is refused."""
+    """Return the pairs A and B under diffusers names; refuse anything else."""
 
     def short(name: str) -> str:
         name = name.removeprefix("base_model.").removeprefix(DIFFUSERS_PREFIX)  # "model" is gone with the wrappers
@@ -162,8 +170,10 @@ def _matrices(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
         return diffusers_name(name).replace(f".{ADAPTER_NAME}.weight", ".weight")
 
     state = rename(tensors, short, file)
-    if odd := [name for name, tensor in state.items() if not re.search(r"\.lora_[AB]\.weight$", name) or tensor.dim() != 2]:
-        raise UserError(f"{file}: {odd[0]!r} {list(state[odd[0]].shape)} is no lora_A or lora_B matrix; give a plain LoRA of linear layers")
+    if unknown := [name for name, tensor in state.items() if not re.search(r"\.lora_[AB]\.weight$", name) or tensor.dim() != 2]:
+        raise UserError(
+            f"{file}: {unknown[0]!r} {list(state[unknown[0]].shape)} is no lora_A or lora_B matrix; give a plain LoRA of linear layers"
+        )
     modules = {name.rpartition(".lora_")[0] for name in state}
     if not modules:
         raise UserError(f"{file} holds no adapter tensors")
@@ -187,49 +197,49 @@ def _check_plain(config: Mapping[str, Any], place: str, file: Path) -> None:
     if not isinstance(kind, str) or kind.upper() != "LORA":
         raise UserError(f"{file}: {place} says that it is a {kind}, not a LORA; give a plain LoRA")
     start = config.get("init_lora_weights")
-    if not any(start is plain or start == plain for plain in _PLAIN_STARTS):
+    if not any(start is value or start == value for value in _PLAIN_STARTS):
         advice = "such training changes the base too; convert it to a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
         raise UserError(f"{file}: {place} says init_lora_weights {start!r}; {advice}")
     neutral = _neutral() if place == PEFT_CONFIG or DIFFUSERS_METADATA in place else None
-    used = [
+    variants = [
         key
         for key, value in config.items()
         if value and key not in _BOOKKEEPING and (key in _VARIANTS if neutral is None else value != neutral.get(key))
     ]
-    if config.get("bias", "none") not in ("none", None, False) and "bias" not in used:
-        used.append("bias")
-    if used:
-        raise UserError(f"{file}: {place} uses {', '.join(used)}; give a plain LoRA of one rank and alpha, scaled by alpha / rank")
+    if config.get("bias", "none") not in ("none", None, False) and "bias" not in variants:
+        variants.append("bias")
+    if variants:
+        raise UserError(f"{file}: {place} uses {', '.join(variants)}; give a plain LoRA of one rank and alpha, scaled by alpha / rank")
 
 
 @cache
 def _neutral() -> dict[str, Any]:
-    """peft's defaults, under which an adapter is a plain LoRA."""
+    """Return peft's defaults, under which an adapter is a plain LoRA."""
     from peft import LoraConfig
 
     return {entry.name: entry.default for entry in dataclasses.fields(LoraConfig)}
 
 
 def _alpha(places: Mapping[str, Any], rank: int, file: Path) -> float:
-    """The one value that all places say; the rank, if there is none."""
+    """Return the alpha on which all places agree; the rank, if there is no place."""
     values = {place: _number(value, f"{file}: {place} says alpha") for place, value in places.items()}
     for place, value in values.items():
         if not 1 / _LARGEST_SCALE <= value / rank <= _LARGEST_SCALE:
             raise UserError(f"{file}: {place} says alpha {value:g}, which makes no sense for rank {rank}; expected about the rank")
     if not values:
         return float(rank)
-    (first, found), *others = values.items()
-    for place, value in others:
-        if value != found:
+    (first_place, alpha), *more_places = values.items()
+    for place, value in more_places:
+        if value != alpha:
             raise UserError(
-                f"{file}: {first} says alpha {found:g}, but {place} says alpha {value:g}; make them agree, or remove the wrong one"
+                f"{file}: {first_place} says alpha {alpha:g}, but {place} says alpha {value:g}; make them agree, or remove the wrong one"
             )
-    return found
+    return alpha
 
 
-def _number(value: Any, what: str) -> float:
+def _number(value: Any, statement: str) -> float:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_HUGE < value < _HUGE:
-        raise UserError(f"{what} {str(value)[:60]!r}; expected a number")
+        raise UserError(f"{statement} {str(value)[:60]!r}; expected a number")
     return float(value)

@@ -4,7 +4,7 @@ Parameter names are those of diffusers' WanTransformer3DModel, so its tools, LoR
 configuration. The module knows nothing of pages, windows or samplers: a `ChunkContext` tells it which cached keys are visible, at which
 RoPE positions the chunk stands, and takes the chunk's own keys and values if they are to be kept.
 
-Behaviour follows the official Self-Forcing network exactly, bf16 rounding points included (see `arcopo_kernels.qk_norm_rope.reference`
+Behavior follows the official Self-Forcing network exactly, bf16 rounding points included (see `arcopo_kernels.qk_norm_rope.reference`
 and `arcopo_kernels.modulation.reference`, which are the specification of what lies between the matrix products).
 """
 
@@ -24,10 +24,12 @@ from arcopo_fast.model.sizes import CausalWanConfig
 
 
 class CachedRun(NamedTuple):
-    """Consecutive cached frames of one layer: key, value [1 or B, tokens, H, D].
+    """Consecutive cached frames of one layer.
 
-    first_position is the RoPE time position of the first frame for keys that are cached un-roped, None for keys cached roped. frozen: no
-    gradient flows into it; only teacher forcing, which trains the context too, clears it.
+    Attributes:
+        key, value: [1 or B, T, H, D], in the model's dtype.
+        first_position: RoPE time position of the first frame, for keys that are cached un-roped; None for keys cached roped.
+        frozen: no gradient flows into it; only teacher forcing, which trains the context too, clears it.
     """
 
     key: Tensor
@@ -37,19 +39,26 @@ class CachedRun(NamedTuple):
 
 
 class ChunkContext:
-    """What one chunk sees besides itself. This base class is the start of a video: nothing, positions from 0, nothing kept."""
+    """Everything that one chunk sees besides itself. This base class is the start of a video: nothing, positions from 0, nothing kept.
 
-    query_position: int = 0  # RoPE time position of the chunk's first frame, for queries
-    key_position: int = 0  # the same for keys; it differs from the queries' in one official variant only
-    keep: bool = False  # whether `store` wants the chunk's keys and values
-    keep_roped: bool = True  # with RoPE applied or before
+    Attributes:
+        query_position: RoPE time position of the chunk's first frame, for queries.
+        key_position: the same for keys; it differs from the queries' in one official variant only.
+        keep: `store` wants the chunk's keys and values.
+        keep_roped: it wants the keys with RoPE applied, not before.
+    """
+
+    query_position: int = 0
+    key_position: int = 0
+    keep: bool = False
+    keep_roped: bool = True
 
     def cached(self, layer: int) -> Sequence[CachedRun]:
-        """The visible cached frames of one layer."""
+        """Return the visible cached frames of one layer."""
         return ()
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Take the chunk's keys and values [B, tokens, H, D]."""
+        """Take the chunk's keys and values [B, T, H, D]."""
 
     def addresses(self) -> Hashable | None:
         """Return what is equal for contexts that read the same addresses in the same way, as a captured graph needs; None if not known."""
@@ -57,14 +66,18 @@ class ChunkContext:
 
 
 class TextContext(NamedTuple):
-    """Keys and values of the prompt for every layer's cross-attention, [1 or B, text_len, H, D]."""
+    """Keys and values of the prompt for every layer's cross-attention.
+
+    Attributes:
+        keys, values: one tensor for each layer, [1 or B, text_len, H, D], in the model's dtype.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension; in bf16 the normalised value is rounded before the weight is applied, as officially."""
+    """RMSNorm over the last dimension; in bf16 the normalized value is rounded before the weight is applied, as officially."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -76,7 +89,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections and q/k norms of self- or cross-attention; q and k are normalised over the full dimension."""
+    """The projections and q/k norms of self- or cross-attention; q and k are normalized over the full dimension."""
 
     def __init__(self, config: CausalWanConfig) -> None:
         super().__init__()
@@ -90,29 +103,35 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(dim, config.eps)
 
     def query(self, x: Tensor) -> Tensor:
-        """[B, tokens, E] -> [B, tokens, H, D]"""
+        """Return the normalized queries [B, T, H, D] of x [B, T, E]."""
         return self.split(self.norm_q(self.to_q(x)))
 
     def key(self, x: Tensor) -> Tensor:
+        """Return the normalized keys [B, T, H, D] of x [B, T, E], without RoPE."""
         return self.split(self.norm_k(self.to_k(x)))
 
     def value(self, x: Tensor) -> Tensor:
+        """Return the values [B, T, H, D] of x [B, T, E]."""
         return self.split(self.to_v(x))
 
     def roped_query_key(self, x: Tensor, context: ChunkContext, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """Query and key at the positions of `context`: norms and RoPE of both in one pass."""
+        """Return query and key at the positions of `context`, both [B, T, H, D]: norms and RoPE of both in one pass."""
         query, key = self.split(self.to_q(x)), self.split(self.to_k(x))
-        weights, places = (self.norm_q.weight, self.norm_k.weight), (context.query_position, context.key_position)
-        return qk_norm_rope(query, key, *weights, grid=grid, position=places[0], key_position=places[1], eps=self.norm_q.eps)
+        weights, positions = (self.norm_q.weight, self.norm_k.weight), (context.query_position, context.key_position)
+        return qk_norm_rope(query, key, *weights, grid=grid, position=positions[0], key_position=positions[1], eps=self.norm_q.eps)
 
     def output(self, x: Tensor) -> Tensor:
+        """Return the output projection [B, T, E] of attended values [B, T, H, D]."""
         return self.to_out[0](x.flatten(-2))
 
     def split(self, x: Tensor) -> Tensor:
+        """Return x [..., E] split into heads, [..., H, D]."""
         return x.unflatten(-1, (self.heads, -1))
 
 
 class GELUProjection(nn.Module):
+    """A linear layer with tanh GELU, under diffusers' names."""
+
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, inner)
@@ -122,6 +141,8 @@ class GELUProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """The feed-forward of a block: E -> inner -> E, with tanh GELU between."""
+
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
         self.net = nn.ModuleList([GELUProjection(dim, inner), nn.Identity(), nn.Linear(inner, dim)])
@@ -148,9 +169,20 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, layer: int, grid: tuple[int, int, int], text: TextContext, context: ChunkContext, stop: bool
     ) -> Tensor | None:
-        """x [B, frames, tokens, E]; modulation [1 or B, 1 or frames, 6, E]. With `stop`, ends once the keys and values are stored."""
+        """Run the block on one chunk.
+
+        Args:
+            x: [B, F, T, E].
+            modulation: adaLN shifts, scales and gates, [1 or B, 1 or F, 6, E].
+            layer: the block's index, by which `text` and `context` are read.
+            grid: frames, rows and columns of the chunk's tokens.
+            stop: return None as soon as the keys and values are stored; nobody reads the last block's output in a clean pass.
+
+        Returns:
+            [B, F, T, E], or None with `stop`.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).unsqueeze(3).unbind(2)  # [., ., 1, E]
-        normed = layer_norm_modulate(x, scale=scale1, shift=shift1, eps=self.eps).flatten(1, 2)  # [B, frames * tokens, E]
+        normed = layer_norm_modulate(x, scale=scale1, shift=shift1, eps=self.eps).flatten(1, 2)  # [B, T, E]
         value = self.attn1.value(normed)
         if stop or (context.keep and not context.keep_roped):
             key = self.attn1.key(normed)
@@ -180,6 +212,8 @@ class Block(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with tanh GELU or SiLU between."""
+
     def __init__(self, in_dim: int, dim: int, gelu: bool) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_dim, dim)
@@ -192,6 +226,8 @@ class MLP(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
+    """Embeddings of what conditions every block: the timestep and the text."""
+
     def __init__(self, config: CausalWanConfig) -> None:
         super().__init__()
         self.freq_dim = config.freq_dim
@@ -200,7 +236,7 @@ class ConditionEmbedder(nn.Module):
         self.text_embedder = MLP(config.text_dim, config.dim, gelu=True)
 
     def time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """timestep [...] in 0..1000 -> embedding [..., E] and modulation [..., 6, E]."""
+        """Return the embedding [..., E] and the modulation [..., 6, E] of timesteps [...] in 0..1000."""
         half = self.freq_dim // 2
         frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
         angles = timestep.double().unsqueeze(-1) * frequencies
@@ -209,7 +245,7 @@ class ConditionEmbedder(nn.Module):
 
 
 class CausalWan(nn.Module):
-    """Predicts the flow (noise - clean) of one chunk.
+    """A network that predicts the flow (noise - clean) of one chunk.
 
     Sources: Self-Forcing's CausalWanModel for the computation, diffusers' WanTransformer3DModel for the names.
     """
@@ -227,14 +263,16 @@ class CausalWan(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights, in which the network computes."""
         return self.proj_out.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.proj_out.weight.device
 
     def encode_text(self, text: Tensor) -> TextContext:
-        """Prompt embeddings [B, length <= text_len, text_dim] -> the keys and values that every chunk of these videos attends to.
+        """Return the keys and values that every chunk attends to, of prompt embeddings [B, length <= text_len, text_dim].
 
         Missing rows are filled with zeros, and zero rows are attended to: the official generators mask nothing.
         """
@@ -255,18 +293,18 @@ class CausalWan(nn.Module):
         store_only: bool = False,
         checkpoint: bool = False,
     ) -> Tensor | None:
-        """The flow of one chunk.
+        """Return the flow of one chunk.
 
         Args:
-            x: noisy (or, for a clean pass, clean) latents [B, frames, C, h, w].
-            timestep: [1 or B, 1 or frames], in 0..1000, need not be whole.
+            x: noisy (or, for a clean pass, clean) latents [B, F, C, h, w].
+            timestep: [1 or B, 1 or F], in 0..1000, not necessarily integers.
             text: from `encode_text`; batch 1 is shared by the whole batch.
             context: visible cached frames and positions; None is the start of a video.
             store_only: stop once the last layer's keys and values are stored (a clean pass) and return None.
             checkpoint: keep only the inputs of each block for the backward pass, which computes the block again; same result.
 
         Returns:
-            [B, frames, C, h, w] in the model's dtype.
+            [B, F, C, h, w] in the model's dtype, or None with `store_only`.
         """
         context = context or ChunkContext()
         batch, frames, _, height, width = x.shape
@@ -274,7 +312,7 @@ class CausalWan(nn.Module):
         rows, columns = height // patch_rows, width // patch_columns
         patches = x.to(self.dtype).unflatten(4, (columns, patch_columns)).unflatten(3, (rows, patch_rows))  # [B, F, C, r, pr, c, pc]
         patches = patches.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, frames, rows * columns, -1)
-        hidden = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # [B, F, tokens, E]
+        hidden = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)  # [B, F, T, E]
         embedding, modulation = self.condition_embedder.time(timestep, self.dtype)
         grid = (frames, rows, columns)
         for layer, block in enumerate(self.blocks):

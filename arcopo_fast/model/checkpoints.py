@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class UnreadableFile(UserError):
-    """A checkpoint that is damaged: what it holds is not known."""
+    """A checkpoint that is damaged, so that its content is not known."""
 
 
 WEIGHTS_NAME = "diffusion_pytorch_model"  # diffusers' stem for the weights of a model directory
@@ -100,7 +100,7 @@ def strip_wrappers(state: Mapping[str, Any], source: str | Path) -> dict[str, Te
 
 
 def read_state_dict(path: str | Path, *, weights: Literal["auto", "ema", "generator"] = "auto") -> dict[str, Tensor]:
-    """The weights of a Wan text-to-video transformer, under diffusers names, on the CPU, in the dtypes of the file.
+    """Return the weights of a Wan text-to-video transformer, under diffusers names, on the CPU, in the dtypes of the file.
 
     Args:
         path: a `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors` file, or a directory with `diffusion_pytorch_model*.safetensors`
@@ -126,7 +126,7 @@ def read_state_dict(path: str | Path, *, weights: Literal["auto", "ema", "genera
 
 
 def read_container(path: str | Path, *, subfolder: str = "") -> dict[str, Any]:
-    """What a checkpoint file or model directory holds, as it stands there: names untouched, training checkpoints still nested.
+    """Return the content of a checkpoint file or model directory unchanged: original names, training checkpoints still nested.
 
     A pickle is read with `weights_only=True`, that is, nothing in it can run; tensors are memory-mapped where the format allows it.
     For a directory without weights of its own, `subfolder` is tried (diffusers' pipeline layout).
@@ -138,12 +138,12 @@ def read_container(path: str | Path, *, subfolder: str = "") -> dict[str, Any]:
 
 
 def model_directory(path: Path, subfolder: str) -> Path:
-    """`path`, or its `subfolder` if it is a diffusers pipeline directory."""
+    """Return `path`, or its `subfolder` if it is a diffusers pipeline directory."""
     return path / subfolder if subfolder and not (path / "config.json").exists() and (path / subfolder).is_dir() else path
 
 
 def read_config(path: str | Path) -> dict[str, Any] | None:
-    """The transformer's config.json beside the weights, under diffusers' names, or None where there is none.
+    """Return the transformer's config.json beside the weights, under diffusers' names, or None where there is none.
 
     Official configurations (`dim`, `num_heads`, `in_dim`, ...) are translated. Only directories, and files that carry diffusers'
     standard name inside one, are looked at: a config.json beside some other file may belong to something else.
@@ -181,7 +181,7 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
 def infer_config(
     state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, *, source: str | Path = "the checkpoint"
 ) -> dict[str, Any]:
-    """The sizes of a Wan transformer, read off its tensors' shapes, as keyword arguments under diffusers' configuration names.
+    """Return the sizes of a Wan transformer, read off its tensors' shapes, as keyword arguments under diffusers' configuration names.
 
     The number of heads leaves no trace in the shapes: it comes from `config` (see `read_config`), else heads are 128 wide. `eps` and
     `text_len` appear only if `config` has them.
@@ -239,12 +239,12 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, source: str | P
     Raises:
         UserError: names are missing or unexpected, or shapes differ, and the message lists them; or a value is not finite.
     """
-    own = module.state_dict()
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
+    current = module.state_dict()
+    missing = [name for name in current if name not in state]
+    unexpected = [name for name in state if name not in current]
     reshaped = [
         f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in own.items()
+        for name, tensor in current.items()
         if name in state and state[name].shape != tensor.shape
     ]
     problems = [
@@ -256,7 +256,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, source: str | P
         advice = "check that the checkpoint and the configured sizes belong together"
         raise UserError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems)}; {advice}")
     check_finite(state, source)
-    module.load_state_dict(state, strict=True, assign=any(tensor.is_meta for tensor in own.values()))
+    module.load_state_dict(state, strict=True, assign=any(tensor.is_meta for tensor in current.values()))
 
 
 def _choose_weights(container: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, Any]:
@@ -284,8 +284,10 @@ def _read_directory(directory: Path) -> dict[str, Any]:
             if Path(file).name != file:
                 raise UserError(f"{index} names the file {file!r}, which lies outside its directory")
             part = _read_file(directory / file)
-            if twice := part.keys() & state.keys():
-                raise UserError(f"{directory}: {len(twice)} tensors are in several shards ({listed(twice, 3)}); copy the shards again")
+            if doubles := part.keys() & state.keys():
+                raise UserError(
+                    f"{directory}: {len(doubles)} tensors are in several shards ({listed(doubles, 3)}); copy the shards again"
+                )
             state |= part
         if absent := [name for name in weight_map if name not in state]:
             raise UserError(f"{directory}: its shards lack {len(absent)} of the index's tensors ({listed(absent)}); copy them again")
@@ -393,7 +395,7 @@ def _sort_metadata(file: Path) -> None:
 
 @contextmanager
 def atomic_directory(directory: str | Path) -> Iterator[Path]:
-    """`files.atomic_directory`, which replaces an existing directory only if it holds nothing but what is written anew.
+    """Open `files.atomic_directory`, which replaces an existing directory only if it holds nothing but what is written anew.
 
     Raises:
         UserError: it cannot be written, or holds other files.

@@ -28,7 +28,12 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a repository keeps a text encoder and a VAE; text and vae are files, or directories in diffusers' form."""
+    """The places of a text encoder and a VAE in a repository.
+
+    Attributes:
+        text, vae: files, or directories in diffusers' form.
+        tokenizer: a tokenizer.json.
+    """
 
     text: str
     tokenizer: str
@@ -36,7 +41,7 @@ class Layout:
 
     @property
     def files(self) -> list[str]:
-        """The files that are needed, names or patterns."""
+        """Names or patterns of the files that are needed."""
         return [part if Path(part).suffix else f"{part}/*" for part in (self.text, self.tokenizer, self.vae)]
 
 
@@ -47,7 +52,12 @@ LAYOUTS = (OFFICIAL, DIFFUSERS)
 
 @dataclass(frozen=True)
 class Base:
-    """A repository with the text encoder and the VAE that generators share. files: what is known of its large files, by path."""
+    """A repository with the text encoder and the VAE that generators share.
+
+    Attributes:
+        repository: on Hugging Face, owner/name.
+        files: its large files by path, with size and SHA-256.
+    """
 
     repository: str
     layout: Layout = OFFICIAL
@@ -70,9 +80,15 @@ WAN_14B = Base("Wan-AI/Wan2.1-T2V-14B")
 class Family:
     """A published generator.
 
-    name: what its authors call it. size: of its transformer and VAE, a key of `SIZES`. repository: on Hugging Face. files: by path in it,
-    the checkpoint first, then an adapter that is part of the generator; the size is about right where there is no SHA-256. weights: which
-    set of the checkpoint its authors run. base: text encoder and VAE. cache: the rule by which its frames stay visible.
+    Attributes:
+        name: what its authors call it.
+        size: of its transformer and VAE, a key of `SIZES`.
+        repository: on Hugging Face, owner/name.
+        files: by path in the repository, the checkpoint first, then an adapter that is part of the generator; the size is about right where
+            there is no SHA-256.
+        weights: which set of the checkpoint its authors run.
+        base: the repository of its text encoder and VAE.
+        cache: the rule by which its frames stay visible, a `cache.variant`.
     """
 
     name: str
@@ -85,7 +101,7 @@ class Family:
 
     @property
     def checkpoint(self) -> str:
-        """The file with its weights, as recipes name it."""
+        """Name of the file with its weights, as recipes write it."""
         return f"{hub.HUGGING_FACE}{self.repository}/{next(iter(self.files))}"
 
 
@@ -143,15 +159,15 @@ FAMILIES = (
     ),
 )
 
-for _kept in (*FAMILIES, WAN_1_3B):
-    hub.FILES.update({f"{_kept.repository}/{path}": known for path, known in _kept.files.items()})
+for _entry in (*FAMILIES, WAN_1_3B):
+    hub.FILES.update({f"{_entry.repository}/{path}": published_file for path, published_file in _entry.files.items()})
 
 
 def published(size: str) -> GeneratorSizes:
     """Return the sizes of Wan2.1-T2V, for "1.3b" or "14b".
 
     Raises:
-        UserError: no such size is known.
+        UserError: no generator of this size is known.
     """
     if size not in SIZES:
         raise UserError(f"no generator of size {size!r} is known; the sizes are {', '.join(SIZES)}")

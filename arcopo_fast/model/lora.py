@@ -51,14 +51,21 @@ Module = TypeVar("Module", bound=nn.Module)
 class AdaptedLinear(torch.autograd.Function):
     """W x + b + s B A x, with gradient for x, A and B: the adapter is added where the base's product lies.
 
-    Written out, s B A x is a tensor as large as the output, scaled and added in passes of their own; here a matrix product adds it. A and B
-    work in x's dtype, their gradients come in their own.
-
-    x [..., in]; weight [out, in] and bias [out] or None, frozen; down, A, [r, in]; up, B, [out, r]; scale, s. Returns [..., out].
+    Written out, s B A x is a tensor as large as the output, scaled and added in passes of its own; here a matrix product adds it. A and B
+    work in x's dtype, and their gradients come in their own.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        """Return W x + b + s B A x, [..., out].
+
+        Args:
+            ctx: None when no gradient is wanted.
+            x: [..., in].
+            weight, bias: W [out, in] and b [out] or None, frozen.
+            down, up: A [r, in] and B [out, r].
+            scale: s.
+        """
         rows, a, b = x.reshape(-1, x.shape[-1]), down.to(x.dtype), up.to(x.dtype)
         reduced = rows @ a.T
         out = functional.linear(rows, weight, bias)
@@ -71,6 +78,7 @@ class AdaptedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of `forward`'s arguments; those of W, b and s are None."""
         rows, reduced, weight, a, b = ctx.saved_tensors
         shape, grad = grad.shape[:-1], grad.reshape(-1, len(b))
         grad_reduced = (grad @ b).mul_(ctx.scale)
@@ -85,7 +93,7 @@ class AdaptedLinear(torch.autograd.Function):
 
 @cache
 def _layer_class() -> type[nn.Module]:
-    """peft's adapted layer with our arithmetic; whatever else peft can do with a layer, it does itself."""
+    """Return peft's adapted layer with our arithmetic; whatever else peft can do with a layer, it does itself."""
     from peft.tuners.lora import Linear
 
     class Layer(Linear):
@@ -137,8 +145,8 @@ def add_lora(
             raise UserError(f"LoRA target {target!r} matches no linear layer; there are {known}")
     if not targets:
         raise UserError("LoRA needs at least one target layer")
-    whole = int(alpha) if alpha == int(alpha) else alpha  # peft declares an integer, and computes with either
-    config = LoraConfig(r=rank, lora_alpha=cast(int, whole), target_modules=list(targets), lora_dropout=0.0, bias="none")
+    peft_alpha = int(alpha) if alpha == int(alpha) else alpha  # peft declares an integer, and computes with either
+    config = LoraConfig(r=rank, lora_alpha=cast(int, peft_alpha), target_modules=list(targets), lora_dropout=0.0, bias="none")
     config._register_custom_module({nn.Linear: _layer_class()})
     # Freezes the module, and makes the adapter on the meta device: nothing is drawn.
     inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
@@ -148,19 +156,19 @@ def add_lora(
         key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
         bound = down.in_features**-0.5
-        drawn = torch.empty(rank, down.in_features).uniform_(-bound, bound, generator=generator)
-        down.weight = nn.Parameter(drawn.to(device, dtype))
+        weight = torch.empty(rank, down.in_features).uniform_(-bound, bound, generator=generator)
+        down.weight = nn.Parameter(weight.to(device, dtype))
         up.weight = nn.Parameter(torch.zeros(up.out_features, rank, device=device, dtype=dtype))
     return module
 
 
 def adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The adapter's parameters, A and B of each layer, in the order of the module's layers."""
+    """Return the adapter's parameters, A and B of each layer, in the order of the module's layers."""
     return [parameter for _, layer in _layers(module) for linear in _pair(layer) for parameter in linear.parameters()]
 
 
 def adapter_state(module: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors, detached but not copied, as `<module>.lora_A.weight` and `<module>.lora_B.weight`."""
+    """Return the adapter's tensors, detached but not copied, as `<module>.lora_A.weight` and `<module>.lora_B.weight`."""
     state = {}
     for name, layer in _layers(module):
         down, up = _pair(layer)
@@ -170,14 +178,14 @@ def adapter_state(module: nn.Module) -> dict[str, Tensor]:
 
 def load_adapter_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path = "the adapter") -> None:
     """Copy what `adapter_state` returned into a module that has such an adapter: all of it, or a `UserError` that lists what differs."""
-    own = adapter_state(module)
-    reshaped = [name for name in own if name in state and state[name].shape != own[name].shape]
-    groups = (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()), ("of another shape", reshaped))
+    current = adapter_state(module)
+    reshaped = [name for name in current if name in state and state[name].shape != current[name].shape]
+    groups = (("missing", current.keys() - state.keys()), ("unexpected", state.keys() - current.keys()), ("of another shape", reshaped))
     problems = [f"{len(names)} {kind} ({listed(names)})" for kind, names in groups if names]
     if problems:
         raise UserError(f"{source} does not fit the module's adapter: {'; '.join(problems)}; use the same base, rank and targets")
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in current.items():
             tensor.copy_(state[name])
 
 
@@ -191,8 +199,8 @@ def set_adapter(module: nn.Module, adapter: Adapter | None, scale: float = 1.0) 
     state = {name: torch.zeros_like(tensor) for name, tensor in adapter_state(module).items()}
     if adapter is not None:
         config = _config(module)
-        given, own = adapter.alpha / adapter.rank, config.lora_alpha / config.r
-        factor = scale if given == own else scale * adapter.alpha / adapter.rank / own
+        module_scale = config.lora_alpha / config.r
+        factor = scale if adapter.alpha / adapter.rank == module_scale else scale * adapter.alpha / adapter.rank / module_scale
         for name, tensor in adapter.state.items():
             if ".lora_A." in name:
                 state[name][: adapter.rank] = tensor
@@ -203,28 +211,28 @@ def set_adapter(module: nn.Module, adapter: Adapter | None, scale: float = 1.0) 
 
 @contextmanager
 def adapter_disabled(module: nn.Module) -> Iterator[None]:
-    """Within the block the module computes what its base computes. May be nested; `requires_grad` flags come out as they went in."""
+    """Let the module compute what its base computes, within the block. May be nested; `requires_grad` flags come out as they went in."""
     layers = _tuner_layers(module)
-    former = [layer.disable_adapters for layer in layers]
+    disabled_before = [layer.disable_adapters for layer in layers]
     flags = [(parameter, parameter.requires_grad) for parameter in adapter_parameters(module)]
     try:
         for layer in layers:
             layer.enable_adapters(False)
         yield
     finally:
-        for layer, disabled in zip(layers, former, strict=True):
+        for layer, disabled in zip(layers, disabled_before, strict=True):
             layer.enable_adapters(not disabled)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
 def adapter_enabled(module: nn.Module) -> bool:
-    """Whether the module computes with an adapter: it has one, and is not within `adapter_disabled`."""
+    """Return whether the module computes with an adapter: it has one, and is not within `adapter_disabled`."""
     return any(not layer.disable_adapters for layer in _tuner_layers(module))
 
 
 def _tuner_layers(module: nn.Module) -> list[BaseTunerLayer]:
-    """Its layers with an adapter of any kind that peft has."""
+    """Return the layers with an adapter of any kind that peft has."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
@@ -237,7 +245,7 @@ def _layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 
 def _pair(layer: LoraLayer) -> tuple[nn.Linear, nn.Linear]:
-    """A and B of one adapted layer."""
+    """Return A and B of one adapted layer."""
     return cast(nn.Linear, layer.lora_A[ADAPTER_NAME]), cast(nn.Linear, layer.lora_B[ADAPTER_NAME])
 
 
@@ -246,7 +254,7 @@ def _config(module: nn.Module) -> LoraConfig:
 
 
 def _matching(names: Sequence[str], targets: Sequence[str]) -> set[str]:
-    """Names that peft adapts for a list of targets."""
+    """Return the names that peft adapts for a list of targets."""
     return {name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)}
 
 
@@ -283,7 +291,12 @@ def write_adapter(
     base_model: str | None = None,
     more: Mapping[str, str] | None = None,
 ) -> None:
-    """`save_adapter` of an adapter that is in no module. targets: as `add_lora` takes them; None: every adapted layer by its whole name."""
+    """Write an adapter that is in no module, as `save_adapter` does.
+
+    Args:
+        targets: as `add_lora` takes them; None: every adapted layer by its full name.
+        base_model, more: see `save_adapter`.
+    """
     from peft import LoraConfig
 
     rank, alpha = adapter.rank, int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
@@ -303,7 +316,7 @@ def write_adapter(
 
 
 def merge_adapters(first: Adapter, second: Adapter, scale: float) -> Adapter:
-    """The adapter that adds `first` and `scale` times `second`, exactly: dW_1 + s dW_2 = [B_1, s B_2] [A_1; A_2], no decomposition.
+    """Return the adapter that adds `first` and `scale` times `second`, exactly: dW_1 + s dW_2 = [B_1, s B_2] [A_1; A_2], no decomposition.
 
     Its rank is the sum of both, its alpha equal to the rank; each adapter's own alpha / rank goes into its B. A layer that only one of
     them adapts gets zeros from the other. Source: AR-CoPO's merge of the semi-on-policy and the on-policy adapter.
@@ -315,26 +328,26 @@ def merge_adapters(first: Adapter, second: Adapter, scale: float) -> Adapter:
     state: dict[str, Tensor] = {}
     for name in sorted({*first.modules, *second.modules}):
         down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
-        ones, others = ([adapter.state[key] for key in (down, up)] if down in adapter.state else None for adapter in (first, second))
-        there = ones or others
-        assert there is not None
-        if ones and others and (ones[0].shape[1], ones[1].shape[0]) != (others[0].shape[1], others[1].shape[0]):
-            sizes = " and ".join(f"{a.shape[1]} to {b.shape[0]}" for a, b in (ones, others))
+        pair_1, pair_2 = ([adapter.state[key] for key in (down, up)] if down in adapter.state else None for adapter in (first, second))
+        present = pair_1 or pair_2
+        assert present is not None
+        if pair_1 and pair_2 and (pair_1[0].shape[1], pair_1[1].shape[0]) != (pair_2[0].shape[1], pair_2[1].shape[0]):
+            sizes = " and ".join(f"{a.shape[1]} to {b.shape[0]}" for a, b in (pair_1, pair_2))
             raise UserError(f"the adapters of {name} go from {sizes}; adapters can be merged that were trained over one base model")
         downs, ups = [], []
-        for adapter, factor, parts in ((first, 1.0, ones), (second, scale, others)):
-            if parts is None:
-                parts = [there[0].new_zeros(adapter.rank, there[0].shape[1]), there[1].new_zeros(there[1].shape[0], adapter.rank)]
-            downs.append(parts[0].float())
-            ups.append(parts[1].float() * (factor * adapter.alpha / adapter.rank))
+        for adapter, factor, pair in ((first, 1.0, pair_1), (second, scale, pair_2)):
+            if pair is None:
+                pair = [present[0].new_zeros(adapter.rank, present[0].shape[1]), present[1].new_zeros(present[1].shape[0], adapter.rank)]
+            downs.append(pair[0].float())
+            ups.append(pair[1].float() * (factor * adapter.alpha / adapter.rank))
         state[down], state[up] = torch.cat(downs), torch.cat(ups, dim=1)
     return Adapter(state, rank, float(rank))
 
 
 def fold_adapter(state: Mapping[str, Tensor], adapter: Adapter, *, source: str | Path = "the adapter") -> dict[str, Tensor]:
-    """A model's state dict under diffusers names with the adapter in its weights: W + (alpha / r) B A, computed and left in float32.
+    """Return a state dict under diffusers names with the adapter in its weights: W + (alpha / r) B A, computed and left in float32.
 
-    Folded before the weights are rounded to the dtype they are used in, which is closer to what the adapter was trained as than three
+    The adapter is folded before the weights are rounded to the dtype they are used in, which is closer to what it was trained as than three
     half-precision products.
 
     Raises:
@@ -373,13 +386,13 @@ def load_adapter(
                 sizes = f"{down.shape[1]} to {up.shape[0]}, the model's layer goes from {layer.in_features} to {layer.out_features}"
                 raise UserError(f"{path}: the adapter of {name} goes from {sizes}; use its own base model")
         suffixes = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in adapter.modules})
-        short = _matching(list(linear), suffixes) == set(adapter.modules)
-        add_lora(module, rank=adapter.rank, alpha=adapter.alpha, targets=suffixes if short else adapter.modules, seed=0, dtype=dtype)
+        every_block = _matching(list(linear), suffixes) == set(adapter.modules)
+        add_lora(module, rank=adapter.rank, alpha=adapter.alpha, targets=suffixes if every_block else adapter.modules, seed=0, dtype=dtype)
     else:
         own_config = _config(module)
         if (own_config.r, own_config.lora_alpha) != (adapter.rank, adapter.alpha):
-            own = f"the module's adapter has rank {own_config.r} and alpha {own_config.lora_alpha:g}"
-            raise UserError(f"{path} has rank {adapter.rank} and alpha {adapter.alpha:g}, {own}; configure the same")
+            conflict = f"the module's adapter has rank {own_config.r} and alpha {own_config.lora_alpha:g}"
+            raise UserError(f"{path} has rank {adapter.rank} and alpha {adapter.alpha:g}, {conflict}; configure the same")
     load_adapter_state(module, adapter.state, source=path)
     if scale != 1:
         set_adapter(module, adapter, scale)

@@ -45,8 +45,10 @@ logger = logging.getLogger(__name__)
 
 
 def clean_prompt(prompt: str) -> str:
-    """A prompt as the official code hands it to the tokenizer: broken Unicode mended and typographic quotes made straight (ftfy), HTML
-    entities resolved twice, every run of white space one space.
+    """Return a prompt as the official code hands it to the tokenizer.
+
+    Broken Unicode is mended and typographic quotes are made straight (ftfy), HTML entities are resolved twice, and every run of white space
+    becomes one space.
 
     Raises:
         UserError: ftfy is not installed. Without it the same prompt would give other tokens, and another video.
@@ -63,7 +65,12 @@ def clean_prompt(prompt: str) -> str:
 
 @dataclass(frozen=True)
 class TextEncoderFiles:
-    """Where an encoder lies. weights: the official .pth, or a transformers directory. tokenizer: a tokenizer.json."""
+    """The files of a text encoder.
+
+    Attributes:
+        weights: the official .pth, or a transformers directory.
+        tokenizer: a tokenizer.json.
+    """
 
     weights: Path
     tokenizer: Path
@@ -88,20 +95,20 @@ class TextEncoderFiles:
 
     @property
     def weight_files(self) -> list[Path]:
-        """The files with tensors: one, or all shards."""
+        """Files with tensors: one, or all shards."""
         if self.weights.is_file():
             return [self.weights]
-        whole = self.weights / "model.safetensors"
-        files = [whole] if whole.exists() else sorted(self.weights.glob("model-*-of-*.safetensors"))
+        single = self.weights / "model.safetensors"
+        files = [single] if single.exists() else sorted(self.weights.glob("model-*-of-*.safetensors"))
         if not files:
             raise UserError(f"{self.weights} has no weights; expected model.safetensors, or the shards model-*-of-*.safetensors")
         return files
 
     def width(self) -> int:
-        """Of an embedding, text_dim, from a configuration or from shapes; no weights are loaded.
+        """Return the width of an embedding, text_dim, from a configuration or from shapes; no weights are loaded.
 
         Raises:
-            UserError: the files are no such encoder's.
+            UserError: the files are not those of a UMT5 encoder.
         """
         if self.weights.is_dir():
             width = read_json(self.weights / "config.json").get("d_model")
@@ -113,24 +120,24 @@ class TextEncoderFiles:
         return width
 
     def fingerprint(self) -> str:
-        """What tells encoders apart: a digest of sizes and of samples spread over every file, at most 4 MiB each, wherever they lie.
+        """Return a digest that tells encoders apart: of sizes and of samples spread over every file, at most 4 MiB each, wherever they lie.
 
         Training changes every tensor, so samples suffice; reading all 11 GB would take longer than most encodings.
         """
         blocks, length = 64, 1 << 16
         configs = [self.weights / "config.json"] if self.weights.is_dir() else []
-        found = hashlib.sha256()
+        samples = hashlib.sha256()
         for path in [*self.weight_files, *configs, self.tokenizer]:
             try:
                 with path.open("rb") as file:
                     size = file.seek(0, os.SEEK_END)
-                    found.update(size.to_bytes(8, "big"))
+                    samples.update(size.to_bytes(8, "big"))
                     for block in range(blocks):
                         file.seek(max(0, size - length) * block // (blocks - 1))
-                        found.update(file.read(length))
+                        samples.update(file.read(length))
             except OSError as error:
                 raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        return found.hexdigest()
+        return samples.hexdigest()
 
 
 # Module names inside one block of the official encoder, and outside the blocks: those of transformers. (wan/modules/t5.py, T5Encoder)
@@ -150,7 +157,7 @@ _MODEL_NAMES = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
 
 
 def transformers_name(name: str) -> str:
-    """The name in transformers' UMT5EncoderModel of an official parameter; a name that is not official is returned as it is."""
+    """Return the name in transformers' UMT5EncoderModel of an official parameter; a name that is not official is returned as it is."""
     module, _, parameter = name.rpartition(".")
     if module in _MODEL_NAMES:
         return f"{_MODEL_NAMES[module]}.{parameter}"
@@ -161,7 +168,7 @@ def transformers_name(name: str) -> str:
 
 
 def load_umt5(files: TextEncoderFiles, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> UMT5EncoderModel:
-    """A frozen encoder in evaluation mode.
+    """Return a frozen encoder in evaluation mode.
 
     Tensors of the file's dtype stay mapped on a CPU, and go to a GPU one by one: there is never a second copy in host memory.
 
@@ -174,8 +181,8 @@ def load_umt5(files: TextEncoderFiles, *, dtype: torch.dtype = torch.bfloat16, d
     state: dict[str, Tensor] = {}
     for file in files.weight_files:
         part = rename(strip_wrappers(read_container(file), file), transformers_name, file)
-        if twice := part.keys() & state.keys():
-            raise UserError(f"{file} repeats {len(twice)} tensors of another shard ({listed(twice, 3)}); copy the shards again")
+        if repeated := part.keys() & state.keys():
+            raise UserError(f"{file} repeats {len(repeated)} tensors of another shard ({listed(repeated, 3)}); copy the shards again")
         state |= part
     if "shared.weight" in state:  # one table under two names, which some files hold once and some twice
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
@@ -193,7 +200,7 @@ def load_umt5(files: TextEncoderFiles, *, dtype: torch.dtype = torch.bfloat16, d
 
 
 def _sizes(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """transformers' configuration of an official file: what shapes say, and what the official code fixes."""
+    """Return transformers' configuration of an official file, from its shapes and from what the official code fixes."""
     block = "encoder.block.0.layer"
     needed = ["shared.weight", f"{block}.0.SelfAttention.q.weight", f"{block}.0.SelfAttention.relative_attention_bias.weight"]
     needed.append(f"{block}.1.DenseReluDense.wi_0.weight")
@@ -217,10 +224,10 @@ def _sizes(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(file: Path, text_len: int) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, set to cut prompts to `text_len` tokens, the end token included.
+    """Return the tokenizer of a tokenizer.json, set to cut prompts to `text_len` tokens, the end token included.
 
-    Everything it does stands in that file. transformers' own loader, from its version 5 on, goes by the class name in tokenizer_config.json
-    instead, and builds a T5Tokenizer without the file's normaliser.
+    The file says everything about the tokenizer. transformers' own loader, from its version 5 on, goes by the class name in
+    tokenizer_config.json instead, and builds a T5Tokenizer without the file's normalizer.
     """
     from tokenizers import Tokenizer
 
@@ -257,14 +264,15 @@ class UMT5TextEncoder:
     def load(
         cls, files: TextEncoderFiles, *, text_len: int = 512, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
     ) -> UMT5TextEncoder:
+        """Return an encoder of the given files; `text_len` rows in every embedding."""
         tokenizer = load_tokenizer(files.tokenizer, text_len)
         return cls(load_umt5(files, dtype=dtype, device=device), tokenizer, text_len)
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:
-        """A cleaned prompt -> the rows of its tokens [n <= text_len, text_dim], on the CPU, in the encoder's dtype.
+        """Return the rows of a cleaned prompt's tokens, [n <= text_len, text_dim], on the CPU, in the encoder's dtype.
 
-        What is too long is cut, as in the official code, and said in the log.
+        A prompt that is too long is cut, as in the official code, and the log says so.
         """
         tokens = self.tokenizer.encode(prompt)
         if tokens.overflowing:
@@ -276,7 +284,7 @@ class UMT5TextEncoder:
         return rows.cpu()
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> embeddings [B, text_len, text_dim] float32 on the CPU; rows beyond a prompt's tokens are exactly 0."""
+        """Return the embeddings of prompts, [B, text_len, text_dim] float32 on the CPU; rows beyond a prompt's tokens are exactly 0."""
         return _pad([self.encode(clean_prompt(prompt)) for prompt in prompts], self.text_len)
 
 
@@ -291,22 +299,22 @@ def _pad(rows: Sequence[Tensor], text_len: int) -> Tensor:
 
 
 def cache_directory() -> Path:
-    """Where embeddings lie unless told otherwise: arcopo_fast/text in the user's cache directory (XDG), which all runs share."""
+    """Return the default place of embeddings: arcopo_fast/text in the user's cache directory (XDG), which all runs share."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "arcopo_fast" / "text"
 
 
 class CachedTextEncoder:
-    """Embeddings from disk; what is not there yet is encoded once, by an encoder that exists only meanwhile.
+    """Embeddings from disk; a prompt that has none is encoded once, by an encoder that exists only meanwhile.
 
     Processes may share a directory: a file appears complete or not at all, and two that encode the same prompt write the same.
     Files that are broken are reported and made again.
 
     Args:
-        load: makes the encoder; a UMT5TextEncoder's `encode` is what is used of it.
+        load: makes the encoder, of which `encode` is used.
         fingerprint: tells apart all encoders, and settings of one, that share the directory.
         text_len: rows of every embedding, padding included.
-        directory: of the files, one for each prompt, with the rows of its tokens; None: `cache_directory()`.
+        directory: holds one file for each prompt, with the rows of its tokens; None: `cache_directory()`.
     """
 
     def __init__(
@@ -327,25 +335,25 @@ class CachedTextEncoder:
         device: torch.device | str = "cpu",
         directory: str | Path | None = None,
     ) -> CachedTextEncoder:
-        """For the encoder of a Wan2.1 directory, official or in diffusers' form. Nothing is loaded yet, but its files are there.
+        """Return the encoder of a Wan2.1 directory, official or in diffusers' form. Nothing is loaded yet, but its files are there.
 
         Args:
             checkpoint: the directory with the encoder and its tokenizer.
             text_len: as in the generator's configuration.
-            dtype: of the encoder's weights and arithmetic, and of what is stored.
+            dtype: of the encoder's weights and arithmetic, and of the stored rows.
             device: where the encoder runs; embeddings are always on the CPU.
-            directory: of the cache.
+            directory: where embeddings are kept; None: `cache_directory()`.
         """
         files = TextEncoderFiles.find(checkpoint)
         load = partial(UMT5TextEncoder.load, files, text_len=text_len, dtype=dtype, device=device)
         return cls(load, fingerprint=f"{files.fingerprint()} {dtype}", text_len=text_len, directory=directory)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> embeddings [B, text_len, text_dim] float32 on the CPU; rows beyond a prompt's tokens are exactly 0."""
+        """Return the embeddings of prompts, [B, text_len, text_dim] float32 on the CPU; rows beyond a prompt's tokens are exactly 0."""
         prompts = [clean_prompt(prompt) for prompt in prompts]
-        found = {prompt: self._read(prompt) for prompt in dict.fromkeys(prompts)}
-        rows = {prompt: part for prompt, part in found.items() if part is not None}
-        rows |= self._encode([prompt for prompt in found if prompt not in rows])
+        cached = {prompt: self._read(prompt) for prompt in dict.fromkeys(prompts)}
+        rows = {prompt: part for prompt, part in cached.items() if part is not None}
+        rows |= self._encode([prompt for prompt in cached if prompt not in rows])
         return _pad([rows[prompt] for prompt in prompts], self.text_len)
 
     def encode_all(self, prompts: Sequence[str]) -> None:
@@ -374,7 +382,7 @@ class CachedTextEncoder:
         return self.directory / f"{digest(key)}.safetensors"
 
     def _read(self, prompt: str) -> Tensor | None:
-        """The rows of a cleaned prompt; None if they are not there, or not what was written."""
+        """Return the rows of a cleaned prompt; None if its file is missing or broken."""
         path = self._file(prompt)
         try:
             with safe_open(path, framework="pt") as file:
@@ -407,6 +415,6 @@ class CachedTextEncoder:
 
 
 def _digest(prompt: str, rows: Tensor) -> str:
-    """Of a prompt and its rows, bit for bit."""
+    """Return the digest of a prompt and its rows, bit for bit."""
     about = json.dumps([prompt, str(rows.dtype), list(rows.shape)])
     return digest(about.encode() + rows.contiguous().view(torch.uint8).numpy().tobytes())

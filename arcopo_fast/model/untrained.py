@@ -25,7 +25,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def untrained_wan(config: CausalWanConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int) -> CausalWan:
-    """A frozen causal Wan with random weights. The same seed gives the same weights on the same kind of device."""
+    """Return a frozen causal Wan with random weights. The same seed gives the same weights on the same kind of device."""
     with torch.device("meta"):
         model = CausalWan(config)
     branch = (3 * config.num_layers) ** -0.5  # a block adds three times to the residual stream
@@ -37,7 +37,7 @@ def untrained_wan(config: CausalWanConfig, *, dtype: torch.dtype, device: torch.
 
 
 def untrained_vae(sizes: VAESizes, *, dtype: torch.dtype, device: torch.device | str, seed: int) -> AutoencoderKLWan:
-    """A frozen AutoencoderKLWan with random weights and the latent statistics of Wan2.1, in evaluation mode."""
+    """Return a frozen AutoencoderKLWan with random weights and the latent statistics of Wan2.1, in evaluation mode."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan  # only where it is needed, as in vae.py
 
     with torch.device("meta"):
@@ -53,7 +53,7 @@ def untrained_vae(sizes: VAESizes, *, dtype: torch.dtype, device: torch.device |
 
 
 class HashedText:
-    """In the place of a text encoder: an embedding drawn by the hash of the prompt, of no meaning but of the shape of a real one.
+    """A stand-in for a text encoder: an embedding drawn by the hash of the prompt, without meaning but of the shape of a real one.
 
     The first 8 to `text_len` / 4 rows are random, the rest exactly zero, as padded prompts are.
     """
@@ -64,11 +64,11 @@ class HashedText:
 
     @property
     def fingerprint(self) -> str:
-        """What its embeddings depend on."""
+        """Name of everything that its embeddings depend on."""
         return f"hashed {self.text_len} {self.text_dim}"
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """[B, text_len, text_dim] float32 on the CPU."""
+        """Return the embeddings of prompts, [B, text_len, text_dim] float32 on the CPU."""
         embeddings = torch.zeros(len(prompts), self.text_len, self.text_dim)
         for prompt, rows in zip(prompts, embeddings):
             digest = hashlib.sha256(prompt.encode()).digest()

@@ -1,10 +1,10 @@
 """The Wan VAE: a streaming decoder whose causal cache is an explicit value, the encoder, and loading.
 
 The parameters are those of diffusers' AutoencoderKLWan, and so is the encoder. The decoder's arithmetic is written out here, over the same
-modules, for inference: channels stay innermost from latents to pixels ([B, F, H, W, C] in memory), no padding is materialised, norm and
+modules, for inference: channels stay innermost from latents to pixels ([B, F, H, W, C] in memory), no padding is materialized, norm and
 activation write where the next convolution reads, and an upsampled feature map never exists. What a causal convolution looks back at is a
 `VAECache` that goes in and comes out. A cache is never changed, so the one taken at the pivot serves every branch.
-Knows nothing of generators or rewards: normalised latents in, frames out, and back.
+Knows nothing of generators or rewards: normalized latents in, frames out, and back.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:  # diffusers is imported when a VAE is loaded: a machine witho
 
 @dataclass(frozen=True, eq=False)
 class VAECache:
-    """What the decoder remembers of the latent frames decoded so far.
+    """The decoder's memory of the latent frames decoded so far.
 
     Attributes:
-        features: of each causal convolution that has run, the last two frames of its input, [B, 2, h, w, C]; zeros stand for frames
-            before the first.
-        frames: latent frames decoded so far.
+        features: for each causal convolution that has run, the last two frames of its input, [B, 2, H, W, C] in its own rows and columns;
+            zeros stand for frames before the first.
+        frames: number of latent frames decoded so far.
     """
 
     features: Mapping[nn.Module, Tensor]
@@ -51,18 +51,19 @@ class VAECache:
 
 
 def fork(cache: VAECache, branches: int) -> VAECache:
-    """The cache of one video as the cache of a batch of `branches` videos that continue it. Views, no copies."""
+    """Return the cache of one video as the cache of a batch of `branches` videos that continue it: views, no copies."""
     if cache.batch not in (None, 1):
         raise ValueError(f"a cache of batch 1 can be forked, this one has batch {cache.batch}")
     return VAECache({conv: feature.expand(branches, -1, -1, -1, -1) for conv, feature in cache.features.items()}, cache.frames)
 
 
 class StreamingDecoder:
-    """Decodes latents chunk by chunk, without gradients. The first latent frame of a video gives one pixel frame, each later one four
-    (2 to the number of temporal upsamplers).
+    """A decoder of latents chunk by chunk, without gradients.
+
+    The first latent frame of a video gives one pixel frame, each later one four (2 to the number of temporal upsamplers).
 
     Args:
-        vae: whose parameters are used, as they are at each call, in their dtype and on their device; a bfloat16 VAE decodes in bfloat16.
+        vae: its parameters are used as they are at each call, in their dtype and on their device; a bfloat16 VAE decodes in bfloat16.
             `channels_last` makes it faster.
         frames_per_call: latent frames in one call of the network; a video's first frame always has a call of its own. 1, as in the
             official decoder, takes the least memory, and the calls are the same however a clip is cut into chunks, so the frames are
@@ -77,14 +78,14 @@ class StreamingDecoder:
         self._mean, self._std = _statistics(vae, self._dtype)
 
     def start(self) -> VAECache:
-        """The cache of a video of which nothing is decoded yet; it fits every batch size."""
+        """Return the cache of a video of which nothing is decoded yet; it fits every batch size."""
         return VAECache({}, 0)
 
     def decode(self, latents: Tensor, cache: VAECache) -> tuple[Tensor, VAECache]:
         """Decode the next chunk.
 
         Args:
-            latents: [B, F, C, h, w], normalised, that is, as the generator produces them; any dtype.
+            latents: [B, F, C, h, w], normalized, that is, as the generator produces them; any dtype.
             cache: what `start`, a former call or `fork` returned, for the same batch size. It is left as it is.
 
         Returns:
@@ -95,7 +96,7 @@ class StreamingDecoder:
 
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor, cache: VAECache) -> tuple[Tensor, VAECache]:
-        """`decode` before the clamp: the network's own output, nominally in [-1, 1]."""
+        """Decode the next chunk like `decode`, but without the clamp: return the network's own output, nominally in [-1, 1]."""
         channels = self._mean.shape[0]
         if latents.dim() != 5 or latents.shape[1] == 0 or latents.shape[2] != channels:
             raise ValueError(f"latents have shape {list(latents.shape)}; expected [B, F >= 1, {channels}, h, w]")
@@ -111,7 +112,7 @@ class StreamingDecoder:
             if part.shape[1]:  # every layer is called with the shapes of the part, so a clip's chunks leave no trace in its frames
                 part = _pointwise(self.vae.post_quant_conv, part.contiguous())
                 y = _decoder(self.vae.decoder, part, features, first=bool(alone) and not pixels)
-                # Output channels are (colour, column, row) of a patch; in the frame a row of patches is `patch` rows of pixels.
+                # Output channels are (color, column, row) of a patch; in the frame a row of patches is `patch` rows of pixels.
                 y = y.unflatten(-1, (3, patch, patch)).permute(0, 1, 4, 2, 6, 3, 5).to(self._dtype, memory_format=torch.contiguous_format)
                 pixels.append(y.flatten(3, 4).flatten(4, 5))  # [B, F, 3, H, W]
         return torch.cat(pixels, dim=1), VAECache(features, cache.frames + latents.shape[1])
@@ -121,7 +122,7 @@ class StreamingDecoder:
 
 
 def _decoder(decoder: Any, z: Tensor, features: dict[nn.Module, Tensor], *, first: bool) -> Tensor:
-    """Latent frames z [B, F, h, w, C] -> [B, pixel frames, H, W, 3 p^2]; `first`: z is the first frame of the video, alone."""
+    """Decode latent frames z [B, F, h, w, C] -> [B, pixel frames, H, W, 3 p^2]; `first`: z is the first frame of the video, alone."""
     window = _window(decoder.conv_in, z, features)
     window[:, -z.shape[1] :] = z
     x = _causal_conv(decoder.conv_in, window, features)
@@ -134,7 +135,7 @@ def _decoder(decoder: Any, z: Tensor, features: dict[nn.Module, Tensor], *, firs
 
 
 def _up_block(block: Any, x: Tensor, features: dict[nn.Module, Tensor], *, first: bool) -> Tensor:
-    """Residual blocks, upsampling, and in a Wan 2.2 VAE the shortcut around them, which repeats values."""
+    """Run residual blocks, upsampling, and in a Wan 2.2 VAE the shortcut around them, which repeats values."""
     y = x
     for resnet in block.resnets:
         y = _residual_block(resnet, y, features)
@@ -160,7 +161,7 @@ def _residual_block(block: Any, x: Tensor, features: dict[nn.Module, Tensor]) ->
 
 
 def _attention(block: Any, x: Tensor) -> Tensor:
-    """Single-head self-attention within each frame."""
+    """Run single-head self-attention within each frame."""
     tokens = x.flatten(2, 3).flatten(0, 1)  # [B F, H W, C]
     normed = rms_norm(tokens, block.norm.gamma.flatten(), eps=1e-24)  # diffusers' floor of 1e-12 under the norm, not its mean square
     query, key, value = _pointwise(block.to_qkv, normed).unsqueeze(1).chunk(3, dim=-1)
@@ -169,13 +170,13 @@ def _attention(block: Any, x: Tensor) -> Tensor:
 
 
 def _upsample(upsampler: Any, x: Tensor, features: dict[nn.Module, Tensor], *, first: bool) -> Tensor:
-    """Twice the rows and columns, and where the upsampler has a `time_conv` twice the frames, except of the first frame."""
+    """Double rows and columns, and where the upsampler has a `time_conv` the frames, too, except the first frame."""
     if upsampler.mode == "upsample3d" and not first:
         window = _window(upsampler.time_conv, x, features)
         window[:, -x.shape[1] :] = x
         y = _causal_conv(upsampler.time_conv, window, features)  # [B, F, H, W, 2 C]: of each frame two
         x = y.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2)
-    # Nearest-neighbour doubling followed by a 3 x 3 convolution reads each input pixel as a 2 x 2 block. Summing the taps that fall on the
+    # Nearest-neighbor doubling followed by a 3 x 3 convolution reads each input pixel as a 2 x 2 block. Summing the taps that fall on the
     # same input pixel turns the two into one transposed convolution of kernel 4 and stride 2: 4/9 of the operations, nothing to store.
     conv = upsampler.resample[1]
     kernel = functional.avg_pool2d(conv.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1).transpose(0, 1)
@@ -190,7 +191,7 @@ def _norm_silu_conv(norm: Any, conv: Any, x: Tensor, features: dict[nn.Module, T
 
 
 def _window(conv: Any, x: Tensor, features: dict[nn.Module, Tensor]) -> Tensor:
-    """What a causal convolution reads: its history [B, 2, H, W, C], then room for the new frames x; without history, zeros.
+    """Return what a causal convolution reads: its history [B, 2, H, W, C], then room for the new frames x; without history, zeros.
 
     A single frame without history, which is what each convolution sees of a video's first latent frame, has room for itself only.
     """
@@ -221,22 +222,22 @@ def _causal_conv(conv: Any, window: Tensor, features: dict[nn.Module, Tensor]) -
 
 
 def _pointwise(conv: Any, x: Tensor) -> Tensor:
-    """A convolution of kernel 1 over x [.., C]."""
+    """Run a convolution of kernel 1 over x [..., C]."""
     return functional.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 def _channels_first(x: Tensor) -> Tensor:
-    """[B, .., C] as PyTorch's convolutions take it: a view [B, C, ..] whose memory format is channels_last."""
+    """Return x [B, ..., C] as PyTorch's convolutions take it: a view [B, C, ...] whose memory format is channels_last."""
     return x.movedim(-1, 1)
 
 
 def _channels_innermost(x: Tensor) -> Tensor:
-    """The way back. A view, except where a backend answered in another memory format."""
+    """Return x [B, C, ...] as [B, ..., C]: a view, except where a backend answered in another memory format."""
     return x.movedim(1, -1).contiguous()
 
 
 def encode(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
-    """Encode whole clips: frames [B, 1 + 4 n, 3, H, W] in [0, 1] -> normalised latents [B, 1 + n, C, h, w]; a single frame is an image.
+    """Encode whole clips: frames [B, 1 + 4 n, 3, H, W] in [0, 1] -> normalized latents [B, 1 + n, C, h, w]; a single frame is an image.
 
     The mean of the posterior, no sampling; float32 (float64 of a float64 VAE).
     """
@@ -250,7 +251,7 @@ def encode(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
 
 
 def _statistics(vae: AutoencoderKLWan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C] of the raw latents: raw = normalised * std + mean."""
+    """Return mean and standard deviation [C] of the raw latents: raw = normalized * std + mean."""
     config = vae.config
     mean, std = (torch.tensor(config[name], dtype=dtype, device=vae.device) for name in ("latents_mean", "latents_std"))
     if not len(mean) == len(std) == config["z_dim"]:
@@ -262,7 +263,7 @@ def _statistics(vae: AutoencoderKLWan, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
-    """A frozen VAE in evaluation mode, on the CPU.
+    """Return a frozen VAE in evaluation mode, on the CPU.
 
     Args:
         path: a diffusers directory (or a pipeline directory with a `vae` in it), or a single file with official (Wan2.1_VAE.pth) or
@@ -300,7 +301,7 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencode
 
 
 def _check_statistics(vae: AutoencoderKLWan, source: Path) -> None:
-    """Raise `UserError` if a configuration's mean and deviation of the latents are none."""
+    """Raise `UserError` unless a configuration has a finite mean and a positive deviation for each latent channel."""
     for name in ("latents_mean", "latents_std"):
         values = vae.config[name]
         numbers = isinstance(values, list | tuple) and all(
@@ -312,7 +313,8 @@ def _check_statistics(vae: AutoencoderKLWan, source: Path) -> None:
 
 
 def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """The same VAE with the weights of its 3-d convolutions in the memory format that is fastest: on a CPU nearly twice as fast."""
+    """Put the weights of a VAE's 3-d convolutions in the memory format that is fastest, on a CPU nearly twice as fast; return the same
+    VAE."""
     for parameter in vae.parameters():
         if parameter.dim() == 5:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
@@ -333,7 +335,7 @@ _HALF_NAMES = {
 
 
 def official_to_diffusers_names(state: Mapping[str, Tensor], *, source: str | Path = "the checkpoint") -> dict[str, Tensor]:
-    """The state dict of an official Wan2.1 VAE under diffusers' names. diffusers names are returned as they are.
+    """Return the state dict of an official Wan2.1 VAE under diffusers' names. diffusers names are returned as they are.
 
     The official decoder counts its residual blocks and upsamplers in one list, diffusers groups them by resolution; the first
     upsampler tells how many blocks a resolution has.
@@ -363,11 +365,11 @@ def official_to_diffusers_names(state: Mapping[str, Tensor], *, source: str | Pa
 
 
 def infer_vae_config(state: Mapping[str, Tensor], *, source: str | Path = "the checkpoint") -> dict[str, object]:
-    """AutoencoderKLWan's configuration from a state dict with diffusers names, for VAEs of Wan2.1's kind and its 16 latent channels."""
+    """Return AutoencoderKLWan's configuration from a state dict with diffusers names, for VAEs like Wan2.1's with 16 latent channels."""
     needed = {"encoder.conv_in.weight": 5, "decoder.conv_in.weight": 5, "decoder.conv_out.weight": 5}
-    if wrong := [name for name, rank in needed.items() if name not in state or state[name].dim() != rank or not state[name].numel()]:
+    if misshapen := [name for name, rank in needed.items() if name not in state or state[name].dim() != rank or not state[name].numel()]:
         found = f"{len(state)} tensors such as {', '.join(sorted(state)[:3])}" if state else "no tensors"
-        raise UserError(f"{source} is not a Wan VAE: {wrong[0]} is missing or misshapen among {found}; give a Wan2.1 VAE checkpoint")
+        raise UserError(f"{source} is not a Wan VAE: {misshapen[0]} is missing or misshapen among {found}; give a Wan2.1 VAE checkpoint")
     if any(name.startswith("encoder.down_blocks.0.resnets.") for name in state):
         raise UserError(f"{source} is a Wan2.2 VAE; its sizes cannot be read off the weights, so give its diffusers directory")
     base_dim, in_channels = state["encoder.conv_in.weight"].shape[:2]

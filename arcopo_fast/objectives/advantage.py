@@ -43,13 +43,13 @@ def zscore(
         rounding: a standard deviation of at most this is no variance; None: that of the rewards themselves, see `rounding_of`.
     """
     rewards = rewards.double()
-    centred = rewards - rewards.mean()
-    deviation = centred.square().mean().sqrt()
+    centered = rewards - rewards.mean()
+    deviation = centered.square().mean().sqrt()
     if rewards.max() == rewards.min() or deviation <= (rounding_of(rewards) if rounding is None else rounding):
-        return torch.zeros_like(centred)
+        return torch.zeros_like(centered)
     if std == "sample":
         deviation *= (len(rewards) / (len(rewards) - 1)) ** 0.5
-    return centred / max(deviation.item(), std_floor)
+    return centered / max(deviation.item(), std_floor)
 
 
 def rounding_of(rewards: Tensor) -> float:
@@ -82,7 +82,7 @@ def group_advantages(
         components: rewards [G] by name.
         weights: their weights.
         combine: "sum" z-scores the weighted sum; "per_reward_zscore" sums the z-scores, so that a reward's spread does not weigh.
-        kind: "quasi_norm" normalises the result as Neighbor GRPO does, with exponent p.
+        kind: "quasi_norm" normalizes the result as Neighbor GRPO does, with exponent p.
         std_floor, std: see `zscore`.
         largest: |A_i| is cut off there.
     """

@@ -184,7 +184,7 @@ class Objective(ABC, Generic[S]):
         with stage("replay"):
             found = self.batching.until_it_fits(partial(self._gradient, lessons, trained, stepper.optimizer), most)
         logged = [(f"update{update + 1}/{name}", value) for statistics in found for name, value in self.summary(statistics).items()]
-        with stage("optimiser"):
+        with stage("optimizer"):
             try:
                 step = stepper.take()
             except GradientNotFinite as error:

@@ -1,7 +1,7 @@
 """AR-CoPO: pull the policy's prediction of the pivot chunk towards well-scored candidates (arXiv 2603.17461).
 
 Members differ in the pivot's initial noise. Each anchor's prediction is compared with all candidates of its group: the surrogate policy is
-a softmax over their distances, and its clipped ratio is maximised (`arcopo_kernels.surrogate`).
+a softmax over their distances, and its clipped ratio is maximized (`arcopo_kernels.surrogate`).
 """
 
 from __future__ import annotations

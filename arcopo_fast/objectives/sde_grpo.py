@@ -1,4 +1,4 @@
-"""SDE-GRPO: explore through the noise of the denoising steps, and maximise the clipped ratio of their transition probabilities.
+"""SDE-GRPO: explore through the noise of the denoising steps, and maximize the clipped ratio of their transition probabilities.
 
 The baseline that AR-CoPO is compared with (DanceGRPO 2505.07818, Flow-GRPO 2505.05470, CM-GRPO of RAVEN 2605.15190), on the same groups:
 members share the prefix and everything after the pivot chunk, and differ in the noise that each draws at the pivot's steps. With

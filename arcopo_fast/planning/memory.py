@@ -142,7 +142,7 @@ def _kept(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Estimate:
         {
             "generator weights": itemsize(config.generator.dtype) * transformer_parameters(model),
             "adapters, float32": adapters,
-            "optimiser and gradients": 3 * adapters,  # two moments
+            "optimizer and gradients": 3 * adapters,  # two moments
             **({} if buffered else {"the old policy": 2 * adapters}),
             "keys and values of the prefix": (pages - tails) * _page_bytes(config, sizes),
             f"keys and values of {'evaluations' if buffered else 'the branches'}": tails * _page_bytes(config, sizes),

@@ -177,7 +177,7 @@ def iteration(config: Config, model: CausalWanConfig, vae: VAESizes | None, pivo
         "denoise": chunks(pivot, shape.chunks, False) * group,
         "clean": chunks(pivot, last, True) * group,
         "replay": train * objective.updates + old * (objective.updates - 1),
-        "optimiser": Work(traffic=ADAMW_PASSES * 4 * lora_parameters(config, model)) * objective.updates,
+        "optimizer": Work(traffic=ADAMW_PASSES * 4 * lora_parameters(config, model)) * objective.updates,
     }
     if vae is not None:
         before = sum(shape.chunk_frames[:pivot])

@@ -1,4 +1,4 @@
-"""Charts as SVG text, for a page that needs nothing else; their colours are the page's (`reports.html`)."""
+"""Charts as SVG text, for a page that needs nothing else; their colors are the page's (`reports.html`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 Points = Sequence[tuple[float, float]]
-COLOURS = 8  # of series, in the page's style: s0, s1, ... for lines, f0, f1, ... for what is filled
+COLORS = 8  # of series, in the page's style: s0, s1, ... for lines, f0, f1, ... for what is filled
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def line_chart(
     width: int = 360,
     height: int = 190,
 ) -> str:
-    """An SVG of lines, over iterations if `x_label` says nothing else; its colours are the page's.
+    """An SVG of lines, over iterations if `x_label` says nothing else; its colors are the page's.
 
     Args:
-        series: label -> (x, y) points with finite numbers; one without points keeps its colour free. A single series needs no label.
+        series: label -> (x, y) points with finite numbers; one without points keeps its color free. A single series needs no label.
         smooth: draw a moving mean over a tenth of the points; with a single series the points themselves stay visible behind it.
         spreads: label -> what lies behind the line of that label.
         legend: name the series, if there are several.
@@ -68,13 +68,13 @@ def line_chart(
         if label in spreads:
             band = spreads[label].band
             outline = [*((x, low) for x, low, _ in band), *((x, high) for x, _, high in reversed(band))]
-            drawn.append(plane.path(outline, f"band f{index % COLOURS}", tag="polygon"))
-            drawn += [plane.path(points, f"thin s{index % COLOURS}") for points in spreads[label].lines]
-    drawn += [plane.path(points, f"line s{index % COLOURS}") for index, points in enumerate(curves.values())]
+            drawn.append(plane.path(outline, f"band f{index % COLORS}", tag="polygon"))
+            drawn += [plane.path(points, f"thin s{index % COLORS}") for points in spreads[label].lines]
+    drawn += [plane.path(points, f"line s{index % COLORS}") for index, points in enumerate(curves.values())]
     if legend:
         start = plane.left
         for index, label in enumerate(series):
-            drawn.append(f'<line class="line s{index % COLOURS}" x1="{start:.0f}" x2="{start + 14:.0f}" y1="9" y2="9"/>')
+            drawn.append(f'<line class="line s{index % COLORS}" x1="{start:.0f}" x2="{start + 14:.0f}" y1="9" y2="9"/>')
             drawn.append(f'<text x="{start + 19:.0f}" y="13">{escape(label)}</text>')
             start += 36 + 6.6 * len(label)
     return _svg(drawn, title, width, height)
@@ -103,12 +103,12 @@ def scatter_chart(marks: Sequence[Mark], *, title: str, x_label: str, width: int
     drawn.append(f'<line class="axis" x1="{left:.1f}" x2="{right:.1f}" y1="{zero_y:.1f}" y2="{zero_y:.1f}"/>')
     drawn.append(f'<line class="axis" x1="{zero_x:.1f}" x2="{zero_x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
     for mark in marks:
-        colour = mark.series % COLOURS
+        color = mark.series % COLORS
         x, y = plane.place(mark.x, mark.y)
         for x_error, y_error in ((mark.x_error, 0.0), (0.0, mark.y_error)):
             ends = [(mark.x - x_error, mark.y - y_error), (mark.x + x_error, mark.y + y_error)]
-            drawn.append(plane.path(ends, f"error s{colour}"))
-        drawn.append(f'<circle class="f{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{escape(mark.label)}</title></circle>')
+            drawn.append(plane.path(ends, f"error s{color}"))
+        drawn.append(f'<circle class="f{color}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{escape(mark.label)}</title></circle>')
     return _svg(drawn, title, width, height)
 
 

@@ -184,7 +184,7 @@ def _curves(item: Series, statistic: Chart) -> list[list[tuple[float, float]]]:
 
 
 def _chart(title: str, curves: Mapping[str, Sequence[list[tuple[float, float]]]]) -> str:
-    """A line for each series; the series without one keep their colours."""
+    """A line for each series; the series without one keep their colors."""
     found = {label: over_seeds(runs) for label, runs in curves.items()}
     spreads = {label: spread for label, (_, spread) in found.items() if len(spread.lines) > 1}
     return line_chart({label: mean for label, (mean, _) in found.items()}, title=title, spreads=spreads, legend=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-from arcopo_fast.evaluation.study import MEASURES, RATIO, Study, figure_path, summarise
+from arcopo_fast.evaluation.study import MEASURES, RATIO, Study, figure_path, summarize
 from arcopo_fast.reports.html import page, section, table
 from arcopo_fast.reports.table import markdown_table
 from arcopo_fast.storage.atomic import atomic_write
@@ -17,7 +17,7 @@ from arcopo_fast.storage.video import stack_png
 
 def write_results(study: Study, name: str) -> str:
     """entropy.md, entropy.html and entropy.png from what is known; returns the Markdown."""
-    summary = summarise(study.records)
+    summary = summarize(study.records)
     text = markdown(study, summary)
     atomic_write(study.directory / "entropy.md", text)
     pictures = [path for entry in summary if (path := figure_path(study.directory, entry["pivot"])).is_file()]

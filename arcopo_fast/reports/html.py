@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from arcopo_fast.reports.charts import COLOURS
+from arcopo_fast.reports.charts import COLORS
 
 
 def page(title: str, parts: Iterable[str]) -> str:
@@ -40,8 +40,8 @@ def warning(title: str, content: str) -> str:
 
 
 def chip(index: int) -> str:
-    """The number of a series in its colour, from 1."""
-    return f'<b class="chip f{index % COLOURS}">{index + 1}</b>'
+    """The number of a series in its color, from 1."""
+    return f'<b class="chip f{index % COLORS}">{index + 1}</b>'
 
 
 def give_or_take(error: float, digits: int = 3) -> str:

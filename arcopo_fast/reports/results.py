@@ -28,6 +28,7 @@ from arcopo_fast.storage.metrics import FILE, LARGEST, Number, number, read_metr
 from arcopo_fast.storage.textfiles import Document, read_document
 
 DEVICE = "device.json"  # what a run ran on: device, versions, ceilings, and by pivot the seconds below which no stage of an iteration gets
+RENAMED_STAGES = {"optimiser": "optimizer"}  # as runs of former versions have it: as it is called now
 Record = Mapping[str, Any]
 
 
@@ -147,6 +148,7 @@ def stage_seconds(records: Sequence[Record]) -> dict[str, float]:
     for times in timed:
         for name, seconds in times.items():
             if math.isfinite(number(seconds)):
+                name = RENAMED_STAGES.get(name, name)
                 sums[name] = sums.get(name, 0.0) + seconds
     return {name: seconds / len(timed) for name, seconds in sums.items()}
 
@@ -161,5 +163,6 @@ def stage_floors(records: Sequence[Record], device: Mapping[str, Any]) -> dict[s
     sums: dict[str, float] = {}
     for pivot in pivots:
         for name, seconds in floor[pivot].items():
+            name = RENAMED_STAGES.get(name, name)
             sums[name] = sums.get(name, 0.0) + seconds
     return {name: seconds / len(pivots) for name, seconds in sums.items()}

@@ -25,7 +25,7 @@ def vbench_table(results: Mapping[str, VBenchScores]) -> str:
         (scores,) = results.values()
         columns = ["", "raw", "normalised", "videos"]
         rows = [
-            [name, _percent(scores.raw[name]), _percent(scores.normalised(name)), str(scores.videos[name] or "")] for name in DIMENSIONS
+            [name, _percent(scores.raw[name]), _percent(scores.normalized(name)), str(scores.videos[name] or "")] for name in DIMENSIONS
         ]
         rows += [[f"**{name}**", "", _percent(mean), ""] for name, mean in scores.means().items()]
     else:

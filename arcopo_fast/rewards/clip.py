@@ -82,7 +82,7 @@ class CLIPScore(nn.Module, Reward):
         return F.cosine_similarity(both.image_embeds.float(), both.text_embeds.float(), dim=-1).mean()
 
     def pixels(self, frames: Tensor) -> Tensor:
-        """[F, 3, H, W] in [0, 1] -> [F, 3, size, size]: the shorter side to `size`, bicubic with antialiasing, the middle, normalised.
+        """[F, 3, H, W] in [0, 1] -> [F, 3, size, size]: the shorter side to `size`, bicubic with antialiasing, the middle, normalized.
 
         Within a level and a half of 256 of CLIPImageProcessor: it rounds to whole levels after the rows and after the columns. It also
         cuts what overshoots both times, so the two are resized one after the other here too.

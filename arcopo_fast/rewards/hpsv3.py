@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.qwen2vl import model as qwen2vl
-from arcopo_fast.rewards.qwen2vl.frames import Patches, fitting_size, quantise, resize
+from arcopo_fast.rewards.qwen2vl.frames import Patches, fitting_size, quantize, resize
 from arcopo_fast.rewards.qwen2vl.text import Conversation, load_tokenizer, read_instruction
 from arcopo_fast.storage import hub
 
@@ -63,7 +63,7 @@ class FrameJudge(nn.Module):
     def forward(self, frames: Tensor, prompt: str) -> Tensor:
         """Judge frames [F, 3, H, W] in [0, 1] of one prompt: scores [F] fp32, on the judge's device."""
         size = fitting_size(*frames.shape[-2:], least=PIXELS, most=PIXELS, factor=self.patches.factor)
-        return torch.cat([self._score(resize(quantise(part), size), prompt) for part in frames.split(self.frames_at_once)])
+        return torch.cat([self._score(resize(quantize(part), size), prompt) for part in frames.split(self.frames_at_once)])
 
     def _score(self, frames: Tensor, prompt: str) -> Tensor:
         """[F] of resized frames, as many at once as there are: they share the prompt, so there is no padding."""

@@ -16,7 +16,7 @@ _TINY = 1e-8
 
 
 class Sharpness(Reward):
-    """The share of contrast that lies between neighbouring pixels: sqrt((sum dx^2 + sum dy^2) / (8 sum (l - mean)^2)), mean over frames.
+    """The share of contrast that lies between neighboring pixels: sqrt((sum dx^2 + sum dy^2) / (8 sum (l - mean)^2)), mean over frames.
 
     l is the luminance of a frame, dx and dy its differences along rows and columns. Each of their two sums is at most four times the
     last one. White noise scores 0.71, a smooth gradient nearly 0, a constant frame 0.

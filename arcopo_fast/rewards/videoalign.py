@@ -1,7 +1,7 @@
 """VideoAlign's VideoReward: visual quality (VQ), motion quality (MQ) and text alignment (TA) of a video, from one look at it.
 
 A Qwen2-VL-2B with a LoRA and a linear head that is read at three tokens of its own, <|VQ_reward|>, <|MQ_reward|> and <|TA_reward|>. The
-prompt stands behind the first two, so VQ and MQ do not depend on it. One forward pass of a video gives all three; MQ of the frames in grey
+prompt stands behind the first two, so VQ and MQ do not depend on it. One forward pass of a video gives all three; MQ of the frames in gray
 takes a second one.
 
 Needs hf://KlingTeam/VideoReward (model_config.json, checkpoint-11352/model.pth, 5 GB), the small files of hf://Qwen/Qwen2-VL-2B-Instruct,
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rewards.qwen2vl import model as qwen2vl
-from arcopo_fast.rewards.qwen2vl.frames import Patches, fitting_size, greyscale, quantise, resize, sample_frames
+from arcopo_fast.rewards.qwen2vl.frames import Patches, fitting_size, grayscale, quantize, resize, sample_frames
 from arcopo_fast.rewards.qwen2vl.text import Conversation, load_tokenizer, read_instruction
 from arcopo_fast.storage import hub
 from arcopo_fast.storage.textfiles import read_json
@@ -41,7 +41,7 @@ class VideoAlign(nn.Module):
     """The network, from frames to raw scores.
 
     rate, most_pixels: frames that are looked at in a second, and the most pixels of one.
-    means, stds: [3] of raw VQ, MQ and TA, from model_config.json's `inference_config`; z = (raw - mean) / std is the normalised score.
+    means, stds: [3] of raw VQ, MQ and TA, from model_config.json's `inference_config`; z = (raw - mean) / std is the normalized score.
     """
 
     means: Tensor
@@ -105,19 +105,19 @@ class VideoAlign(nn.Module):
         return cls(judge, patches, conversation, rate=rate, most_pixels=most_pixels, means=means, stds=stds)
 
     @torch.no_grad()
-    def raw_scores(self, frames: Tensor, prompts: list[str], fps: float, *, grey: bool = False) -> Tensor:
+    def raw_scores(self, frames: Tensor, prompts: list[str], fps: float, *, gray: bool = False) -> Tensor:
         """Return raw VQ, MQ and TA [N, 3] fp32 of frames [N, F, 3, H, W] in [0, 1].
 
         One video at a time, without padding: no score depends, in any bit, on the videos beside it.
         """
-        return torch.stack([self._score(video, prompt, fps, grey) for video, prompt in zip(frames, prompts)])
+        return torch.stack([self._score(video, prompt, fps, gray) for video, prompt in zip(frames, prompts)])
 
-    def _score(self, video: Tensor, prompt: str, fps: float, grey: bool) -> Tensor:
+    def _score(self, video: Tensor, prompt: str, fps: float, gray: bool) -> Tensor:
         """[3] of frames [F, 3, H, W]."""
         device = self.judge.device
-        sampled = quantise(video[sample_frames(len(video), fps, self.rate).to(video.device)])
-        if grey:
-            sampled = greyscale(sampled)
+        sampled = quantize(video[sample_frames(len(video), fps, self.rate).to(video.device)])
+        if gray:
+            sampled = grayscale(sampled)
         size = fitting_size(*video.shape[-2:], least=LEAST_PIXELS, most=self.most_pixels, factor=self.patches.factor)
         patches, grid = self.patches.cut(resize(sampled, size))
         ids, places = self.conversation.encode(prompt, self.patches.features(grid))
@@ -156,16 +156,16 @@ def _read_checkpoint(checkpoint: Path, base: str, rows: int) -> dict[str, Tensor
 class Reading(NamedTuple):
     """The way a score is read off the network.
 
-    dimension: one of `DIMENSIONS`. raw: before its normalisation. grey: frames are grey, so that color earns nothing; as in Astrolabe.
+    dimension: one of `DIMENSIONS`. raw: before its normalization. gray: frames are gray, so that color earns nothing; as in Astrolabe.
     """
 
     dimension: str
     raw: bool = False
-    grey: bool = False
+    gray: bool = False
 
 
 class VideoAlignReward(nn.Module, Reward):
-    """VideoAlign's visual quality (vq), motion quality (mq; of the frames in grey: mq_grey), text alignment (ta); raw: not normalised.
+    """VideoAlign's visual quality (vq), motion quality (mq; of the frames in gray: mq_grey), text alignment (ta); raw: not normalized.
 
     A reward of one's own may have another `source` (a directory, or another repository) in a subclass, or other `readings` and their names
     as `scores`.
@@ -174,7 +174,7 @@ class VideoAlignReward(nn.Module, Reward):
     readings = {
         "videoalign_vq": Reading("VQ"),
         "videoalign_mq": Reading("MQ"),
-        "videoalign_mq_grey": Reading("MQ", grey=True),
+        "videoalign_mq_grey": Reading("MQ", gray=True),
         "videoalign_ta": Reading("TA"),
         "videoalign_vq_raw": Reading("VQ", raw=True),
         "videoalign_mq_raw": Reading("MQ", raw=True),
@@ -199,11 +199,11 @@ class VideoAlignReward(nn.Module, Reward):
         return self.ask(self.scores, frames, prompts)
 
     def ask(self, names: Sequence[str], frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        passes = {self.readings[name].grey for name in names}
-        raw = {grey: self.model.raw_scores(frames, prompts, self.fps, grey=grey) for grey in passes}
+        passes = {self.readings[name].gray for name in names}
+        raw = {gray: self.model.raw_scores(frames, prompts, self.fps, gray=gray) for gray in passes}
         return {name: self._read(self.readings[name], raw).to(frames.device) for name in names}
 
     def _read(self, reading: Reading, raw: dict[bool, Tensor]) -> Tensor:
         which = DIMENSIONS.index(reading.dimension)
-        scores = raw[reading.grey][:, which]
+        scores = raw[reading.gray][:, which]
         return scores if reading.raw else (scores - self.model.means[which]) / self.model.stds[which]

@@ -21,7 +21,7 @@ import torch
 from arcopo_fast.errors import UserError
 from arcopo_fast.storage.atomic import atomic_path
 
-STAGES = ("prefix", "fork", "denoise", "clean", "reencode", "decode", "reward", "replay", "optimiser")
+STAGES = ("prefix", "fork", "denoise", "clean", "reencode", "decode", "reward", "replay", "optimizer")
 """Of an iteration, in the order in which they come. fork: the branches' noise and page tables; reencode: the VAE's part in a context."""
 
 

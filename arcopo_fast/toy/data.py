@@ -1,4 +1,4 @@
-"""The videos of the toy world: one coloured shape that moves over a slowly drifting dark background, with its caption.
+"""The videos of the toy world: one colored shape that moves over a slowly drifting dark background, with its caption.
 
 Everything is rendered from a `torch.Generator`, so a data set is a seed. The videos are flawed on purpose: path and size jitter, outlines
 go soft, shapes turn translucent, tints pass over the background. A generator that learns them is mediocre in every video, as real ones are,
@@ -22,7 +22,7 @@ TEMPORAL_RATIO = 4
 """Pixel frames for each latent frame after the first one, as in the Wan VAE."""
 
 SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = {
+COLORS = {
     "red": (0.95, 0.12, 0.12),
     "yellow": (0.95, 0.88, 0.10),
     "green": (0.12, 0.85, 0.15),
@@ -37,7 +37,7 @@ RADIUS_RANGE = (8.5, 11.0)
 SPEED_RANGE = (0.35, 0.7)
 """Pixels a frame."""
 EXTENT = {"circle": 1.0, "square": 1.2, "triangle": 1.32, "cross": 1.2}
-"""Largest distance from centre to outline over the radius, tilt included."""
+"""Largest distance from center to outline over the radius, tilt included."""
 
 _MAX_TILT = math.radians(8)
 _MARGIN = 4.0  # pixels kept free around the shape; the flaws take most of it
@@ -56,10 +56,10 @@ _TINT_FLAW = 0.04  # standard deviation of the tints over the background
 
 @dataclass(frozen=True)
 class Scene:
-    """What one video shows. Pixels, pixels a frame, radians; `start` is the (x, y) centre in the first frame."""
+    """What one video shows. Pixels, pixels a frame, radians; `start` is the (x, y) center in the first frame."""
 
     shape: str
-    colour: str
+    color: str
     motion: str
     radius: float
     start: tuple[float, float]
@@ -68,25 +68,25 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        return caption_of(self.shape, self.colour, self.motion)
+        return caption_of(self.shape, self.color, self.motion)
 
 
-def caption_of(shape: str, colour: str, motion: str) -> str:
+def caption_of(shape: str, color: str, motion: str) -> str:
     """The sentence for one combination of attributes, such as "a red circle moving left"."""
-    return f"a {colour} {shape} moving {motion}"
+    return f"a {color} {shape} moving {motion}"
 
 
 def attributes_of(caption: str) -> tuple[str, str, str]:
-    """(shape, colour, motion) named by a caption; the inverse of `caption_of`. Raises ValueError for any other sentence."""
+    """(shape, color, motion) named by a caption; the inverse of `caption_of`. Raises ValueError for any other sentence."""
     words = caption.split()
-    if len(words) == 5 and words[2] in SHAPES and words[1] in COLOURS and words[4] in MOTIONS and words[::3] == ["a", "moving"]:
+    if len(words) == 5 and words[2] in SHAPES and words[1] in COLORS and words[4] in MOTIONS and words[::3] == ["a", "moving"]:
         return words[2], words[1], words[4]
     raise ValueError(f"not a caption of the toy world: {caption!r}; expected one like 'a red circle moving left'")
 
 
 def all_captions() -> list[str]:
     """Every caption, in a fixed order: shape varies slowest, motion fastest."""
-    return [caption_of(shape, colour, motion) for shape in SHAPES for colour in COLOURS for motion in MOTIONS]
+    return [caption_of(shape, color, motion) for shape in SHAPES for color in COLORS for motion in MOTIONS]
 
 
 def pixel_frames(latent_frames: int) -> int:
@@ -136,15 +136,15 @@ def sample(
     softness, loss = (flaws * _wandering((n, 2), latent_frames, generator)).unbind(2)  # [n, F]
 
     time = torch.arange(frame_count, dtype=torch.float32)
-    centre = start[:, None] + direction[:, None] * (speed[:, None] * time)[..., None] + _PATH_FLAW * jitter[..., :2]
+    center = start[:, None] + direction[:, None] * (speed[:, None] * time)[..., None] + _PATH_FLAW * jitter[..., :2]
     sizes = radius[:, None] * (1 + _RADIUS_FLAW * jitter[..., 2])
-    coverage = _coverage([shape for shape, _, _ in attributes], centre, sizes, tilt, 1 + _SOFTNESS_FLAW * softness)
+    coverage = _coverage([shape for shape, _, _ in attributes], center, sizes, tilt, 1 + _SOFTNESS_FLAW * softness)
 
-    colour = torch.tensor([COLOURS[name] for _, name, _ in attributes]) + _uniform(n * 3, generator, -0.05, 0.05).view(n, 3)
-    colour = colour.clamp(0, 1)[:, None, :, None, None]
+    color = torch.tensor([COLORS[name] for _, name, _ in attributes]) + _uniform(n * 3, generator, -0.05, 0.05).view(n, 3)
+    color = color.clamp(0, 1)[:, None, :, None, None]
     background = _background(n, latent_frames, generator, flaws)
     opacity = coverage * (1 - _OPACITY_FLAW * loss)[..., None, None]
-    frames = background + opacity[:, :, None] * (colour - background)
+    frames = background + opacity[:, :, None] * (color - background)
 
     scenes = [
         Scene(shape, name, motion, float(radius[i]), (float(start[i, 0]), float(start[i, 1])), float(speed[i]), float(tilt[i]))
@@ -193,14 +193,14 @@ def _background(n: int, latent_frames: int, generator: torch.Generator, flaws: f
     return (level + brightness + tint).clamp(0.02, 0.6)
 
 
-def _coverage(shapes: Sequence[str], centre: Tensor, radius: Tensor, tilt: Tensor, width: Tensor) -> Tensor:
+def _coverage(shapes: Sequence[str], center: Tensor, radius: Tensor, tilt: Tensor, width: Tensor) -> Tensor:
     """How much of each pixel lies inside the outline: [n, F, 64, 64]. The outline is a ramp `width` pixels wide; 1 is anti-aliasing.
 
-    centre [n, F, 2], radius [n, F], tilt [n], width [n, F].
+    center [n, F, 2], radius [n, F], tilt [n], width [n, F].
     """
     pixel = torch.arange(IMAGE_SIZE, dtype=torch.float32) + 0.5
-    dx = pixel[None, None, None, :] - centre[..., 0, None, None]  # [n, F, 1, 64]
-    dy = pixel[None, None, :, None] - centre[..., 1, None, None]  # [n, F, 64, 1]
+    dx = pixel[None, None, None, :] - center[..., 0, None, None]  # [n, F, 1, 64]
+    dy = pixel[None, None, :, None] - center[..., 1, None, None]  # [n, F, 64, 1]
     cos, sin = tilt.cos()[:, None, None, None], tilt.sin()[:, None, None, None]
     x, y = cos * dx + sin * dy, cos * dy - sin * dx
     r = radius[..., None, None]

@@ -103,7 +103,7 @@ class TeacherForcing(ChunkContext):
 def flow_matching_loss(
     model: CausalWan, latents: Tensor, text: Tensor, chunk_frames: tuple[int, ...], shift: float, random: torch.Generator
 ) -> Tensor:
-    """Mean squared error of the predicted flow over all chunks; latents [B, F, C, h, w] normalised, text [B, length, text_dim]."""
+    """Mean squared error of the predicted flow over all chunks; latents [B, F, C, h, w] normalized, text [B, length, text_dim]."""
     batch = latents.shape[0]
     context = TeacherForcing(model.config.num_layers)
     encoded = model.encode_text(torch.cat([text, text]))

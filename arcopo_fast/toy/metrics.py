@@ -1,7 +1,7 @@
 """Held-out measures of the toy world: shape fidelity, temporal coherence, caption accuracy. In [0, 1], called like rewards.
 
 They are never trained on and show what alignment must not break, so they share nothing with the rewards: template matching on the
-picture instead of moments of a chroma mask, block matching between frames instead of tracks of the centre, and a small learned
+picture instead of moments of a chroma mask, block matching between frames instead of tracks of the center, and a small learned
 classifier instead of hue and overlap formulas. Read them together: a blank or frozen video is perfectly coherent.
 """
 
@@ -43,7 +43,7 @@ class ShapeFidelity(Reward):
         frames = frames[:, :: self.frame_stride]
         n, frame_count = frames.shape[:2]
         typical = frames.flatten(3).median(dim=3).values[..., None, None]
-        contrast = (frames - typical).square().sum(2).sqrt()  # [N, F, H, W]: distance from the typical colour, which is the background's
+        contrast = (frames - typical).square().sum(2).sqrt()  # [N, F, H, W]: distance from the typical color, which is the background's
 
         score = torch.zeros(n, device=frames.device)
         for shape in set(shapes):
@@ -52,10 +52,10 @@ class ShapeFidelity(Reward):
         return score.clamp(0, 1)
 
     def _best_correlation(self, images: Tensor, shape: str) -> Tensor:
-        """Largest normalised cross-correlation of each image [B, H, W] with the shape at any position and size: [B]."""
+        """Largest normalized cross-correlation of each image [B, H, W] with the shape at any position and size: [B]."""
         pixel = torch.arange(self._window, dtype=torch.float32) - (self._window - 1) / 2
         y, x = torch.meshgrid(pixel, pixel, indexing="ij")
-        drop = 0.3 if shape == "triangle" else 0.0  # a triangle's bounding box is not centred on its centroid
+        drop = 0.3 if shape == "triangle" else 0.0  # a triangle's bounding box is not centered on its centroid
         templates = torch.stack([(0.5 - data.outline_distance(shape, x, y - drop * r, torch.tensor(r))).clamp(0, 1) for r in self._radii])
         templates = templates - templates.mean(dim=(1, 2), keepdim=True)
         templates = (templates / templates.norm(dim=(1, 2), keepdim=True)).to(images.device)
@@ -92,9 +92,9 @@ class TemporalCoherence(Reward):
 
 
 class CaptionClassifier(nn.Module):
-    """Names colour, shape and motion from the first, the middle and the last frame. 75 k parameters."""
+    """Names color, shape and motion from the first, the middle and the last frame. 75 k parameters."""
 
-    heads = (data.SHAPES, tuple(data.COLOURS), tuple(data.MOTIONS))
+    heads = (data.SHAPES, tuple(data.COLORS), tuple(data.MOTIONS))
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,13 +112,13 @@ class CaptionClassifier(nn.Module):
         return frames[:, [0, last // 2, last]].flatten(1, 2)
 
     def forward(self, stills: Tensor) -> tuple[Tensor, ...]:
-        """Logits of shape, colour and motion, each [N, classes], for stills [N, 9, 64, 64] in [0, 1]."""
+        """Logits of shape, color and motion, each [N, classes], for stills [N, 9, 64, 64] in [0, 1]."""
         logits = self.logits(self.features(stills * 2 - 1))
         return logits.split([len(head) for head in self.heads], dim=1)
 
     @classmethod
     def labels(cls, captions: list[str]) -> Tensor:
-        """Class indices [N, 3] (shape, colour, motion) of captions."""
+        """Class indices [N, 3] (shape, color, motion) of captions."""
         rows = [[head.index(name) for head, name in zip(cls.heads, data.attributes_of(caption), strict=True)] for caption in captions]
         return torch.tensor(rows)
 
@@ -186,7 +186,7 @@ def train_classifier(
         out_dir: receives the weights.
         vae: makes the reconstructions; without one only rendered videos are used.
         videos: size of the training pool; pictures are also shifted, blurred, made noisy and rescaled in brightness.
-        steps: optimiser steps with batches of 64.
+        steps: optimizer steps with batches of 64.
         seed: of weights and data.
         held_out_videos: how many measure each accuracy.
         log: receives a line now and then.
@@ -198,16 +198,16 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     stills, labels = _pool(videos, vae, generator, reconstructed_share=1 / 3)
     classifier = CaptionClassifier()
-    optimiser = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=1e-2)
     for step in range(steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = 3e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
         chosen = torch.randint(len(stills), (64,), generator=generator)
         logits = classifier(_augment(stills[chosen].float(), generator))
         loss = torch.stack([F.cross_entropy(head, target) for head, target in zip(logits, labels[chosen].unbind(1), strict=True)]).sum()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if step % 100 == 0 or step == steps - 1:
             log(f"classifier step {step} loss {float(loss.detach()):.4f}")
 

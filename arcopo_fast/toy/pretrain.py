@@ -61,8 +61,8 @@ class Sizes:
         self.batch = 4 if quick else 16
 
 
-def initialise(config: CausalWanConfig, seed: int) -> CausalWan:
-    """Return a generator to train from: PyTorch's initialisation, but an output that starts at zero."""
+def initialize(config: CausalWanConfig, seed: int) -> CausalWan:
+    """Return a generator to train from: PyTorch's initialization, but an output that starts at zero."""
     torch.manual_seed(seed)
     model = CausalWan(config)
     torch.nn.init.zeros_(model.proj_out.weight)
@@ -72,7 +72,7 @@ def initialise(config: CausalWanConfig, seed: int) -> CausalWan:
 
 @torch.no_grad()
 def encode_videos(vae: Any, count: int, latent_frames: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Return normalised latents [count, latent_frames, C, h, w] float16 of fresh videos, and their captions."""
+    """Return normalized latents [count, latent_frames, C, h, w] float16 of fresh videos, and their captions."""
     random = torch.Generator().manual_seed(seed)
     latents: list[Tensor] = []
     captions: list[str] = []
@@ -135,13 +135,13 @@ def generator(directory: Path, sizes: Sizes, vae: Any, text: ToyTextEncoder, see
     latents, captions = torch.load(latents_file, weights_only=True)
     prompts = text(captions)
 
-    model = initialise(GENERATOR, seed)
+    model = initialize(GENERATOR, seed)
     course = Course(sizes.teacher_steps, sizes.batch, lr=2e-3, seed=seed + 2, log=log)
     teacher = stage(directory, "teacher", model, lambda: train_teacher(model, latents, prompts, SHAPE.chunk_frames, course, shift=3.0))
     guided = GuidedTeacher(teacher, SHAPE, steps=sizes.guided_steps, shift=2.0, guidance=2.0, batch=sizes.batch)
     again = Course(sizes.distil_steps, sizes.batch, lr=1e-3, seed=seed + 3, log=log)
     return stage(
-        directory, "transformer", initialise(GENERATOR, seed), lambda: distil(guided, text(data.all_captions()), SHAPE, SAMPLER, again)
+        directory, "transformer", initialize(GENERATOR, seed), lambda: distil(guided, text(data.all_captions()), SHAPE, SAMPLER, again)
     )
 
 

@@ -25,12 +25,12 @@ _TINY = 1e-4
 class _View:
     """What the rewards see of N videos of F frames."""
 
-    chroma: Tensor  # [N, F, 2, H, W], zero for grey
+    chroma: Tensor  # [N, F, 2, H, W], zero for gray
     luminance: Tensor  # [N, F, H, W]
     dominant: Tensor  # [N, 2], chroma of the most saturated pixels of the whole video
     mask: Tensor  # [N, F, H, W] in [0, 1], 1 inside the shape
     area: Tensor  # [N, F], pixels
-    centre: Tensor  # [N, F, 2], (x, y) in pixels
+    center: Tensor  # [N, F, 2], (x, y) in pixels
     presence: Tensor  # [N, F] in [0, 1]: is there one compact shape of a sensible size
 
 
@@ -50,12 +50,12 @@ def _look(frames: Tensor) -> _View:
     area = mask.sum(dim=(2, 3))
     safe_area = area.clamp_min(1.0)
     columns, rows = mask.sum(2), mask.sum(3)  # [N, F, W], [N, F, H]
-    centre = torch.stack([columns @ x, rows @ y], dim=-1) / safe_area[..., None]
-    spread = (columns @ x.square() + rows @ y.square()) / safe_area - centre.square().sum(-1)
+    center = torch.stack([columns @ x, rows @ y], dim=-1) / safe_area[..., None]
+    spread = (columns @ x.square() + rows @ y.square()) / safe_area - center.square().sum(-1)
     # A disc has area = 2 pi * (sum of its two variances). The ratio is 0.95 for a square, 0.83 for a triangle, near 0 for fragments.
     compactness = area / (2 * math.pi * spread.clamp_min(1.0))
     presence = _ramp(compactness, 0.25, 0.65) * _ramp(area, 40.0, 120.0) * (1 - _ramp(area, 500.0, 1000.0))
-    return _View(chroma, frames.mean(2), dominant, mask, area, centre, presence)
+    return _View(chroma, frames.mean(2), dominant, mask, area, center, presence)
 
 
 def _ramp(value: Tensor, low: float, high: float) -> Tensor:
@@ -78,9 +78,9 @@ def _line(track: Tensor) -> tuple[Tensor, Tensor]:
     """Least-squares straight line through a track [N, F, k]: slope for each frame [N, k] and residual [N, F, k]."""
     frame_count = track.shape[1]
     time = torch.arange(frame_count, dtype=track.dtype, device=track.device) - 0.5 * (frame_count - 1)
-    centred = track - track.mean(1, keepdim=True)
-    slope = torch.einsum("nfk,f->nk", centred, time) / time.square().sum().clamp_min(1.0)
-    return slope, centred - slope[:, None] * time[None, :, None]
+    centered = track - track.mean(1, keepdim=True)
+    slope = torch.einsum("nfk,f->nk", centered, time) / time.square().sum().clamp_min(1.0)
+    return slope, centered - slope[:, None] * time[None, :, None]
 
 
 def _acceleration(track: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _acceleration(track: Tensor) -> Tensor:
 
 
 class VisualQuality(Reward):
-    """Is each frame clean: one compact shape with a crisp outline, one colour inside, and a calm background."""
+    """Is each frame clean: one compact shape with a crisp outline, one color inside, and a calm background."""
 
     scores = ("toy_vq",)
 
@@ -117,38 +117,38 @@ class VisualQuality(Reward):
 
 
 def _grain(luminance: Tensor) -> Tensor:
-    """Squared deviation of each pixel from the mean of its 3 x 3 neighbourhood: [N, F, H, W]."""
+    """Squared deviation of each pixel from the mean of its 3 x 3 neighborhood: [N, F, H, W]."""
     return (luminance - F.avg_pool2d(luminance, 3, stride=1, padding=1, count_include_pad=False)).square()
 
 
 class MotionQuality(Reward):
-    """Does the shape move as one solid thing: straight, at a constant visible speed, of one size and colour, without flicker."""
+    """Does the shape move as one solid thing: straight, at a constant visible speed, of one size and color, without flicker."""
 
     scores = ("toy_mq",)
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
         view = _look(frames)
         strength = view.dominant.norm(dim=1).clamp_min(_TINY)
-        velocity, residual = _line(view.centre)
+        velocity, residual = _line(view.center)
         speed = velocity.norm(dim=1)
         straight = _bell(residual.square().sum(2).mean(1).sqrt(), 2.0)
-        jerky = _acceleration(view.centre).square().sum(2).mean(1).sqrt()
+        jerky = _acceleration(view.center).square().sum(2).mean(1).sqrt()
         visible = _ramp(speed, 0.0, 0.3) * (1 - _ramp(speed, 1.0, 2.0))
 
         log_area = view.area.clamp_min(1.0).log()
         solid = _bell(log_area.std(1, correction=0), 0.25)
         inside = view.mask / view.area.clamp_min(1.0)[..., None, None]
-        colour = (inside[:, :, None] * view.chroma).sum(dim=(3, 4))
-        same_colour = _bell(colour.var(1, correction=0).sum(1).sqrt() / strength, 0.2)
+        color = (inside[:, :, None] * view.chroma).sum(dim=(3, 4))
+        same_color = _bell(color.var(1, correction=0).sum(1).sqrt() / strength, 0.2)
 
         blocks = F.avg_pool2d(view.luminance, 8)
         flicker = _acceleration(blocks).square().mean(dim=(1, 2, 3)).sqrt()
         steady = _bell(flicker / view.luminance.std(dim=(2, 3)).mean(1).clamp_min(_TINY), 0.3)
-        return view.presence.mean(1) * _together(straight * _bell(jerky, 1.0), visible, solid * same_colour, steady)
+        return view.presence.mean(1) * _together(straight * _bell(jerky, 1.0), visible, solid * same_color, steady)
 
 
 class TextAlignment(Reward):
-    """Does the video show the colour, the shape and the motion that its caption names."""
+    """Does the video show the color, the shape and the motion that its caption names."""
 
     scores = ("toy_ta",)
 
@@ -156,20 +156,20 @@ class TextAlignment(Reward):
         view = _look(frames)
         attributes = [data.attributes_of(prompt) for prompt in prompts]
         shapes = torch.tensor([data.SHAPES.index(shape) for shape, _, _ in attributes], device=frames.device)
-        hues = torch.tensor([_hue(data.COLOURS[colour]) for _, colour, _ in attributes], device=frames.device)
+        hues = torch.tensor([_hue(data.COLORS[color]) for _, color, _ in attributes], device=frames.device)
         directions = torch.tensor([data.MOTIONS[motion] for _, _, motion in attributes], device=frames.device)
 
         hue = torch.atan2(view.dominant[:, 1], view.dominant[:, 0])
-        colour = _bell(torch.remainder(hue - hues + math.pi, 2 * math.pi) - math.pi, math.radians(30))
+        color = _bell(torch.remainder(hue - hues + math.pi, 2 * math.pi) - math.pi, math.radians(30))
 
         overlap = _template_overlap(view)  # [N, shapes]
         chosen = overlap.gather(1, shapes[:, None])[:, 0]
         shape = torch.softmax(20 * overlap, dim=1).gather(1, shapes[:, None])[:, 0] * _ramp(chosen, 0.4, 0.85)
 
-        velocity, _ = _line(view.centre)
+        velocity, _ = _line(view.center)
         forward = (velocity * directions).sum(1)
         motion = _ramp(forward, 0.0, 0.3) * (forward / velocity.norm(dim=1).clamp_min(_TINY)).clamp(0, 1).square()
-        return view.presence.mean(1) * _together(colour, shape, motion)
+        return view.presence.mean(1) * _together(color, shape, motion)
 
 
 def _hue(rgb: Sequence[float]) -> float:
@@ -187,7 +187,7 @@ def _template_overlap(view: _View) -> Tensor:
     line = torch.linspace(-_HALF_WIDTH, _HALF_WIDTH, _GRID, device=view.mask.device)
     offset = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)  # [G, G, 2] as (x, y)
     size = view.area.clamp_min(1.0).sqrt()[..., None, None, None]
-    position = view.centre[:, :, None, None] + size * offset  # pixels, [N, F, G, G, 2]
+    position = view.center[:, :, None, None] + size * offset  # pixels, [N, F, G, G, 2]
     position = position / torch.tensor([width, height], device=view.mask.device) * 2 - 1
     window = F.grid_sample(view.mask.flatten(0, 1)[:, None], position.flatten(0, 1), align_corners=False).view(n, frame_count, _GRID, _GRID)
     weight = view.presence + _TINY
@@ -200,7 +200,7 @@ def _template_overlap(view: _View) -> Tensor:
 
 
 def _templates() -> Tensor:
-    """Each shape at unit area and at three tilts, centred on its centroid: [shapes, 3, G, G]."""
+    """Each shape at unit area and at three tilts, centered on its centroid: [shapes, 3, G, G]."""
     line = torch.linspace(-_HALF_WIDTH, _HALF_WIDTH, _GRID)
     grid_y, grid_x = torch.meshgrid(line, line, indexing="ij")
     softness = 0.08  # about one pixel of a shape of 150 pixels

@@ -32,7 +32,7 @@ PHASES = (
     (0.2, 1.5e-3, ((2, 8), (2, 8), (4, 4), (1, 12))),
 )
 """Share of the steps, peak learning rate, and (videos, latent frames) of successive steps. Short videos teach fastest, but the causal
-convolutions look back over a whole video, and a VAE that has seen short ones only drifts in colour on long ones."""
+convolutions look back over a whole video, and a VAE that has seen short ones only drifts in color on long ones."""
 KL_WEIGHT = 1e-5
 SHAPE_WEIGHT = 8.0
 """Extra weight of the shape and its surroundings: it covers a twelfth of the picture, and the background would take all the capacity."""
@@ -66,29 +66,29 @@ def load_vae(directory: str | Path) -> AutoencoderKLWan:
 
 
 def encode(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
-    """Normalised latents (posterior mode) of videos: frames [N, F, 3, H, W] fp32 in [0, 1] -> [N, 1 + (F - 1) / 4, C, H / 8, W / 8]."""
+    """Normalized latents (posterior mode) of videos: frames [N, F, 3, H, W] fp32 in [0, 1] -> [N, 1 + (F - 1) / 4, C, H / 8, W / 8]."""
     mean, _ = _moments(vae, frames)
-    shift, scale = _normalisation(vae)
+    shift, scale = _normalization(vae)
     return ((mean - shift) / scale).transpose(1, 2)
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Videos of normalised latents: [N, L, C, h, w] -> frames [N, 1 + 4 * (L - 1), 3, 8 h, 8 w] fp32 in [0, 1]."""
-    shift, scale = _normalisation(vae)
+    """Videos of normalized latents: [N, L, C, h, w] -> frames [N, 1 + 4 * (L - 1), 3, 8 h, 8 w] fp32 in [0, 1]."""
+    shift, scale = _normalization(vae)
     return _reconstruct(vae, latents.transpose(1, 2) * scale + shift).clamp(0, 1)
 
 
 def train_vae(
     out_dir: str | Path, *, steps: int = 2400, seed: int = 0, log: Callable[[str], None] = print, evaluation_videos: int = 256
 ) -> dict[str, float]:
-    """Train, normalise, and save a VAE; about fifteen minutes with two threads.
+    """Train, normalize, and save a VAE; about fifteen minutes with two threads.
 
     Args:
         out_dir: becomes a `save_pretrained` directory (fp16) with `training_log.jsonl` and `metrics.json`. Replaced as a whole at the end.
-        steps: optimiser steps; one batch is about 50 frames.
+        steps: optimizer steps; one batch is about 50 frames.
         seed: of weights and data.
         log: receives a line now and then.
-        evaluation_videos: how many fit the normalisation, and as many others measure the result; a multiple of 8.
+        evaluation_videos: how many fit the normalization, and as many others measure the result; a multiple of 8.
 
     Returns:
         the metrics of `evaluate_vae` on held-out videos, measured with the fp16-rounded weights that are saved.
@@ -101,7 +101,7 @@ def train_vae(
         _train_phase(vae, max(1, round(share * steps)), peak, batches, generator, records, log)
 
     vae = vae.eval().requires_grad_(False).half().float()
-    _fit_normalisation(vae, torch.Generator().manual_seed(seed + 1), videos=evaluation_videos)
+    _fit_normalization(vae, torch.Generator().manual_seed(seed + 1), videos=evaluation_videos)
     metrics = evaluate_vae(vae, torch.Generator().manual_seed(seed + 2), videos=evaluation_videos)
     _save(vae, Path(out_dir), records, metrics)
     log(" ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -118,18 +118,18 @@ def _train_phase(
     log: Callable[[str], None],
 ) -> None:
     """AdamW with a cosine of its own; appends to `records`, which go on counting steps."""
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _learning_rate_factor(step, steps))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps))
     done, began = (int(records[-1]["step"]) + 1 if records else 0), time.monotonic()
     for step in range(steps):
         frames, _, _ = data.sample(*batches[step % len(batches)], generator)
         mean, log_variance = _moments(vae, frames)
         latents = mean + torch.randn(mean.shape, generator=generator) * (0.5 * log_variance).exp()
         loss, terms = _loss(_reconstruct(vae, latents), frames, mean, log_variance)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         if step % 25 == 0 or step == steps - 1:
             values = {name: float(value.detach()) for name, value in terms.items()}
@@ -144,7 +144,7 @@ def evaluate_vae(vae: AutoencoderKLWan, generator: torch.Generator, *, videos: i
     Returns:
         `psnr` (dB over all pixels), `psnr_shape` (dB over saturated pixels), `psnr_last_frames` (dB over the last four frames: does the
         error grow with time), `latent_dimensions_of_two_frames` (participation ratio of the covariance of flattened two-frame chunks of
-        normalised latents), `latent_smallest_channel_std`, `latent_largest_channel_std` (before normalisation).
+        normalized latents), `latent_smallest_channel_std`, `latent_largest_channel_std` (before normalization).
     """
     squared: list[Tensor] = []
     shape_squared: list[Tensor] = []
@@ -176,13 +176,13 @@ def evaluate_vae(vae: AutoencoderKLWan, generator: torch.Generator, *, videos: i
 
 def participation_ratio(rows: Tensor) -> float:
     """Effective dimension (sum of eigenvalues)^2 / (sum of their squares) of the covariance of `rows` [n, d]."""
-    centred = rows - rows.mean(0)
+    centered = rows - rows.mean(0)
     # Rows' and columns' products have the same non-zero eigenvalues; take the smaller matrix.
-    gram = centred @ centred.T if rows.shape[0] < rows.shape[1] else centred.T @ centred
+    gram = centered @ centered.T if rows.shape[0] < rows.shape[1] else centered.T @ centered
     return float(gram.trace() ** 2 / gram.square().sum())
 
 
-def _normalisation(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+def _normalization(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     shape = (1, -1, 1, 1, 1)
     return torch.tensor(vae.config["latents_mean"]).view(shape), torch.tensor(vae.config["latents_std"]).view(shape)
 
@@ -233,7 +233,7 @@ def _learning_rate_factor(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _fit_normalisation(vae: AutoencoderKLWan, generator: torch.Generator, *, videos: int) -> None:
+def _fit_normalization(vae: AutoencoderKLWan, generator: torch.Generator, *, videos: int) -> None:
     latents = torch.cat([encode(vae, data.sample(8, 8, generator)[0]) for _ in range(videos // 8)])
     std, mean = torch.std_mean(latents, dim=(0, 1, 3, 4))
     vae.register_to_config(latents_mean=[round(v, 5) for v in mean.tolist()], latents_std=[round(v, 5) for v in std.tolist()])

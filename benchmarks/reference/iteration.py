@@ -147,13 +147,13 @@ class Reference:
         self, text: Tensor, draws: tuple[list[Tensor], list[list[Tensor]], Tensor], pivot: int, branch: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One whole video: the pivot chunk's inputs and predictions [T, 1, F, C, h, w], and the latents [1, frames, C, h, w]."""
-        initial, renoise, neighbours = draws
+        initial, renoise, neighbors = draws
         text_cache = self.wan.encode_text(text)
         latents: list[Tensor] = []
         kept: tuple[list[Tensor], list[Tensor]] = ([], [])
         frame = 0
         for chunk in range(self.shape.chunks):
-            x = neighbours[branch : branch + 1] if chunk == pivot else initial[chunk]
+            x = neighbors[branch : branch + 1] if chunk == pivot else initial[chunk]
             steps = self.steps_of(chunk)
             with stage("prefix" if chunk < pivot else "denoise"):
                 for step in range(len(steps)):
@@ -231,7 +231,7 @@ class Reference:
                     )
                     (loss / len(pairs)).backward()
                     ratios.append(ratio)
-            with stage("optimiser"):
+            with stage("optimizer"):
                 norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
                 factor = min(1.0, (self.config.optimizer.gradient_clip or math.inf) / norm.item())
                 for parameter in self.parameters:

@@ -148,7 +148,7 @@ def rope_table(positions: int, pairs: int) -> Tensor:
 
 
 def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
-    """x [1, tokens, H, D], neighbouring elements as complex numbers."""
+    """x [1, tokens, H, D], neighboring elements as complex numbers."""
     pairs = torch.view_as_complex(x.to(torch.float64).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 

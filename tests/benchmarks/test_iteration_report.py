@@ -30,7 +30,7 @@ def check_stages(case: dict[str, Any], paths: set[str]) -> None:
     stages = {row["stage"]: row for row in case["stages"]}
     first, last = case["pivot"] == 1, case["pivot"] == case["chunks"]
     for name in paths:
-        expected = {"denoise", "replay", "optimiser", "other"} | (set() if first else {"prefix"})
+        expected = {"denoise", "replay", "optimizer", "other"} | (set() if first else {"prefix"})
         expected |= {"fork"} if name == OURS else set()
         expected |= {"clean"} if not last or name == "reference" else set()  # the reference path caches the last chunk too
         assert expected <= {stage for stage, row in stages.items() if name in row}, name

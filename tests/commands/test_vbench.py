@@ -132,7 +132,7 @@ def test_bounds_and_weights() -> None:
     assert list(scores_of(HIGH).means().values()) == pytest.approx([1, 1, 1])
     for index, name in enumerate(COLUMNS):
         one = scores_of([high if place == index else low for place, (low, high) in enumerate(zip(LOW, HIGH))])
-        assert one.normalised(name) == pytest.approx(1)
+        assert one.normalized(name) == pytest.approx(1)
         share = [0, 1 / 9] if index >= 7 else [(0.5 if name == "dynamic_degree" else 1) / 6.5, 0]
         assert list(one.means().values()) == pytest.approx([*share, 0.8 * share[0] + 0.2 * share[1]], abs=1e-12)
     beyond = scores_of([2 * high - low for low, high in zip(LOW, HIGH)])

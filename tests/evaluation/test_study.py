@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from arcopo_fast.evaluation.study import MEASURES, Study, summarise
+from arcopo_fast.evaluation.study import MEASURES, Study, summarize
 from arcopo_fast.reports.entropy import write_results
 
 
@@ -21,7 +21,7 @@ def test_means_ratios_and_errors(tmp_path: Path) -> None:
     small = renoise / 7
     values = [dict(zip(["initial", "renoise1", "renoise2"], map(np.ndarray.tolist, row))) for row in zip(initial, small, renoise)]
     records = [{"prompt": i, "text": "", "pivot": 1} | dict.fromkeys(MEASURES, value) for i, value in enumerate(values)]
-    (entry,) = summarise(records)
+    (entry,) = summarize(records)
     a, b = initial.mean(axis=1), renoise.mean(axis=1)
     found = entry["video"]
     assert found["initial"]["mean"] == pytest.approx(a.mean()) and found["renoise2"]["mean"] == pytest.approx(b.mean())
@@ -29,11 +29,11 @@ def test_means_ratios_and_errors(tmp_path: Path) -> None:
     ratio = a.mean() / b.mean()
     assert found["ratio"]["mean"] == pytest.approx(ratio)
     assert found["ratio"]["error"] == pytest.approx((a - ratio * b).std(ddof=1) / b.mean() / prompts**0.5, rel=0.02)
-    (alone,) = summarise(records[:1])
+    (alone,) = summarize(records[:1])
     assert alone["frames"]["initial"]["error"] == pytest.approx(initial[0].std(ddof=1) / math.sqrt(3), rel=1e-6), "over draws"
     records[0]["chunk"] = {"initial": [1.0], "renoise1": [0.0]}
     records[0]["video"] = records[0]["frames"] = {"initial": [1.0]}
-    (single,) = summarise(records[:1])
+    (single,) = summarize(records[:1])
     assert single["chunk"] == {
         "initial": {"mean": 1.0, "error": None},
         "renoise1": {"mean": 0.0, "error": None},

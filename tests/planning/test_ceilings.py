@@ -37,7 +37,7 @@ def test_floors_are_the_counted_work_at_the_ceilings() -> None:
     found = floors(config, CausalWanConfig(), VAESizes(), ceilings)
     assert list(found) == [1, 2, 3, 4, 5, 6, 7]
     work = iteration(config, CausalWanConfig(), VAESizes(), 3)
-    assert found[4].keys() == work.keys() >= {"prefix", "denoise", "clean", "decode", "replay", "optimiser"}
+    assert found[4].keys() == work.keys() >= {"prefix", "denoise", "clean", "decode", "replay", "optimizer"}
     for stage, seconds in found[4].items():
         assert seconds == pytest.approx(3 * (work[stage].flops / 800e12 + work[stage].traffic / 4e12))
     assert "prefix" not in found[1] and found[7]["denoise"] < found[1]["denoise"]

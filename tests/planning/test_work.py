@@ -116,7 +116,7 @@ def test_an_iterations_replay_is_made_of_its_items() -> None:
     text, trained = work_of.text(config, MODEL), work_of.text(config, MODEL, backward=True)
     work = work_of.iteration(config, MODEL, None, 1)  # 2 anchors at 3 steps in micro-batches of 4: the prompt is encoded twice
     assert work["replay"].flops == pytest.approx((pair * 18 + trained * 6 + forward * 12 + text * 4).flops)
-    assert work["optimiser"].flops == 0 < work["optimiser"].traffic
+    assert work["optimizer"].flops == 0 < work["optimizer"].traffic
 
 
 @pytest.mark.parametrize("overrides", [[], [FEW]], ids=["all", "few"])

@@ -162,6 +162,8 @@ def test_metrics_are_read_in_order_and_once() -> None:
     assert points(records, "x") == [(1, 3.0), (2, 5.0)]
     # a stage that some iterations do not have counts by what it took, so the stages add up
     assert stage_seconds([{"time": {"a": 1.0, "b": 3.0}}, {"time": {"a": 2.0}}, {"step": 3}]) == {"a": 1.5, "b": 1.5}
+    former, present = ({"time": {name: 1.0}} for name in ("optimiser", "optimizer"))
+    assert stage_seconds([former, present]) == {"optimizer": 1.0}
 
 
 def test_charts_place_points_in_proportion() -> None:

@@ -27,7 +27,7 @@ from torch import nn
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.qwen2vl import model as qwen2vl
-from arcopo_fast.rewards.qwen2vl.frames import Patches, fitting_size, greyscale, quantise, resize, sample_frames
+from arcopo_fast.rewards.qwen2vl.frames import Patches, fitting_size, grayscale, quantize, resize, sample_frames
 from arcopo_fast.rewards.qwen2vl.text import Conversation, load_tokenizer, read_instruction
 
 
@@ -80,7 +80,7 @@ def test_sizes_are_those_of_transformers() -> None:
 @pytest.mark.parametrize("size", [(56, 84), (112, 140)], ids=["smaller", "larger"])
 def test_resizing_is_that_of_pillow(size: tuple[int, int]) -> None:
     coarse = torch.rand(2, 3, 9, 13)
-    frames = quantise(nn.functional.interpolate(coarse, (90, 130), mode="bilinear"))
+    frames = quantize(nn.functional.interpolate(coarse, (90, 130), mode="bilinear"))
     ours = resize(frames, size)
     for frame, resized in zip(frames, ours):
         image = Image.fromarray(frame.permute(1, 2, 0).byte().numpy()).resize(size[::-1], Image.Resampling.BICUBIC)
@@ -92,11 +92,11 @@ def test_resizing_is_that_of_pillow(size: tuple[int, int]) -> None:
 
 
 def test_grey() -> None:
-    frames = quantise(torch.rand(2, 3, 8, 9))
-    grey = greyscale(frames)
-    assert torch.equal(grey[:, 0], grey[:, 1]) and torch.equal(grey[:, 1], grey[:, 2])
+    frames = quantize(torch.rand(2, 3, 8, 9))
+    gray = grayscale(frames)
+    assert torch.equal(gray[:, 0], gray[:, 1]) and torch.equal(gray[:, 1], gray[:, 2])
     exact = 0.2989 * frames[:, 0].double() + 0.587 * frames[:, 1].double() + 0.114 * frames[:, 2].double()
-    assert ((grey[:, 0] <= exact + 1e-4) & (exact < grey[:, 0] + 1 + 1e-4)).all()
+    assert ((gray[:, 0] <= exact + 1e-4) & (exact < gray[:, 0] + 1 + 1e-4)).all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 5], ids=["image", "pair", "odd"])

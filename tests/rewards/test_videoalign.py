@@ -94,7 +94,7 @@ def test_the_sampled_frames_are_resized(reference: Reference) -> None:
     sampled = (frames[0, [0, 7, 13, 20]] * 255).round()
     grey = (sampled * torch.tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True).floor().expand(-1, 3, -1, -1)
     reward = VideoAlignReward()
-    reward.readings = {"color": Reading("MQ", raw=True), "grey": Reading("MQ", raw=True, grey=True)}
+    reward.readings = {"color": Reading("MQ", raw=True), "grey": Reading("MQ", raw=True, gray=True)}
     for name, judged in (("color", sampled), ("grey", grey)):
         video = nn.functional.interpolate(judged, (280, 392), mode="bicubic", antialias=True).round().clamp(0, 255)
         ours = reward.ask([name], frames, ["a"])[name]

@@ -29,8 +29,8 @@ def test_every_combination_has_one_caption() -> None:
     assert len(captions) == len(set(captions)) == 96
     assert captions == data.all_captions()
     for caption in captions:
-        shape, colour, motion = data.attributes_of(caption)
-        assert data.caption_of(shape, colour, motion) == caption
+        shape, color, motion = data.attributes_of(caption)
+        assert data.caption_of(shape, color, motion) == caption
     with pytest.raises(ValueError, match="a red circle moving left"):
         data.attributes_of("a red dog moving left")
 
@@ -52,14 +52,14 @@ def test_the_shape_stays_inside_and_follows_its_caption(latent_frames: int, flaw
     areas = saturated.sum(dim=(2, 3)).float()
     assert (areas > (80 if flaws else 120)).all() and (areas < (600 if flaws else 450)).all()
     x = torch.arange(64) + 0.5
-    centre = torch.stack([(saturated.sum(2) * x).sum(-1), (saturated.sum(3) * x).sum(-1)], dim=-1) / areas[..., None]
+    center = torch.stack([(saturated.sum(2) * x).sum(-1), (saturated.sum(3) * x).sum(-1)], dim=-1) / areas[..., None]
     for video, scene in enumerate(scenes):
         expected = torch.tensor(data.MOTIONS[scene.motion]) * scene.speed * (frames.shape[1] - 1)
-        moved = centre[video, -1] - centre[video, 0]
+        moved = center[video, -1] - center[video, 0]
         assert (moved - expected).abs().max() < (8.0 if flaws else 1.0), scene
-        colour = frames[video].transpose(0, 1)[:, saturated[video]].mean(1)
-        nearest = min(data.COLOURS, key=lambda name: float((colour - torch.tensor(data.COLOURS[name])).norm()))
-        assert nearest == scene.colour
+        color = frames[video].transpose(0, 1)[:, saturated[video]].mean(1)
+        nearest = min(data.COLORS, key=lambda name: float((color - torch.tensor(data.COLORS[name])).norm()))
+        assert nearest == scene.color
 
 
 def test_flaws_change_nothing_but_the_quality() -> None:

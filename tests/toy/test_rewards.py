@@ -122,7 +122,7 @@ def test_motion_needs_more_than_one_frame(videos: Videos) -> None:
 
 @pytest.mark.parametrize("attribute", range(3), ids=["shape", "colour", "motion"])
 def test_each_wrong_attribute_costs_alignment(videos: Videos, attribute: int) -> None:
-    choices = (data.SHAPES, tuple(data.COLOURS), tuple(data.MOTIONS))[attribute]
+    choices = (data.SHAPES, tuple(data.COLORS), tuple(data.MOTIONS))[attribute]
     wrong = []
     for caption in videos.captions:
         attributes = list(data.attributes_of(caption))

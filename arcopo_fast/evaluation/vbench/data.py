@@ -184,7 +184,7 @@ class VBenchScores:
     raw: Mapping[str, float]
     videos: Mapping[str, int | None]
 
-    def normalised(self, name: str) -> float:
+    def normalized(self, name: str) -> float:
         low, high, _ = DIMENSIONS[name]
         return (self.raw[name] - low) / (high - low)
 
@@ -195,12 +195,12 @@ class VBenchScores:
 
     def _mean(self, dimensions: Mapping[str, Dimension]) -> float:
         weights = sum(dimension.weight for dimension in dimensions.values())
-        return sum(dimension.weight * self.normalised(name) for name, dimension in dimensions.items()) / weights
+        return sum(dimension.weight * self.normalized(name) for name, dimension in dimensions.items()) / weights
 
     def summary(self) -> dict[str, Any]:
         """For JSON."""
         dimensions = {
-            name: {"raw": self.raw[name], "normalised": self.normalised(name), "videos": self.videos[name]} for name in DIMENSIONS
+            name: {"raw": self.raw[name], "normalised": self.normalized(name), "videos": self.videos[name]} for name in DIMENSIONS
         }
         return self.means() | {"dimensions": dimensions}
 

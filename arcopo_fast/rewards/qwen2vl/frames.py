@@ -44,7 +44,7 @@ def fitting_size(height: int, width: int, *, least: int, most: int, factor: int 
     return rows, columns
 
 
-def quantise(frames: Tensor) -> Tensor:
+def quantize(frames: Tensor) -> Tensor:
     """[0, 1] -> whole numbers 0 to 255, in the frames' dtype."""
     return (frames * 255).round().clamp(0, 255)
 
@@ -54,7 +54,7 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(frames, size, mode="bicubic", antialias=True).round().clamp(0, 255)
 
 
-def greyscale(frames: Tensor) -> Tensor:
+def grayscale(frames: Tensor) -> Tensor:
     """The luminance of frames [F, 3, H, W] in whole numbers 0 to 255, in all three channels, in whole numbers.
 
     Rounded down, and with weights that sum to 0.9999, as torchvision's rgb_to_grayscale does with bytes, which Astrolabe uses.
@@ -64,7 +64,7 @@ def greyscale(frames: Tensor) -> Tensor:
 
 
 class Patches(NamedTuple):
-    """The way a Qwen2-VL cuts frames into patches. mean, std: of each colour, for values in [0, 1]."""
+    """The way a Qwen2-VL cuts frames into patches. mean, std: of each color, for values in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -85,7 +85,7 @@ class Patches(NamedTuple):
         """Frames [F, 3, H, W] in whole numbers 0 to 255 -> patches [t h w, 3 temporal patch patch] and their grid (t, h, w).
 
         One patch spans `temporal` frames; the last frame is repeated where they do not come out even, so an image stands for two.
-        Patches that will be merged are neighbours in the order.
+        Patches that will be merged are neighbors in the order.
         """
         missing = -len(frames) % self.temporal
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
@@ -94,6 +94,6 @@ class Patches(NamedTuple):
         grid = (len(frames) // self.temporal, frames.shape[2] // self.patch, frames.shape[3] // self.patch)
         merged = [part for side in grid[1:] for part in (side // self.merge, self.merge, self.patch)]
         blocks = frames.reshape(grid[0], self.temporal, frames.shape[1], *merged)
-        # t, temporal, colour, (h, merge, patch), (w, merge, patch) -> t, h, w, merge, merge, colour, temporal, patch, patch
+        # t, temporal, color, (h, merge, patch), (w, merge, patch) -> t, h, w, merge, merge, color, temporal, patch, patch
         blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
         return blocks.reshape(math.prod(grid), -1), grid

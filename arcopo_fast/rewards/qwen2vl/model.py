@@ -96,10 +96,10 @@ def build(base: Path, tokenizer: Tokenizer, head: Callable[[int], nn.Module]) ->
 def load_patches(base: Path) -> Patches:
     """Return how the base model cuts frames into patches."""
     vision, file = read_json(base / "config.json").get("vision_config", {}), base / "preprocessor_config.json"
-    colours = read_json(file)
+    colors = read_json(file)
     try:
         sizes = (vision.get("patch_size", 14), vision.get("temporal_patch_size", 2), vision.get("spatial_merge_size", 2))
-        return Patches(tuple(colours["image_mean"]), tuple(colours["image_std"]), *sizes)
+        return Patches(tuple(colors["image_mean"]), tuple(colors["image_std"]), *sizes)
     except KeyError as error:
         raise UserError(f"{file} has no {error.args[0]}; get it again") from None
 

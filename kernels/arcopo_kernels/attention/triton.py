@@ -50,7 +50,7 @@ def _store_tile(base, tile, start, stride, tokens, HEAD_DIM: tl.constexpr, BLOCK
 
 @triton.jit
 def _place(tokens, heads, BLOCK: tl.constexpr):
-    """First row, batch and head of this program; programs of one head are neighbours, so that its keys stay in the cache."""
+    """First row, batch and head of this program; programs of one head are neighbors, so that its keys stay in the cache."""
     blocks = tl.cdiv(tokens, BLOCK)
     program = tl.program_id(0)
     batch_head = program // blocks

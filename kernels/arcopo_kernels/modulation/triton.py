@@ -32,11 +32,11 @@ def block_sizes(size: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _normalise(x, inside, eps, SIZE: tl.constexpr):
+def _normalize(x, inside, eps, SIZE: tl.constexpr):
     """(x - mean) / std and 1 / std of a row."""
-    centred = tl.where(inside, x - tl.sum(x) / SIZE, 0.0)
-    rstd = tl.rsqrt((tl.sum(centred * centred) / SIZE + eps).to(tl.float32))
-    return centred * rstd, rstd
+    centered = tl.where(inside, x - tl.sum(x) / SIZE, 0.0)
+    rstd = tl.rsqrt((tl.sum(centered * centered) / SIZE + eps).to(tl.float32))
+    return centered * rstd, rstd
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _forward(
         tl.store(hidden + at, stored, mask=inside)
         values = stored.to(tl.float32)
     if out is not None:
-        values, _ = _normalise(values, inside, eps, SIZE)
+        values, _ = _normalize(values, inside, eps, SIZE)
         if weight is not None:
             values *= tl.load(weight + element, mask=inside, other=0.0).to(tl.float32)
         if bias is not None:
@@ -95,7 +95,7 @@ def _forward(
 def _backward(
     grad_hidden,  # None without y
     grad_out,  # None without norm
-    hidden,  # what was normalised
+    hidden,  # what was normalized
     y,  # None: no gradient of the gate wanted
     gate,
     scale,
@@ -130,7 +130,7 @@ def _backward(
         at = (run.to(tl.int64) * tokens + token) * SIZE + element
         if grad_out is not None:
             grad = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
-            normed, rstd = _normalise(tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32), inside, eps, SIZE)
+            normed, rstd = _normalize(tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32), inside, eps, SIZE)
             if grad_partials is not None:
                 grad_sum += grad
                 normed_sum += grad * normed

@@ -32,7 +32,7 @@ def nft_loss(
         pred: predictions p under the policy, [B, ...]; the only argument that gets a gradient.
         old_pred: predictions p_old under the old policy, [B, ...].
         target: what they should have predicted, [B, ...]: the clean latent (or the velocity, where the predictions are velocities).
-        reward: normalised reward of each sample, [B], in [0, 1]: (1 + advantage / A_max) / 2, clamped.
+        reward: normalized reward of each sample, [B], in [0, 1]: (1 + advantage / A_max) / 2, clamped.
         beta: weight of the policy in the mixtures. The smaller, the further the optimum lies from the old policy.
         reduction: "mean" or "sum" over the elements of a sample.
 

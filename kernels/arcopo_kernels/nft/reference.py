@@ -5,7 +5,7 @@ For one sample with prediction p (gradient), old prediction p_old, target y and 
     p_plus = p_old + beta (p - p_old)        p_minus = p_old - beta (p - p_old)
     L      = r ||p_plus - y||^2 + (1 - r) ||p_minus - y||^2
 
-Source: Astrolabe (arXiv 2603.17051), section 3.3 and algorithm 1. Unlike DiffusionNFT it neither normalises the loss by the size of its own
+Source: Astrolabe (arXiv 2603.17051), section 3.3 and algorithm 1. Unlike DiffusionNFT it neither normalizes the loss by the size of its own
 error nor divides it by beta.
 """
 

@@ -41,7 +41,7 @@ def qk_norm_rope(
         eps: of the norms.
 
     Returns:
-        query and key, normalised and turned, [B, T, H, D], contiguous, of the dtype of query * query_weight. Differentiable in all four.
+        query and key, normalized and turned, [B, T, H, D], contiguous, of the dtype of query * query_weight. Differentiable in all four.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.

@@ -6,7 +6,7 @@
 Of a head's D / 2 pairs the first turn with the token's frame (p = position + frame), the next D // 6 with its row, the last D // 6 with its
 column; i counts the n pairs of the axis. Source: Wan2.1, interleaved pairs.
 
-Rounding follows the official half-precision inference: the normalised value is rounded before the weight is applied, the product again, the
+Rounding follows the official half-precision inference: the normalized value is rounded before the weight is applied, the product again, the
 rotation once more. Officially it is complex128; here float64 for half-precision inputs on a CPU, which gives the same bits, else float32 or
 wider, by tables computed in float64 (cos and sin within half a unit in the last place).
 """

@@ -43,7 +43,7 @@ def copo_surrogate(
         candidates: the group's predictions for each denoising step, [T, G, ...].
         advantages: [G].
         step_index: which of the T steps each anchor belongs to, [N] integers in [0, T); 0 for all when None. A value outside is an error
-            on a CPU; on a GPU, where looking would cost a synchronisation, it makes the anchor's loss NaN.
+            on a CPU; on a GPU, where looking would cost a synchronization, it makes the anchor's loss NaN.
         tau: temperature of the distance softmax, in units of the reduced squared distance.
         clip: radius of the ratio's clip interval; None switches clipping off.
         reduction: "mean" or "sum" over the elements of the squared distance.

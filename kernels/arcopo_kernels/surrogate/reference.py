@@ -65,7 +65,7 @@ def surrogate(log_ratio: Tensor, advantages: Tensor, clip: float | None) -> Surr
     radius = float("inf") if clip is None else clip
     advantages = advantages.detach().double()
     ratio_minus_one = torch.expm1(log_ratio)
-    # min(rho A, clip(rho) A) has no gradient where the ratio has left the interval on the side that the advantage favours.
+    # min(rho A, clip(rho) A) has no gradient where the ratio has left the interval on the side that the advantage favors.
     clipped = torch.where(advantages > 0, ratio_minus_one > radius, (advantages < 0) & (ratio_minus_one < -radius))
     gain = torch.where(clipped, ratio_minus_one.detach().clamp(-radius, radius), ratio_minus_one) * advantages + advantages
     return SurrogateOutput(-gain.mean(-1), ratio_minus_one.detach(), ~clipped)
