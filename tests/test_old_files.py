@@ -1,7 +1,7 @@
 """Files that an older version wrote are read, added to and finished by this one.
 
-tests/fixtures/old was written by the version of 30 November 2026 that had no rooms yet: two runs of the toy recipe with `SETTINGS`, of which
-one was killed in its second iteration; a buffer of a group; an evaluation and a study of `VIDEO`. What its tests do not need was removed.
+tests/fixtures/old was written by the first version, before its files moved to rooms: two runs of the toy recipe with `SETTINGS`, of which
+one was stopped in its second iteration; a buffer of one group; an evaluation and a study with `VIDEO`. What no test needs is left out.
 """
 
 from __future__ import annotations

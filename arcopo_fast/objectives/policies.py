@@ -73,7 +73,7 @@ class Policies:
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Go back to what `state_dict` returned."""
         own = adapter_state(self.model)
-        self._kept = {name: {key: tensor.to(own[key]) for key, tensor in kept.items()} for name, kept in state.items()}
+        self._kept = {name: {key: tensor.to(own[key], copy=True) for key, tensor in kept.items()} for name, kept in state.items()}
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

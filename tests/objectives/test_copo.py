@@ -6,35 +6,16 @@ import math
 
 import pytest
 import torch
-from support.models import SHAPE, random_text, small_engine, small_model
+from support.adapted import GROUP, adapted_engine, make_group
 from torch import Tensor
 
-from arcopo_fast.model.lora import adapter_parameters, add_lora
+from arcopo_fast.model.lora import adapter_parameters
 from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.copo import CopoObjective, CopoSettings
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
 from arcopo_fast.objectives.ratio import RatioNotOne
 from arcopo_fast.rollout.engine import Engine, Group
 from arcopo_fast.rollout.group import Samples
-from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan
-
-GROUP = 6
-
-
-def adapted_engine(dtype: torch.dtype = torch.float32) -> Engine:
-    model = add_lora(
-        small_model(dtype), rank=4, alpha=8, targets=["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"], seed=1
-    )
-    with torch.no_grad():  # an adapter in the middle of training: B is not zero any more
-        for parameter in adapter_parameters(model):
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    engine = small_engine(model, branches=GROUP)
-    return engine
-
-
-def make_group(engine: Engine, pivot: int = 1) -> Group:
-    noise = KeyedNoise(SHAPE, GroupId(seed=int(torch.randint(10**6, ()))))
-    return engine.rollout(random_text(), noise.id, pivot=pivot, members=GROUP, plan=NoisePlan(0.5))
 
 
 def run_update(engine: Engine, settings: CopoSettings, group: Group, advantages: Tensor, lr: float = 1e-2) -> dict[str, float]:
@@ -146,7 +127,7 @@ def test_updates_move_predictions_towards_good_candidates(distance: str) -> None
 
 
 def test_recomputed_context_keeps_the_first_ratio_exact_and_no_page() -> None:
-    engine = small_engine(adapted_engine().model, branches=GROUP + 2)
+    engine = adapted_engine(branches=GROUP + 2)
     with make_group(engine, pivot=2) as group:
         statistics = run_update(engine, CopoSettings(context="recompute"), group, zscore(torch.randn(GROUP)))
         assert engine.pool.pages_in_use == 4

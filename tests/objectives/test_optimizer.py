@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from objectives.test_copo import GROUP, adapted_engine, make_group
-from support.models import small_engine, small_model
+from support.adapted import GROUP, adapted_engine, fresh_engine, make_group
 from torch import Tensor, nn
 
-from arcopo_fast.model.lora import adapter_parameters, add_lora
+from arcopo_fast.model.lora import adapter_parameters
 from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.copo import CopoObjective, CopoSettings
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.ratio import Ratio
-from arcopo_fast.rollout.engine import Engine
 
 LR = 1e-3
 
@@ -34,10 +32,6 @@ class Scaled(CopoObjective):
 
 def adam(parameters: Sequence[nn.Parameter], **settings: Any) -> Stepper:
     return Stepper(torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0), eps=1e-8, **settings)
-
-
-def fresh_engine() -> Engine:
-    return small_engine(add_lora(small_model(), rank=4, alpha=8, seed=1), branches=GROUP)
 
 
 @pytest.mark.parametrize("engine", [fresh_engine, adapted_engine], ids=["a new adapter", "an adapter in training"])

@@ -9,7 +9,9 @@ from typing import Iterator
 
 import pytest
 import torch
-from support.models import random_text, small_engine, small_model
+from support.adapted import fresh_engine
+from support.commands import SMALL
+from support.models import random_text
 from torch import Tensor
 
 import arcopo_fast.objectives
@@ -17,7 +19,7 @@ from arcopo_fast import train
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import config_class, objective_class, objectives
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.lora import adapter_parameters, adapter_state, add_lora
+from arcopo_fast.model.lora import adapter_parameters, adapter_state
 from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.copo import CopoObjective
 from arcopo_fast.objectives.optimizer import Stepper
@@ -29,15 +31,7 @@ from arcopo_fast.training.trainer import Trainer
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "adding_an_objective.md").read_text(encoding="utf-8")
 KIND = "my_project.forward_process"
-SMALL = [
-    "train.iterations=2",
-    "rollout.group_size=3",
-    "evaluation.prompts=2",
-    "evaluation.videos_per_prompt=1",
-    "evaluation.sample_videos=1",
-    "lora.rank=4",
-    "lora.alpha=8",
-]
+TWO_ITERATIONS = ["train.iterations=2", *SMALL]
 
 
 def block(language: str) -> str:
@@ -68,7 +62,7 @@ def test_the_document_names_its_files() -> None:
 
 def test_it_trains_and_goes_on(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old policy follows the live one, is part of a checkpoint, and a run that goes on is the run that was never stopped."""
-    main([recipe, *SMALL, f"run.directory={tmp_path / 'whole'}"])
+    main([recipe, *TWO_ITERATIONS, f"run.directory={tmp_path / 'whole'}"])
     whole = read_metrics(tmp_path / "whole" / "forward_process")
     assert [line["step"] for line in whole] == [1, 2]
     assert whole[0]["update1/moved"] == 0 < whole[0]["update2/moved"] and whole[1]["update1/moved"] > 0
@@ -84,7 +78,7 @@ def test_it_trains_and_goes_on(recipe: str, tmp_path: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="went away"):
         patch.setattr(train, "one_iteration", broken_off)
-        main([recipe, *SMALL, f"run.directory={tmp_path / 'broken'}"])
+        main([recipe, *TWO_ITERATIONS, f"run.directory={tmp_path / 'broken'}"])
     main(["--resume", str(tmp_path / "broken" / "forward_process")])
     again = read_metrics(tmp_path / "broken" / "forward_process")
     assert [{**line, "time": None} for line in again] == [{**line, "time": None} for line in whole]
@@ -93,7 +87,7 @@ def test_it_trains_and_goes_on(recipe: str, tmp_path: Path, monkeypatch: pytest.
 def test_it_does_what_it_says(recipe: str) -> None:
     """The first gradient, at the old policy, is 2 beta (2 r - 1) (p_old - x_0) / N; updates pull towards the better videos."""
     own = objective_class(KIND)
-    engine = small_engine(add_lora(small_model(), rank=4, alpha=8, seed=1), branches=6)
+    engine = fresh_engine()
     parameters, advantages = adapter_parameters(engine.model), 3 * zscore(torch.randn(6))
     objective = own(engine, own.Settings(kind=KIND, updates=4, decay=0.5))
     with engine.rollout(random_text(), GroupId(7), pivot=1, members=6, plan=objective.noise_plan(0.5)) as group:

@@ -8,34 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import SHAPE, random_text, small_engine, small_model
+from support import adapted
+from support.adapted import GROUP, adapted_engine
+from support.models import SHAPE, random_text
 from torch import Tensor
 from torch.distributions import Normal
 
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import SamplerConfig
 from arcopo_fast.errors import UserError
-from arcopo_fast.model.lora import adapter_parameters, add_lora
+from arcopo_fast.model.lora import adapter_parameters
 from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.ratio import Items
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings, log_probability_ratio
-from arcopo_fast.rollout.engine import Engine, Group, Stream
+from arcopo_fast.rollout.engine import Group, Stream
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan, NoiseSource
 from arcopo_fast.rollout.sampler import Trajectory, Transition
 from arcopo_fast.training.trainer import Trainer
 
-GROUP, PIVOT = 6, 2
+PIVOT = 2
 KERNELS = ["consistency", "dance_sde", "flow_sde", "flow_cps"]
-
-
-def adapted_engine(dtype: torch.dtype = torch.float32, **more: Any) -> Engine:
-    """Of a small generator whose adapter is in the middle of training."""
-    model = add_lora(small_model(dtype), rank=4, alpha=8, seed=1)
-    with torch.no_grad():
-        for parameter in adapter_parameters(model):
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return small_engine(model, branches=GROUP, **more)
 
 
 def settings_of(kernel: str = "consistency", **more: Any) -> SdeGrpoSettings:
@@ -43,8 +36,7 @@ def settings_of(kernel: str = "consistency", **more: Any) -> SdeGrpoSettings:
 
 
 def make_group(objective: SdeGrpoObjective, pivot: int = PIVOT) -> Group:
-    name, plan = GroupId(seed=int(torch.randint(10**6, ()))), objective.noise_plan(0.5)
-    return objective.engine.rollout(random_text(), name, pivot=pivot, members=GROUP, plan=plan)
+    return adapted.make_group(objective.engine, pivot, objective.noise_plan(0.5))
 
 
 def gaussian(group: Group, step: int, clean: Tensor, x: Tensor) -> Normal:
