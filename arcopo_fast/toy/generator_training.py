@@ -122,9 +122,9 @@ def flow_matching_loss(
     return torch.stack(losses).mean()
 
 
-def cosine(step: int, steps: int, warmup: int = 50) -> float:
+def cosine(step: int, steps: int) -> float:
     """Learning-rate factor: linear warm-up, cosine to 2 %."""
-    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def batches(latents: Tensor, text: Tensor, size: int, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards.base import Reward
+from arcopo_fast.storage.atomic import atomic_write
 from arcopo_fast.toy import data
 
 if TYPE_CHECKING:
@@ -126,14 +126,7 @@ class CaptionClassifier(nn.Module):
         """Write the weights, in fp16, to one safetensors file in `directory`."""
         path = Path(directory) / CLASSIFIER_FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file({name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}, staging)
-            with staging.open("rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(staging, path)
-        finally:
-            staging.unlink(missing_ok=True)
+        atomic_write(path, save({name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}))
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> CaptionClassifier:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Callable
@@ -25,6 +24,7 @@ from arcopo_fast.model.checkpoints import load_into, read_state_dict, save_trans
 from arcopo_fast.model.sizes import CausalWanConfig
 from arcopo_fast.rollout.engine import VideoShape
 from arcopo_fast.runtime.memory import tune_for_cpu
+from arcopo_fast.storage.atomic import atomic_path, atomic_write
 from arcopo_fast.toy import data
 from arcopo_fast.toy.generator_training import Course, GuidedTeacher, Log, distil, train_teacher
 from arcopo_fast.toy.metrics import CLASSIFIER_FILE_NAME, train_classifier
@@ -83,12 +83,6 @@ def encode_videos(vae: Any, count: int, latent_frames: int, seed: int) -> tuple[
     return torch.cat(latents), captions
 
 
-def save_atomically(path: Path, save: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    save(partial)
-    os.replace(partial, path)
-
-
 def stage(directory: Path, name: str, model: CausalWan, train: Callable[[], CausalWan]) -> CausalWan:
     """Return the trained weights of a stage: from the directory if they are there, else by training."""
     if (directory / name / "config.json").exists():
@@ -130,8 +124,8 @@ def generator(directory: Path, sizes: Sizes, vae: Any, text: ToyTextEncoder, see
     """Return the few-step generator of a directory; the stages before it that are missing are run first."""
     latents_file = directory / "latents.pt"
     if not latents_file.exists():
-        encoded = encode_videos(vae, sizes.videos, SHAPE.frames, seed + 1)
-        save_atomically(latents_file, lambda path: torch.save(encoded, path))
+        with atomic_path(latents_file) as partial:
+            torch.save(encode_videos(vae, sizes.videos, SHAPE.frames, seed + 1), partial)
     latents, captions = torch.load(latents_file, weights_only=True)
     prompts = text(captions)
 
@@ -162,7 +156,7 @@ def pretrain(directory: Path, *, quick: bool, seed: int) -> dict[str, Any]:
     student = generator(directory, sizes, vae, text, seed, log)
     metrics["noise_influence"] = noise_influence(student, text(data.all_captions()[::12]), SHAPE, SAMPLER, seed=seed + 4)
     metrics["parameters"] = sum(parameter.numel() for parameter in student.parameters())
-    save_atomically(directory / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
+    atomic_write(directory / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     log({"stage": "done"})
     return metrics
 

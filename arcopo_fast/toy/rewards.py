@@ -68,8 +68,9 @@ def _bell(value: Tensor, width: float) -> Tensor:
     return torch.exp(-((value / width) ** 2))
 
 
-def _together(*components: Tensor, floor: float = 0.05) -> Tensor:
+def _together(*components: Tensor) -> Tensor:
     """Geometric mean of scores in [0, 1]: one bad component spoils the whole, but never hides progress in the others."""
+    floor = 0.05
     logs = [(floor + (1 - floor) * component).log() for component in components]
     return ((torch.stack(logs).mean(0).exp() - floor) / (1 - floor)).clamp(0, 1)
 

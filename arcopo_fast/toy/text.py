@@ -6,16 +6,16 @@ Knows nothing of the captions' grammar; any sentence of known words is encoded.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.storage.atomic import atomic_write
 from arcopo_fast.storage.identity import digest
 
 FILE_NAME = "text_encoder.safetensors"
@@ -79,15 +79,8 @@ class ToyTextEncoder:
         """Write the table (fp16) and the vocabulary to one safetensors file in `directory`."""
         path = Path(directory) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            metadata = {"vocabulary": json.dumps(self.vocabulary), "text_len": str(self.text_len)}
-            save_file({"table": self.table.half().contiguous()}, staging, metadata=metadata)
-            with staging.open("rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(staging, path)
-        finally:
-            staging.unlink(missing_ok=True)
+        metadata = {"vocabulary": json.dumps(self.vocabulary), "text_len": str(self.text_len)}
+        atomic_write(path, save({"table": self.table.half().contiguous()}, metadata))
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ToyTextEncoder:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from arcopo_fast.model.vae import channels_last
+from arcopo_fast.storage.atomic import atomic_directory
 from arcopo_fast.toy import data
 
 Z_DIM = 16
@@ -138,7 +136,7 @@ def _train_phase(
 
 
 @torch.no_grad()
-def evaluate_vae(vae: AutoencoderKLWan, generator: torch.Generator, *, videos: int = 256, latent_frames: int = 8) -> dict[str, float]:
+def evaluate_vae(vae: AutoencoderKLWan, generator: torch.Generator, *, videos: int = 256) -> dict[str, float]:
     """Reconstruction quality and the geometry of the latents on freshly drawn videos.
 
     Returns:
@@ -151,7 +149,7 @@ def evaluate_vae(vae: AutoencoderKLWan, generator: torch.Generator, *, videos: i
     last_squared: list[Tensor] = []
     chunks: list[Tensor] = []
     for _ in range(videos // 8):
-        frames, _, _ = data.sample(8, latent_frames, generator)
+        frames, _, _ = data.sample(8, 8, generator)
         latents = encode(vae, frames)
         error = (decode(vae, latents) - frames).square()
         saturated = _saturation(frames) > 0.5
@@ -240,20 +238,8 @@ def _fit_normalization(vae: AutoencoderKLWan, generator: torch.Generator, *, vid
 
 
 def _save(vae: AutoencoderKLWan, out_dir: Path, records: list[dict[str, float]], metrics: dict[str, Any]) -> None:
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
-    try:
-        staging.chmod(0o755)
+    with atomic_directory(out_dir) as staging:
         vae.half().save_pretrained(staging)
         vae.float()
         (staging / "training_log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         (staging / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        for file in staging.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        os.replace(staging, out_dir)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
