@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 INTERPRETER_TARGET = "sm_90"
 """The target whose launches Triton's interpreter repeats, on the CPU."""
+
+class BlockSizes(NamedTuple):
+    """The tile of a kernel that goes over plain rows of elements. block: the elements in it."""
+
+    block: int
+    num_warps: int
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,6 +36,11 @@ def on_device_of_tensors(launcher: Callable[P, T]) -> Callable[P, T]:
             return launcher(*args, **kwargs)
 
     return launch
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return tensors as a kernel takes them whose rows lie one behind the other; None where there is none."""
+    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def target_of(x: Tensor) -> str:

@@ -92,6 +92,14 @@ def choose(operator: str, device: torch.device, unsupported: str | None = None) 
     return choice.name
 
 
+def unsupported(largest: int, size: int, *tensors: torch.Tensor | None) -> str | None:
+    """Return why a kernel that holds a row of `size` elements in registers, `largest` at most, cannot take tensors; None if it can."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{tensor.dtype} is computed in plain PyTorch"
+    return f"a row of {size} elements does not fit a program's {largest}" if size > largest else None
+
+
 def _choice(forced: str, device: torch.device, unsupported: str | None) -> Choice:
     if forced == "reference":
         return Choice("reference", "asked for")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from arcopo_kernels.dispatch import choose
+from arcopo_kernels.dispatch import choose, unsupported
 from arcopo_kernels.modulation import reference
 from torch import Tensor
 
@@ -41,7 +41,7 @@ def layer_norm_modulate(
     """
     _check(x, scale=scale, shift=shift)
     _check_affine(x, weight, bias)
-    if choose("layer_norm_modulate", x.device, _unsupported(x, scale, shift, weight, bias)) == "reference":
+    if choose("layer_norm_modulate", x.device, unsupported(LARGEST_ROW, x.shape[3], x, scale, shift, weight, bias)) == "reference":
         return reference.layer_norm_modulate(x, scale, shift, weight, bias, eps)
     return _modulation(x, None, None, scale, shift, weight, bias, eps, True)[0]
 
@@ -60,7 +60,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
         ValueError: a shape or device that does not fit.
     """
     _check(x, y=y, gate=gate)
-    if choose("gated_residual", x.device, _unsupported(x, y, gate)) == "reference":
+    if choose("gated_residual", x.device, unsupported(LARGEST_ROW, x.shape[3], x, y, gate)) == "reference":
         return reference.gated_residual(x, y, gate)
     return _modulation(x, y, gate, None, None, None, None, 0.0, False)[0]
 
@@ -88,22 +88,12 @@ def gated_residual_layer_norm_modulate(
     """
     _check(x, y=y, gate=gate, scale=scale, shift=shift)
     _check_affine(x, weight, bias)
-    unsupported = _unsupported(x, y, gate, scale, shift, weight, bias)
-    if choose("gated_residual_layer_norm_modulate", x.device, unsupported) == "reference":
+    refusal = unsupported(LARGEST_ROW, x.shape[3], x, y, gate, scale, shift, weight, bias)
+    if choose("gated_residual_layer_norm_modulate", x.device, refusal) == "reference":
         hidden = reference.gated_residual(x, y, gate)
         return hidden, reference.layer_norm_modulate(hidden, scale, shift, weight, bias, eps)
     hidden, out = _modulation(x, y, gate, scale, shift, weight, bias, eps, True)
     return hidden, out
-
-
-def _unsupported(*tensors: Tensor | None) -> str | None:
-    """Why the kernel cannot take x and the other tensors."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"{tensor.dtype} is computed in plain PyTorch"
-        if tensor is not None and tensor.shape[-1] > LARGEST_ROW:
-            return f"a token of {tensor.shape[-1]} elements does not fit a program's {LARGEST_ROW}"
-    return None
 
 
 def _check(x: Tensor, y: Tensor | None = None, **modulations: Tensor | None) -> None:
@@ -133,7 +123,7 @@ def _check_affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None
 
 
 def _outputs(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, norm: bool
+    norm: bool, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Where the residual sum and its norm go: contiguous, of the dtype that the arguments promote to."""
     hidden = out = None
@@ -148,29 +138,25 @@ def _outputs(
     return hidden, out
 
 
-@torch.library.custom_op("arcopo::modulation", mutates_args=())
-def _modulation(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    norm: bool,
-) -> list[Tensor]:
+_PARAMETERS = "Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias"
+
+
+@torch.library.custom_op(
+    "arcopo::modulation", mutates_args=(), schema=f"(Tensor x, Tensor? y, {_PARAMETERS}, float eps, bool norm) -> Tensor[]"
+)
+def _modulation(*arguments: Any) -> list[Tensor]:
     from arcopo_kernels.modulation import triton
 
-    hidden, out = _outputs(x, y, gate, scale, shift, norm)
-    triton.forward(x, y, gate, scale, shift, weight, bias, eps, hidden, out)
+    *inputs, norm = arguments
+    hidden, out = _outputs(norm, *inputs[:5])
+    triton.forward(hidden, out, *inputs)
     return [t for t in (hidden, out) if t is not None]
 
 
 @_modulation.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    x, y, gate, scale, shift, *_, norm = arguments
-    return [t for t in _outputs(x, y, gate, scale, shift, norm) if t is not None]
+    *inputs, norm = arguments
+    return [t for t in _outputs(norm, *inputs[:5]) if t is not None]
 
 
 def _gradients(
@@ -183,22 +169,18 @@ def _gradients(
     return grad_x, grad_y, {name: p.new_empty(p.shape) for name, p in parameters.items() if wanted and p is not None}
 
 
-@torch.library.custom_op("arcopo::modulation_backward", mutates_args=())
-def _modulation_backward(
-    grad_hidden: Tensor | None,
-    grad_out: Tensor | None,
-    hidden: Tensor | None,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    parameter_gradients: bool,
-) -> list[Tensor]:
+_OF_OUTPUTS = "Tensor? grad_hidden, Tensor? grad_out, Tensor? hidden, Tensor? y"
+
+
+@torch.library.custom_op(
+    "arcopo::modulation_backward",
+    mutates_args=(),
+    schema=f"({_OF_OUTPUTS}, {_PARAMETERS}, float eps, bool parameter_gradients) -> Tensor[]",
+)
+def _modulation_backward(*arguments: Any) -> list[Tensor]:
     from arcopo_kernels.modulation import triton
 
+    grad_hidden, grad_out, hidden, y, gate, scale, shift, weight, bias, eps, parameter_gradients = arguments
     names = {"gate": gate, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
     grad_x, grad_y, parameters = _gradients(grad_hidden, hidden, gate, names, parameter_gradients)
     triton.backward(grad_hidden, grad_out, hidden, y, gate, scale, weight, bias, eps, grad_x, grad_y, parameters)

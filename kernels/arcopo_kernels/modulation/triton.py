@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
-from arcopo_kernels.device import on_device_of_tensors
+from arcopo_kernels.device import contiguous, on_device_of_tensors
 from arcopo_kernels.dispatch import FP_FUSION
 from torch import Tensor
 
@@ -160,10 +160,6 @@ def _backward(
         tl.store(normed_partials + at, normed_sum, mask=inside)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None else t.contiguous() for t in tensors]
-
-
 def _strides(modulation: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
     """A modulation [1 or B, 1 or F, 1, E] of x [B, F, T, E] and its strides over batch and frames, 0 where it is shared."""
     if modulation is None:
@@ -175,6 +171,8 @@ def _strides(modulation: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, 
 
 @on_device_of_tensors
 def forward(
+    hidden: Tensor | None,
+    out: Tensor | None,
     x: Tensor,
     y: Tensor | None,
     gate: Tensor | None,
@@ -183,8 +181,6 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    hidden: Tensor | None,
-    out: Tensor | None,
 ) -> None:
     """Fill `hidden`, the residual sum of x and y, and `out`, its norm (that of x without y), both [B, F, T, E]; None is not computed."""
     if not x.numel():
@@ -192,7 +188,7 @@ def forward(
     batch, frames, tokens, size = x.shape
     block, num_warps = block_sizes(size)
     (gate, *gate_strides), (scale, *scale_strides), (shift, *shift_strides) = (_strides(m, x) for m in (gate, scale, shift))
-    row, update, weight, bias = _contiguous(x, y, weight, bias)
+    row, update, weight, bias = contiguous(x, y, weight, bias)
     _forward[(batch * frames * tokens,)](
         row,
         update,
@@ -245,7 +241,7 @@ def backward(
     partials = {name: torch.empty(shape, dtype=torch.float32, device=grad_x.device) for name in names}
     block, num_warps = block_sizes(size)
     (gate, *gate_strides), (scale, *scale_strides) = _strides(gate, grad_x), _strides(scale, grad_x)
-    grad_hidden, grad_out, hidden, y, weight = _contiguous(grad_hidden, grad_out, hidden, y, weight)
+    grad_hidden, grad_out, hidden, y, weight = contiguous(grad_hidden, grad_out, hidden, y, weight)
     _backward[(batch * frames * programs,)](
         grad_hidden,
         grad_out,

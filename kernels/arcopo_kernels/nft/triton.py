@@ -7,22 +7,13 @@ Each program takes one tile of one sample, writes the tile of the gradient and s
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
-from arcopo_kernels.device import on_device_of_tensors
+from arcopo_kernels.device import BlockSizes, on_device_of_tensors
 from arcopo_kernels.dispatch import FP_FUSION
 from torch import Tensor
-
-
-class BlockSizes(NamedTuple):
-    """block: elements in a tile."""
-
-    block: int
-    num_warps: int
 
 
 def block_sizes() -> BlockSizes:

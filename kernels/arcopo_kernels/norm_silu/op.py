@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from arcopo_kernels.dispatch import choose
+from arcopo_kernels.dispatch import choose, unsupported
 from arcopo_kernels.norm_silu import reference
 from torch import Tensor
 
@@ -29,20 +29,11 @@ def norm_silu(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """
     out = torch.empty_like(x) if out is None else out
     _check(x, weight, out)
-    if choose("norm_silu", x.device, _unsupported(x)) == "reference":
+    if choose("norm_silu", x.device, unsupported(LARGEST_ROW, x.shape[-1], x)) == "reference":
         reference.norm_silu(x, weight, out)
     else:
         _norm_silu(x, weight, out)
     return out
-
-
-def _unsupported(x: Tensor) -> str | None:
-    """Why the kernel cannot take x."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{x.dtype} is computed in plain PyTorch"
-    if x.shape[-1] > LARGEST_ROW:
-        return f"a pixel of {x.shape[-1]} channels does not fit a program's {LARGEST_ROW}"
-    return None
 
 
 def _check(x: Tensor, weight: Tensor, out: Tensor) -> None:

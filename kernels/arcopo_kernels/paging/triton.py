@@ -8,25 +8,16 @@ choose is how many bytes are in flight.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
-from arcopo_kernels.device import on_device_of_tensors
+from arcopo_kernels.device import BlockSizes, on_device_of_tensors
 from arcopo_kernels.dispatch import FP_FUSION
 from torch import Tensor
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtypes by size in bytes."""
-
-
-class BlockSizes(NamedTuple):
-    """block: elements of a page in a tile."""
-
-    block: int
-    num_warps: int
 
 
 def block_sizes(page_elements: int, itemsize: int) -> BlockSizes:

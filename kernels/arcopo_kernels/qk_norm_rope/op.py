@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from arcopo_kernels.dispatch import choose
+from arcopo_kernels.dispatch import choose, unsupported
 from arcopo_kernels.qk_norm_rope import reference
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def qk_norm_rope(
     key_position = position if key_position is None else key_position
     _check_pair(query, key, query_weight, key_weight)
     _check_rope(query, grid, position, key_position)
-    if choose("qk_norm_rope", query.device, _unsupported(len(query_weight), query, query_weight, key_weight)) == "reference":
+    if choose("qk_norm_rope", query.device, unsupported(LARGEST_ROW, len(query_weight), query, query_weight, key_weight)) == "reference":
         roped_query = reference.norm_rope(query, query_weight, position, grid, eps)
         return roped_query, reference.norm_rope(key, key_weight, key_position, grid, eps)
     starts = _starts(position, key_position)
@@ -66,7 +66,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     if x.dim() < 1 or weight.shape != x.shape[-1:] or weight.device != x.device:
         found = f"weight has shape {tuple(weight.shape)} on {weight.device}"
         raise ValueError(f"{found}; expected [E] on {x.device} for x {tuple(x.shape)} = [..., E]")
-    if choose("rms_norm", x.device, _unsupported(len(weight), x, weight)) == "reference":
+    if choose("rms_norm", x.device, unsupported(LARGEST_ROW, len(weight), x, weight)) == "reference":
         return reference.rms_norm(x, weight, eps)
     rows = x.reshape(1, math.prod(x.shape[:-1]), 1, x.shape[-1])
     return _qk_norm_rope(rows, None, weight, None, None, None, 0, 0, 0, 0, eps)[0].view(x.shape)
@@ -79,19 +79,9 @@ def apply_rope(x: Tensor, position: int | Tensor, grid: tuple[int, int, int]) ->
         ValueError: a shape that does not fit the grid, or a position that is none.
     """
     _check_rope(x, grid, position)
-    if choose("apply_rope", x.device, _unsupported(x.shape[2] * x.shape[3], x)) == "reference":
+    if choose("apply_rope", x.device, unsupported(LARGEST_ROW, x.shape[2] * x.shape[3], x)) == "reference":
         return reference.apply_rope(x, position, grid)
     return _qk_norm_rope(x, None, None, None, *_starts(position, 0), grid[1], grid[2], 0.0)[0]
-
-
-def _unsupported(size: int, *tensors: Tensor) -> str | None:
-    """Why the kernel cannot take these tensors, of `size` elements a token."""
-    for tensor in tensors:
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"{tensor.dtype} is computed in plain PyTorch"
-    if size > LARGEST_ROW:
-        return f"a token of {size} elements does not fit a program's {LARGEST_ROW}"
-    return None
 
 
 def _starts(position: int | Tensor, key_position: int | Tensor) -> tuple[Tensor | None, Tensor | None, int, int]:
@@ -144,31 +134,24 @@ def _outputs(query: Tensor, key: Tensor | None, query_weight: Tensor | None, key
     return outputs
 
 
-@torch.library.custom_op("arcopo::qk_norm_rope", mutates_args=())
-def _qk_norm_rope(
-    query: Tensor,
-    key: Tensor | None,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    query_start: Tensor | None,
-    key_start: Tensor | None,
-    query_position: int,
-    key_position: int,
-    rows: int,
-    columns: int,
-    eps: float,
-) -> list[Tensor]:
+_WEIGHTS = "Tensor? query_weight, Tensor? key_weight"
+_PLACES = "Tensor? query_start, Tensor? key_start, SymInt query_position, SymInt key_position, SymInt rows, SymInt columns"
+
+
+@torch.library.custom_op(
+    "arcopo::qk_norm_rope", mutates_args=(), schema=f"(Tensor query, Tensor? key, {_WEIGHTS}, {_PLACES}, float eps) -> Tensor[]"
+)
+def _qk_norm_rope(*arguments: Any) -> list[Tensor]:
     from arcopo_kernels.qk_norm_rope import triton
 
-    outputs = _outputs(query, key, query_weight, key_weight)
-    starts = query_start, key_start, query_position, key_position
-    triton.forward(query, key, query_weight, key_weight, *starts, rows, columns, eps, outputs)
+    outputs = _outputs(*arguments[:4])
+    triton.forward(outputs, *arguments)
     return outputs
 
 
 @_qk_norm_rope.register_fake
-def _(query: Tensor, key: Tensor | None, query_weight: Tensor | None, key_weight: Tensor | None, *_: Any) -> list[Tensor]:
-    return _outputs(query, key, query_weight, key_weight)
+def _(*arguments: Any) -> list[Tensor]:
+    return _outputs(*arguments[:4])
 
 
 def _gradients(
@@ -178,45 +161,33 @@ def _gradients(
     key: Tensor | None,
     query_weight: Tensor | None,
     key_weight: Tensor | None,
-    weight_gradients: bool,
+    *rest: Any,
 ) -> list[Tensor]:
-    """Where the gradients of query, key and, if wanted, their weights go: those that are there, in this order."""
+    """Where the gradients of query, key and, if wanted (the last argument), their weights go: those that are there, in this order."""
     inputs = grad_query_out if query is None else query, grad_key_out if key is None else key
-    weights = (query_weight, key_weight) if weight_gradients else ()
+    weights = (query_weight, key_weight) if rest[-1] else ()
     return [x.new_empty(x.shape) for x in (*inputs, *weights) if x is not None]
 
 
-@torch.library.custom_op("arcopo::qk_norm_rope_backward", mutates_args=())
-def _qk_norm_rope_backward(
-    grad_query_out: Tensor,
-    grad_key_out: Tensor | None,
-    query: Tensor | None,
-    key: Tensor | None,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    query_start: Tensor | None,
-    key_start: Tensor | None,
-    query_position: int,
-    key_position: int,
-    rows: int,
-    columns: int,
-    eps: float,
-    weight_gradients: bool,
-) -> list[Tensor]:
+_GRADIENTS = "Tensor grad_query_out, Tensor? grad_key_out"
+
+
+@torch.library.custom_op(
+    "arcopo::qk_norm_rope_backward",
+    mutates_args=(),
+    schema=f"({_GRADIENTS}, Tensor? query, Tensor? key, {_WEIGHTS}, {_PLACES}, float eps, bool weight_gradients) -> Tensor[]",
+)
+def _qk_norm_rope_backward(*arguments: Any) -> list[Tensor]:
     from arcopo_kernels.qk_norm_rope import triton
 
-    outputs = _gradients(grad_query_out, grad_key_out, query, key, query_weight, key_weight, weight_gradients)
-    starts = query_start, key_start, query_position, key_position
-    triton.backward(
-        grad_query_out, grad_key_out, query, key, query_weight, key_weight, *starts, rows, columns, eps, weight_gradients, outputs
-    )
+    outputs = _gradients(*arguments)
+    triton.backward(outputs, *arguments)
     return outputs
 
 
 @_qk_norm_rope_backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    grad_query_out, grad_key_out, query, key, query_weight, key_weight, *_, weight_gradients = arguments
-    return _gradients(grad_query_out, grad_key_out, query, key, query_weight, key_weight, weight_gradients)
+    return _gradients(*arguments)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from arcopo_kernels.aot import AotCase
-from arcopo_kernels.device import on_device_of_tensors
+from arcopo_kernels.device import contiguous, on_device_of_tensors
 from arcopo_kernels.dispatch import FP_FUSION
 from arcopo_kernels.qk_norm_rope.reference import rope_table, table_length
 from torch import Tensor
@@ -266,10 +266,6 @@ def _rows(x: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
     return x, x.stride()[:3]
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None else t.contiguous() for t in tensors]
-
-
 def _table(x: Tensor, query_position: int, key_position: int, rows: int, columns: int) -> tuple[Tensor | None, int]:
     """The table for tokens [B, T, H, D] of a grid and its length; None without a grid."""
     if not rows:
@@ -281,6 +277,7 @@ def _table(x: Tensor, query_position: int, key_position: int, rows: int, columns
 
 @on_device_of_tensors
 def forward(
+    outputs: list[Tensor],
     query: Tensor,
     key: Tensor | None,
     query_weight: Tensor | None,
@@ -292,7 +289,6 @@ def forward(
     rows: int,
     columns: int,
     eps: float,
-    outputs: list[Tensor],
 ) -> None:
     """Fill `outputs`, one [B, T, H, D] for the query and one for the key, if there is one.
 
@@ -303,7 +299,7 @@ def forward(
     batch, tokens, heads, head_dim = query.shape
     table, length = _table(query, query_position, key_position, rows, columns)
     block_h, block_d, num_warps = block_sizes(heads, head_dim)
-    query_weight, key_weight = _contiguous(query_weight, key_weight)
+    query_weight, key_weight = contiguous(query_weight, key_weight)
     (q, query_strides), (k, key_strides) = _rows(query), _rows(key)
     _forward[(tokens, batch, len(outputs))](
         q,
@@ -335,6 +331,7 @@ def forward(
 
 @on_device_of_tensors
 def backward(
+    outputs: list[Tensor],
     grad_query_out: Tensor,
     grad_key_out: Tensor | None,
     query: Tensor | None,
@@ -349,7 +346,6 @@ def backward(
     columns: int,
     eps: float,
     weight_gradients: bool,
-    outputs: list[Tensor],
 ) -> None:
     """Fill `outputs`: gradients of query, key and, with `weight_gradients`, of their weights, those that are there. Without weights
     query and key are not needed."""
@@ -367,7 +363,7 @@ def backward(
         partials[:tensors] = torch.empty(tensors, programs, heads * head_dim, dtype=torch.float32, device=grad_query_out.device)
     table, length = _table(grad_query_out, query_position, key_position, rows, columns)
     block_h, block_d, num_warps = block_sizes(heads, head_dim)
-    query_weight, key_weight = _contiguous(query_weight, key_weight)
+    query_weight, key_weight = contiguous(query_weight, key_weight)
     (grad_q_out, grad_query_out_strides), (grad_k_out, grad_key_out_strides) = _rows(grad_query_out), _rows(grad_key_out)
     (q, query_strides), (k, key_strides) = _rows(query), _rows(key)
     _backward[(programs, tensors)](
