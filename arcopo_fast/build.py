@@ -37,7 +37,7 @@ from arcopo_fast.rollout.cache import pages_for, plan_pages, variant_of
 from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import keyed_rng
-from arcopo_fast.runtime.memory import resident
+from arcopo_fast.runtime.memory import device_of, resident
 from arcopo_fast.storage import hub
 from arcopo_fast.storage.textfiles import read_json
 from arcopo_fast.toy import data as toy_data
@@ -186,21 +186,6 @@ def vae_path(directory: Path) -> Path:
     if found is None:
         raise UserError(f"{directory} has no VAE; expected vae/, or {OFFICIAL.vae}, beside a text encoder")
     return found
-
-
-def device_of(name: str) -> torch.device:
-    """The device of a recipe's `generator.device`; "auto" takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"generator.device is {name!r}; expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"generator.device is {name!r}, but PyTorch sees no GPU here; use generator.device=cpu")
-    if device.type == "cuda" and device.index is not None and device.index >= (count := torch.cuda.device_count()):
-        raise UserError(f"generator.device is {name!r}, but PyTorch sees {count} GPUs here, counted from 0; use one of them")
-    return device
 
 
 def load_model(

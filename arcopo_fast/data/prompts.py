@@ -152,28 +152,10 @@ def _same(text: str) -> str:
 
 TEXT = ".txt"
 TABLES = {".csv": ",", ".tsv": "\t"}
-_STRUCTURED = {
-    *(
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".ini",
-        ".xml",
-        ".html",
-        ".htm",
-        ".json5",
-        ".jsonc",
-        ".ndjson",
-        ".ipynb",
-        ".py",
-        ".md",
-        ".rtf",
-        ".doc",
-        ".docx",
-    ),
-    *(".odt", ".pdf", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".feather", ".db", ".sqlite", ".h5", ".npy", ".npz", ".pkl", ".pt"),
-    *(".pth", ".safetensors", ".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z", ".mp4", ".png", ".jpg"),
-}
+_STRUCTURED = re.compile(
+    r"\.(yaml|yml|toml|ini|xml|html|htm|json5|jsonc|ndjson|ipynb|py|md|rtf|doc|docx|odt|pdf|xls|xlsx|ods|parquet|arrow|feather|db|sqlite|h5"
+    r"|npy|npz|pkl|pt|pth|safetensors|zip|gz|bz2|xz|zst|tar|tgz|7z|mp4|png|jpg)"
+)
 _HEADER = re.compile(r"\"?[A-Za-z_]\w*\"?(?:[,;\t|]\"?[A-Za-z_]\w*\"?)*")  # one word, or several between separators without a space
 
 
@@ -182,7 +164,7 @@ def _kind(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".json", *TABLES):
         return suffix
-    if suffix in _STRUCTURED:
+    if _STRUCTURED.fullmatch(suffix):
         raise UserError(
             f"{path}: prompts are not read from {suffix} files; give a .txt with one on each line, a .jsonl, .json, .csv or .tsv"
         )

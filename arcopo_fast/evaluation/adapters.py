@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.scores import BASE
 from arcopo_fast.model.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, Adapter, adapter_file, read_adapter
 from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.model.lora import adapter_state, add_lora, merge_adapters
+from arcopo_fast.model.lora import add_lora, check_layers, merge_adapters
 from arcopo_fast.storage.hub import find
 from arcopo_fast.storage.identity import file_digest
 from arcopo_fast.storage.textfiles import read_json
@@ -102,14 +104,10 @@ def prepare_adapters(model: CausalWan, sources: Sequence[AdapterFile]) -> None:
     if not sources:
         return
     rank, targets = max(source.adapter.rank for source in sources), sorted({name for source in sources for name in source.adapter.modules})
-    add_lora(model, rank=rank, alpha=rank, targets=targets, seed=0)
-    own = adapter_state(model)
+    layers = {name: (layer.in_features, layer.out_features) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for source in sources:
-        for name, tensor in source.adapter.state.items():
-            side = 1 if ".lora_A." in name else 0
-            if tensor.shape[side] != own[name].shape[side]:
-                sizes = f"{tensor.shape[side]} {('outputs', 'inputs')[side]}, the model's layer {own[name].shape[side]}"
-                raise UserError(f"{source.file}: the adapter of {name.rpartition('.lora_')[0]} has {sizes}; use its own base model")
+        check_layers(source.adapter, layers, source.file)
+    add_lora(model, rank=rank, alpha=rank, targets=targets, seed=0)
 
 
 def adapted_generators(options: Iterable[AdapterOption], *, base: bool) -> list[Adapted]:

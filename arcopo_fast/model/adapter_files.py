@@ -66,15 +66,14 @@ class Adapter(NamedTuple):
         return sorted({name.rpartition(".lora_")[0] for name in self.state})
 
 
-def read_adapter(path: str | Path, *, alpha: float | None = None) -> Adapter:
+def read_adapter(path: str | Path) -> Adapter:
     """Return an adapter for a Wan transformer, under diffusers names.
 
-    Alpha is what the file's header, its tensors, a configuration beside it or `alpha` says; where none does, alpha is the rank.
+    Alpha is what the file's header, its tensors or a configuration beside it says; where none does, alpha is the rank.
 
     Args:
         path: a run's directory, one that holds PEFT's or else diffusers' form, a `.safetensors` file of any name, or LongLive's `lora.pt`
             (official names, possibly under `generator_lora`).
-        alpha: for files that do not say it.
 
     Raises:
         UserError: missing, damaged, not finite, not a plain LoRA of one rank and alpha, or alpha stands in two places that disagree.
@@ -92,7 +91,7 @@ def read_adapter(path: str | Path, *, alpha: float | None = None) -> Adapter:
     rank = _rank(state, file)
     check_finite(state, file)
 
-    places = {"the call": alpha} if alpha is not None else {}
+    places: dict[str, Any] = {}
     for place, config in configs:
         _check_plain(config, place, file)
         for key in _RANK_KEYS:
@@ -100,7 +99,7 @@ def read_adapter(path: str | Path, *, alpha: float | None = None) -> Adapter:
                 raise UserError(f"{file}: {place} says rank {config[key]}, its tensors have rank {rank}; they do not belong together")
         alphas_here = {key: config[key] for key in _ALPHA_KEYS if config.get(key) is not None}
         places |= {place if len(alphas_here) == 1 else f"{place} as {key}": value for key, value in alphas_here.items()}
-    if file.name == DIFFUSERS_WEIGHTS and len(places) > (alpha is not None) and not alphas and not _says_alpha(file):
+    if file.name == DIFFUSERS_WEIGHTS and places and not alphas and not _says_alpha(file):
         places["diffusers, where such a file itself says nothing,"] = rank
     return Adapter(state, rank, _alpha(places | alphas, rank, file))
 

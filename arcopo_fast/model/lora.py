@@ -344,6 +344,17 @@ def merge_adapters(first: Adapter, second: Adapter, scale: float) -> Adapter:
     return Adapter(state, rank, float(rank))
 
 
+def check_layers(adapter: Adapter, layers: Mapping[str, tuple[int, int]], source: str | Path) -> None:
+    """Raise `UserError` if an adapter does not fit linear layers, given by their names with inputs and outputs."""
+    if strangers := [name for name in adapter.modules if name not in layers]:
+        raise UserError(f"{source} adapts {len(strangers)} layers that the model lacks ({listed(strangers)}); use its own base model")
+    for name in adapter.modules:
+        down, up, (inputs, outputs) = adapter.state[f"{name}.lora_A.weight"], adapter.state[f"{name}.lora_B.weight"], layers[name]
+        if (down.shape[1], up.shape[0]) != (inputs, outputs):
+            sizes = f"{down.shape[1]} to {up.shape[0]}, the model's layer goes from {inputs} to {outputs}"
+            raise UserError(f"{source}: the adapter of {name} goes from {sizes}; use its own base model")
+
+
 def fold_adapter(state: Mapping[str, Tensor], adapter: Adapter, *, source: str | Path = "the adapter") -> dict[str, Tensor]:
     """Return a state dict under diffusers names with the adapter in its weights: W + (alpha / r) B A, computed and left in float32.
 
@@ -354,19 +365,16 @@ def fold_adapter(state: Mapping[str, Tensor], adapter: Adapter, *, source: str |
         UserError: the adapter has layers or shapes that the model lacks.
     """
     folded = dict(state)
+    layers = {name.removesuffix(".weight"): tensor.shape for name, tensor in state.items() if tensor.dim() == 2}
+    check_layers(adapter, {name: (inputs, outputs) for name, (outputs, inputs) in layers.items()}, source)
     for name in adapter.modules:
-        weight = state.get(f"{name}.weight")
         down, up = adapter.state[f"{name}.lora_A.weight"], adapter.state[f"{name}.lora_B.weight"]
-        if weight is None or weight.shape != (up.shape[0], down.shape[1]):
-            found = "there is none" if weight is None else f"is {list(weight.shape)}"
-            raise UserError(f"{source} adapts {name} [{up.shape[0]}, {down.shape[1]}], which {found} in the model; use its own base model")
+        weight = state[f"{name}.weight"]
         folded[f"{name}.weight"] = torch.addmm(weight.float(), up.float(), down.float(), alpha=adapter.alpha / adapter.rank)
     return folded
 
 
-def load_adapter(
-    module: Module, path: str | Path, *, scale: float = 1.0, alpha: float | None = None, dtype: torch.dtype = torch.float32
-) -> Module:
+def load_adapter(module: Module, path: str | Path, *, scale: float = 1.0) -> Module:
     """Read an adapter (see `read_adapter`) into a module, which then computes W + scale dW; one without adapter is given it.
 
     Returns the same module.
@@ -374,20 +382,14 @@ def load_adapter(
     Raises:
         UserError: `read_adapter`'s, or the adapter has other layers, shapes or scale than the module.
     """
-    adapter = read_adapter(path, alpha=alpha)
+    adapter = read_adapter(path)
     layers = _layers(module)
     if not layers:
         linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
-        if strangers := set(adapter.modules) - set(linear):
-            raise UserError(f"{path} adapts {len(strangers)} layers that the model lacks ({listed(strangers)}); use its own base model")
-        for name in adapter.modules:
-            down, up, layer = adapter.state[f"{name}.lora_A.weight"], adapter.state[f"{name}.lora_B.weight"], linear[name]
-            if (down.shape[1], up.shape[0]) != (layer.in_features, layer.out_features):
-                sizes = f"{down.shape[1]} to {up.shape[0]}, the model's layer goes from {layer.in_features} to {layer.out_features}"
-                raise UserError(f"{path}: the adapter of {name} goes from {sizes}; use its own base model")
+        check_layers(adapter, {name: (layer.in_features, layer.out_features) for name, layer in linear.items()}, path)
         suffixes = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in adapter.modules})
         every_block = _matching(list(linear), suffixes) == set(adapter.modules)
-        add_lora(module, rank=adapter.rank, alpha=adapter.alpha, targets=suffixes if every_block else adapter.modules, seed=0, dtype=dtype)
+        add_lora(module, rank=adapter.rank, alpha=adapter.alpha, targets=suffixes if every_block else adapter.modules, seed=0)
     else:
         own_config = _config(module)
         if (own_config.r, own_config.lora_alpha) != (adapter.rank, adapter.alpha):

@@ -15,8 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch
-
 from arcopo_fast.cli import Parser, positive_int, run_command, run_subcommand
 from arcopo_fast.errors import UserError
 from arcopo_fast.rewards import wire
@@ -24,7 +22,7 @@ from arcopo_fast.rewards.custom import find
 from arcopo_fast.rewards.registry import judges, load_rewards
 from arcopo_fast.rewards.server import RewardServer, Scorer
 from arcopo_fast.runtime.console import Interruption
-from arcopo_fast.runtime.memory import tune_for_cpu
+from arcopo_fast.runtime.memory import device_of, tune_for_cpu
 
 PROGRAM = "python -m arcopo_fast.rewards"
 MIB = 1 << 20
@@ -56,7 +54,7 @@ def serve(argv: list[str]) -> None:
     if token is None and not wire.is_loopback(options.host):
         advice = f"give --token-file or {wire.TOKEN_VARIABLE}, or listen at 127.0.0.1"
         raise UserError(f"--host {options.host} can be reached from other machines, and there is no token; {advice}")
-    device = _device(options.device)
+    device = device_of(options.device, "--device")
     tune_for_cpu()
     rewards = load_rewards(options.names, fps=options.fps, device=device)
     scorer = Scorer(rewards, batch=options.batch, waiting_bytes=options.waiting_mib * MIB, device=device)
@@ -72,16 +70,6 @@ def serve(argv: list[str]) -> None:
         while not interruption.asked:
             time.sleep(0.1)
         server.stop()
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device is {name!r}, but PyTorch sees no GPU here")
-    return device
 
 
 def show(argv: list[str]) -> None:

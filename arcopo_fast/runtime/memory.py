@@ -1,4 +1,4 @@
-"""Memory of the host and of the device: settings that make tensor work on a CPU several times faster, and what waits in host memory."""
+"""The device, and memory of the host: settings that make tensor work on a CPU several times faster, and what waits in host memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from arcopo_fast.errors import UserError
 
 # From glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -30,6 +32,27 @@ def tune_for_cpu(threads: int | None = None) -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def device_of(name: str, key: str = "generator.device") -> torch.device:
+    """Return the device of a name; "auto" takes a GPU where there is one.
+
+    key: the setting or the option that says the name.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"{key} is {name!r}; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{key} is {name!r}, but PyTorch sees no GPU here; use {key}=cpu")
+    if device.type == "cuda" and device.index is not None and device.index >= (count := torch.cuda.device_count()):
+        raise UserError(f"{key} is {name!r}, but PyTorch sees {count} GPUs here, counted from 0; use one of them")
+    return device
 
 
 @contextmanager

@@ -467,7 +467,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "twice": (["--adapter", "{on}", "--adapter", "{on}@1"], "two of the name on@1"),
     "called base": (["--adapter", "base={on}"], "other than base"),
     "a scale that is none": (["--adapter", "{on}@1,-"], "expected a number"),
-    "of another generator": (["--adapter", "{thin}"], "has 9 inputs, the model's layer"),
+    "of another generator": (["--adapter", "{thin}"], "goes from 9 to"),
     "nothing to do": (["--no-base"], "name an adapter"),
     "limit alone": (["--limit", "3"], "goes with --prompts"),
     "extended alone": (["--extended", "{prompts}"], "goes with --prompts"),

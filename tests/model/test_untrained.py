@@ -10,12 +10,13 @@ import torch
 from support.models import decode_video, small_config
 from torch import nn
 
-from arcopo_fast.build import device_of, load_generator, load_held_out, load_prompts
+from arcopo_fast.build import load_generator, load_held_out, load_prompts
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.families import SIZES
 from arcopo_fast.model.sizes import GeneratorSizes, VAESizes
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
+from arcopo_fast.runtime.memory import device_of
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.train import main
 
