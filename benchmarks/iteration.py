@@ -307,14 +307,14 @@ def memory(path: OurPath) -> dict[str, Any]:
 
 def problems(path: OurPath) -> list[str]:
     """What the path did other than planned, since its first iteration; what was measured of it is not what its case says."""
-    engine, settings, planned = path.engine, path.objective.settings, path.scene.config.objective
+    engine, changes = path.engine, path.objective.batching.changed()
     found = []
     if engine.pool.peak_in_use != path.plan.pages:
         found.append(f"the engine held {engine.pool.peak_in_use} pages, planned were {path.plan.pages}")
     if engine.largest_wave is not None:
         found.append(f"a rollout ran out of memory, and went on with waves of {engine.largest_wave} branches")
-    if settings != planned:
-        found.append(f"an update ran out of memory, and went on with {settings}, not {planned}")
+    if changes:
+        found.append(f"an update ran out of memory, and went on with {', '.join(f'{name}={value}' for name, value in changes.items())}")
     return found
 
 

@@ -58,7 +58,7 @@ def rounding_of(rewards: Tensor) -> float:
 
 
 def quasi_norm(advantages: Tensor, p: float) -> Tensor:
-    """A_i / (sum |A|^p)^(1/p), times sqrt(G) to keep the scale of a z-score for comparison (Neighbor GRPO, arXiv 2511.16955)."""
+    """Return A_i / (sum |A|^p)^(1/p), times sqrt(G) to keep the scale of a z-score for comparison (Neighbor GRPO, arXiv 2511.16955)."""
     norm = advantages.abs().pow(p).sum().pow(1 / p)
     return advantages / norm * len(advantages) ** 0.5 if norm > 0 else advantages
 
@@ -74,7 +74,7 @@ def group_advantages(
     std: Literal["population", "sample"] = "population",
     largest: float | None = None,
 ) -> Tensor:
-    """Advantages [G] float64 of one group.
+    """Return the advantages [G] float64 of one group.
 
     A member without a score, NaN in a reward that has a weight, gets 0, and the others' advantages are those of a group without it.
 

@@ -1,4 +1,4 @@
-"""What an objective is, and the policy updates that all of them share.
+"""The contract of an objective, and the policy updates that all of them share.
 
 An objective says, each in one place,
 
@@ -37,7 +37,12 @@ S = TypeVar("S", bound=ObjectiveSettings)
 
 
 class Loss(NamedTuple):
-    """The loss of N samples: loss [N], with gradient; statistics [N, ...] by name, without."""
+    """The loss of N samples.
+
+    Attributes:
+        loss: [N], with gradient.
+        statistics: [N, ...] by name, without gradient.
+    """
 
     loss: Tensor
     statistics: Mapping[str, Tensor]
@@ -47,8 +52,12 @@ class Loss(NamedTuple):
 class Chart:
     """A number of each iteration, or of each update of an iteration, that is worth a chart in the report.
 
-    name: its key in metrics.jsonl; with `each_update`, after "update<n>/". smooth: its moving mean is drawn, since single iterations
-    scatter. if_any: no chart where it is always 0.
+    Attributes:
+        title, note: above and below the chart.
+        name: its key in metrics.jsonl; with `each_update`, after "update<n>/".
+        each_update: one line for each update of an iteration.
+        smooth: its moving mean is drawn, since single iterations scatter.
+        if_any: no chart where it is always 0.
     """
 
     title: str
@@ -60,14 +69,19 @@ class Chart:
 
 
 class Lesson(NamedTuple):
-    """A group, and what the loss needs of it."""
+    """A group to learn from.
+
+    Attributes:
+        group: has a reward that varies.
+        target: what `Objective.target` returned for it.
+    """
 
     group: Group
     target: Any
 
 
 class Objective(ABC, Generic[S]):
-    """Runs the policy updates of one iteration.
+    """A method of learning from groups: the policy updates of one iteration.
 
     Args:
         engine: of the generator that learns.
@@ -90,10 +104,10 @@ class Objective(ABC, Generic[S]):
 
     @property
     def maker(self) -> str:
-        """The name of the policy that made the groups: the live one as it was before the iteration's first step, or the base."""
+        """Name of the policy that made the groups: the live one as it was before the iteration's first step, or the base."""
         return "reference" if self.reference else "rollout"
 
-    # What an objective says
+    # What an objective decides
 
     def noise_plan(self, strength: float) -> NoisePlan:
         """Return the noises that members do not share, given the recipe's `rollout.noise_strength`."""
@@ -104,7 +118,7 @@ class Objective(ABC, Generic[S]):
         """Return what update `update` of an iteration trains, chunk by chunk; the same for the same arguments.
 
         Args:
-            draw: goes into the names of random draws: a group out of a buffer is met again, and then draws others.
+            draw: extra key of the random draws, so that a buffered group gets new ones each time it is used.
         """
 
     def compared(self) -> tuple[str, ...]:
@@ -122,7 +136,7 @@ class Objective(ABC, Generic[S]):
         """Return what `loss` needs of a group with advantages [G], computed once for all its updates."""
 
     @abstractmethod
-    def loss(self, group: Group, target: Any, samples: Samples, new: Tensor, others: Mapping[str, Tensor]) -> Loss:
+    def loss(self, group: Group, target: Any, samples: Samples, new: Tensor, compared: Mapping[str, Tensor]) -> Loss:
         """Return the loss of each sample, given the predictions x0hat [N, F, C, h, w] of the live policy and of the compared ones."""
 
     def check_unmoved(self, statistics: Mapping[str, Tensor]) -> None:
@@ -142,7 +156,7 @@ class Objective(ABC, Generic[S]):
         """Return the most samples of a group that one update trains, for a sampler of `steps` steps; the planner asks."""
         return steps * group_size
 
-    # What all of them do
+    # Common to all objectives
 
     def update(
         self,
@@ -180,10 +194,10 @@ class Objective(ABC, Generic[S]):
     def _one_update(self, lessons: Sequence[Lesson], update: int, stepper: Stepper, draw: tuple[int | str, ...]) -> list[tuple[str, float]]:
         """Take the gradient of one update and step; return what is logged."""
         trained = [self.samples(lesson.group, update, draw) for lesson in lessons]
-        most = max(len(samples) for chunks in trained for samples in chunks)
+        largest = max(len(samples) for chunks in trained for samples in chunks)
         with stage("replay"):
-            found = self.batching.until_it_fits(partial(self._gradient, lessons, trained, stepper.optimizer), most)
-        logged = [(f"update{update + 1}/{name}", value) for statistics in found for name, value in self.summary(statistics).items()]
+            results = self.batching.until_it_fits(partial(self._gradient, lessons, trained, stepper.optimizer), largest)
+        logged = [(f"update{update + 1}/{name}", value) for statistics in results for name, value in self.summary(statistics).items()]
         with stage("optimizer"):
             try:
                 step = stepper.take()
@@ -198,32 +212,32 @@ class Objective(ABC, Generic[S]):
     def _gradient(
         self, lessons: Sequence[Lesson], trained: Sequence[list[Samples]], optimizer: torch.optim.Optimizer
     ) -> list[dict[str, Tensor]]:
-        """Accumulate the gradient of one update, from none on; return each group's statistics."""
+        """Zero the gradients, then accumulate those of one update; return each group's statistics."""
         optimizer.zero_grad(set_to_none=True)
         unmoved = [name for name in self.compared() if self.policies.is_live(name)]
-        found = []
+        statistics = []
         for lesson, chunks in zip(lessons, trained):
             weight = 1 / (sum(map(len, chunks)) * len(lessons))
             parts = [part for samples in chunks for part in self._backward(lesson, samples, unmoved, weight)]
-            found.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        return found
+            statistics.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        return statistics
 
     def _backward(self, lesson: Lesson, samples: Samples, unmoved: Sequence[str], weight: float) -> list[Mapping[str, Tensor]]:
         """Accumulate the gradient of one chunk's samples, micro-batch by micro-batch; return the statistics of each."""
         group, parts = lesson.group, self._micro_batches(lesson.group, samples)
-        others = {name: self._predictions(name, group, parts) for name in self.compared() if name == "reference" or name not in unmoved}
-        found = []
+        moved = {name: self._predictions(name, group, parts) for name in self.compared() if name == "reference" or name not in unmoved}
+        statistics = []
         with self._prefix(group) as prefix:
-            for place, part in enumerate(parts):
+            for index, part in enumerate(parts):
                 with self._context(group, part, prefix) as context:
-                    new = self.engine.predict(group, part, context=context, checkpoint=self.batching.checkpoint)
-                    known = {name: others[name][place] if name in others else new.detach() for name in self.compared()}
-                    loss = self.loss(group, lesson.target, part, new, known)
-                    if unmoved and len(unmoved) == len(known):
+                    live = self.engine.predict(group, part, context=context, checkpoint=self.batching.checkpoint)
+                    compared = {name: moved[name][index] if name in moved else live.detach() for name in self.compared()}
+                    loss = self.loss(group, lesson.target, part, live, compared)
+                    if unmoved and len(unmoved) == len(compared):
                         self.check_unmoved(loss.statistics)
                     (loss.loss.sum() * weight).backward()
-                found.append(loss.statistics)
-        return found
+                statistics.append(loss.statistics)
+        return statistics
 
     def _micro_batches(self, group: Group, samples: Samples) -> list[Samples]:
         size = min(self.batching.micro_batch or len(samples), self.engine.at_once(group, samples.chunk) or len(samples))
@@ -232,12 +246,12 @@ class Objective(ABC, Generic[S]):
     @torch.no_grad()
     def _predictions(self, policy: str, group: Group, parts: Sequence[Samples]) -> list[Tensor]:
         """Return x0hat of each part under a policy that is compared."""
-        found = []
+        predictions = []
         with self.policies.as_(policy), self._prefix(group) as prefix:
             for part in parts:
                 with self._context(group, part, prefix) as context:
-                    found.append(self.predict_known(policy, group, part, context))
-        return found
+                    predictions.append(self.predict_known(policy, group, part, context))
+        return predictions
 
     def predict_known(self, policy: str, group: Group, samples: Samples, context: Stream) -> Tensor:
         """Return x0hat of samples under a policy that is compared, which is in place; an objective may know it already."""
@@ -263,5 +277,5 @@ class Objective(ABC, Generic[S]):
         return {"policies": self.policies.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.policies.load_state_dict(state.get("policies", {}))

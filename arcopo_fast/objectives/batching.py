@@ -1,7 +1,7 @@
-"""How many samples go into one backward pass, and what happens when they do not fit.
+"""The number of samples in one backward pass, and how it shrinks when they do not fit.
 
 An update that runs out of memory is computed again, from no gradient on, in micro-batches of half the size, and at last with checkpointing;
-so it is for the rest of the run. Everything is bit for bit what these settings give from the start.
+these settings stay in force for the rest of the run. Everything is bit for bit what they give from the start.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ R = TypeVar("R")
 
 
 class Batching:
-    """The present size of a backward pass.
+    """The present size of a backward pass, at first the recipe's.
 
-    micro_batch: samples of one backward pass; None: all of an update. checkpoint: activation checkpointing. At first they are what the
-    recipe says.
+    Attributes:
+        micro_batch: samples of one backward pass; None: all of an update.
+        checkpoint: activation checkpointing.
     """
 
     def __init__(self, micro_batch: int | None, checkpoint: bool) -> None:
@@ -29,11 +30,11 @@ class Batching:
         self._recipe = self.state()
 
     def state(self) -> dict[str, Any]:
-        """Both values, by name."""
+        """Return both values, by name."""
         return {"micro_batch": self.micro_batch, "checkpoint": self.checkpoint}
 
     def changed(self) -> dict[str, Any]:
-        """The values that are no longer the recipe's."""
+        """Return the values that are no longer the recipe's, by name."""
         return {name: value for name, value in self.state().items() if value != self._recipe[name]}
 
     def restore(self, changed: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ EULER = StepRule("ode")
 
 
 class CopoSettings(RatioSettings):
-    """AR-CoPO: the surrogate and its open choices."""
+    """Settings of AR-CoPO: the surrogate and its open choices."""
 
     distance: Literal["consistency", "flow_matching"] = Field(
         "consistency", description="d_i between predictions, or between states one step on"
@@ -38,14 +38,22 @@ def one_step(clean: Tensor, inputs: Tensor, steps: Steps, step: Tensor) -> Tenso
 
 
 class Target(NamedTuple):
-    """What an update needs of its group, computed once: what is compared with what."""
+    """What AR-CoPO compares a group's samples with, computed once for all updates.
 
-    candidates: Tensor  # [T, G, ...]
-    advantages: Tensor  # [G]
+    Attributes:
+        candidates: [T, G, ...], in the space where distances are taken.
+        advantages: [G] float64.
+        tau: temperature of the softmax over distances.
+    """
+
+    candidates: Tensor
+    advantages: Tensor
     tau: float
 
 
 class CopoObjective(RatioObjective[CopoSettings]):
+    """AR-CoPO: the ratio of the surrogate policy, a softmax over the distances to all candidates of the group."""
+
     Settings = CopoSettings
     method = "AR-CoPO (arXiv 2603.17461)"
 

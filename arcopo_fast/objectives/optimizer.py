@@ -23,14 +23,17 @@ MEMORY = 0.95
 
 
 class GradientNotFinite(RuntimeError):
-    """The gradient of an update holds NaN or infinity: a step would make every weight it trains NaN. None was taken."""
+    """The gradient of an update holds NaN or infinity. A step would make every weight it trains NaN, so none was taken."""
 
 
 class Step(NamedTuple):
     """The outcome of `Stepper.take`.
 
-    norm: of the gradient, before it is clipped. taken: False where the gradient is exactly zero. clipped: the gradient was scaled down.
-    below_eps: share of the elements that are not zero and lie below 10 eps, where Adam's step is shortened.
+    Attributes:
+        norm: of the gradient, before it is clipped.
+        taken: False where the gradient is exactly zero.
+        clipped: the gradient was scaled down.
+        below_eps: share of the nonzero elements that lie below 10 eps, where Adam's step is shortened.
     """
 
     norm: float
@@ -40,13 +43,16 @@ class Step(NamedTuple):
 
 
 class Stepper:
-    """Takes the steps of an optimizer, with an eps and a norm limit that are relative to the gradient.
+    """An optimizer's steps, with an eps and a norm limit that are relative to the gradient.
 
     Args:
         optimizer: any of PyTorch's. Its `state_dict` holds the running norm, too.
         eps: Adam's, relative to the root mean square of the gradient's elements; None: the optimizer's own, absolute.
         gradient_clip: largest norm of the gradient; None: no limit. This one depends on the loss's scale.
         relative_clip: largest norm, in units of the geometric running mean of earlier norms; None: no limit.
+
+    Attributes:
+        begun: number of steps that were begun; a step that was broken off counts, for the weights may have moved.
     """
 
     def __init__(
@@ -60,18 +66,17 @@ class Stepper:
         self.optimizer = optimizer
         self.eps, self.gradient_clip, self.relative_clip = eps, gradient_clip, relative_clip
         self.begun = 0
-        """Steps that were begun: a step that was broken off counts, for the weights may have moved."""
 
     @property
     def _norms(self) -> dict[str, Any]:
-        """Where the running norm lies: a parameter group is part of the optimizer's `state_dict`."""
+        """Home of the running norm: a parameter group is part of the optimizer's `state_dict`."""
         return self.optimizer.param_groups[0]
 
     @property
     def running_norm(self) -> float | None:
         """Geometric running mean of the norms of earlier updates; None before the first."""
-        seen = self._norms.get("norms", 0)
-        return math.exp(self._norms["log_norm"] / (1 - MEMORY**seen)) if seen else None
+        updates = self._norms.get("norms", 0)
+        return math.exp(self._norms["log_norm"] / (1 - MEMORY**updates)) if updates else None
 
     @torch.no_grad()
     def take(self) -> Step:
@@ -107,7 +112,7 @@ class Stepper:
 
 
 def _norm(gradients: list[Tensor]) -> float:
-    """The norm of all elements, with float64 sums: float32 squares of small gradients would vanish."""
+    """Return the norm of all elements, with float64 sums: float32 squares of small gradients would vanish."""
     if not gradients:
         return 0.0
     squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients]
@@ -115,7 +120,7 @@ def _norm(gradients: list[Tensor]) -> float:
 
 
 def _share_below(gradients: list[Tensor], size: float) -> float:
-    """The share of elements below `size` among those that are not zero: A has a gradient of zero until B has moved."""
+    """Return the share of elements below `size` among those that are not zero: A has a gradient of zero until B has moved."""
     counts = [torch.stack([((gradient != 0) & (gradient.abs() < size)).sum(), (gradient != 0).sum()]) for gradient in gradients]
     below, total = torch.stack(counts).sum(0).tolist()
     return below / max(1, total)

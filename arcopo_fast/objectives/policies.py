@@ -3,7 +3,7 @@
 * ``live``: the adapter that learns.
 * ``reference``: the base without an adapter.
 * ``rollout``: the live adapter as it was when the iteration's groups were made.
-* any other name, as ``old``: a copy of the live adapter as it once was, or a moving average of it.
+* any other name, such as ``old``: a copy of the live adapter as it once was, or a moving average of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from arcopo_fast.model.lora import adapter_disabled, adapter_state, load_adapter
 
 
 class Policies:
-    """The policies of a generator `model`, which has an adapter unless only ``live`` and ``reference`` are asked for."""
+    """The policies of a generator.
+
+    Args:
+        model: has an adapter, unless only ``live`` and ``reference`` are asked for.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -56,24 +60,24 @@ class Policies:
 
     def decay(self, name: str, rate: float) -> None:
         """Move the policy `name` towards the live one: rate * itself + (1 - rate) * live."""
-        for own, live in zip(self._kept[name].values(), adapter_state(self.model).values()):
-            own.lerp_(live, 1 - rate)
+        for tensor, live in zip(self._kept[name].values(), adapter_state(self.model).values()):
+            tensor.lerp_(live, 1 - rate)
 
     def is_live(self, name: str) -> bool:
-        """Whether the policy `name` has the live one's weights; the reference, whether the live adapter adds exactly nothing."""
+        """Return whether the policy `name` has the live one's weights; for the reference, whether the live adapter adds exactly nothing."""
         live = adapter_state(self.model)
         if name == "reference":
             return not any(tensor.any() for key, tensor in live.items() if ".lora_B." in key)
         return name == "live" or all(torch.equal(live[key], tensor) for key, tensor in self._kept[name].items())
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The copies by name, each as `adapter_state` returns it."""
+        """Return the copies by name, each as `adapter_state` returns it."""
         return dict(self._kept)
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Go back to what `state_dict` returned."""
-        own = adapter_state(self.model)
-        self._kept = {name: {key: tensor.to(own[key], copy=True) for key, tensor in kept.items()} for name, kept in state.items()}
+        """Restore what `state_dict` returned."""
+        live = adapter_state(self.model)
+        self._kept = {name: {key: tensor.to(live[key], copy=True) for key, tensor in copies.items()} for name, copies in state.items()}
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

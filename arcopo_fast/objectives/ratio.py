@@ -1,4 +1,4 @@
-"""What the methods share that maximize a clipped ratio of the new policy to the old one: AR-CoPO, SDE-GRPO, Neighbor GRPO.
+"""The common part of the methods that maximize a clipped ratio of the new policy to the old one: AR-CoPO, SDE-GRPO, Neighbor GRPO.
 
 They replay the pivot chunk of some members, the anchors, at some of the sampler's steps, from the inputs that the rollout had there. Before
 the first update new and old policy are the same, so the ratio is exactly 1; this is asserted at run time.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class RatioSettings(ObjectiveSettings):
-    """The ratio, its clip, and the (anchor, step) pairs that are trained."""
+    """Settings of the ratio, its clip, and the (anchor, step) pairs that are trained."""
 
     clip: PositiveFloat | None = Field(1e-4, description="eps of clip(rho, 1 - eps, 1 + eps); null: no clipping")
     steps: Annotated[float, Field(gt=0, le=1)] | Literal["all"] = Field(
@@ -52,6 +52,7 @@ class RatioSettings(ObjectiveSettings):
         return self
 
     def check_group(self, size: int) -> None:
+        """Raise `ValueError` if a group of `size` members has too few for the anchors of one update."""
         if self.anchors_per_update > size:
             raise ValueError(
                 f"objective.anchors_per_update {self.anchors_per_update} is more than rollout.group_size {size}: "
@@ -59,11 +60,12 @@ class RatioSettings(ObjectiveSettings):
             )
 
     def off_policy(self) -> RatioSettings:
+        """Return the settings of off-policy training, which has no clip."""
         return self.model_copy(update={"clip": None})
 
     @property
     def largest_update(self) -> int:
-        """Anchors that one update replays, at most."""
+        """Most anchors that one update replays."""
         return -(-self.anchors_per_update // self.updates) if self.anchors == "split" else self.anchors_per_update
 
 
@@ -71,16 +73,24 @@ S = TypeVar("S", bound=RatioSettings)
 
 
 class Items(NamedTuple):
-    """The (step, anchor) pairs of one update of one group, [N] each."""
+    """The (step, anchor) pairs of one update of one group.
+
+    Attributes:
+        steps: of the sampler, [N] int64.
+        anchors: members of the group, [N] int64.
+    """
 
     steps: Tensor
     anchors: Tensor
 
 
 class Ratio(NamedTuple):
-    """Of each sample: loss [N] with gradient; ratio_minus_one [N, K] float64 and live [N, K] of the K ratios it depends on.
+    """The loss of N samples and the K ratios that each depends on.
 
-    live: the clip lets a gradient through, and the advantage is not 0.
+    Attributes:
+        loss: [N], with gradient.
+        ratio_minus_one: [N, K] float64.
+        live: [N, K] bool, for the ratios whose advantage is not 0: the clip lets a gradient through.
     """
 
     loss: Tensor
@@ -89,7 +99,7 @@ class Ratio(NamedTuple):
 
 
 class RatioNotOne(RuntimeError):
-    """Before the first update the ratio was not exactly 1: replay is not reproducible, and training on it would be training on noise."""
+    """The ratio was not exactly 1 before the first update: replay is not reproducible, and training on it would be training on noise."""
 
 
 class RatioObjective(Objective[S]):
@@ -100,7 +110,7 @@ class RatioObjective(Objective[S]):
         self._kept: dict[tuple[Any, ...], Tensor] = {}  # the reference's predictions of (group, step, anchor), [F, C, h, w] on the host
         self._kept_from: dict[str, Any] = {}  # the micro-batches that they were made in
 
-    # What a ratio method says
+    # What a ratio method decides
 
     def trainable_steps(self, group: Group) -> int:
         """Return how many denoising steps, from the first on, can be trained."""
@@ -110,13 +120,14 @@ class RatioObjective(Objective[S]):
     def ratio(self, group: Group, target: Any, samples: Samples, new: Tensor, old: Tensor) -> Ratio:
         """Return loss and ratio of each sample, given x0hat under the new policy, with gradient, and under the old one."""
 
-    # What all of them do
+    # Common to all ratio methods
 
     def compared(self) -> tuple[str, ...]:
-        """The old policy is the one that made the group."""
+        """Return the policy that made the group, which is the old one."""
         return (self.maker,)
 
     def samples(self, group: Group, update: int, draw: tuple[int | str, ...] = ()) -> list[Samples]:
+        """Return the pivot chunk's anchors of one update, at their steps."""
         return [group.samples(*self.draw_items(group, update, draw))]
 
     def draw_items(self, group: Group, update: int, draw: tuple[int | str, ...] = ()) -> Items:
@@ -130,12 +141,12 @@ class RatioObjective(Objective[S]):
         anchors = random.choice(group.size, size=min(settings.anchors_per_update, group.size), replace=False)
         available = min(self.trainable_steps(group), max(1, len(group.steps) - settings.skip_last_step))
         pairs: list[tuple[int, int]] = []
-        for place, anchor in enumerate(anchors.tolist()):
+        for index, anchor in enumerate(anchors.tolist()):
             chosen = list(range(available))
             if settings.steps != "all":
                 count = max(1, round(settings.steps * available))
                 chosen = sorted(random.choice(available, size=count, replace=False).tolist())
-            if settings.anchors != "split" or place % settings.updates == update:
+            if settings.anchors != "split" or index % settings.updates == update:
                 pairs += [(step, anchor) for step in chosen]
         return Items(*torch.tensor(pairs).unbind(1))
 
@@ -152,11 +163,13 @@ class RatioObjective(Objective[S]):
                 self._kept.setdefault(name, prediction.cpu())
         return torch.stack([self._kept[name] for name in names]).to(self.engine.model.device)
 
-    def loss(self, group: Group, target: Any, samples: Samples, new: Tensor, others: Mapping[str, Tensor]) -> Loss:
-        loss, ratio_minus_one, live = self.ratio(group, target, samples, new, others[self.maker])
+    def loss(self, group: Group, target: Any, samples: Samples, new: Tensor, compared: Mapping[str, Tensor]) -> Loss:
+        """Return the loss, with ratio - 1 and `live` as its statistics."""
+        loss, ratio_minus_one, live = self.ratio(group, target, samples, new, compared[self.maker])
         return Loss(loss, {"ratio_minus_one": ratio_minus_one, "live": live})
 
     def check_unmoved(self, statistics: Mapping[str, Tensor]) -> None:
+        """Raise `RatioNotOne` unless every ratio is exactly 1."""
         if statistics["ratio_minus_one"].any():
             worst = statistics["ratio_minus_one"].abs().max().item()
             raise RatioNotOne(f"before the first update |ratio - 1| reached {worst:.3g}; it must be exactly 0")

@@ -34,7 +34,7 @@ DEFAULT_NOISE = {"consistency": 0.0, "dance_sde": 0.3, "flow_sde": 0.7, "flow_cp
 
 
 class SdeGrpoSettings(RatioSettings):
-    """SDE-GRPO: the kernel of the pivot's steps, and whether members also start from noise of their own."""
+    """Settings of SDE-GRPO: the kernel of the pivot's steps, and whether members also start from noise of their own."""
 
     kind: str = "sde_grpo"
     kernel: Literal["dance_sde", "flow_sde", "flow_cps", "consistency"] = Field(
@@ -60,6 +60,8 @@ class SdeGrpoSettings(RatioSettings):
 
 
 class SdeGrpoObjective(RatioObjective[SdeGrpoSettings]):
+    """SDE-GRPO: the ratio of the probabilities of the pivot's steps."""
+
     Settings = SdeGrpoSettings
     method = "SDE-GRPO"
 
@@ -69,15 +71,17 @@ class SdeGrpoObjective(RatioObjective[SdeGrpoSettings]):
             raise UserError("SDE-GRPO explores through the noise between steps; a sampler of one step has none: use objective.kind=copo")
 
     def noise_plan(self, strength: float) -> NoisePlan:
+        """Return a plan with noise of the members' own at the pivot's steps, and at its start if the settings say so."""
         return NoisePlan(0.0 if self.settings.init_noise == "shared" else 1.0, self.rule)
 
     @property
     def rule(self) -> StepRule:
-        """The transition through which each member draws noise of its own."""
+        """Transition through which each member draws noise of its own."""
         noise = self.settings.kernel_noise
         return StepRule(self.settings.kernel, DEFAULT_NOISE[self.settings.kernel] if noise is None else noise)
 
     def trainable_steps(self, group: Group) -> int:
+        """Return the number of steps with noise: all but the last."""
         return len(group.steps) - 1
 
     def target(self, group: Group, advantages: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ class SdeGrpoObjective(RatioObjective[SdeGrpoSettings]):
 
 
 def log_probability_ratio(reached: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
-    """log N(x'; mu, std^2 I) - log N(x'; mu_old, std^2 I), a mean over the elements: [N] float64, differentiable in `mean`.
+    """Return log N(x'; mu, std^2 I) - log N(x'; mu_old, std^2 I), a mean over the elements: [N] float64, differentiable in `mean`.
 
     reached, mean, old_mean: [N, ...]; std: [N], positive.
     """

@@ -25,15 +25,15 @@ from arcopo_fast.runtime.profiling import stage
 
 
 class Videos(Protocol):
-    """What a cache is told of the videos that it belongs to."""
+    """The videos that a cache belongs to, as the cache sees them."""
 
     @property
     def latents(self) -> list[Tensor]:
-        """The finished chunks [1 or B, F, C, h, w], of which the oldest may be left out once they are out of the window."""
+        """Finished chunks [1 or B, F, C, h, w], of which the oldest may be left out once they are out of the window."""
 
     @property
     def frame(self) -> int:
-        """The number of latent frames so far."""
+        """Number of latent frames so far."""
 
 
 Write = Callable[[Tensor, int], None]
@@ -71,7 +71,7 @@ class VideoCache:
         self.tables = [pool.table() for _ in range(batch)]
         self.reserved: list[list[int]] = [[] for _ in range(batch)]
 
-    # What a variant says
+    # Overridden by variants
 
     @classmethod
     def plan(cls, settings: CacheConfig, chunk_frames: Sequence[int], pivot: int, branches: int) -> GroupPlan:
@@ -122,11 +122,11 @@ class VideoCache:
     def finish(self) -> None:
         """Let go of what serves only to add more chunks to these videos; their pages stay."""
 
-    # What all of them do
+    # Common to all variants
 
     @property
     def frames(self) -> int:
-        """The number of cached frames that are visible now."""
+        """Number of cached frames that are visible now."""
         return len(self.tables[0])
 
     def newest(self, videos: Videos, frames: int) -> Tensor:
@@ -207,12 +207,12 @@ class Krea(VideoCache):
     by the pixel frame that comes before the newest ones, encoded as an image of its own.
 
     Attributes:
-        first: the context's first frame [1 or B, 1, C, h, w], or None before there is one.
-        decoded: what the re-encoder has decoded so far, of each video or, in one entry, of all.
+        first_frame: the context's first frame [1 or B, 1, C, h, w], or None before there is one.
+        decoded: the re-encoder's state after the frames decoded so far, one for each video, or a single one for all.
     """
 
     recomputed = True
-    first: Tensor | None = None
+    first_frame: Tensor | None = None
     decoded: tuple[VAECache, ...] = ()
 
     @classmethod
@@ -235,12 +235,12 @@ class Krea(VideoCache):
         """
         limit = context_frames(self.settings, self.chunk_frames)
         frames = min(videos.frame, limit)
-        if self.first is None:
-            self.first = videos.latents[0][:, :1]
+        if self.first_frame is None:
+            self.first_frame = videos.latents[0][:, :1]
         if self.reencodes(self.settings) and videos.frame >= limit + self.chunk_frames:
-            self.first = self._reencode(videos, videos.frame - frames)
+            self.first_frame = self._reencode(videos, videos.frame - frames)
         newest = self.newest(videos, frames - 1)
-        context = torch.cat([self.first.expand(len(newest), *self.first.shape[1:]), newest], dim=1)
+        context = torch.cat([self.first_frame.expand(len(newest), *self.first_frame.shape[1:]), newest], dim=1)
         self.drop_all(keep=0)
         self.reserve(frames)
         for part in context.split(self.chunk_frames, dim=1):
@@ -250,6 +250,7 @@ class Krea(VideoCache):
         """Do nothing: the context follows by itself, a chunk later, as in Krea's server. The next one stands already."""
 
     def finish(self) -> None:
+        """Let go of the re-encoder's states, which are large."""
         self.decoded = ()  # large
 
     def _reencode(self, videos: Videos, frame: int) -> Tensor:
@@ -257,8 +258,8 @@ class Krea(VideoCache):
         assert self.reencoder is not None
         states = list(self.decoded or [self.reencoder.start()])
         self.decoded = ()  # nothing else holds a state while it is replaced
-        done = states[0].frames
-        latents = self.newest(videos, videos.frame - done)[:, : frame + 1 - done]
+        decoded_frames = states[0].frames
+        latents = self.newest(videos, videos.frame - decoded_frames)[:, : frame + 1 - decoded_frames]
         if len(states) == 1:
             states *= len(latents)
         with stage("reencode"):

@@ -1,4 +1,4 @@
-"""From latents to frames: a group's, decoding what the branches share only once, and single frames on their way back to latents."""
+"""Decoding of latents to frames: a group's, what the branches share only once; and single frames on their way back to latents."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 
 def decode_branches(decoder: StreamingDecoder, prefix: Tensor, tails: Tensor, branches_at_once: int | None = None) -> Iterator[Tensor]:
-    """Frames of a group's latents, some branches after the other: the prefix decoded once, the decoder's causal cache forked after it.
+    """Yield the frames of a group's latents, a slice of branches at a time: the prefix is decoded once, and the decoder's cache forked
+    after it.
 
-    No slice is held here while the next one is made, as one with a name would be, or in a generator under a decorator like `no_grad`.
+    A slice is bound to no name here, so that it is freed before the next one is decoded.
 
     Args:
         decoder: of the VAE to use.
         prefix: latents that all branches share, [1, F0, C, h, w]; F0 may be 0.
-        tails: each branch's own, [G, F1, C, h, w].
+        tails: each branch's own latents, [G, F1, C, h, w].
         branches_at_once: how many branches the VAE decodes together, all of them if None. Fewer need less memory, of activations, of the
             decoder's cache and of frames, all of which are large at full size. The frames are the same up to rounding.
 
@@ -38,22 +39,23 @@ def decode_branches(decoder: StreamingDecoder, prefix: Tensor, tails: Tensor, br
     if prefix.shape[1]:
         shared, cache = decoder.decode(prefix, cache)
     for part in tails.split(branches_at_once or len(tails)):
-        yield _whole(shared, decoder.decode(part, fork(cache, len(part)))[0])
+        yield _all_frames(shared, decoder.decode(part, fork(cache, len(part)))[0])
 
 
-def _whole(shared: Tensor | None, own: Tensor) -> Tensor:
-    """Frames of some branches, those before the pivot included."""
-    return own if shared is None else torch.cat([shared.expand(len(own), *shared.shape[1:]), own], dim=1)
+def _all_frames(shared: Tensor | None, tails: Tensor) -> Tensor:
+    """Return the frames of some branches, those before the pivot included."""
+    return tails if shared is None else torch.cat([shared.expand(len(tails), *shared.shape[1:]), tails], dim=1)
 
 
 class Reencoder:
-    """Encodes a pixel frame of a video as an image of its own, as Krea realtime does with the first frame of its context.
+    """An encoder of single pixel frames of a video as images of their own, as Krea realtime has it for the first frame of its context.
 
     A pixel frame depends on all latents before it, so a video is decoded along, one latent frame at a time and one video after the other:
     the VAE's calls are the same however videos are cut into chunks and batched, and so is the result, bit for bit.
 
     Args:
-        at_work: entered while the VAE works; for one that waits elsewhere than on the device of the latents.
+        vae: decodes and encodes.
+        at_work: entered while the VAE works; for a VAE that waits elsewhere than on the device of the latents.
     """
 
     def __init__(self, vae: AutoencoderKLWan, at_work: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
@@ -62,23 +64,25 @@ class Reencoder:
         self.decoder = StreamingDecoder(vae)
 
     def start(self) -> VAECache:
-        """The state of a video of which nothing is decoded yet."""
+        """Return the state of a video of which nothing is decoded yet."""
         return self.decoder.start()
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, states: list[VAECache]) -> Tensor:
         """Decode the next latents [B, F, C, h, w] and encode the last pixel frame of each video: [B, 1, C, h, w].
 
-        states: of each video, what `start` or a former call gave; replaced by what to continue with.
+        Args:
+            states: the decoder's state of each video, from `start` or a former call; updated in place.
         """
         images = []
         with self.at_work():
-            for video, own in enumerate(latents.split(1)):
-                image, states[video] = self.reencode(own, states[video])
+            for video, video_latents in enumerate(latents.split(1)):
+                image, states[video] = self.reencode(video_latents, states[video])
                 images.append(image.to(latents.dtype))
         return torch.cat(images)
 
     def reencode(self, latents: Tensor, state: VAECache) -> tuple[Tensor, VAECache]:
-        """Of one video."""
+        """Return the last pixel frame of one video's next latents [1, F, C, h, w] as an image [1, 1, C, h, w], and the decoder's next
+        state."""
         frames, state = self.decoder.decode(latents, state)
         return encode(self.vae, frames[:, -1:]), state

@@ -32,7 +32,12 @@ from arcopo_fast.runtime.profiling import stage
 
 @dataclass(frozen=True)
 class VideoShape:
-    """A video as the generator makes it: frames of each chunk, then channels, height and width of a latent frame."""
+    """The shape of a video's latents.
+
+    Attributes:
+        chunk_frames: latent frames of each chunk.
+        channels, height, width: C, h and w of a latent frame.
+    """
 
     chunk_frames: tuple[int, ...]
     channels: int
@@ -46,21 +51,29 @@ class VideoShape:
 
     @property
     def chunks(self) -> int:
-        """L"""
+        """Number of chunks, L."""
         return len(self.chunk_frames)
 
     @property
     def frames(self) -> int:
+        """Number of latent frames."""
         return sum(self.chunk_frames)
 
     def chunk(self, index: int) -> tuple[int, int, int, int]:
-        """[frames, C, h, w] of chunk `index`."""
+        """Return [F, C, h, w] of chunk `index`."""
         return self.chunk_frames[index], self.channels, self.height, self.width
 
 
 class _Fork(NamedTuple):
-    """Where a group's branches begin. rule: of the chunks with noise of their own, if not the sampler's. tails: the pages set aside for the
-    first wave's."""
+    """The point where a wave of a group's branches begins.
+
+    Attributes:
+        prefix: the shared videos so far.
+        pivot: the chunk that comes next.
+        noise: the noise of the wave's members.
+        tails: for each branch the pages set aside for its tail; the first wave takes them out of these lists.
+        tail_pages: pages that a tail needs.
+    """
 
     prefix: Stream
     pivot: int
@@ -70,11 +83,11 @@ class _Fork(NamedTuple):
 
 
 class Engine:
-    """Runs one generator.
+    """A generator at work: it makes videos and groups of them, and predicts their samples again.
 
     Args:
         model: the generator.
-        shape: its videos, in latents of the model's channels.
+        shape: of its videos, in latents of the model's channels.
         sampler, cache: those sections of a recipe.
         pages: the size of the K/V pool in latent frames; `cache.pages_for` says how many a group needs.
         cuda_graphs: see `ChunkGraphs`.
@@ -133,14 +146,21 @@ class Engine:
         return Stream(cache, self.model.encode_text(text))
 
     def steps_of(self, chunk: int) -> Steps:
+        """Return the sampler's steps for a chunk: the first one may have its own."""
         return self.first_steps if chunk == 0 else self.steps
 
     def extend(
         self, stream: Stream, chunk: int, initial: Tensor, noise: NoiseSource, *, last: bool, rule: StepRule | None = None
     ) -> Trajectory:
-        """Generate the next chunk of every video from `initial` [B, F, C, h, w]; `chunk` names its draws and its step list.
+        """Generate the next chunk of every video.
 
-        rule: instead of the sampler's own.
+        Args:
+            stream: the videos, each of which gets the chunk.
+            chunk: number of the chunk, which names its draws and its step list.
+            initial: the noise to start from, [B, F, C, h, w].
+            noise: gives the noise between steps.
+            last: nothing follows, so nothing is cached.
+            rule: instead of the sampler's own.
         """
         frames, steps, rule = initial.shape[1], self.steps_of(chunk), rule or self.rule
         stream.cache.make_room(frames)
@@ -160,14 +180,14 @@ class Engine:
             stream.cache.after_chunk(stream, partial(self._clean_pass, stream, timestep))
 
     def _on_device(self, noise: Tensor) -> Tensor:
-        """Without waiting for the device, which a copy from pageable memory would. Videos with one noise in common still have one."""
+        """Copy noise to the device through pinned memory, without waiting for it; an expanded batch stays one row in memory."""
         device = self.model.device
-        one = noise[:1] if noise.stride(0) == 0 else noise  # nothing can be copied to where several rows lie in one place, as pinning does
+        unique = noise[:1] if noise.stride(0) == 0 else noise  # an expanded tensor cannot be pinned
         pinned = device.type == "cuda" and noise.device.type == "cpu"
-        return (one.pin_memory().to(device, non_blocking=True) if pinned else one.to(device)).expand_as(noise)
+        return (unique.pin_memory().to(device, non_blocking=True) if pinned else unique.to(device)).expand_as(noise)
 
     def switch_prompt(self, stream: Stream, text: Tensor) -> None:
-        """Go on with another prompt."""
+        """Go on with another prompt, [B, length, text_dim]."""
         stream.text = self.model.encode_text(text)
         stream.cache.switch_prompt(stream, partial(self._clean_pass, stream, self.context_noise))
 
@@ -184,10 +204,13 @@ class Engine:
     def generate(
         self, text: Tensor, noise: NoiseSource, *, initial_latents: Sequence[Tensor] = (), switches: dict[int, Tensor] | None = None
     ) -> Tensor:
-        """Independent videos, one for each row of `text` -> latents [B, frames, C, h, w] float32.
+        """Make independent videos, one for each row of `text`; return latents [B, F, C, h, w] float32.
 
-        initial_latents: clean chunks [1 or B, F, C, h, w] that the videos begin with (image- or video-to-video).
-        switches: {frame: text}; the first chunk that starts at or after the frame uses that prompt.
+        Args:
+            text: [B, length, text_dim].
+            noise: of all chunks.
+            initial_latents: clean chunks [1 or B, F, C, h, w] that the videos begin with (image- or video-to-video).
+            switches: {frame: text}; the first chunk that starts at or after the frame uses that prompt.
         """
         batch, stream = text.shape[0], self.start(text)
         chunks = [chunk.to(self.model.device, torch.float32) for chunk in initial_latents]
@@ -220,7 +243,7 @@ class Engine:
             yield trajectory
 
     def _forget(self, stream: Stream) -> None:
-        """Drop the chunks that lie before the window whole: neither a prompt switch nor a recomputed context reaches further back."""
+        """Drop the chunks that lie entirely before the window: neither a prompt switch nor a recomputed context reaches further back."""
         window = self.cache.window
         while window is not None and sum(chunk.shape[1] for chunk in stream.latents[1:]) >= window:
             del stream.latents[0]
@@ -254,15 +277,15 @@ class Engine:
                 for chunk in range(pivot):
                     self.extend(prefix, chunk, noise.initial(chunk), noise, last=False)
             waves: list[tuple[Tensor, Tensor, Tensor]] = []
-            done = 0
-            while done < members:
-                own = MemberNoise(noise, plan, pivot, range(done, min(done + wave_size, members)))
-                wave = self._try_finish(_Fork(prefix, pivot, own, reserved.tails, pages.tail))
+            finished = 0
+            while finished < members:
+                wave_noise = MemberNoise(noise, plan, pivot, range(finished, min(finished + wave_size, members)))
+                wave = self._try_finish(_Fork(prefix, pivot, wave_noise, reserved.tails, pages.tail))
                 if wave is None:
                     wave_size = self.largest_wave = (wave_size + 1) // 2
                     continue
                 waves.append(wave)
-                done += len(own.members)
+                finished += len(wave_noise.members)
         except BaseException:
             prefix.cache.release()
             reserved.release()
@@ -275,13 +298,13 @@ class Engine:
         return Group(group, text, pivot, prefix, prefix_latents, tails, inputs, predictions, self.steps_of(pivot), plan.rule or self.rule)
 
     def _joined(self, chunks: Sequence[Tensor]) -> Tensor:
-        """The frames of chunks [1, F, C, h, w] as one tensor, of no frames where there is no chunk."""
+        """Return the frames of chunks [1, F, C, h, w] as one tensor, without frames where there is no chunk."""
         if chunks:
             return torch.cat(list(chunks), dim=1)
         return torch.empty(1, 0, *self.shape.chunk(0)[1:], device=self.model.device)
 
     def _try_finish(self, fork: _Fork) -> tuple[Tensor, Tensor, Tensor] | None:
-        """`_finish`; None if a wave of several branches ran out of memory, which is then free again."""
+        """Finish a wave as `_finish` does; return None if a wave of several branches ran out of memory, which is then free again."""
         members = len(fork.noise.members)
         try:
             return self._finish(fork)
@@ -300,7 +323,8 @@ class Engine:
         return None
 
     def _finish(self, fork: _Fork) -> tuple[Tensor, Tensor, Tensor]:
-        """Complete the branches of one wave: pivot inputs and predictions [T, g, F, ...], tail latents [g, frames, ...].
+        """Complete the branches of one wave: return pivot inputs and predictions [T, g, F, C, h, w] of its g branches, and their tails [g,
+        F1, C, h, w].
 
         The first wave takes the pages reserved for its tails; those after it take `tail_pages` for each branch of what it gave back.
         """
@@ -354,12 +378,12 @@ class Engine:
 
     def at_once(self, group: Group, chunk: int) -> int | None:
         """Return how many members' own contexts of a chunk the free pages hold; None: any number, since the chunk is the pivot."""
-        own = sum(self.shape.chunk_frames[group.pivot : chunk])
-        return max(1, self.pool.pages_free // own) if own else None
+        own_frames = sum(self.shape.chunk_frames[group.pivot : chunk])
+        return max(1, self.pool.pages_free // own_frames) if own_frames else None
 
     @contextmanager
     def context(self, group: Group, chunk: int, members: Tensor, *, prefix: Stream | None = None) -> Iterator[Stream]:
-        """What chunk `chunk` of `members` [N] sees, as long as the block lasts: the group's prefix, then each member's own chunks.
+        """Give what chunk `chunk` of `members` [N] sees, as long as the block lasts: the group's prefix, then each member's own chunks.
 
         The members' own chunks are made anew by clean passes of their latents, under the weights as they are.
 
@@ -378,21 +402,22 @@ class Engine:
             stream.cache.release()
 
     def predict(self, group: Group, samples: Samples, *, context: Stream | None = None, checkpoint: bool = False) -> Tensor:
-        """Predict x0hat of samples [N, F, C, h, w] float32 under the present weights, with gradient if enabled; the context is constant.
+        """Predict x0hat of samples, [N, F, C, h, w] float32, under the present weights, with gradient if enabled; the context is constant.
 
         Args:
-            context: from `context`, and held until the backward pass is done; None: made here. Of the pivot chunk none has to be held.
+            context: from `context`, and held until the backward pass is done; None: made here, which is enough for the pivot chunk, whose
+                context the group holds.
             checkpoint: see `CausalWan.forward`.
         """
-        made = self.context(group, samples.chunk, samples.members) if context is None else nullcontext(context)
-        with made as stream:
+        manager = self.context(group, samples.chunk, samples.members) if context is None else nullcontext(context)
+        with manager as stream:
             frames = samples.x.shape[1]
             stream.cache.make_room(frames)
-            seen = stream.cache.context(stream.frame, frames, keep=False)
+            chunk_context = stream.cache.context(stream.frame, frames, keep=False)
             # The prompt is encoded again: with gradient, the adapters of the cross-attention keys and values learn too.
             text = self.model.encode_text(group.text)
             checkpoint = checkpoint and torch.is_grad_enabled()
-            return predict(self.model, samples.x, samples.timesteps, samples.sigmas, text, seen, checkpoint=checkpoint)
+            return predict(self.model, samples.x, samples.timesteps, samples.sigmas, text, chunk_context, checkpoint=checkpoint)
 
     def replay(self, group: Group, steps: Tensor, members: Tensor, *, prefix: Stream | None = None, checkpoint: bool = False) -> Tensor:
         """Predict again what the rollout predicted at `steps` [N] of the pivot chunk of `members` [N], see `predict`.

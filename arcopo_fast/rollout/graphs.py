@@ -55,14 +55,21 @@ def launch_bound(config: CausalWanConfig, batch: int, tokens: int) -> bool:
 
 
 class _Captured(NamedTuple):
-    """A captured loop: where it reads its arguments, where it leaves the inputs and then the predictions of all steps, and its replay."""
+    """A captured loop.
+
+    Attributes:
+        noise, fresh, text: where the graph reads its arguments.
+        outputs: where it leaves the inputs and then the predictions of all steps.
+        replay: runs it.
+        loop: holds what the graph reads by address, the context's indices for example.
+    """
 
     noise: Tensor
     fresh: list[Tensor]
     text: TextContext
     outputs: Sequence[Tensor]
     replay: Callable[[], object]
-    loop: object  # holds what the graph reads by address, the context's indices for example
+    loop: object
 
 
 class ChunkGraphs:
@@ -70,9 +77,9 @@ class ChunkGraphs:
 
     Args:
         mode: "on"; "auto", by `launch_bound`; "off".
-        limit: graphs kept. A chunk of Wan2.1-1.3B takes tens of MiB of launches and one working set that all share.
+        limit: number of graphs kept. A chunk of Wan2.1-1.3B takes tens of MiB of launches and one working set that all share.
         patience: the least recently used graph is evicted if it was used more than patience x limit calls ago.
-        capture: how; None: as CUDA graphs, where there is a GPU.
+        capture: how a loop is captured; None: as CUDA graphs, where there is a GPU.
 
     Attributes:
         reason: why the last call ran without a graph; None if it ran as one.
@@ -144,8 +151,8 @@ class ChunkGraphs:
         self._graphs.move_to_end(key)
         self._used[key] = self._calls
         graph.noise.copy_(noise)
-        for ours, given in zip(graph.fresh, fresh):
-            ours.copy_(given)
+        for target, draw in zip(graph.fresh, fresh):
+            target.copy_(draw)
         self._text(text)
         graph.replay()
         outputs = [output.clone() for output in graph.outputs]
@@ -164,8 +171,8 @@ class ChunkGraphs:
             return self._failed[key]
         if len(self._graphs) >= self.limit:
             oldest = next(iter(self._graphs))
-            used = self._used[oldest]
-            if seen_before < used or self._calls - used <= self.patience * self.limit:
+            last_use = self._used[oldest]
+            if seen_before < last_use or self._calls - last_use <= self.patience * self.limit:
                 return f"all {self.limit} graphs are in use"
             del self._graphs[oldest], self._used[oldest]
         graph = self._captured(loop, noise, fresh, text)
@@ -177,29 +184,29 @@ class ChunkGraphs:
 
     def _captured(self, loop: Loop, noise: Tensor, fresh: Sequence[Tensor], text: TextContext) -> _Captured | str:
         """Return a graph, or why there is none."""
-        ours, ours_fresh, ours_text = noise.clone(), [tensor.clone() for tensor in fresh], self._text(text)
+        static_noise, static_fresh, static_text = noise.clone(), [tensor.clone() for tensor in fresh], self._text(text)
         capture = self._capture or partial(_cuda_capture, device=noise.device)
 
         def outputs() -> list[Tensor]:
-            trajectory = loop(ours, ours_fresh, ours_text)
+            trajectory = loop(static_noise, static_fresh, static_text)
             return [*trajectory.inputs, *trajectory.predictions]
 
         try:
             captured, replay = capture(outputs)
         except RuntimeError as error:  # whatever an operator does that a graph cannot hold
             return f"the capture failed: {' '.join(str(error).split())[:200]}"
-        return _Captured(ours, ours_fresh, ours_text, captured, replay, loop)
+        return _Captured(static_noise, static_fresh, static_text, captured, replay, loop)
 
     def _text(self, text: TextContext) -> TextContext:
         """Return where graphs read a prompt of this shape, after copying this one there."""
         shape = (len(text.keys), tuple(text.keys[0].shape), text.keys[0].dtype)
         if shape not in self._texts:
             self._texts[shape] = TextContext([key.clone() for key in text.keys], [value.clone() for value in text.values]), text
-        ours, held = self._texts[shape]
-        if held is not text:
-            torch._foreach_copy_([*ours.keys, *ours.values], [*text.keys, *text.values])
-            self._texts[shape] = ours, text
-        return ours
+        static_text, copied_text = self._texts[shape]
+        if copied_text is not text:
+            torch._foreach_copy_([*static_text.keys, *static_text.values], [*text.keys, *text.values])
+            self._texts[shape] = static_text, text
+        return static_text
 
 
 _pool: Any = None

@@ -16,20 +16,31 @@ from arcopo_fast.rollout.sampler import StepRule, Steps
 
 @dataclass
 class Stream:
-    """A batch of B videos in the making."""
+    """A batch of B videos in the making.
+
+    Attributes:
+        cache: keys and values of the frames that they see.
+        text: the prompts' keys and values.
+        latents: finished chunks [1 or B, F, C, h, w] float32.
+        frame: number of the next frame to generate.
+    """
 
     cache: VideoCache
     text: TextContext
-    latents: list[Tensor] = field(default_factory=list)  # finished chunks [1 or B, F, C, h, w] float32
-    frame: int = 0  # the next one to generate
+    latents: list[Tensor] = field(default_factory=list)
+    frame: int = 0
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is predicted of one chunk of a group's videos: noisy inputs of some members, at some timesteps.
+    """Noisy inputs of one chunk of a group's videos, of some members, at some timesteps: N samples to predict.
 
-    members [N] int64; x [N, F, C, h, w] float32; timesteps, sigmas [N] float32. steps [N] int64: of the sampler, where x is what the
-    rollout had there; else None.
+    Attributes:
+        chunk: number of the chunk in the video.
+        members: [N] int64.
+        x: noisy inputs x_t, [N, F, C, h, w] float32.
+        timesteps, sigmas: [N] float32.
+        steps: [N] int64, steps of the sampler where x is what the rollout had there; else None.
     """
 
     chunk: int
@@ -50,7 +61,7 @@ class Samples:
         return cls(chunk, torch.arange(len(clean)), (1 - sigma) * clean + sigma * noise.to(clean), timesteps, sigmas)
 
     def split(self, size: int) -> list[Samples]:
-        """Parts of at most `size` samples."""
+        """Return parts of at most `size` samples."""
         cuts = [slice(start, start + size) for start in range(0, len(self), size)]
         return [
             Samples(
@@ -69,11 +80,18 @@ class Samples:
 class Group:
     """G videos that share their chunks before the pivot, and from there on differ in the noises that a plan names.
 
-    Holds the prefix's pages: release it, or use it as a context manager.
+    It holds the prefix's pages: release it, or use it as a context manager.
 
-    text [1, length, text_dim]. pivot: counted from 0. prefix: the context of the pivot chunk. prefix_latents [1, F0, C, h, w], tails
-    [G, F1, C, h, w] float32: before the pivot, and from it on; of a group out of a buffer the pivot chunk's alone. inputs, predictions
-    [T, G, F, C, h, w] float32: x_t and x0hat_t of the pivot chunk at its steps. rule: what took the pivot chunk from step to step.
+    Attributes:
+        id: the name of the group, which keys its draws.
+        text: embedding of the prompt, [1, length, text_dim].
+        pivot: the first chunk that is not shared, counted from 0.
+        prefix: the context of the pivot chunk.
+        prefix_latents: [1, F0, C, h, w] float32, before the pivot.
+        tails: [G, F1, C, h, w] float32, from the pivot on; in a group out of a buffer the pivot chunk's alone.
+        inputs, predictions: x_t and x0hat_t of the pivot chunk at its T steps, [T, G, F, C, h, w] float32.
+        steps: the sampler's steps of the pivot chunk.
+        rule: takes the pivot chunk from step to step.
     """
 
     id: GroupId
@@ -89,22 +107,22 @@ class Group:
 
     @property
     def size(self) -> int:
-        """G"""
+        """Number of members, G."""
         return self.inputs.shape[1]
 
     def samples(self, steps: Tensor, members: Tensor) -> Samples:
-        """The pivot chunk as the rollout had it at `steps` [N] of the sampler in `members` [N]."""
+        """Return the pivot chunk as the rollout had it at `steps` [N] of the sampler in `members` [N]."""
         timesteps, sigmas = (torch.tensor(table)[steps].to(self.inputs.device) for table in (self.steps.timesteps, self.steps.sigmas))
         return Samples(self.pivot, members, self.inputs[steps, members], timesteps, sigmas, steps)
 
     def own_chunks(self, chunk_frames: Sequence[int]) -> dict[int, Tensor]:
         """Return the members' own chunks [G, F, C, h, w] by number, given the frames of each chunk of the video."""
-        sizes, first = chunk_frames[self.pivot :], 0
+        sizes, start = chunk_frames[self.pivot :], 0
         chunks = {}
         for chunk, frames in enumerate(sizes, self.pivot):
-            if first + frames <= self.tails.shape[1]:  # a group out of a buffer has the pivot chunk's alone
-                chunks[chunk] = self.tails[:, first : first + frames]
-            first += frames
+            if start + frames <= self.tails.shape[1]:  # a group out of a buffer has the pivot chunk's alone
+                chunks[chunk] = self.tails[:, start : start + frames]
+            start += frames
         return chunks
 
     def videos(self) -> Tensor:

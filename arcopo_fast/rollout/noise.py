@@ -31,24 +31,30 @@ def normal(shape: Sequence[int], *name: int | str) -> Tensor:
 
 
 class NoiseSource(Protocol):
-    """Where a sampler's noise comes from; both give [B, frames, C, h, w] float32 (batch 1: the same for all videos)."""
+    """A source of a sampler's noise, [B, F, C, h, w] float32 on the CPU (batch 1: the same for all videos)."""
 
     def initial(self, chunk: int) -> Tensor:
-        """The noise that chunk `chunk` starts from."""
+        """Return the noise that chunk `chunk` starts from."""
 
     def renoise(self, chunk: int, step: int) -> Tensor:
-        """The noise that takes the prediction of `step` to the next step."""
+        """Return the noise that takes the prediction of `step` to the next step."""
 
 
 class ChunkShapes(Protocol):
     """The shape of a video's latents, chunk by chunk."""
 
     def chunk(self, index: int) -> tuple[int, int, int, int]:
-        """[frames, C, h, w] of chunk `index`."""
+        """Return [F, C, h, w] of chunk `index`."""
 
 
 class GroupId(NamedTuple):
-    """The name of a group: all that is drawn for it, and all that is kept of it, goes by this name."""
+    """The name of a group, which keys all that is drawn for it and all that is kept of it.
+
+    Attributes:
+        seed: the run's.
+        iteration: counted from 0.
+        group: number of the group in its iteration.
+    """
 
     seed: int
     iteration: int = 0
@@ -57,15 +63,22 @@ class GroupId(NamedTuple):
 
 @dataclass(frozen=True)
 class KeyedNoise:
-    """The noise of one shared video: batch 1, so every branch that uses it uses the same tensor."""
+    """The noise of one shared video: batch 1, so every branch that uses it uses the same tensor.
+
+    Attributes:
+        shape: of the video, chunk by chunk.
+        id: the name of the group.
+    """
 
     shape: ChunkShapes
     id: GroupId
 
     def initial(self, chunk: int) -> Tensor:
+        """Return the noise that chunk `chunk` starts from, [1, F, C, h, w]."""
         return normal((1, *self.shape.chunk(chunk)), *self.id, "initial", chunk)
 
     def renoise(self, chunk: int, step: int) -> Tensor:
+        """Return the shared noise after `step`, [1, F, C, h, w]."""
         return normal((1, *self.shape.chunk(chunk)), *self.id, "renoise", chunk, step)
 
     def neighbors(self, chunk: int, members: Iterable[int], sigma: float) -> Tensor:
@@ -76,23 +89,24 @@ class KeyedNoise:
         members = list(members)
         if sigma == 0:
             return self.initial(chunk).expand(len(members), *self.shape.chunk(chunk))
-        return (1 - sigma**2) ** 0.5 * self.initial(chunk) + sigma * self._of_each("neighbour", chunk, members)
+        return (1 - sigma**2) ** 0.5 * self.initial(chunk) + sigma * self._for_each("neighbour", chunk, members)
 
     def own(self, chunk: int, step: int, members: Iterable[int]) -> Tensor:
-        """Return a re-noise of its own for each of `members`: [members, ...]."""
-        return self._of_each("own renoise", chunk, members, step)
+        """Return a re-noise of its own for each of `members`, [members, F, C, h, w]."""
+        return self._for_each("own renoise", chunk, members, step)
 
-    def _of_each(self, role: str, chunk: int, members: Iterable[int], *more: int) -> Tensor:
-        return torch.cat([normal((1, *self.shape.chunk(chunk)), *self.id, role, chunk, *more, member) for member in members])
+    def _for_each(self, role: str, chunk: int, members: Iterable[int], *name: int) -> Tensor:
+        return torch.cat([normal((1, *self.shape.chunk(chunk)), *self.id, role, chunk, *name, member) for member in members])
 
 
 @dataclass(frozen=True)
 class NoisePlan:
-    """Which noises are a member's own, from the chunk on at which its group forks; all others are shared.
+    """The noises that are a member's own, from the chunk on at which its group forks; all others are shared.
 
-    initial: strength sigma of the members' own initial noise; 0: shared, 1: a fresh one for each.
-    rule: each member draws noise of its own at every step, through this rule; None: the sampler's rule, with shared draws.
-    chunks: for so many chunks; None: to the end of the video.
+    Attributes:
+        initial: strength sigma of the members' own initial noise; 0: shared, 1: a fresh one for each.
+        rule: each member draws noise of its own at every step, through this rule; None: the sampler's rule, with shared draws.
+        chunks: number of chunks for which noises are the members' own; None: to the end of the video.
     """
 
     initial: float
@@ -102,7 +116,14 @@ class NoisePlan:
 
 @dataclass(frozen=True)
 class MemberNoise:
-    """The noise of some members of a group, in this order, by its plan: draws [members, frames, C, h, w]."""
+    """The noise of some members of a group by its plan, [members, F, C, h, w].
+
+    Attributes:
+        shared: the group's noise.
+        plan: the noises that are the members' own.
+        fork: number of the chunk at which the group forks.
+        members: their numbers, in the order of the rows.
+    """
 
     shared: KeyedNoise
     plan: NoisePlan
@@ -110,12 +131,15 @@ class MemberNoise:
     members: Sequence[int]
 
     def is_own(self, chunk: int) -> bool:
+        """Return whether the members have noises of their own in a chunk."""
         return self.fork <= chunk and (self.plan.chunks is None or chunk < self.fork + self.plan.chunks)
 
     def initial(self, chunk: int) -> Tensor:
+        """Return the noise that each member's chunk `chunk` starts from."""
         return self.shared.neighbors(chunk, self.members, self.plan.initial if self.is_own(chunk) else 0)
 
     def renoise(self, chunk: int, step: int) -> Tensor:
+        """Return the noise after `step`, each member's own if the plan has a rule, else one row for all."""
         own = self.plan.rule is not None and self.is_own(chunk)
         return self.shared.own(chunk, step, self.members) if own else self.shared.renoise(chunk, step)
 
@@ -127,7 +151,9 @@ class StackedNoise:
         self.sources = sources
 
     def initial(self, chunk: int) -> Tensor:
+        """Return each source's initial noise in its own row."""
         return torch.cat([source.initial(chunk) for source in self.sources])
 
     def renoise(self, chunk: int, step: int) -> Tensor:
+        """Return each source's noise after `step` in its own row."""
         return torch.cat([source.renoise(chunk, step) for source in self.sources])

@@ -33,7 +33,12 @@ RuleKind = Literal["consistency", "ode", "dance_sde", "flow_sde", "flow_cps"]
 
 @dataclass(frozen=True)
 class Steps:
-    """The timesteps a chunk visits and their sigmas; sigma after the last step is 0."""
+    """The timesteps that a chunk visits.
+
+    Attributes:
+        timesteps: in 0..1000, T of them.
+        sigmas: sigma at each timestep; after the last step it is 0.
+    """
 
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
@@ -68,7 +73,11 @@ def predict(
 
 
 class Transition(NamedTuple):
-    """The next state given x and x0hat: N(on_x x + on_clean x0hat, std^2 I). Numbers, or tensors that broadcast to the state."""
+    """The distribution of the next state given x and x0hat: N(on_x x + on_clean x0hat, std^2 I).
+
+    Attributes:
+        on_x, on_clean, std: numbers, or tensors that broadcast to the state.
+    """
 
     on_x: float | Tensor
     on_clean: float | Tensor
@@ -82,14 +91,19 @@ class Transition(NamedTuple):
 
 @dataclass(frozen=True)
 class StepRule:
-    """How the sampler goes from one state to the next. noise: eta of dance_sde, a of flow_sde and flow_cps; the others have none."""
+    """The rule by which the sampler goes from one state to the next.
+
+    Attributes:
+        kind: see the module's table.
+        noise: eta of dance_sde, a of flow_sde and flow_cps; the others have none.
+    """
 
     kind: RuleKind = "consistency"
     noise: float = 0.0
 
     @property
     def random(self) -> bool:
-        """Whether it draws noise."""
+        """True if the rule draws noise."""
         return self.kind != "ode"
 
     def transition(self, sigma: float, sigma_next: float) -> Transition:
@@ -136,7 +150,11 @@ def next_input(rule: StepRule, x: Tensor, clean: Tensor, sigma: float, sigma_nex
 
 @dataclass
 class Trajectory:
-    """What a chunk's denoising left, per step: inputs x_t and predictions x0hat_t, each [B, F, C, h, w] float32."""
+    """The states of a chunk's denoising, one entry for each step.
+
+    Attributes:
+        inputs, predictions: x_t and x0hat_t, each [B, F, C, h, w] float32.
+    """
 
     inputs: list[Tensor]
     predictions: list[Tensor]
@@ -152,9 +170,11 @@ def denoise(
     *,
     rule: StepRule = CONSISTENCY,
 ) -> Trajectory:
-    """Denoise one chunk from `noise` [B, F, C, h, w]. The host never waits for the device in here.
+    """Denoise one chunk. The host never waits for the device in here.
 
-    fresh: the noise [1 or B, F, C, h, w] after each step but the last; none if the rule is not random. All on the model's device.
+    Args:
+        noise: the initial state, [B, F, C, h, w], on the model's device like the following.
+        fresh: the noise [1 or B, F, C, h, w] after each step but the last; none if the rule is not random.
     """
     x, batch, device = noise, noise.shape[0], model.device
     trajectory = Trajectory([], [])

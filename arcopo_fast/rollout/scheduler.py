@@ -13,7 +13,12 @@ from torch import Tensor
 
 
 class Schedule:
-    """sigmas, timesteps: [1000] float32."""
+    """The table of a timestep shift.
+
+    Attributes:
+        shift: s.
+        sigmas, timesteps: [1000] float32.
+    """
 
     def __init__(self, shift: float) -> None:
         self.shift = shift

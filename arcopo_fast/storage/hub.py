@@ -36,7 +36,12 @@ VARIABLE = "ARCOPO_MODELS"
 
 
 class Published(NamedTuple):
-    """size: in bytes. sha256: of the file; where it is empty, the size is about right only."""
+    """A published file.
+
+    Attributes:
+        size: in bytes.
+        sha256: of the file; empty where it is not known, and then the size is only about right.
+    """
 
     size: int
     sha256: str = ""
@@ -56,7 +61,15 @@ _REFERENCE = r"refs/(?:pr/[0-9]+|convert/[\w.-]+)"  # revisions of Hugging Face 
 
 
 class Source(NamedTuple):
-    """A repository, and a file or directory in it; inside: "" for all of it. repository: owner/name."""
+    """A repository, and a file or directory in it.
+
+    Attributes:
+        scheme: ``hf://`` or ``github://``.
+        kind: ``model`` or ``dataset``.
+        repository: owner/name.
+        revision: a branch, tag or commit; None: the newest.
+        inside: path in the repository; empty: all of it.
+    """
 
     scheme: str
     kind: str
@@ -66,17 +79,18 @@ class Source(NamedTuple):
 
     @classmethod
     def parse(cls, source: str) -> Source:
-        """
+        """Return the source that a text names.
+
         Raises:
-            UserError: it names nothing.
+            UserError: the text is no source.
         """
         match = re.fullmatch(rf"(hf://|github://)(datasets/)?([\w.-]+/[\w.-]+)(?:@({_REFERENCE}|[^/]+))?(?:/(.*))?", source)
         scheme, dataset, repository, revision, inside = match.groups() if match else ("",) * 5
         inside, revision = (inside or "").strip("/"), revision and unquote(revision)
         parts = "/".join(filter(None, (repository, revision, inside))).split("/")
         # Every part becomes a part of a path in the cache: none may lead out of it.
-        strange = any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts)
-        if not scheme or strange or revision == "refs" or (scheme == GITHUB and (dataset or not inside)):
+        escapes = any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts)
+        if not scheme or escapes or revision == "refs" or (scheme == GITHUB and (dataset or not inside)):
             forms = "hf://owner/name, hf://owner/name@revision/path/of/file or github://owner/name/path/of/file"
             raise UserError(f"{source[:200]!r} names nothing that is published; expected {forms}; a slash in a revision is written %2F")
         return cls(scheme, "dataset" if dataset else "model", repository, revision, inside)
@@ -88,32 +102,32 @@ class Source(NamedTuple):
 
     @property
     def address(self) -> str:
-        """Of the repository."""
+        """Address of the repository, as a source."""
         return f"{self.scheme}{'datasets/' if self.kind == 'dataset' else ''}{self.repository}"
 
     @property
     def url(self) -> str:
-        """Of a file on GitHub."""
+        """Address of a file on GitHub."""
         return f"https://raw.githubusercontent.com/{self.repository}/{quote(self.revision or 'HEAD')}/{quote(self.inside)}"
 
     def advice(self, files: Sequence[str]) -> str:
-        """How to get it by hand."""
+        """Return how to get `files` of the source by hand."""
         if self.scheme == GITHUB:
             return f"get {self.url}, and put it at ${VARIABLE}/{self.repository}/{self.inside}"
-        wanted = [self.inside] if self.inside and not files else [str(Path(self.inside, file)) for file in files]
-        patterns = any(letter in file for file in wanted for letter in "*?[")  # the program takes names or patterns, not both
-        options = [f"--include {file!r}" for file in wanted] if patterns else wanted
+        names = [self.inside] if self.inside and not files else [str(Path(self.inside, file)) for file in files]
+        patterns = any(letter in file for file in names for letter in "*?[")  # the program takes names or patterns, not both
+        options = [f"--include {file!r}" for file in names] if patterns else names
         options += ["--repo-type dataset"] * (self.kind == "dataset") + [f"--revision {self.revision}"] * bool(self.revision)
         return f"where there is a network: {' '.join(['hf download', self.repository, *options])}"
 
 
 def is_published(source: str | Path) -> bool:
-    """It names a published file, not a path."""
+    """Return whether a source names a published file, not a path."""
     return str(source).startswith((HUGGING_FACE, GITHUB))
 
 
 def find(source: str | Path, files: Sequence[str] = ()) -> Path:
-    """The local path of a published file or directory; what is not there is downloaded.
+    """Return the local path of a published file or directory; download it if it is not there.
 
     Args:
         source: a path, or one of the forms above.
@@ -121,7 +135,7 @@ def find(source: str | Path, files: Sequence[str] = ()) -> Path:
             downloaded. Empty: the source is a file, or a directory that is taken as it is.
 
     Raises:
-        UserError: missing, and not to be had; or a file that is not whole.
+        UserError: the source is missing and cannot be downloaded; or a file is not complete.
     """
     if not is_published(source):
         path = Path(expanded(str(source)))
@@ -129,18 +143,20 @@ def find(source: str | Path, files: Sequence[str] = ()) -> Path:
             raise UserError(f"there is nothing at {path}; give the path of what you have, or hf://owner/name/path/of/file")
         _check(path, files)
         return path
-    wanted = Source.parse(str(source))
-    found = _local(wanted, files)
-    if wanted.scheme == GITHUB:
-        found = found or _fetch(wanted, files)
-    elif found is None or (found.is_dir() and not files and found == _cached(wanted, files)):  # of all of it the cache may hold a part
-        found = _download(wanted, files)
-    _check_sizes(wanted, found, files)
-    return found
+    parsed = Source.parse(str(source))
+    located = _local(parsed, files)
+    if parsed.scheme == GITHUB:
+        located = located or _fetch(parsed, files)
+    elif located is None or (
+        located.is_dir() and not files and located == _cached(parsed, files)
+    ):  # the cache may hold a part
+        located = _download(parsed, files)
+    _check_sizes(parsed, located, files)
+    return located
 
 
 def local(source: str | Path, files: Sequence[str] = ()) -> Path | None:
-    """As `find`, without a download: None for what is not on this machine."""
+    """Return the path of a source as `find` does, but without a download: None if it is not on this machine."""
     if is_published(source):
         return _local(Source.parse(str(source)), files)
     path = Path(expanded(str(source)))
@@ -148,150 +164,150 @@ def local(source: str | Path, files: Sequence[str] = ()) -> Path | None:
 
 
 def describe(source: str | Path, files: Sequence[str] = ()) -> str:
-    """What is needed, with its size where that is known, and how to get it."""
+    """Return what is needed, with its size where that is known, and how to get it."""
     if not is_published(source):
         return f"{source}{': ' + ', '.join(files) if files else ''}, a path on this machine"
-    wanted = Source.parse(str(source))
-    return f"{_what(wanted, files)}; {wanted.advice(files)}"
+    parsed = Source.parse(str(source))
+    return f"{_what(parsed, files)}; {parsed.advice(files)}"
 
 
-def _local(wanted: Source, files: Sequence[str]) -> Path | None:
-    return next((path for path in _places(wanted, files) if path.exists() and not _missing(path, files)), None)
+def _local(source: Source, files: Sequence[str]) -> Path | None:
+    return next((path for path in _places(source, files) if path.exists() and not _missing(path, files)), None)
 
 
-def _places(wanted: Source, files: Sequence[str] = ()) -> Iterator[Path]:
+def _places(source: Source, files: Sequence[str] = ()) -> Iterator[Path]:
     """Yield where a copy could lie: own ones first, then the cache."""
     root = os.environ.get(VARIABLE)
     if root:
-        for directory in (wanted.repository, wanted.repository.partition("/")[2]):
-            yield Path(expanded(root)) / directory / wanted.inside
-    cached = _github_cache(wanted) if wanted.scheme == GITHUB else _cached(wanted, files)
+        for directory in (source.repository, source.repository.partition("/")[2]):
+            yield Path(expanded(root)) / directory / source.inside
+    cached = _github_cache(source) if source.scheme == GITHUB else _cached(source, files)
     if cached:
         yield cached
 
 
-def _cached(wanted: Source, files: Sequence[str]) -> Path | None:
+def _cached(source: Source, files: Sequence[str]) -> Path | None:
     """Return the file or directory in Hugging Face's cache; None if it is not there, or lacks some of what it is known to have."""
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    name, kind, revision = wanted.repository, wanted.kind, wanted.revision
+    name, kind, revision = source.repository, source.kind, source.revision
     try:
-        file = try_to_load_from_cache(name, wanted.inside, repo_type=kind, revision=revision) if wanted.inside else None
+        file = try_to_load_from_cache(name, source.inside, repo_type=kind, revision=revision) if source.inside else None
         if isinstance(file, str):
             return Path(file)
-        patterns = _patterns(wanted, files)
+        patterns = _patterns(source, files)
         snapshot = snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError):  # not there, or a name that no repository can have
         return None
-    return Path(snapshot) / wanted.inside
+    return Path(snapshot) / source.inside
 
 
-def _patterns(wanted: Source, files: Sequence[str]) -> list[str] | None:
+def _patterns(source: Source, files: Sequence[str]) -> list[str] | None:
     """Return what is needed of a repository as huggingface_hub takes it; None: all of it."""
-    if not wanted.inside:
+    if not source.inside:
         return list(files) or None
-    return [str(Path(wanted.inside, file)) for file in files] or [wanted.inside, f"{wanted.inside}/*"]
+    return [str(Path(source.inside, file)) for file in files] or [source.inside, f"{source.inside}/*"]
 
 
 def _missing(path: Path, files: Sequence[str]) -> list[str]:
-    """The files that a directory lacks. A file needs none."""
+    """Return the files that a directory lacks. A file needs none."""
     return [file for file in files if not any(path.glob(file))] if path.is_dir() or files else []
 
 
 def _check(path: Path, files: Sequence[str]) -> None:
-    if absent := _missing(path, files):
-        raise UserError(f"{path} lacks {', '.join(absent)}; expected a directory with {', '.join(files)}")
+    if missing := _missing(path, files):
+        raise UserError(f"{path} lacks {', '.join(missing)}; expected a directory with {', '.join(files)}")
 
 
-def _download(wanted: Source, files: Sequence[str]) -> Path:
+def _download(source: Source, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = _patterns(wanted, files)
+    patterns = _patterns(source, files)
     try:
-        snapshot = Path(snapshot_download(wanted.repository, repo_type=wanted.kind, revision=wanted.revision, allow_patterns=patterns))
+        snapshot = Path(snapshot_download(source.repository, repo_type=source.kind, revision=source.revision, allow_patterns=patterns))
     except Exception as error:  # offline, no such repository, a full disk: they have no common base
-        raise UserError(_absent(wanted, files, f"{type(error).__name__}: {first_line(error)}")) from None
-    path = snapshot / wanted.inside
+        raise UserError(_absent(source, files, f"{type(error).__name__}: {first_line(error)}")) from None
+    path = snapshot / source.inside
     if not path.exists() or _missing(path, files):
-        raise UserError(_absent(wanted, files, "the repository has none, or this machine is offline"))
+        raise UserError(_absent(source, files, "the repository has none, or this machine is offline"))
     for file in _chosen(snapshot, patterns):
         _verify(file)
     return path
 
 
-def _github_cache(wanted: Source) -> Path:
+def _github_cache(source: Source) -> Path:
     root = os.environ.get("XDG_CACHE_HOME")
     cache = Path(root) if root else Path.home() / ".cache"
-    return cache / "arcopo_fast" / "github" / wanted.repository / (wanted.revision or "HEAD") / wanted.inside
+    return cache / "arcopo_fast" / "github" / source.repository / (source.revision or "HEAD") / source.inside
 
 
-def _fetch(wanted: Source, files: Sequence[str]) -> Path:
-    """One file of a repository on GitHub."""
+def _fetch(source: Source, files: Sequence[str]) -> Path:
+    """Download one file of a repository on GitHub."""
     from huggingface_hub import constants
 
-    path = _github_cache(wanted)
+    path = _github_cache(source)
     try:
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("offline: HF_HUB_OFFLINE is set")
-        with urllib.request.urlopen(wanted.url, timeout=60) as answer:
+        with urllib.request.urlopen(source.url, timeout=60) as answer:
             content = answer.read()
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, content)
     except (OSError, HTTPException) as error:  # urllib's own are OSErrors
-        raise UserError(_absent(wanted, files, f"{type(error).__name__}: {first_line(error)}")) from None
+        raise UserError(_absent(source, files, f"{type(error).__name__}: {first_line(error)}")) from None
     return path
 
 
 def _chosen(snapshot: Path, patterns: Sequence[str] | None) -> list[Path]:
     files = [file for file in snapshot.rglob("*") if file.is_file()]
-    return [file for file in files if not patterns or any(fnmatchcase(str(file.relative_to(snapshot)), one) for one in patterns)]
+    return [file for file in files if not patterns or any(fnmatchcase(str(file.relative_to(snapshot)), pattern) for pattern in patterns)]
 
 
 def _verify(file: Path) -> None:
-    """A large file's name in the cache is its SHA-256 (its ETag): one that differs came damaged, and is removed."""
+    """Remove a large file that came damaged: its name in the cache is its SHA-256 (its ETag)."""
     blob = file.resolve()
     if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return
-    found = sha256(blob)
-    if found != blob.name:
+    digest = sha256(blob)
+    if digest != blob.name:
         blob.unlink()
         file.unlink(missing_ok=True)
-        raise UserError(f"{file} came damaged: its SHA-256 is {found}, not {blob.name}; it was removed, so start again")
+        raise UserError(f"{file} came damaged: its SHA-256 is {digest}, not {blob.name}; it was removed, so start again")
 
 
-def _check_sizes(wanted: Source, path: Path, files: Sequence[str]) -> None:
-    """A copy that was cut short would fail much later, and less clearly."""
-    for file, known in known_files(wanted, path, files):
-        if (found := file.stat().st_size) != known.size:
-            raise UserError(f"{file} has {found} bytes, the published file {known.size}: the copy is not whole; get it again")
+def _check_sizes(source: Source, path: Path, files: Sequence[str]) -> None:
+    """Raise `UserError` for a copy that was cut short, which would fail much later, and less clearly."""
+    for file, published in known_files(source, path, files):
+        if (size := file.stat().st_size) != published.size:
+            raise UserError(f"{file} has {size} bytes, the published file {published.size}: the copy is not whole; get it again")
 
 
-def known_files(wanted: Source, path: Path, files: Sequence[str]) -> Iterator[tuple[Path, Published]]:
-    """Those of a source that was found at `path` whose size and SHA-256 are known."""
+def known_files(source: Source, path: Path, files: Sequence[str]) -> Iterator[tuple[Path, Published]]:
+    """Yield the files of a source, found at `path`, whose size and SHA-256 are known."""
     for file in [path / name for name in files] if path.is_dir() else [path]:
-        known = FILES.get(f"{wanted.repository}/{Path(wanted.inside, *file.relative_to(path).parts)}")
-        if known and known.sha256:
-            yield file, known
+        published = FILES.get(f"{source.repository}/{Path(source.inside, *file.relative_to(path).parts)}")
+        if published and published.sha256:
+            yield file, published
 
 
 def sha256(file: Path) -> str:
-    """Of a file of any size, with a bar where there is a terminal."""
+    """Return the SHA-256 of a file of any size, with a bar where there is a terminal."""
     with tqdm(total=file.stat().st_size, desc=file.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         return file_digest(file, bar.update)
 
 
-def _absent(wanted: Source, files: Sequence[str], reason: str) -> str:
+def _absent(source: Source, files: Sequence[str], reason: str) -> str:
     where = f"${VARIABLE}" if os.environ.get(VARIABLE) else f"${VARIABLE} (not set)"
     nowhere = f"is neither in {where} nor in the cache, and cannot be downloaded ({reason})"
-    return f"{_what(wanted, files)} {nowhere}; {wanted.advice(files)}"
+    return f"{_what(source, files)} {nowhere}; {source.advice(files)}"
 
 
-def _what(wanted: Source, files: Sequence[str]) -> str:
-    names = [str(Path(wanted.inside, file)) for file in files] or ([wanted.inside] if wanted.inside else [])
-    sizes = {name: FILES[key].size for name in names if (key := f"{wanted.repository}/{name}") in FILES}
-    said = ", ".join(f"{name} ({_gigabytes(sizes[name])})" if name in sizes else name for name in names)
-    return f"{wanted.address}{': ' + said if said else ''}"
+def _what(source: Source, files: Sequence[str]) -> str:
+    names = [str(Path(source.inside, file)) for file in files] or ([source.inside] if source.inside else [])
+    sizes = {name: FILES[key].size for name in names if (key := f"{source.repository}/{name}") in FILES}
+    listing = ", ".join(f"{name} ({_gigabytes(sizes[name])})" if name in sizes else name for name in names)
+    return f"{source.address}{': ' + listing if listing else ''}"
 
 
 def _gigabytes(size: int) -> str:
