@@ -68,23 +68,24 @@ class GeneratorConfig(Section):
 
     checkpoint: Place = Field(
         "toy",
-        description='"toy": ships with the package; random:1.3b, random:14b: untrained; else a path or hf://owner/name/path (Hugging Face)',
+        description='"toy": part of the package; random:1.3b, random:14b: untrained; else a path or hf://owner/name/path (Hugging Face)',
     )
     weights: Literal["auto", "ema", "generator"] = Field(
-        "auto", description="of a training checkpoint: ema, generator_ema; generator, the weights themselves; auto: the EMA if there is one"
+        "auto",
+        description="set of weights in a training checkpoint; ema: generator_ema; generator: raw weights; auto: the EMA if there is one",
     )
     base: Place | None = Field(
-        None, description="directory or hf://owner/name with the text encoder and the VAE; null: beside the checkpoint"
+        None, description="directory or hf://owner/name with text encoder and VAE; null: the directory of the checkpoint"
     )
     lora: Place | None = Field(
         None,
-        description="an adapter that is part of the generator: folded into its weights before anything else; path or hf://",
+        description="path or hf:// source of an adapter that is folded into the generator's weights before anything else",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the frozen base; the adapter is always float32. float16 generates, but cannot be trained"
+        "float32", description="dtype of the frozen base; the adapter is always float32. float16 can generate, but cannot be trained"
     )
-    vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the decoder; bfloat16 is fast on a GPU")
-    offload: bool = Field(False, description="decoder and rewards wait in host memory, each until its turn: less memory, more time")
+    vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the decoder; bfloat16 is fast on a GPU")
+    offload: bool = Field(False, description="keep decoder and rewards in host memory until they are needed: less GPU memory, more time")
     device: str = Field("auto", description='"auto": the GPU if there is one; else cpu, cuda or cuda:N')
 
     @field_validator("device")
@@ -98,13 +99,13 @@ class GeneratorConfig(Section):
 class VideoConfig(Section):
     """The shape of a video."""
 
-    chunks: Positive = Field(description="L: chunks of a video, an independent first frame not counted")
+    chunks: Positive = Field(description="L, the chunks of a video, without an independent first frame")
     chunk_frames: Positive = Field(description="latent frames of a chunk")
-    independent_first_frame: bool = Field(False, description="one more chunk, of a single latent frame, comes first")
-    latent_height: Positive = Field(description="rows of a latent frame: the video's height in pixels over the VAE's factor, 8 for Wan")
-    latent_width: Positive = Field(description="columns of a latent frame")
+    independent_first_frame: bool = Field(False, description="begin with one more chunk, of a single latent frame")
+    latent_height: Positive = Field(description="rows of a latent frame: the height in pixels divided by the VAE's factor (8 for Wan)")
+    latent_width: Positive = Field(description="columns of a latent frame: the width in pixels divided by the VAE's factor")
     fps: Positive = Field(description="frames per second of the decoded video")
-    decode_frames: Positive = Field(1, description="latent frames that the VAE decodes in one call: more is faster for small videos only")
+    decode_frames: Positive = Field(1, description="latent frames that the VAE decodes in one call; more is faster only for small videos")
 
     @property
     def chunk_sizes(self) -> tuple[int, ...]:
@@ -120,12 +121,16 @@ class VideoConfig(Section):
 class SamplerConfig(Section):
     """The few-step sampler of one chunk."""
 
-    kind: Literal["consistency", "ode"] = Field("consistency", description="consistency: predict, re-noise freshly; ode: Euler steps")
+    kind: Literal["consistency", "ode"] = Field(
+        "consistency", description="consistency: predict the clean chunk, then re-noise it freshly; ode: Euler steps"
+    )
     steps: Timesteps = Field(description="T timesteps, decreasing, in (0, 1000]; the last one may be 0")
-    first_chunk_steps: Timesteps | None = Field(None, description="timesteps of the first chunk, if it has its own")
-    warp: bool = Field(description="steps index the shifted table of 1000 timesteps (750 -> 937.5 for shift 5) instead of being timesteps")
-    shift: PositiveFloat = Field(description="s of sigma = s u / (1 + (s - 1) u)")
-    context_noise: float = Field(0.0, ge=0, le=1000, description="timestep at which a finished chunk enters the cache")
+    first_chunk_steps: Timesteps | None = Field(None, description="timesteps of the first chunk; null: the same as steps")
+    warp: bool = Field(
+        description="true: steps are indices into the shifted table of 1000 timesteps (750 -> 937.5 for shift 5); false: timesteps"
+    )
+    shift: PositiveFloat = Field(description="s in sigma = s u / (1 + (s - 1) u)")
+    context_noise: float = Field(0.0, ge=0, le=1000, description="timestep of the clean pass that puts a finished chunk into the cache")
 
     @model_validator(mode="after")
     def _warped_steps_are_entries(self) -> SamplerConfig:
@@ -140,9 +145,9 @@ class CacheConfig(Section):
     """Which finished frames a chunk attends to."""
 
     variant: CacheVariant = Field("self_forcing", description="the published generator whose cache and positions are used")
-    window: Positive | None = Field(None, description="visible latent frames, the chunk being denoised included; null: all")
+    window: Positive | None = Field(None, description="visible latent frames, with those of the chunk that is denoised; null: all")
     sink: int = Field(
-        0, ge=0, description="first latent frames that never leave the window; krea: 1, or 0 for a frame encoded again in its place"
+        0, ge=0, description="first latent frames that never leave the window; krea: 1, or 0 to put a newly encoded frame in their place"
     )
     global_sink: bool = Field(True, description="the sink survives a prompt switch (longlive)")
 
@@ -164,20 +169,21 @@ class CacheConfig(Section):
 class RolloutConfig(Section):
     """How a group of candidates is made."""
 
-    group_size: int = Field(12, description="G: candidates of a group, at least 2")
-    noise_strength: float = Field(0.5, gt=0, le=1, description="sigma: eps_i = sqrt(1 - sigma^2) eps* + sigma delta_i")
+    group_size: int = Field(12, description="G, the candidates of a group; at least 2")
+    noise_strength: float = Field(0.5, gt=0, le=1, description="sigma in eps_i = sqrt(1 - sigma^2) eps* + sigma delta_i")
     pivot: int | Literal["shared", "per_group"] = Field(
-        "shared", description="p: shared: one random chunk an iteration; per_group: one a group; a number: always that chunk, from 1"
+        "shared",
+        description="p, the pivot chunk; shared: a random one per iteration; per_group: per group; a number from 1: always this one",
     )
     prompts_per_iteration: Positive = Field(1, description="groups of an iteration")
     branches_per_wave: Positive | None = Field(
-        None, description="finish so many branches at once: less memory, equal up to rounding; null: all"
+        None, description="branches that are finished at once; fewer take less memory, and results agree up to rounding; null: all"
     )
     decode_branches: Positive | None = Field(
-        None, description="decode so many branches at once: less memory, equal up to rounding; null: all"
+        None, description="branches that are decoded at once; fewer take less memory, and results agree up to rounding; null: all"
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
-        "auto", description="replay the denoising steps of a chunk as one CUDA graph; auto: where launches, not arithmetic, take the time"
+        "auto", description="replay the denoising steps of a chunk as one CUDA graph; auto: if launches take longer than arithmetic"
     )
 
     @property
@@ -196,18 +202,22 @@ class RolloutConfig(Section):
 class ObjectiveSettings(Section):
     """What the policy learns from its groups, and how: the part that all objectives share."""
 
-    kind: str = Field("copo", description="copo: AR-CoPO; sde_grpo: the baseline; or the dotted name of a module that holds one")
+    kind: str = Field("copo", description="copo: AR-CoPO; sde_grpo: the baseline; or the dotted name of a module with an objective")
     updates: Positive = Field(2, description="optimizer steps of an iteration")
-    context: Literal["rollout", "recompute"] = Field("rollout", description="h_{p-1}: the rollout's, or recomputed under new weights")
-    advantage: Literal["zscore", "quasi_norm"] = Field("zscore", description="A_i from the rewards of a group")
-    quasi_norm_p: PositiveFloat = Field(0.8, description="p of the quasi-norm")
-    advantage_std: Literal["population", "sample"] = Field(
-        "population", description="divide by the square root of the mean square, or of the sum over G - 1, as DanceGRPO does"
+    context: Literal["rollout", "recompute"] = Field(
+        "rollout", description="h_{p-1}, the context of the pivot chunk: the rollout's, or recomputed with the new weights"
     )
-    advantage_std_floor: float = Field(0.0, ge=0, description="smallest spread of a group's rewards that advantages are divided by")
+    advantage: Literal["zscore", "quasi_norm"] = Field("zscore", description="how A_i is computed from the rewards of a group")
+    quasi_norm_p: PositiveFloat = Field(0.8, description="p of the quasi-norm, for advantage=quasi_norm")
+    advantage_std: Literal["population", "sample"] = Field(
+        "population", description="standard deviation that a z-score divides by: over G, or over G - 1 as in DanceGRPO"
+    )
+    advantage_std_floor: float = Field(0.0, ge=0, description="lower limit of the spread that advantages are divided by")
     advantage_max: PositiveFloat | None = Field(None, description="largest |A_i|; null: no limit")
-    reward_combine: Literal["sum", "per_reward_zscore"] = Field("sum", description="sum, then advantage; or the reverse")
-    micro_batch: Positive | None = Field(None, description="(anchor, step) pairs of one backward pass: less memory; null: all")
+    reward_combine: Literal["sum", "per_reward_zscore"] = Field(
+        "sum", description="sum: advantage of the summed rewards; per_reward_zscore: sum of each reward's z-scores"
+    )
+    micro_batch: Positive | None = Field(None, description="(anchor, step) pairs of one backward pass; fewer take less memory; null: all")
     checkpoint: bool = Field(False, description="activation checkpointing of the pivot chunk, block by block: less memory, more time")
 
     def check_group(self, size: int) -> None:
@@ -221,12 +231,12 @@ class ObjectiveSettings(Section):
 class LoraConfig(Section):
     """The adapter, the only thing that is trained."""
 
-    rank: Positive = Field(64, description="r of B A x")
+    rank: Positive = Field(64, description="r, the rank of A and B in B A x")
     alpha: PositiveFloat = Field(128, description="the adapter is scaled by alpha / rank")
     targets: list[str] = Field(
         ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"],
         min_length=1,
-        description="linear layers, by their name or its last part",
+        description="linear layers that are adapted, by full name or last part of it",
     )
 
 
@@ -234,15 +244,18 @@ class OptimizerConfig(Section):
     """AdamW on float32 master weights, no warm-up."""
 
     lr: PositiveFloat = Field(1e-5, description="learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate; the others fall to 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="schedule of the learning rate; linear and cosine fall to 0"
+    )
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = Field((0.9, 0.999), description="Adam's two decays")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
     eps: PositiveFloat = Field(
-        1e-8, description="Adam's, relative to the root mean square of the gradient's elements: the loss's scale does not matter"
+        1e-8,
+        description="Adam's epsilon, relative to the root mean square of the gradient's elements, so that the loss's scale does not matter",
     )
     gradient_clip: PositiveFloat | None = Field(1.0, description="largest norm of the gradient; null: no limit")
     relative_clip: PositiveFloat | None = Field(
-        None, description="largest norm of the gradient in units of the running norm of earlier updates, so at any scale; null: no limit"
+        None, description="largest norm of the gradient, relative to the running norm of earlier updates; null: no limit"
     )
 
 
@@ -251,33 +264,39 @@ class TrainConfig(Section):
 
     mode: Literal["on_policy", "semi_on_policy", "off_policy"] = Field(
         "on_policy",
-        description="groups from the policy itself, or from a buffer of the generator without adapter; off_policy: the latter without clip",
+        description="source of groups; on_policy: the policy; semi_on_policy: a buffer of the initial generator; off_policy: same, no clip",
     )
-    buffer: Place | None = Field(None, description="directory that `python -m arcopo_fast.collect` filled; null: on_policy")
-    iterations: Positive = Field(100, description="rollout, reward and update, so many times")
-    save_every: int = Field(50, ge=0, description="iterations between checkpoints; 0: only at the end")
-    keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
-    threads: Positive | None = Field(None, description="CPU threads of PyTorch; null: its own choice")
+    buffer: Place | None = Field(None, description="directory that `python -m arcopo_fast.collect` filled; null for on_policy")
+    iterations: Positive = Field(100, description="iterations, each of rollout, reward and update")
+    save_every: int = Field(50, ge=0, description="iterations between checkpoints; 0: only one, at the end")
+    keep_checkpoints: Positive = Field(2, description="how many of the newest checkpoints are kept")
+    threads: Positive | None = Field(None, description="CPU threads of PyTorch; null: PyTorch's own choice")
 
 
 class RewardServersConfig(Section):
     """Rewards in processes of their own, `python -m arcopo_fast.rewards serve`. ARCOPO_REWARD_HOSTS alone get ARCOPO_REWARD_TOKEN."""
 
-    addresses: dict[str, str] = Field(default_factory=dict, description="by the reward's name, as in {toy_vq: http://127.0.0.1:8123}")
-    frames: Literal["float32", "uint8"] = Field(
-        "float32", description="on their way to a server; uint8: a quarter of the bytes, in steps of 1/255; float32: nothing is lost"
+    addresses: dict[str, str] = Field(
+        default_factory=dict, description="address of each served reward, by name, as in {toy_vq: http://127.0.0.1:8123}"
     )
-    timeout: PositiveFloat = Field(600.0, description="seconds until an answer must come; a server that is well, and slower, ends the run")
-    give_up_after: PositiveFloat = Field(3600.0, description="seconds that a run waits for a server before it ends; it can be resumed")
+    frames: Literal["float32", "uint8"] = Field(
+        "float32", description="dtype of frames sent to a server; float32: without loss; uint8: a quarter of the bytes, in steps of 1/255"
+    )
+    timeout: PositiveFloat = Field(
+        600.0, description="seconds that a server may take for an answer; a server that works, but is slower, ends the run"
+    )
+    give_up_after: PositiveFloat = Field(
+        3600.0, description="seconds that a run waits for an unreachable server before it ends; it can then be resumed"
+    )
 
 
 class EvaluationConfig(Section):
     """Before and after: the same prompts, the same noise."""
 
-    prompts: Positive = Field(8, description="prompts, the first of the evaluation set")
+    prompts: Positive = Field(8, description="number of evaluation prompts, which are not trained on")
     videos_per_prompt: Positive = Field(4, description="videos of each prompt")
-    seed: int = Field(1234, ge=0, le=2**32 - 1, description="of the noise; never used in training")
-    sample_videos: int = Field(4, ge=0, description="before/after pairs that are written as mp4")
+    seed: int = Field(1234, ge=0, le=2**32 - 1, description="seed of the noise; never used in training")
+    sample_videos: int = Field(4, ge=0, description="pairs of videos, before and after, that are written as mp4")
 
     @model_validator(mode="after")
     def _samples_exist(self) -> EvaluationConfig:
@@ -292,23 +311,24 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """Where a run leaves what it made."""
 
-    directory: Place = Field("runs", description="the run goes to <directory>/<name>, or <name>-2 and so on if that exists")
-    overwrite: bool = Field(False, description="replace an earlier run of that name instead")
+    directory: Place = Field("runs", description="the run is written to <directory>/<name>; if that exists, to <name>-2 and so on")
+    overwrite: bool = Field(False, description="replace an earlier run of the same name instead")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
 
 
 class Config(Section):
     """Everything that a run can be told."""
 
-    name: str = Field(description="of the run and its directory")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="of every random draw")
+    name: str = Field(description="name of the run and its directory")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of every random draw")
     prompts: Place = Field(
         "toy",
         description='"toy": captions of the toy world; "bench": plain sentences; else a file with a prompt on each line, a .jsonl, '
         ".json, .csv or .tsv file with prompt in it, or hf://owner/name/FILE",
     )
     extended_prompts: Place | None = Field(
-        None, description="text file: what the generator reads for each line of `prompts`, which rewards read; null: the same"
+        None,
+        description="text file with a longer form of each line of `prompts`: the generator reads it, rewards read `prompts`; null: none",
     )
     generator: GeneratorConfig = Field(default_factory=GeneratorConfig)
     video: VideoConfig
@@ -319,7 +339,7 @@ class Config(Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     rewards: dict[str, float] = Field(
-        description="weight of each reward, by name; at least one; one of your own is named package.module:function"
+        description="weight of each reward, by name; at least one is not 0; a custom reward is named package.module:function"
     )
     reward_servers: RewardServersConfig = Field(default_factory=RewardServersConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)

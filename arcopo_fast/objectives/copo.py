@@ -26,10 +26,14 @@ class CopoSettings(RatioSettings):
     """Settings of AR-CoPO: the surrogate and its open choices."""
 
     distance: Literal["consistency", "flow_matching"] = Field(
-        "consistency", description="d_i between predictions, or between states one step on"
+        "consistency", description="distance d_i; consistency: between predictions; flow_matching: between states one step later"
     )
-    distance_reduction: Literal["mean", "sum"] = Field("mean", description="over the elements; the scale of tau and clip follows")
-    tau: PositiveFloat | Literal["auto"] = Field(1.0, description="of softmax(-d / tau); auto: the group's median pairwise distance")
+    distance_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="how the distance combines its elements; it sets the scale of tau and clip"
+    )
+    tau: PositiveFloat | Literal["auto"] = Field(
+        1.0, description="temperature of softmax(-d / tau); auto: the group's median pairwise distance"
+    )
 
 
 def one_step(clean: Tensor, inputs: Tensor, steps: Steps, step: Tensor) -> Tensor:

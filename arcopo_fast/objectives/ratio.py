@@ -31,16 +31,17 @@ if TYPE_CHECKING:
 class RatioSettings(ObjectiveSettings):
     """Settings of the ratio, its clip, and the (anchor, step) pairs that are trained."""
 
-    clip: PositiveFloat | None = Field(1e-4, description="eps of clip(rho, 1 - eps, 1 + eps); null: no clipping")
+    clip: PositiveFloat | None = Field(1e-4, description="eps in clip(rho, 1 - eps, 1 + eps); null: no clipping")
     steps: Annotated[float, Field(gt=0, le=1)] | Literal["all"] = Field(
-        "all", description="denoising steps to train: all, or a random fraction"
+        "all", description="denoising steps that are trained: all, or a random fraction of them"
     )
     skip_last_step: bool = Field(False, description="never train the last denoising step")
-    anchors_per_update: Positive = Field(4, description="A: candidates that are replayed in one update, drawn without replacement")
+    anchors_per_update: Positive = Field(4, description="A, the candidates that one update replays, drawn without replacement")
     anchors: Literal["fresh", "same", "split"] = Field(
-        "fresh", description="of an iteration's updates: A new ones for each, the same A for all, or A in all, dealt over the updates"
+        "fresh",
+        description="fresh: A new anchors for each update of an iteration; same: the same A for all; split: A for all together",
     )
-    old_prediction: Literal["replay"] = Field("replay", description="the old prediction is made by the replay path under the old weights")
+    old_prediction: Literal["replay"] = Field("replay", description="the replay path makes the old prediction, with the old weights")
 
     @model_validator(mode="after")
     def _anchors_for_each_update(self) -> RatioSettings:

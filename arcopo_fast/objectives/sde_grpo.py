@@ -38,14 +38,16 @@ class SdeGrpoSettings(RatioSettings):
 
     kind: str = "sde_grpo"
     kernel: Literal["dance_sde", "flow_sde", "flow_cps", "consistency"] = Field(
-        "consistency", description="from step to step in the pivot chunk; consistency: the re-noise of few-step generators (CM-GRPO)"
+        "consistency", description="kernel from step to step in the pivot chunk; consistency: the re-noise of few-step generators (CM-GRPO)"
     )
     kernel_noise: PositiveFloat | None = Field(
         None, description="eta of dance_sde (null: 0.3), a of flow_sde and flow_cps (null: 0.7); consistency has none"
     )
-    init_noise: Literal["shared", "fresh"] = Field("shared", description="the pivot's initial noise: one for all members, or one for each")
+    init_noise: Literal["shared", "fresh"] = Field(
+        "shared", description="initial noise of the pivot chunk; shared: one for all members; fresh: one for each member"
+    )
     steps: Annotated[float, Field(gt=0, le=1)] | Literal["all"] = Field(
-        0.6, description="steps with noise to train: all, or a random fraction"
+        0.6, description="steps with noise that are trained: all, or a random fraction of them"
     )
     advantage_max: PositiveFloat | None = Field(5.0, description="largest |A_i|; null: no limit")
 

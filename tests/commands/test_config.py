@@ -282,7 +282,7 @@ def test_broken_recipes(tmp_path: Path) -> None:
         good + "seed: [1\n": [f"{path}:", "not valid YAML"],
         good + "\tx: 1\n": [f"{path}:{count + 1}", "not valid YAML"],
         good + "3: x\n": [f"{path}:{count + 1}", "a key must be a name", "3"],
-        good.replace("  chunks: 4\n", ""): ["the key video.chunks is missing", "L: chunks of a video"],
+        good.replace("  chunks: 4\n", ""): ["the key video.chunks is missing", "L, the chunks of a video"],
         "": ["is empty"],
         "- 1\n- 2\n": ["maps keys to values"],
         "just a text": ["maps keys to values"],
