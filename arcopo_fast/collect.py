@@ -40,7 +40,7 @@ def collect(config: Config, path: str, groups: int) -> Buffer:
         for index in buffer.missing(groups, waiting):
             prompt = source.prompt(index, 0)
             with source.roll_out(source.encode(prompt), index, 0) as group:
-                judged = JudgedGroup(group, prompt, source.judge(group, prompt))
+                judged = JudgedGroup(group, prompt, source.judge(source.decode(group), prompt))
                 buffer.write(index, *store(judged, engine.shape))
             progress.update(weighted_total(judged.rewards, config.rewards).nanmean().item())
     return buffer

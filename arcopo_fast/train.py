@@ -53,7 +53,8 @@ def judged_group(trainer: Trainer, iteration: int, index: int, stack: ExitStack)
     prompt = rollouts.prompt(iteration, index)
     text = rollouts.encode(prompt)
     group = stack.enter_context(rollouts.roll_out(text, iteration, index))
-    rewards = rollouts.judge(group, prompt)  # decodes, too: a slice of the group at a time
+    frames = rollouts.decode(group)  # a slice after the other, as they are judged
+    rewards = rollouts.judge(frames, prompt)
     return JudgedGroup(group, prompt, rewards)
 
 
@@ -66,7 +67,7 @@ def one_iteration(trainer: Trainer, watch: LearningWatch, iteration: int) -> dic
     config = trainer.config
     with profiling.record(trainer.generator.model.device) as seconds, ExitStack() as stack:
         groups = [judged_group(trainer, iteration, index, stack) for index in range(config.rollout.prompts_per_iteration)]
-        advantages = [trainer.advantages(judged.rewards) for judged in groups]
+        advantages = [judged.advantages(config) for judged in groups]
         watch.check(groups, advantages)
         lr = trainer.set_learning_rate(iteration)
         draw = () if trainer.buffer is None else (config.seed, iteration)

@@ -157,7 +157,8 @@ class OurPath:
         assert self.decoder is not None
         judging = Judging(self.decoder, self.scene.config.rollout.decode_branches)
         parts: list[dict[str, Tensor]] = []
-        for frames, scores in judging.judge(self.scene.rewards, group.tails, [self.scene.prompt] * group.size, group.prefix_latents):
+        slices = judging.decode(group.tails, group.prefix_latents)
+        for frames, scores in judging.judge(self.scene.rewards, slices, [self.scene.prompt] * group.size):
             del frames  # the next ones need the memory
             parts.append(scores)
         return joined(parts)

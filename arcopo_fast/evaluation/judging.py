@@ -6,7 +6,7 @@ A score that failed is NaN, in a summary null; it is counted, and no mean has it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -70,17 +70,17 @@ class Judging:
             del frames  # the next ones need the memory
 
     def judge(
-        self, rewards: Mapping[str, Reward], latents: Tensor, prompts: Sequence[str], prefix: Tensor | None = None
+        self, rewards: Mapping[str, Reward], slices: Iterable[Tensor], prompts: Sequence[str]
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield each slice's frames, see `decode`, and its scores [n] fp32 on the CPU by the reward's name, NaN where a reward failed.
 
         Args:
             rewards: see `score`.
-            latents, prefix: see `decode`.
+            slices: of the frames of N videos, from `decode`.
             prompts: one for each of the N videos.
         """
         done = 0
-        for frames in self.decode(latents, prefix):
+        for frames in slices:
             own = list(prompts[done : done + len(frames)])
             with profiling.stage("reward"), self.at_work(*rewards.values()):
                 scores = score(rewards, frames, own, quarantine=True)
@@ -144,7 +144,8 @@ def judge(
     """
     rows = [KeyedNoise(engine.shape, GroupId(config.evaluation.seed, group=group)) for group in groups]
     latents = engine.generate(generator.encode_text([prompt.for_generator for prompt in prompts]), StackedNoise(rows))
-    return Judging.of(config, generator).judge(rewards, latents, [prompt.text for prompt in prompts])
+    judging = Judging.of(config, generator)
+    return judging.judge(rewards, judging.decode(latents), [prompt.text for prompt in prompts])
 
 
 def evaluate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -17,6 +17,7 @@ from arcopo_fast.data.prompts import Prompt, Prompts, digest
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.judging import Judging, joined
 from arcopo_fast.model.lora import adapter_disabled
+from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.objectives.base import Objective
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.cache import variant_of
@@ -33,6 +34,20 @@ class JudgedGroup:
     group: Group
     prompt: Prompt
     rewards: dict[str, Tensor]
+
+    def advantages(self, config: Config) -> Tensor:
+        """Return A_i of the members [G] float64."""
+        objective = config.objective
+        return group_advantages(
+            self.rewards,
+            config.rewards,
+            combine=objective.reward_combine,
+            kind=objective.advantage,
+            p=objective.quasi_norm_p,
+            std_floor=objective.advantage_std_floor,
+            std=objective.advantage_std,
+            largest=objective.advantage_max,
+        )
 
 
 def prompt_of(seed: int, prompts: Sequence[Prompt], iteration: int, index: int) -> Prompt:
@@ -89,11 +104,15 @@ class Rollouts:
             branches_per_wave=rollout.branches_per_wave,
         )
 
-    def judge(self, group: Group, prompt: Prompt) -> dict[str, Tensor]:
-        """Return every reward's scores [G] of a group's videos, on the CPU, decoded and judged as many at a time as the recipe says."""
-        judging = Judging.of(self.config, self.generator)
+    def decode(self, group: Group) -> Iterator[Tensor]:
+        """Yield frames [n, F, 3, H, W] in [0, 1] of a group's videos, as many at a time as the recipe says."""
+        return Judging.of(self.config, self.generator).decode(group.tails, group.prefix_latents)
+
+    def judge(self, slices: Iterable[Tensor], prompt: Prompt) -> dict[str, Tensor]:
+        """Return every reward's scores [G] of a group's frames, on the CPU; NaN where a reward failed."""
+        prompts = [prompt.text] * self.config.rollout.group_size
         parts: list[dict[str, Tensor]] = []
-        for frames, scores in judging.judge(self.rewards, group.tails, [prompt.text] * group.size, group.prefix_latents):
+        for frames, scores in Judging.of(self.config, self.generator).judge(self.rewards, slices, prompts):
             del frames  # the next ones need the memory
             parts.append(scores)
         return joined(parts)

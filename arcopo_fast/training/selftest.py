@@ -62,10 +62,10 @@ def self_test(config: Config) -> Iterator[Finding]:
     rollouts, began = trainer.rollouts, time.monotonic()
     prompt = rollouts.prompt(1, 0)
     with rollouts.roll_out(rollouts.encode(prompt), 1, 0) as group:
-        judged = JudgedGroup(group, prompt, rollouts.judge(group, prompt))
+        judged = JudgedGroup(group, prompt, rollouts.judge(rollouts.decode(group), prompt))
         forked = f"{group.size} members that fork at chunk {group.pivot + 1} of {trainer.shape.chunks}"
         yield Finding("a group", None, f"{forked}, made and judged in {time.monotonic() - began:.1f} s")
-        advantages = trainer.advantages(judged.rewards)
+        advantages = judged.advantages(trainer.config)
         yield from _advantages(trainer, judged, advantages)
         if not advantages.abs().any():  # the checks of the update need something to learn
             advantages = torch.linspace(-1, 1, group.size, dtype=torch.float64)

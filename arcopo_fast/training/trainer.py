@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from arcopo_fast.build import (
     Generator,
@@ -27,7 +26,6 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.judging import Evaluation, evaluate
 from arcopo_fast.model.lora import adapter_parameters, add_lora, load_adapter, save_adapter
 from arcopo_fast.model.sizes import VAESizes
-from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.planning.ceilings import measure_ceilings
 from arcopo_fast.planning.plan import over_plan
@@ -94,20 +92,6 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Make and judge the evaluation videos under the weights as they are."""
         return evaluate(self.config, self.generator, self.engine, self.prompts.evaluation, self.rewards, self.held_out)
-
-    def advantages(self, rewards: dict[str, Tensor]) -> Tensor:
-        """Return A_i of a group's members [G] float64 from their scores [G] by the reward's name."""
-        objective = self.config.objective
-        return group_advantages(
-            rewards,
-            self.config.rewards,
-            combine=objective.reward_combine,
-            kind=objective.advantage,
-            p=objective.quasi_norm_p,
-            std_floor=objective.advantage_std_floor,
-            std=objective.advantage_std,
-            largest=objective.advantage_max,
-        )
 
     def set_learning_rate(self, iteration: int) -> float:
         """Set and return the learning rate of an iteration, a function of its number alone."""

@@ -24,6 +24,7 @@ from arcopo_fast.rewards.client import RewardServerError
 from arcopo_fast.rewards.server import RewardServer
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.train import main
+from arcopo_fast.training.groups import JudgedGroup
 from arcopo_fast.training.trainer import Trainer
 
 SMALL = [
@@ -87,8 +88,8 @@ def test_failed_scores_are_counted_and_left_out(tmp_path: Path, monkeypatch: pyt
     )
     monkeypatch.syspath_prepend(tmp_path)
     seen: list[Tensor] = []
-    advantages = Trainer.advantages
-    monkeypatch.setattr(Trainer, "advantages", lambda self, judged: (seen.append(advantages(self, judged)), seen[-1])[1])
+    advantages = JudgedGroup.advantages
+    monkeypatch.setattr(JudgedGroup, "advantages", lambda self, config: (seen.append(advantages(self, config)), seen[-1])[1])
     own = 'rewards={"my_rewards:sometimes": 1.0, toy_vq: 0}'
     with pytest.warns(UserWarning, match="'my_rewards:sometimes' returned scores that are not finite"):
         main([*SMALL, own, "rollout.prompts_per_iteration=2", "train.iterations=1", f"run.directory={tmp_path}"])

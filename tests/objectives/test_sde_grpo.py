@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from torch.distributions import Normal
 
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import SamplerConfig
+from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import adapter_parameters
 from arcopo_fast.objectives.advantage import zscore
@@ -25,7 +25,7 @@ from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings, l
 from arcopo_fast.rollout.engine import Group, Stream
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan, NoiseSource
 from arcopo_fast.rollout.sampler import Trajectory, Transition
-from arcopo_fast.training.trainer import Trainer
+from arcopo_fast.training.groups import JudgedGroup
 
 PIVOT = 2
 KERNELS = ["consistency", "dance_sde", "flow_sde", "flow_cps"]
@@ -355,7 +355,7 @@ def test_advantages_are_cut() -> None:
     rewards = {"toy_vq": torch.randn(64).cauchy_()}
     for largest in (1.0, None):
         config = load_config("toy_sde_grpo", [f"objective.advantage_max={largest or 'null'}", "rewards={toy_vq: 1.0}"])
-        advantages = Trainer.advantages(SimpleNamespace(config=config), rewards)  # type: ignore[arg-type]
+        advantages = JudgedGroup(None, Prompt(""), rewards).advantages(config)  # type: ignore[arg-type]
         uncut = zscore(rewards["toy_vq"], config.objective.advantage_std_floor)
         assert uncut.abs().max() > 1
         torch.testing.assert_close(advantages, uncut if largest is None else uncut.clamp(-1, 1))
