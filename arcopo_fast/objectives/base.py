@@ -16,7 +16,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -28,6 +27,7 @@ from arcopo_fast.objectives.batching import Batching
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
 from arcopo_fast.rollout.noise import NoisePlan
 from arcopo_fast.runtime.profiling import stage
+from arcopo_fast.storage.metrics import Chart
 
 if TYPE_CHECKING:  # a recipe is read without the engine
     from arcopo_fast.rollout.engine import Engine
@@ -46,26 +46,6 @@ class Loss(NamedTuple):
 
     loss: Tensor
     statistics: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A number of each iteration, or of each update of an iteration, that is worth a chart in the report.
-
-    Attributes:
-        title, note: above and below the chart.
-        name: its key in metrics.jsonl; with `each_update`, after "update<n>/".
-        each_update: one line for each update of an iteration.
-        smooth: its moving mean is drawn, since single iterations scatter.
-        if_any: no chart where it is always 0.
-    """
-
-    title: str
-    note: str
-    name: str
-    each_update: bool = False
-    smooth: bool = False
-    if_any: bool = False
 
 
 class Lesson(NamedTuple):

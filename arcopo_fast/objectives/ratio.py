@@ -20,8 +20,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from arcopo_fast.config.schema import ObjectiveSettings, Positive, PositiveFloat
-from arcopo_fast.objectives.base import Chart, Loss, Objective
+from arcopo_fast.objectives.base import Loss, Objective
 from arcopo_fast.rollout.noise import keyed_rng
+from arcopo_fast.storage.metrics import Chart
 
 if TYPE_CHECKING:
     from arcopo_fast.rollout.engine import Engine

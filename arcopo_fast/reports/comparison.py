@@ -10,7 +10,6 @@ from typing import Any
 
 from arcopo_fast.evaluation.changes import Change
 from arcopo_fast.evaluation.scores import KINDS
-from arcopo_fast.objectives.base import Chart
 from arcopo_fast.reports.charts import line_chart, moving_mean
 from arcopo_fast.reports.curves import REWARD, curve, health, reward_statistics
 from arcopo_fast.reports.hacking import scatter_charts, verdict
@@ -20,7 +19,7 @@ from arcopo_fast.reports.run import left_out
 from arcopo_fast.reports.series import Series, differences, group, mean_and_deviation, over_seeds
 from arcopo_fast.reports.table import plain, signed
 from arcopo_fast.storage.atomic import atomic_write
-from arcopo_fast.storage.metrics import number
+from arcopo_fast.storage.metrics import Chart, number
 
 _MOST_PROMPTS = 4
 _MOST_VIDEO_BYTES = 48 << 20  # a page above 64 MB, which base64 makes of it, is no longer one to send

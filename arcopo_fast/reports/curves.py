@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from arcopo_fast.config.schema import Config, objective_class
-from arcopo_fast.objectives.base import Chart
 from arcopo_fast.reports.results import Record, points
-from arcopo_fast.storage.metrics import TOTAL
+from arcopo_fast.storage.metrics import TOTAL, Chart
 
 REWARD = Chart("Reward", "Moving mean. Prompts and pivots change, so single iterations scatter.", TOTAL, smooth=True)
 SPREAD = Chart(

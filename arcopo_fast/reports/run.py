@@ -11,7 +11,6 @@ from typing import Any
 from arcopo_fast.config.reading import resolved_yaml
 from arcopo_fast.config.schema import Config
 from arcopo_fast.evaluation.changes import Change
-from arcopo_fast.objectives.base import Chart
 from arcopo_fast.reports.charts import line_chart
 from arcopo_fast.reports.curves import REWARD, health, reward_statistics, updates
 from arcopo_fast.reports.hacking import verdict
@@ -20,7 +19,7 @@ from arcopo_fast.reports.results import Record, Run, points, read_run, stage_flo
 from arcopo_fast.reports.stall import notice, stalled_since
 from arcopo_fast.reports.table import plain, signed
 from arcopo_fast.storage.atomic import atomic_write
-from arcopo_fast.storage.metrics import number
+from arcopo_fast.storage.metrics import Chart, number
 
 _CHANGE_NOTE = (
     "The same prompts and the same noise before and after. The interval is one standard error over videos; the last column is the change "

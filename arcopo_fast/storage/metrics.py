@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,26 @@ TOTAL = "reward"  # the weighted sum of the rewards, in metrics.jsonl and evalua
 LARGEST = 1e150  # its square is a float too
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)] | None
 """What was measured; null where it was not a finite number."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A number of each iteration, or of each update of an iteration, that is worth a chart in the report.
+
+    Attributes:
+        title, note: above and below the chart.
+        name: its key in metrics.jsonl; with `each_update`, after "update<n>/".
+        each_update: one line for each update of an iteration.
+        smooth: its moving mean is drawn, since single iterations scatter.
+        if_any: no chart where it is always 0.
+    """
+
+    title: str
+    note: str
+    name: str
+    each_update: bool = False
+    smooth: bool = False
+    if_any: bool = False
 
 
 class _Record(BaseModel):

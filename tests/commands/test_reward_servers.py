@@ -14,6 +14,7 @@ from support.rewards import load_reward
 from support.servers import serving
 from torch import Tensor
 
+from arcopo_fast import train
 from arcopo_fast.build import load_rewards
 from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config, resolved_yaml
@@ -25,6 +26,7 @@ from arcopo_fast.rewards.server import RewardServer
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.train import main
 from arcopo_fast.training.groups import JudgedGroup
+from arcopo_fast.training.lessons import LearningWatch
 from arcopo_fast.training.trainer import Trainer
 
 SMALL = [
@@ -58,15 +60,15 @@ def test_a_server_scores_as_well_as_we_do_and_its_death_loses_no_iteration(
     with serving_toys() as server:
         addresses = f"{{toy_vq: {server.url}, toy_mq: {server.url}}}"
         arguments = [*SMALL, f"reward_servers.addresses={addresses}", "reward_servers.give_up_after=0.5", f"run.directory={tmp_path}/there"]
-        iteration = Trainer.iteration
+        iteration = train.one_iteration
 
-        def dies(self: Trainer, number: int) -> dict[str, object]:
+        def dies(trainer: Trainer, watch: LearningWatch, number: int) -> dict[str, object]:
             if number == 3:
                 server.stop()
-            return iteration(self, number)
+            return iteration(trainer, watch, number)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Trainer, "iteration", dies)
+            patched.setattr(train, "one_iteration", dies)
             assert run_command(main, arguments) == 2
     there = tmp_path / "there" / "toy"
     said = capsys.readouterr().err.splitlines()[-1]

@@ -21,7 +21,7 @@ from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.toy.rewards import MotionQuality, TextAlignment
 from arcopo_fast.training.findings import Finding
-from arcopo_fast.training.groups import Rollouts
+from arcopo_fast.training.groups import JudgedGroup, Rollouts
 from arcopo_fast.training.selftest import self_test
 from arcopo_fast.training.trainer import Trainer
 
@@ -147,7 +147,7 @@ def test_prompts_that_are_handed_to_the_wrong_video(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("settings", [[], ["objective.reward_combine=per_reward_zscore"], ["objective.advantage=quasi_norm"]])
 def test_a_reversed_advantage(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert failures(*settings) == set()
-    wrapped(Trainer, "advantages", lambda self, advantages: -advantages, monkeypatch)
+    wrapped(JudgedGroup, "advantages", lambda self, advantages: -advantages, monkeypatch)
     assert failures(*settings) == {"the advantages"}
 
 
