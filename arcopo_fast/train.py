@@ -105,7 +105,7 @@ def iterations(trainer: Trainer, run: RunDirectory, trace: Trace) -> Evaluation:
                 if iteration - 1 > saved and trainer.stepper.begun == steps:  # the weights are still those of the iteration before
                     trainer.save(run, iteration - 1)
                 if isinstance(error, RewardError):
-                    raise type(error)(f"{error}; {resumption(run)}") from None
+                    error.args = (f"{error}; {resumption(run)}",)
                 raise
             trace.step()
             metrics.write(iteration, record)
@@ -113,7 +113,7 @@ def iterations(trainer: Trainer, run: RunDirectory, trace: Trace) -> Evaluation:
             if len(recent) == recent.maxlen and (since := stalled_since(recent)) is not None:
                 warnings.warn(notice(since), stacklevel=1)
                 recent.clear()  # say it again only after as many more
-            progress.update(record.get("reward"), live=record.get(f"update{config.objective.updates}/live", 0.0))
+            progress.update(record.get("reward"), **trainer.objective.headline(record))
             last = iteration == config.train.iterations
             if (last or iteration == 1) and (over := trainer.over_plan()):
                 warnings.warn(over, stacklevel=1)

@@ -126,6 +126,10 @@ class Objective(ABC, Generic[S]):
         """Return what metrics.jsonl says of one group's samples in one update, from their statistics [N, ...]."""
         return {name: values.double().mean().item() for name, values in statistics.items() if values.numel()}
 
+    def headline(self, record: Mapping[str, Any]) -> dict[str, float]:
+        """Return the numbers of an iteration that are shown beside its reward while a run goes on, from what metrics.jsonl says of it."""
+        return {}
+
     @classmethod
     def charts(cls, settings: Any) -> tuple[Chart, ...]:
         """Return the charts of its own that a report shows."""

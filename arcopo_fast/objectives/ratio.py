@@ -188,6 +188,10 @@ class RatioObjective(Objective[S]):
             recorded["live"] = live.double().mean()
         return {name: value.item() for name, value in recorded.items()}
 
+    def headline(self, record: Mapping[str, Any]) -> dict[str, float]:
+        """Return the live fraction of the last update."""
+        return {"live": record.get(f"update{self.settings.updates}/live", 0.0)}
+
     @classmethod
     def charts(cls, settings: Any) -> tuple[Chart, ...]:
         clipped = Chart("Ratios outside the clip", "Share of |ratio − 1| above the clip.", "outside_clip", each_update=True)
