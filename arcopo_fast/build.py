@@ -1,4 +1,4 @@
-"""From a recipe to objects: the generator, its engine, the rewards and the prompts, as every command needs them.
+"""The objects of a recipe: the generator, its engine, the rewards and the prompts, as every command needs them.
 
 Whatever is wrong with the input is said here, as a UserError, before anything is written.
 """
@@ -52,11 +52,11 @@ UNTRAINED = "random:"
 
 
 class TextEncoder(Protocol):
-    """Prompts -> embeddings [B, text_len, text_dim] fp32 on the CPU."""
+    """A callable that takes prompts to embeddings [B, text_len, text_dim] float32 on the CPU."""
 
     @property
     def fingerprint(self) -> str:
-        """What tells it from every encoder that gives other embeddings."""
+        """Text that tells it from every encoder that gives other embeddings."""
         ...
 
     def __call__(self, prompts: Sequence[str]) -> Tensor: ...
@@ -66,7 +66,11 @@ class TextEncoder(Protocol):
 class Generator:
     """A text-to-video generator: prompts -> text embeddings -> latents -> frames.
 
-    directory: of its text encoder and VAE; None for an untrained one.
+    Attributes:
+        model: the transformer.
+        encode_text: the text encoder.
+        decoder: the VAE's.
+        directory: of its text encoder and VAE; None for an untrained one.
     """
 
     model: CausalWan
@@ -76,10 +80,11 @@ class Generator:
 
 
 def checkpoint_path(checkpoint: str) -> Path:
-    """Where a recipe's `generator.checkpoint` lies, or its `generator.base`: "toy" ships with the package, others are found or fetched.
+    """Return the path of a recipe's `generator.checkpoint` or `generator.base`: "toy" ships with the package, others are found or
+    downloaded.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: there is nothing at the path, or it cannot be downloaded.
     """
     if checkpoint == "toy":
         return Path(str(importlib.resources.files("arcopo_fast.toy") / "checkpoint"))
@@ -92,7 +97,8 @@ def checkpoint_path(checkpoint: str) -> Path:
 
 
 def generator_sizes(checkpoint: str, base: str | None = None) -> GeneratorSizes:
-    """The sizes behind a recipe's `generator.checkpoint`; no weights are loaded where a config.json says them, and nothing is downloaded.
+    """Return the sizes behind a recipe's `generator.checkpoint`, without loading weights where a config.json has them, and without a
+    download.
 
     What is not on this machine is taken to have the published sizes that its name, or its base's, speaks of. Without a config.json of its
     own, the VAE is taken to be Wan2.1's.
@@ -114,10 +120,10 @@ def generator_sizes(checkpoint: str, base: str | None = None) -> GeneratorSizes:
 
 
 def _text_to_video(sizes: Mapping[str, Any], source: Path) -> CausalWanConfig:
-    """The configuration of a generator that reads nothing but what it makes, and a text.
+    """Return the configuration of a text-to-video generator.
 
     Raises:
-        UserError: it is another one.
+        UserError: the generator reads more than the latents that it makes and a text.
     """
     config = CausalWanConfig(**sizes)
     if config.in_channels != config.out_channels:
@@ -134,8 +140,8 @@ def check_fits(config: Config) -> None:
     """
     checkpoint, base = config.generator.checkpoint, config.generator.base
     if hub.is_published(checkpoint) and hub.local(checkpoint) is None:
-        if found := sizes_by_name(checkpoint, base):
-            _check_patches(config, found.transformer)
+        if sizes_named := sizes_by_name(checkpoint, base):
+            _check_patches(config, sizes_named.transformer)
         return
     sizes = generator_sizes(checkpoint, base)
     _check_patches(config, sizes.transformer)
@@ -143,11 +149,11 @@ def check_fits(config: Config) -> None:
     if checkpoint.startswith(UNTRAINED) or (base and directory is None):
         return
     directory = directory or checkpoint_path(checkpoint)
-    vae, made = vae_path(directory), sizes.transformer.in_channels
-    if sizes.vae.z_dim != made:
+    vae, channels = vae_path(directory), sizes.transformer.in_channels
+    if sizes.vae.z_dim != channels:
         raise UserError(
-            f"{checkpoint} makes latents of {made} channels, and the VAE {vae} decodes {sizes.vae.z_dim}: they do not belong together; set "
-            "generator.base to where the generator's own VAE is"
+            f"{checkpoint} makes latents of {channels} channels, and the VAE {vae} decodes {sizes.vae.z_dim}: they do not belong "
+            "together; set generator.base to where the generator's own VAE is"
         )
     width, expected = _text_width(directory), sizes.transformer.text_dim
     if width != expected:
@@ -159,10 +165,11 @@ def check_fits(config: Config) -> None:
 
 def _check_patches(config: Config, transformer: CausalWanConfig) -> None:
     for name, size in zip(("latent_height", "latent_width"), transformer.patch_size[1:]):
-        given = getattr(config.video, name)
-        if given % size:
-            near = f"{given - given % size} or {given - given % size + size}" if given > size else str(size)
-            raise UserError(f"video.{name} is {given}, which the generator's patches of {size} latent pixels do not divide; give {near}")
+        pixels = getattr(config.video, name)
+        if pixels % size:
+            below = pixels - pixels % size
+            advice = f"give {below} or {below + size}" if pixels > size else f"give {size}"
+            raise UserError(f"video.{name} is {pixels}, which the generator's patches of {size} latent pixels do not divide; {advice}")
 
 
 def _text_width(directory: Path) -> int:
@@ -172,20 +179,20 @@ def _text_width(directory: Path) -> int:
 
 
 def vae_path(directory: Path) -> Path:
-    """Where the VAE lies in a generator's directory, or in its base's.
+    """Return the path of the VAE in a generator's directory, or in its base's.
 
     Raises:
-        UserError: nowhere.
+        UserError: the directory has no VAE.
     """
     if not directory.is_dir():
         raise UserError(
             f"{directory} is the transformer alone; set generator.base to where its text encoder and VAE are, as in "
             "hf://Wan-AI/Wan2.1-T2V-1.3B"
         )
-    found = next((path for layout in LAYOUTS if (path := directory / layout.vae).exists()), None)
-    if found is None:
+    vae = next((path for layout in LAYOUTS if (path := directory / layout.vae).exists()), None)
+    if vae is None:
         raise UserError(f"{directory} has no VAE; expected vae/, or {OFFICIAL.vae}, beside a text encoder")
-    return found
+    return vae
 
 
 def load_model(
@@ -196,9 +203,12 @@ def load_model(
     weights: Literal["auto", "ema", "generator"] = "auto",
     lora: Path | None = None,
 ) -> CausalWan:
-    """A frozen causal Wan from any container of its weights; sizes from config.json and the shapes.
+    """Return a frozen causal Wan from any container of its weights; sizes come from config.json and the shapes.
 
-    lora: an adapter to fold into the weights. There is never a second copy of the model in host memory, nor one in another dtype.
+    There is never a second copy of the model in host memory, nor one in another dtype.
+
+    Args:
+        lora: an adapter to fold into the weights.
     """
     state = read_state_dict(path, weights=weights)
     sizes = _text_to_video(infer_config(state, read_config(path), source=path), path)
@@ -211,7 +221,7 @@ def load_model(
 
 
 def load_generator(config: Config) -> Generator:
-    """Transformer, text encoder and VAE: from one directory, from a checkpoint and its base, or untrained, of a published size."""
+    """Load transformer, text encoder and VAE: from one directory, from a checkpoint and its base, or untrained, of a published size."""
     check_fits(config)
     settings = config.generator
     device = device_of(settings.device)
@@ -236,7 +246,7 @@ def load_generator(config: Config) -> Generator:
 
 
 def load_text(directory: Path, text_len: int, device: torch.device) -> TextEncoder:
-    """The text encoder of a checkpoint directory: the toy's, or UMT5 behind its cache."""
+    """Load the text encoder of a checkpoint directory: the toy's, or UMT5 behind its cache."""
     if (directory / "text").is_dir():
         return ToyTextEncoder.from_pretrained(directory / "text")
     return CachedTextEncoder.from_pretrained(directory, text_len=text_len, device=device)
@@ -255,8 +265,8 @@ def pool_pages(config: Config, *, videos: int | None = None) -> int:
     if videos:
         return max(1, videos * visible)
     # Every group of an iteration holds its prefix until the update; a context that is recomputed stands beside the rollout's own.
-    held = config.rollout.prompts_per_iteration - 1 + (config.objective.context == "recompute")
-    return pages_for(config.cache, chunks, config.rollout.wave_size) + held * visible
+    prefixes = config.rollout.prompts_per_iteration - 1 + (config.objective.context == "recompute")
+    return pages_for(config.cache, chunks, config.rollout.wave_size) + prefixes * visible
 
 
 def build_engine(
@@ -282,7 +292,10 @@ def build_engine(
 
 
 def sized_engine(config: Config, generator: Generator, videos: int, *, longer: bool) -> Engine:
-    """An engine for `videos` videos at once. longer: than the recipe's, so what a cache without window then takes is worth a line.
+    """Return an engine for `videos` videos at once.
+
+    Args:
+        longer: the videos are longer than the recipe's, so a line says what a cache without window then takes.
 
     Raises:
         UserError: its keys and values do not fit the memory.
@@ -300,7 +313,7 @@ def sized_engine(config: Config, generator: Generator, videos: int, *, longer: b
 
 
 def build_objective(config: Config, engine: Engine) -> Objective[ObjectiveSettings]:
-    """The recipe's objective. Off-policy training is semi-on-policy training without the clip."""
+    """Return the recipe's objective. Off-policy training is semi-on-policy training without the clip."""
     settings, mode = config.objective, config.train.mode
     if mode == "off_policy":
         settings = settings.off_policy()
@@ -308,7 +321,7 @@ def build_objective(config: Config, engine: Engine) -> Objective[ObjectiveSettin
 
 
 def load_rewards(config: Config) -> dict[str, Reward]:
-    """The rewards that the recipe names, in its order: made here, or asked for at a server. Of a recipe that fits: a judge may be large."""
+    """Load the recipe's rewards, in its order, here or from a server. The recipe is checked first, since a judge may be large."""
     check_fits(config)
     servers = config.reward_servers
     remote = remote_rewards(
@@ -320,19 +333,20 @@ def load_rewards(config: Config) -> dict[str, Reward]:
         give_up_after=servers.give_up_after,
     )
     device = None if config.generator.offload else device_of(config.generator.device)
-    here = registry.load_rewards((name for name in config.rewards if name not in remote), fps=config.video.fps, device=device)
-    return {name: remote[name] if name in remote else here[name] for name in config.rewards}
+    local = registry.load_rewards((name for name in config.rewards if name not in remote), fps=config.video.fps, device=device)
+    return {name: remote[name] if name in remote else local[name] for name in config.rewards}
 
 
 def load_held_out(generator: Generator) -> dict[str, Reward]:
-    """Metrics that are never trained on: those of the toy world, whose classifier lies in its checkpoint. Other generators have none."""
+    """Load the metrics that are never trained on: those of the toy world, whose classifier lies in its checkpoint. Other generators have
+    none."""
     if generator.directory is None or not (generator.directory / "classifier").is_dir():
         return {}
     return toy_metrics.held_out(generator.directory / "classifier")
 
 
 def load_prompts(config: Config) -> Prompts:
-    """Training and evaluation prompts; which are kept for evaluation depends on `evaluation.seed` alone."""
+    """Return training and evaluation prompts; which are kept for evaluation depends on `evaluation.seed` alone."""
     check_fits(config)
     if config.prompts == "toy" and config.extended_prompts is None:
         prompts = [Prompt(caption) for caption in toy_data.all_captions()]

@@ -78,7 +78,7 @@ def _leave(status: int) -> NoReturn:
 
 
 def machine_problem(error: BaseException) -> str | None:
-    """One line, if an exception or one of its causes says that the disk is full or that something may not be written; else None."""
+    """Return one line if an exception or one of its causes says that the disk is full or that something may not be written; else None."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno in _MACHINE_ERRORS:
             where = f" ({cause.filename})" if cause.filename else ""
@@ -103,24 +103,25 @@ def _end(line: str, status: int) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse as every command uses it: an error is a `UserError`, options are never abbreviated, `--help` shows defaults.
+    """A parser as every command uses it: an error is a `UserError`, options are never abbreviated, `--help` shows defaults.
 
     Args:
         prog: the command as it is called, such as "python -m arcopo_fast.merge".
         description: what it does, for `--help`.
     """
 
-    def __init__(self, prog: str, description: str, **more: Any) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Formatter, **more)
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
+        """Raise a `UserError` instead of printing the usage and exiting."""
         raise UserError(message)
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace | None:
-        """The parsed command line; None after `--help`, which prints.
+        """Return the parsed command line; None after `--help`, which prints.
 
         Raises:
-            UserError: anything that cannot be used.
+            UserError: an argument cannot be used.
         """
         try:
             parsed, unknown = self.parse_known_intermixed_args(list(arguments))
@@ -133,12 +134,12 @@ class Parser(argparse.ArgumentParser):
 
     hint = ""
 
-    def add_argument(self, *names: Any, **more: Any) -> argparse.Action:
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """Add an option as argparse does; what names a file or a directory, by its metavar, may begin with "~", the home directory."""
-        if re.search("DIR|FILE|PATH|RUN|RESULTS", str(more.get("metavar"))):
-            convert = more.get("type", str)
-            more["type"] = lambda text: convert(_expanded(text))
-        return super().add_argument(*names, **more)
+        if re.search("DIR|FILE|PATH|RUN|RESULTS", str(options.get("metavar"))):
+            convert = options.get("type", str)
+            options["type"] = lambda text: convert(_expanded(text))
+        return super().add_argument(*names, **options)
 
 
 def _expanded(text: str) -> str:
@@ -149,9 +150,10 @@ def _expanded(text: str) -> str:
 
 
 class RecipeParser(Parser):
-    """A command that reads `[recipe] [key.sub=value ...]` beside options of its own, which are added as to any argparse parser.
+    """A parser that reads `[recipe] [key.sub=value ...]` beside options of its own, which are added as to any argparse parser.
 
-    default: for `--help`, what is taken where no recipe is named.
+    Args:
+        default: the recipe that `--help` names as the one that is used where none is given.
     """
 
     hint = "; settings are written key.sub=value"
@@ -168,6 +170,7 @@ class RecipeParser(Parser):
         self.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
 
     def format_help(self) -> str:
+        """Return the help of argparse, followed by all keys of a recipe."""
         keys = "Keys, with the default they have where a recipe says nothing:"
         return f"{super().format_help()}\n{keys}\n\n{keys_help()}\n"
 
@@ -177,14 +180,14 @@ class RecipeParser(Parser):
         overrides: Callable[[Any], Sequence[str]] | None = None,
         run_of: Callable[[Any], Path | None] | None = None,
     ) -> tuple[Config, Any] | None:
-        """The configuration and the options; None after `--help` or `--print-config`, which print what they say.
+        """Return the configuration and the options; None after `--help` or `--print-config`, which print.
 
         Args:
             overrides: settings that options stand for, by the parsed options; they win over those on the command line.
             run_of: the run that options speak of, by the parsed options; its config.yaml, if it has one, is the recipe where none is named.
 
         Raises:
-            UserError: anything that cannot be used.
+            UserError: an argument cannot be used.
         """
         options = self.read(arguments)
         if options is None:
@@ -194,8 +197,8 @@ class RecipeParser(Parser):
             raise UserError(f"one recipe at a time, given {' and '.join(words)}{self.hint}, as in optimizer.lr=1e-4")
         if not words and run_of is not None and (run := run_of(options)) is not None and (run / "config.yaml").is_file():
             words = [str(run.absolute() / "config.yaml")]
-        given = [word for word in options.settings if word not in words]
-        config = load_config(words[0] if words else None, [*given, *(overrides(options) if overrides else ())])
+        settings = [word for word in options.settings if word not in words]
+        config = load_config(words[0] if words else None, [*settings, *(overrides(options) if overrides else ())])
         if options.print_config:
             print(resolved_yaml(config), end="")
             return None
@@ -203,10 +206,13 @@ class RecipeParser(Parser):
 
 
 def run_subcommand(program: str, about: str | None, commands: Mapping[str, Callable[[list[str]], None]], arguments: list[str]) -> None:
-    """One of a command's own commands, by the first word; about: its module's docstring, for --help.
+    """Run a command's own command that the first word names.
+
+    Args:
+        about: the module's docstring, for --help.
 
     Raises:
-        UserError: there is no such command, or what it raises.
+        UserError: there is no such command, or it raises one.
     """
     if arguments[:1] in (["-h"], ["--help"]):
         print((about or "").strip())
@@ -217,7 +223,7 @@ def run_subcommand(program: str, about: str | None, commands: Mapping[str, Calla
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults where there are any that say something."""
+    """A formatter that shows defaults where they say something."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=18, width=130)
@@ -228,7 +234,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def adapter_path(text: str) -> Path:
-    """For `type=` of an option: where an adapter lies, which is fetched if it is named as published (hf://owner/name/path)."""
+    """Convert an option (`type=`): the path of an adapter, which is downloaded if it is named as published (hf://owner/name/path)."""
     if not hub.is_published(text):
         return Path(text)
     try:
@@ -255,21 +261,21 @@ def scale_of(options: Any) -> float:
 
 
 def positive_int(text: str) -> int:
-    """For `type=` of an option: a whole number, at least 1."""
+    """Convert an option (`type=`): a whole number, at least 1."""
     if not re.fullmatch(r"0*[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"expected a whole number, at least 1; given {text!r}")
     return int(text)
 
 
 def seed(text: str) -> int:
-    """For `type=` of an option: what a recipe's seed can be."""
+    """Convert an option (`type=`): a whole number that can be a recipe's seed."""
     if not re.fullmatch(r"[0-9]+", text) or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^32 - 1; given {text!r}")
     return int(text)
 
 
 def finite(text: str) -> float:
-    """For `type=` of an option: a number."""
+    """Convert an option (`type=`): a finite number."""
     try:
         value = float(text)
     except ValueError:
@@ -280,7 +286,7 @@ def finite(text: str) -> float:
 
 
 def shard(text: str) -> slice:
-    """For `type=` of an option: I/N, every N-th of a list from the I-th on."""
+    """Convert an option (`type=`): I/N, every N-th of a list from the I-th on."""
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, as in 0/4; given {text!r}")
@@ -288,7 +294,7 @@ def shard(text: str) -> slice:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """For `type=` of an option: finite numbers separated by commas, none of them negative."""
+    """Convert an option (`type=`): finite numbers separated by commas, none of them negative."""
     try:
         values = tuple(float(value) for value in text.split(","))
     except ValueError:

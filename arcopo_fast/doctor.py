@@ -40,9 +40,9 @@ def run_self_test(config: Config) -> bool:
     holds = promising = True
     for finding in self_test(config):
         verdicts = {None: "note"} | ({True: "good", False: "POOR"} if finding.forecast else {True: "holds", False: "FAILS"})
-        print(f"{verdicts[finding.well]:7}  {finding.what}: {finding.detail}", flush=True)
-        holds &= finding.well is not False or finding.forecast
-        promising &= finding.well is not False or not finding.forecast
+        print(f"{verdicts[finding.holds]:7}  {finding.subject}: {finding.detail}", flush=True)
+        holds &= finding.holds is not False or finding.forecast
+        promising &= finding.holds is not False or not finding.forecast
     if not holds:
         print("something does not hold: what a run teaches the generator would not be what the method means")
     elif not promising:

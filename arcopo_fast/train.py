@@ -62,7 +62,7 @@ def one_iteration(trainer: Trainer, watch: LearningWatch, iteration: int) -> dic
     """Roll out, decode, judge, take advantages, update; return what metrics.jsonl keeps (AR-CoPO, one iteration).
 
     Raises:
-        RewardError: of a reward, see `score`; or rewards gave nothing to learn from, as in the iterations before.
+        RewardError: a reward failed, see `score`; or, as in the iterations before, the rewards gave nothing to learn from.
     """
     config = trainer.config
     with profiling.record(trainer.generator.model.device) as seconds, ExitStack() as stack:
@@ -86,7 +86,7 @@ def iterations(trainer: Trainer, run: RunDirectory, trace: Trace) -> Evaluation:
     done = saved = run.restore(trainer.restore)
     if done > config.train.iterations:
         raise UserError(f"{run.path} has done {done} iterations, and train.iterations is {config.train.iterations}; give at least {done}")
-    check_inputs(run.path, config, trainer.made_of, trainer.judges, done=done)
+    check_inputs(run.path, config, trainer.input_digests, trainer.judges, done=done)
     run.write(DEVICE, json.dumps(trainer.device(), indent=2) + "\n")
     recent: deque[dict[str, Any]] = deque(maxlen=PATIENCE)
     with adapter_disabled(trainer.generator.model):  # bit for bit what the fresh adapter, which adds zeros, gives
@@ -161,6 +161,7 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
 
 
 def command_line() -> RecipeParser:
+    """Return the parser of the command line."""
     parser = RecipeParser("python -m arcopo_fast.train", "Align a generator with AR-CoPO.")
     parser.add_argument(
         "--dry-run",
@@ -184,15 +185,15 @@ def command_line() -> RecipeParser:
 
 
 def settings_of(options: Any) -> list[str]:
-    """The settings that --mode and --buffer stand for."""
+    """Return the settings that --mode and --buffer stand for."""
     return [setting(f"train.{name}", value) for name in ("mode", "buffer") if (value := getattr(options, name)) is not None]
 
 
 def run_to_resume(options: Any) -> RunDirectory | None:
-    """The run that --resume names.
+    """Return the run that --resume names.
 
     Raises:
-        UserError: it cannot go on, or something else is asked for that its own config.yaml says.
+        UserError: the run cannot go on, or an option contradicts its own config.yaml.
     """
     if not options.resume:
         return None
@@ -202,6 +203,7 @@ def run_to_resume(options: Any) -> RunDirectory | None:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     command = command_line().read_config(argv, settings_of, lambda options: run.path if (run := run_to_resume(options)) else None)
     if command is None:
         return

@@ -45,12 +45,18 @@ _CHECKSUM = slice(8 + len(_HEAD), 8 + len(_HEAD) + len(_NO_CHECKSUM))
 
 
 class BrokenEntry(UserError):
-    """An entry that cannot be used. The message names its file and says what is wrong."""
+    """An entry that cannot be used. The message names its file and the problem."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One group. A tensor is read from the disk when it is used; change a copy, for all who ask `tensors` for it get the same memory."""
+    """One group of a buffer.
+
+    Attributes:
+        index: number of the entry.
+        tensors: by name; each is read from the disk when it is used. Change a copy: all who ask for one get the same memory.
+        metadata: as it was written.
+    """
 
     index: int
     tensors: Mapping[str, Tensor]
@@ -58,12 +64,12 @@ class Entry:
 
 
 class Buffer:
-    """See `create` for collecting and `open` for training.
+    """A replay buffer: `create` it to collect, `open` it to train.
 
     Attributes:
         path: the directory.
-        policy, recipe: what the entries were made from, as it was given (JSON makes lists of tuples).
-        groups: how many entries were asked for, if anyone said so; there may be fewer or more.
+        policy, recipe: the values that the entries were made from, as they were given (JSON makes lists of tuples).
+        groups: number of entries that were asked for; None if nobody did. There may be fewer or more.
     """
 
     def __init__(self, path: Path, document: Mapping[str, Any]) -> None:
@@ -78,7 +84,7 @@ class Buffer:
 
     @classmethod
     def create(cls, path: str | Path, policy: Mapping[str, Any], recipe: Mapping[str, Any], *, groups: int | None = None) -> Buffer:
-        """The buffer to collect into: a new one, or the one that is there if the same policy and recipe made it.
+        """Return the buffer to collect into: a new one, or the existing one if the same policy and recipe made it.
 
         Of processes that create it at once, one does and the others check against what it wrote.
 
@@ -96,9 +102,9 @@ class Buffer:
         except OSError as error:
             problem = "a file is in the way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
             raise UserError(f"cannot make the replay buffer {path}: {problem}; give another directory") from None
-        there = {name for name in os.listdir(path) if not name.startswith(".")}
-        if strange := sorted(there - {"entries", "claims"}) if FILE not in there else []:
-            raise UserError(f"{path} is no replay buffer: it holds {strange[0]} and no {FILE}; give a new or an empty directory")
+        names = {name for name in os.listdir(path) if not name.startswith(".")}
+        if strangers := sorted(names - {"entries", "claims"}) if FILE not in names else []:
+            raise UserError(f"{path} is no replay buffer: it holds {strangers[0]} and no {FILE}; give a new or an empty directory")
         for name in ("entries", "claims"):
             (path / name).mkdir(exist_ok=True)
         with lock(path / "claims" / "buffer", "buffer", wait=True):
@@ -114,7 +120,7 @@ class Buffer:
 
     @classmethod
     def open(cls, path: str | Path, policy: Mapping[str, Any]) -> Buffer:
-        """The buffer to train on; writes nothing. An entry whose header or length is wrong is left out, with a warning.
+        """Return the buffer to train on; write nothing. An entry whose header or length is wrong is left out, with a warning.
 
         Raises:
             UserError: no buffer, one of another policy, an empty one, or one without a usable entry.
@@ -123,31 +129,33 @@ class Buffer:
         document = _read_document(path)
         _check(path, document, policy=policy)
         buffer = cls(path, document)
-        found = buffer.indices
-        for index in found:
+        indices = buffer.indices
+        for index in indices:
             try:
                 buffer._open(index)
             except BrokenEntry as error:
                 buffer._leave_out(index, error)
-        if not found:
+        if not indices:
             raise UserError(f"the replay buffer {path} is empty; fill it with {COLLECT}")
-        buffer._check_any(found)
+        buffer._check_any(indices)
         return buffer
 
     # Reading
 
     @property
     def indices(self) -> list[int]:
-        """The entries on the disk at this moment, in their order, without those found broken. Draw from a list taken once, at the start:
-        processes may add entries and find others broken at any time."""
-        found = (re.fullmatch(r"(\d{6,})\.safetensors", name) for name in os.listdir(self.path / "entries"))
-        return sorted(index for match in found if match and (index := int(match[1])) not in self._broken)
+        """Numbers of the entries on the disk at this moment, in order, without those found broken.
+
+        Draw from a list taken once, at the start: processes may add entries and find others broken at any time.
+        """
+        matches = (re.fullmatch(r"(\d{6,})\.safetensors", name) for name in os.listdir(self.path / "entries"))
+        return sorted(index for match in matches if match and (index := int(match[1])) not in self._broken)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def read(self, index: int) -> Entry:
-        """One entry. The first time in this process its whole file is read and compared with its checksum.
+        """Return one entry. The first time in this process its whole file is read and compared with its checksum.
 
         Raises:
             BrokenEntry: missing, cut short, changed, or not an entry of this buffer.
@@ -159,12 +167,12 @@ class Buffer:
         return Entry(index, _Tensors(file), header["metadata"])
 
     def entries(self, order: Iterable[int] | None = None) -> Iterator[Entry]:
-        """The entries of `order` (all, if None), leaving out broken ones with one warning for each.
+        """Yield the entries of `order` (all, if None), leaving out broken ones with one warning for each.
 
         `next(buffer.entries(permutation))` draws one entry and reads no other, unless it has to be replaced.
 
         Raises:
-            UserError: none of them can be used.
+            UserError: all of them are broken.
         """
         order = self.indices if order is None else list(order)
         for index in order:
@@ -180,25 +188,28 @@ class Buffer:
     # Writing
 
     def missing(self, groups: int, waiting: Callable[[list[int]], object] | None = None) -> Iterator[int]:
-        """Claims, one after the other, the entries below `groups` that are missing or broken; `write` each before asking for the next.
+        """Claim, one after the other, the entries below `groups` that are missing or broken; `write` each before asking for the next.
 
             for index in buffer.missing(100):
                 buffer.write(index, *make(index))
 
-        What other processes have claimed is skipped, and at the end waited for: it is there then, or, if its process died, is claimed
-        here. When the iteration ends, every entry is there and whole. A broken one is moved aside, to NNNNNN.broken: it may be a file that
-        somebody put there, and on a failing disk it keeps the bad block from being used again.
+        Entries that other processes have claimed are skipped, and waited for at the end: by then an entry exists or, if its process died,
+        is
+        claimed here. When the iteration ends, every entry exists and is intact. A broken one is moved aside, to NNNNNN.broken: it may be a
+        file
+        that somebody put there, and on a failing disk it keeps the bad block from being used again.
 
-        waiting: called once with the entries of others, if there are any to wait for.
+        Args:
+            waiting: called once with the entries of other processes, if there are any to wait for.
         """
-        others: list[int] = []
-        for wait, indices in ((False, range(groups)), (True, others)):
-            if wait and others and waiting:
-                waiting(list(others))
+        elsewhere: list[int] = []
+        for wait, indices in ((False, range(groups)), (True, elsewhere)):
+            if wait and elsewhere and waiting:
+                waiting(list(elsewhere))
             for index in indices:
                 with self._claim(index, wait=wait) as claimed:
                     if not claimed:
-                        others.append(index)
+                        elsewhere.append(index)
                     elif not self._have(index):
                         yield index
                         if not self._path(index).exists():
@@ -216,8 +227,8 @@ class Buffer:
             raise ValueError(f"entry {index} is not claimed or is there already; write each index that missing() gives, once")
         header = {"sha256": _NO_CHECKSUM.decode(), "index": index, "policy": self._fingerprint, "metadata": dict(metadata)}
         # safetensors takes neither views of each other nor strides.
-        whole = {name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        content = bytearray(save(whole, {"entry": json.dumps(header, separators=(",", ":"), allow_nan=False)}))
+        copies = {name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        content = bytearray(save(copies, {"entry": json.dumps(header, separators=(",", ":"), allow_nan=False)}))
         if not content.startswith(_HEAD, 8):
             raise RuntimeError("this version of safetensors does not begin its header with the metadata")
         content[_CHECKSUM] = _checksum(content)
@@ -231,7 +242,7 @@ class Buffer:
         return self.path / "entries" / f"{index:06d}.safetensors"
 
     def _open(self, index: int) -> tuple[Any, dict[str, Any]]:
-        """An entry's file, memory-mapped, and its header; the file is as long as its header says."""
+        """Return an entry's file, memory-mapped, and its header; the file is as long as its header says."""
         path = self._path(index)
         try:
             path.open("rb").close()  # if it may not be opened, this says so; safe_open takes everything for a missing file
@@ -249,7 +260,7 @@ class Buffer:
         return file, header
 
     def _compare(self, index: int) -> None:
-        """Read an entry's whole file; `BrokenEntry` if it is not what was written."""
+        """Read an entry's whole file; raise `BrokenEntry` if it is not what was written."""
         path = self._path(index)
         try:
             content = path.read_bytes()
@@ -257,9 +268,9 @@ class Buffer:
             if error.errno != errno.EIO:
                 raise
             raise BrokenEntry(f"{path} is broken: the disk cannot read it ({error.strerror})") from None
-        said, found = content[_CHECKSUM], _checksum(content)
-        if said != found:
-            raise BrokenEntry(f"{path} is broken: its SHA-256 is {found.decode()}, it was written with {said.decode(errors='replace')}")
+        written, actual = content[_CHECKSUM], _checksum(content)
+        if written != actual:
+            raise BrokenEntry(f"{path} is broken: its SHA-256 is {actual.decode()}, it was written with {written.decode(errors='replace')}")
 
     def _leave_out(self, index: int, error: BrokenEntry) -> None:
         self._broken.add(index)
@@ -284,7 +295,7 @@ class Buffer:
                 self._claimed.discard(index)
 
     def _have(self, index: int) -> bool:
-        """Whether an entry is there and whole. A broken one is moved aside, so its claim must be held."""
+        """Return whether an entry exists and is intact. A broken one is moved aside, so its claim must be held."""
         path = self._path(index)
         if not path.exists():
             return False
@@ -299,12 +310,12 @@ class Buffer:
 
 
 def all_metadata(path: str | Path) -> list[dict[str, Any]]:
-    """The metadata of every entry of a buffer, nothing checked: to know what a buffer is about before it is opened."""
-    found = []
+    """Return the metadata of every entry of a buffer, unchecked: to know what a buffer is about before it is opened."""
+    metadata = []
     for file in sorted((Path(path) / "entries").glob("*.safetensors")):
         with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError), safe_open(file, "pt") as opened:
-            found.append(dict(json.loads(opened.metadata()["entry"])["metadata"]))
-    return found
+            metadata.append(dict(json.loads(opened.metadata()["entry"])["metadata"]))
+    return metadata
 
 
 class _Tensors(Mapping[str, Tensor]):
@@ -327,7 +338,7 @@ class _Tensors(Mapping[str, Tensor]):
 
 
 def _checksum(content: bytes | bytearray) -> bytes:
-    """SHA-256 of an entry's file with zeros in the place of the checksum itself, as 64 hexadecimal digits."""
+    """Return the SHA-256 of an entry's file with zeros in the place of the checksum itself, as 64 hexadecimal digits."""
     view = memoryview(content)
     digest = hashlib.sha256(view[: _CHECKSUM.start])
     digest.update(_NO_CHECKSUM)
@@ -347,7 +358,7 @@ def _write_document(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    """buffer.json, checked; its own fingerprints hold."""
+    """Return the content of buffer.json, checked, its own fingerprints included."""
     file = path / FILE
     version = FORMAT
     try:
@@ -369,9 +380,9 @@ def _read_document(path: Path) -> dict[str, Any]:
     return document
 
 
-def _check(path: Path, document: Mapping[str, Any], **given: Mapping[str, Any]) -> None:
+def _check(path: Path, document: Mapping[str, Any], **expected: Mapping[str, Any]) -> None:
     """Refuse a buffer that was made from other values than those given for "policy" and "recipe"."""
-    for kind, values in given.items():
+    for kind, values in expected.items():
         stamps = f"{values_digest(values)} here, {document[kind]['fingerprint']} in the buffer"
         problem = f"the replay buffer {path} was collected with another {kind} ({stamps})"
         advice = "use the settings that it was collected with, or another directory"

@@ -29,32 +29,39 @@ BENCH = "bench"
 
 
 class Prompt(NamedTuple):
-    """What a video shall show, and what the generator reads instead, if that is something else."""
+    """A prompt.
+
+    Attributes:
+        text: describes the video; rewards read it.
+        extended: what the generator reads instead; None: the text.
+    """
 
     text: str
     extended: str | None = None
 
     @property
     def for_generator(self) -> str:
+        """Text that the generator reads."""
         return self.extended or self.text
 
 
 class Prompts(NamedTuple):
-    """Disjoint lists, in a fixed order."""
+    """Disjoint lists of prompts, in a fixed order."""
 
     training: list[Prompt]
     evaluation: list[Prompt]
 
 
 def prompts_file(name: str) -> Path:
-    """Where a set of prompts lies: "bench" comes with the package, what is published is found or fetched, anything else is a path."""
+    """Return the file of a set of prompts: "bench" comes with the package, a published one is found or downloaded, anything else is a
+    path."""
     if name == BENCH:
         return Path(str(importlib.resources.files("arcopo_fast.data") / "bench_prompts.txt"))
     return hub.find(name) if hub.is_published(name) else Path(expanded(name))
 
 
 def read_prompt_set(source: str | Path, extended: str | Path | None = None) -> list[Prompt]:
-    """The prompts of a file, in its order. Blank lines of a text are skipped.
+    """Return the prompts of a file, in its order. Blank lines of a text are skipped.
 
     Args:
         source: "bench", or what `hub.find` takes: a path, or hf://datasets/owner/name/path/of/the/file.
@@ -72,18 +79,18 @@ def read_prompt_set(source: str | Path, extended: str | Path | None = None) -> l
             raise UserError(
                 f"extended prompts in a file of their own go with a text file, line by line; {source} holds its own: leave them out"
             )
-        found = _pairs(path, prompts_file(str(extended)))
+        prompts = _pairs(path, prompts_file(str(extended)))
     elif kind == ".jsonl":
-        found = list(_json_lines(path))
+        prompts = list(_json_lines(path))
     elif kind == ".json":
-        found = _json_list(path)
+        prompts = _json_list(path)
     elif kind in TABLES:
-        found = list(_rows(path, TABLES[kind]))
+        prompts = list(_rows(path, TABLES[kind]))
     else:
-        found = [Prompt(line) for line in _lines(path) if line]
-    if not found:
+        prompts = [Prompt(line) for line in _lines(path) if line]
+    if not prompts:
         raise UserError(f"{path} holds no prompt; expected one on each line")
-    return found
+    return prompts
 
 
 def check_prompt(text: str) -> str:
@@ -100,10 +107,10 @@ def check_prompt(text: str) -> str:
 
 
 def read_prompts(source: str | Path) -> list[str]:
-    """`read_prompt_set` for whoever has no use for extended prompts.
+    """Return the plain prompts of a file.
 
     Raises:
-        UserError: as there, or a prompt is extended: it would be left out without a word.
+        UserError: see `read_prompt_set`; or the file has extended prompts, which the caller cannot use.
     """
     prompts = read_prompt_set(source)
     if any(prompt.extended for prompt in prompts):
@@ -112,7 +119,7 @@ def read_prompts(source: str | Path) -> list[str]:
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of prompts, their order and their extended forms."""
+    """Return the SHA-256 of prompts, their order and their extended forms."""
     return identity.digest("\n".join("\t".join(filter(None, prompt)) for prompt in prompts))
 
 
@@ -125,17 +132,17 @@ def split_prompts(prompts: Sequence[Prompt], evaluation: int, random: np.random.
     Raises:
         UserError: nothing would be left to train on.
     """
-    first: dict[str, Prompt] = {}  # by text
+    first_of: dict[str, Prompt] = {}  # by text
     for prompt in prompts:
-        first.setdefault(_same(prompt.text), prompt)
-    distinct = list(first.values())
+        first_of.setdefault(_without_spacing(prompt.text), prompt)
+    distinct = list(first_of.values())
     if evaluation >= len(distinct):
         counted = f"{len(distinct)} different prompts" if len(distinct) < len(prompts) else f"{len(prompts)} prompts"
         raise UserError(f"evaluation.prompts is {evaluation}, but there are {counted} in all; leave at least one to train on")
-    kept = set(random.choice(len(distinct), size=evaluation, replace=False).tolist())
-    judged = [prompt for index, prompt in enumerate(distinct) if index in kept]
-    known = {_same(form) for prompt in judged for form in (prompt.text, prompt.for_generator)}
-    training = [prompt for prompt in prompts if not known & {_same(prompt.text), _same(prompt.for_generator)}]
+    chosen = set(random.choice(len(distinct), size=evaluation, replace=False).tolist())
+    judged = [prompt for index, prompt in enumerate(distinct) if index in chosen]
+    judged_texts = {_without_spacing(form) for prompt in judged for form in (prompt.text, prompt.for_generator)}
+    training = [prompt for prompt in prompts if not judged_texts & {_without_spacing(prompt.text), _without_spacing(prompt.for_generator)}]
     if not training:
         raise UserError(f"evaluation.prompts is {evaluation}, and every other prompt equals one of these; leave at least one to train on")
     if repeated := len(prompts) - len(training) - len(judged):
@@ -143,8 +150,8 @@ def split_prompts(prompts: Sequence[Prompt], evaluation: int, random: np.random.
     return Prompts(training, judged)
 
 
-def _same(text: str) -> str:
-    """Equal for texts that differ in white space only, which text encoders do not see."""
+def _without_spacing(text: str) -> str:
+    """Return a form that is equal for texts that differ in white space only, which text encoders do not see."""
     return " ".join(text.split())
 
 
@@ -160,7 +167,7 @@ _HEADER = re.compile(r"\"?[A-Za-z_]\w*\"?(?:[,;\t|]\"?[A-Za-z_]\w*\"?)*")  # one
 
 
 def _kind(path: Path) -> str:
-    """The form of a file, by the end of its name in any case."""
+    """Return the form of a file, by the end of its name in any case."""
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".json", *TABLES):
         return suffix
@@ -172,7 +179,7 @@ def _kind(path: Path) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """A text file's stripped lines, without blank ones at the end.
+    """Return a text file's stripped lines, without blank ones at the end.
 
     Only a line feed ends a line: a prompt may hold U+2028, which `splitlines` cuts at.
 
@@ -194,7 +201,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _is_json(text: str) -> bool:
-    """It is a JSON object or list."""
+    """Return whether a text is a JSON object or list."""
     if not text.lstrip().startswith(("{", "[")):
         return False
     try:
@@ -207,7 +214,7 @@ def _is_json(text: str) -> bool:
 
 
 def _is_header(line: str) -> bool:
-    """It is a row of column names, one of which tables of prompts have."""
+    """Return whether a line is a row of column names, one of which tables of prompts have."""
     if not _HEADER.fullmatch(line):
         return False
     names = re.findall(r"\w+", line.lower())
@@ -218,16 +225,16 @@ def _pairs(path: Path, extended: Path) -> list[Prompt]:
     lines, longer = _lines(path), _lines(extended)
     if len(lines) != len(longer):
         raise UserError(f"{path} has {len(lines)} lines and {extended} {len(longer)}; expected the extended form of each line in its place")
-    for number, (line, other) in enumerate(zip(lines, longer), start=1):
-        if bool(line) != bool(other):
+    for number, (line, extension) in enumerate(zip(lines, longer), start=1):
+        if bool(line) != bool(extension):
             raise UserError(
                 f"line {number} is blank in {extended if line else path} only; expected the extended form of each line in its place"
             )
-    return [Prompt(line, other) for line, other in zip(lines, longer) if line]
+    return [Prompt(line, extension) for line, extension in zip(lines, longer) if line]
 
 
 def _record(value: Any) -> Prompt:
-    """A prompt out of JSON. Raises ValueError if the value is none."""
+    """Return a prompt out of JSON. Raise `ValueError` if the value is no record of one."""
     if not isinstance(value, dict) or not {"prompt"} <= value.keys() <= {"prompt", "extended"}:
         raise ValueError("it is no such record")
     if not all(isinstance(text, str) for text in value.values()):
@@ -240,12 +247,12 @@ def _json_lines(path: Path) -> Iterator[Prompt]:
         try:
             yield _record(parse_json(line))
         except ValueError as error:
-            shown = _shown(line.strip()) or "nothing"
-            raise UserError(f"{path}:{number}: expected {_EXPECTED}; given {shown} ({error})") from None
+            content = _shown(line.strip()) or "nothing"
+            raise UserError(f"{path}:{number}: expected {_EXPECTED}; given {content} ({error})") from None
 
 
 def _json_list(path: Path) -> list[Prompt]:
-    """A list of records, or of texts."""
+    """Return the prompts of a JSON list of records, or of texts."""
     try:
         values = parse_json(read_text(path, "prompts"))
     except UserError:
@@ -254,13 +261,13 @@ def _json_list(path: Path) -> list[Prompt]:
         raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(values, list):
         raise UserError(f"{path} holds a JSON {type(values).__name__}; expected a list of texts, or of {_EXPECTED}")
-    found = []
+    prompts = []
     for number, value in enumerate(values, start=1):
         try:
-            found.append(Prompt(check_prompt(value)) if isinstance(value, str) else _record(value))
+            prompts.append(Prompt(check_prompt(value)) if isinstance(value, str) else _record(value))
         except ValueError as error:
             raise UserError(f"{path}: entry {number}: expected a text or {_EXPECTED}; given {_shown(repr(value))} ({error})") from None
-    return found
+    return prompts
 
 
 _EXPECTED = '{"prompt": text}, and "extended": text if there is one'
@@ -272,14 +279,14 @@ def _shown(text: str) -> str:
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[Prompt]:
-    """Other columns are left alone, and so are rows without a prompt."""
+    """Yield the prompts of a table. Other columns are ignored, and so are rows without a prompt."""
     rows = csv.reader(io.StringIO(read_text(path, "prompts"), newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(rows, [])
         if "prompt" not in header:
             raise UserError(f"{path} has no column 'prompt', only {_shown(', '.join(header)) or 'nothing'}; expected a header with one")
-        if twice := [name for name in ("prompt", "extended") if header.count(name) > 1]:
-            raise UserError(f"{path}: the column {twice[0]!r} stands twice; remove or rename one")
+        if repeated := [name for name in ("prompt", "extended") if header.count(name) > 1]:
+            raise UserError(f"{path}: the column {repeated[0]!r} stands twice; remove or rename one")
         for row in rows:
             if row and len(row) != len(header):
                 raise UserError(

@@ -1,4 +1,4 @@
-"""What a device reaches at best, measured in a moment: the yardstick beside which a run's times are shown."""
+"""The best that a device reaches, measured in a moment: the yardstick beside which a run's times are shown."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ ROUNDS = 7
 
 
 class Ceilings(NamedTuple):
-    """Bytes a second of a large copy, read plus written, and FLOP a second of a large matrix product."""
+    """The best rates of a device.
+
+    Attributes:
+        bandwidth: bytes a second of a large copy, read plus written.
+        matmul: FLOP a second of a large matrix product.
+    """
 
     bandwidth: float
     matmul: float
 
     def seconds(self, flops: float, traffic: float) -> float:
-        """Of so much arithmetic, and of moving so many bytes between it."""
+        """Return the seconds of so much arithmetic, and of moving so many bytes between it."""
         return flops / self.matmul + traffic / self.bandwidth
 
 

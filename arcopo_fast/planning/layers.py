@@ -12,7 +12,13 @@ from arcopo_fast.model.sizes import CausalWanConfig, VAESizes
 
 
 class Linear(NamedTuple):
-    """A linear layer: its features, what it reads (layers with the same source read the same tensor), and whether that is the text."""
+    """A linear layer.
+
+    Attributes:
+        inputs, outputs: features.
+        source: the tensor that it reads; layers with the same source read the same one.
+        of_text: it reads the text.
+    """
 
     inputs: int
     outputs: int
@@ -21,7 +27,7 @@ class Linear(NamedTuple):
 
 
 def block_linears(config: CausalWanConfig) -> dict[str, Linear]:
-    """The linear layers of one block, by their names in it."""
+    """Return the linear layers of one block, by their names in it."""
     dim, inner = config.dim, config.ffn_dim
     return {
         **{f"attn1.to_{part}": Linear(dim, dim, "norm1") for part in "qkv"},
@@ -35,6 +41,7 @@ def block_linears(config: CausalWanConfig) -> dict[str, Linear]:
 
 
 def transformer_parameters(config: CausalWanConfig) -> int:
+    """Return the number of a transformer's parameters."""
     dim, patch = config.dim, config.patch_size[1] * config.patch_size[2]
     linears = [(linear.inputs, linear.outputs) for linear in block_linears(config).values()] * config.num_layers
     linears += [(config.in_channels * patch, dim), (dim, config.out_channels * patch), (dim, 6 * dim)]
@@ -49,8 +56,11 @@ def transformer_parameters(config: CausalWanConfig) -> int:
 class Convolution(NamedTuple):
     """A convolution of the decoder (or encoder, which is only counted).
 
-    taps: elements of its kernel. spatial, temporal: rows of its output for each latent row, frames for each latent frame. cached: the
-    decoder keeps its last two input frames from call to call.
+    Attributes:
+        inputs, outputs: channels.
+        taps: elements of its kernel.
+        spatial, temporal: rows of its output for each latent row, frames for each latent frame.
+        cached: the decoder keeps its last two input frames from call to call.
     """
 
     inputs: int
@@ -63,7 +73,7 @@ class Convolution(NamedTuple):
 
 @cache
 def decoder_convolutions(vae: VAESizes) -> tuple[Convolution, ...]:
-    """Those of diffusers' WanDecoder3d, in the order of its forward pass."""
+    """Return the convolutions of diffusers' WanDecoder3d, in the order of its forward pass."""
     base = vae.decoder_base_dim or vae.base_dim
     widths = [base * factor for factor in (vae.dim_mult[-1], *reversed(vae.dim_mult))]
     layers = [Convolution(vae.z_dim, widths[0], 27, cached=True), *_middle(widths[0])]
@@ -83,7 +93,7 @@ def decoder_convolutions(vae: VAESizes) -> tuple[Convolution, ...]:
 
 
 def vae_parameters(vae: VAESizes) -> int:
-    """Of encoder and decoder, but for the scales of their norms, a thousandth."""
+    """Return the parameters of encoder and decoder, but for the scales of their norms, a thousandth."""
     widths = [vae.base_dim * factor for factor in (1, *vae.dim_mult)]
     encoder = [Convolution(vae.in_channels, widths[0], 27), *_middle(widths[-1]), Convolution(widths[-1], 2 * vae.z_dim, 27)]
     for level, (inputs, outputs) in enumerate(pairwise(widths)):

@@ -1,4 +1,4 @@
-"""What a run needs of a GPU's memory, component by component and stage by stage: arithmetic on sizes alone.
+"""The memory of a GPU that a run needs, component by component and stage by stage: arithmetic on sizes alone.
 
 Nothing is built and no GPU is needed. Tensors are counted as the code keeps them on a GPU, with the fused kernels (plain PyTorch attention,
 as on a CPU, keeps all scores and needs far more). 1 GB is 2^30 bytes, as cards are sold. What a text encoder takes is not counted: it is
@@ -29,16 +29,16 @@ GB = 2**30
 CONTEXT = int(0.6 * GB)
 """The CUDA context and its libraries' workspaces, which PyTorch does not count. An assumption."""
 SLACK = 0.06
-"""Of what is allocated, what the allocator holds beside it: rounding and fragments. An assumption."""
+"""Overhead of the allocator, rounding and fragments, as a fraction of the allocated bytes. An assumption."""
 
 ADAPTER = 4
 """Bytes of an adapter's element as it is stored and trained, float32; adapters compute in the network's dtype."""
 DECODING = 3.6
-"""What lives at once inside a decoder call, in units of the largest window that a causal convolution reads. Measured: 3.4 to 3.6."""
+"""Bytes that live at once inside a decoder call, in units of the largest window that a causal convolution reads. Measured: 3.4 to 3.6."""
 
 
 class Settings(NamedTuple):
-    """What trades memory for time and changes no result."""
+    """The settings that trade memory for time and change no result; see `SETTINGS`."""
 
     branches_per_wave: int
     decode_branches: int
@@ -48,19 +48,19 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> Settings:
-        """A configuration's own, its nulls resolved."""
+        """Return a configuration's own settings, with its nulls resolved."""
         group, pairs = config.rollout.group_size, pairs_of(config)
         decode, micro = config.rollout.decode_branches or group, config.objective.micro_batch or pairs
         return cls(config.rollout.wave_size, min(decode, group), min(micro, pairs), config.objective.checkpoint, config.generator.offload)
 
     @classmethod
     def choices(cls, config: Config) -> list[Settings]:
-        """All that are worth trying: of numbers that lead to equally many parts, the smallest."""
+        """Return all settings worth trying: of numbers that lead to equally many parts, the smallest."""
         group, pairs = _part_sizes(config.rollout.group_size), _part_sizes(pairs_of(config))
         return [cls(*values) for values in product(group, group, pairs, (False, True), (False, True))]
 
     def apply(self, config: Config) -> Config:
-        """The configuration with these settings."""
+        """Return the configuration with these settings."""
         sections = {
             "rollout": {"branches_per_wave": self.branches_per_wave, "decode_branches": self.decode_branches},
             "objective": {"micro_batch": self.micro_batch, "checkpoint": self.checkpoint},
@@ -69,7 +69,7 @@ class Settings(NamedTuple):
         return config.model_copy(update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()})
 
     def overrides(self) -> list[str]:
-        """As `key=value` of the command line."""
+        """Return the settings as `key=value` of the command line."""
         return [f"{key}={str(value).lower()}" for key, value in zip(SETTINGS, self)]
 
 
@@ -77,24 +77,30 @@ SETTINGS = ("rollout.branches_per_wave", "rollout.decode_branches", "objective.m
 """The keys of `Settings`, in its order."""
 
 
-def _part_sizes(whole: int) -> list[int]:
-    return sorted({ceil(whole / parts) for parts in range(1, whole + 1)})
+def _part_sizes(total: int) -> list[int]:
+    return sorted({ceil(total / parts) for parts in range(1, total + 1)})
 
 
 class Estimate(NamedTuple):
-    """Bytes by component, and for each stage the components that are there in it only; all others are there all the time."""
+    """The memory of a run.
+
+    Attributes:
+        components: bytes by name.
+        stages: for each stage the components that exist in it only; all others exist all the time.
+    """
 
     components: dict[str, int]
     stages: dict[str, tuple[str, ...]]
 
     def total(self, stage: str) -> int:
-        """Bytes of the device in a stage, the allocator's slack and the CUDA context included."""
+        """Return the bytes of the device in a stage, the allocator's slack and the CUDA context included."""
         passing = {name for names in self.stages.values() for name in names}
-        there = sum(size for name, size in self.components.items() if name not in passing or name in self.stages[stage])
-        return int(there * (1 + SLACK)) + CONTEXT
+        present = sum(size for name, size in self.components.items() if name not in passing or name in self.stages[stage])
+        return int(present * (1 + SLACK)) + CONTEXT
 
     @property
     def peak_stage(self) -> str:
+        """Stage that needs most."""
         return max(self.stages, key=self.total)
 
     @property
@@ -133,11 +139,11 @@ def _kept(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Estimate:
     adapters = ADAPTER * lora_parameters(config, model)
 
     # The pool is there all the time. What a run on a buffer does not need of it for prefixes, only the evaluations use.
-    pages, whole = pool_pages(config), pool_pages(config, videos=1)
+    pages, full_video = pool_pages(config), pool_pages(config, videos=1)
     worst = _worst_plan(config, sizes)
-    tails = pages - (prompts + (config.objective.context == "recompute")) * whole if buffered else branches * worst.tail
-    joined, asked = (1, 1) if buffered else (2, int(updates > 1))
-    stored = joined * group * 2 * _steps(config) + (1 if buffered else group) * shape.chunks
+    tails = pages - (prompts + (config.objective.context == "recompute")) * full_video if buffered else branches * worst.tail
+    copies, old_predictions = (1, 1) if buffered else (2, int(updates > 1))
+    stored = copies * group * 2 * _steps(config) + (1 if buffered else group) * shape.chunks
     return Estimate(
         {
             "generator weights": itemsize(config.generator.dtype) * transformer_parameters(model),
@@ -147,7 +153,7 @@ def _kept(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Estimate:
             "keys and values of the prefix": (pages - tails) * _page_bytes(config, sizes),
             f"keys and values of {'evaluations' if buffered else 'the branches'}": tails * _page_bytes(config, sizes),
             "keys and values of the text": _text_bytes(config, sizes),
-            "latents of the group": (prompts * stored + asked * pairs_of(config)) * _chunk(shape),
+            "latents of the group": (prompts * stored + old_predictions * pairs_of(config)) * _chunk(shape),
             "decoder weights": itemsize(config.generator.vae_dtype) * vae_parameters(sizes.vae),
             "rewards": reward_bytes + bytes_of(name for name in config.rewards if name not in config.reward_servers.addresses),
             "copies while judging": 2 * _video(config, sizes),  # of the one video that is looked at
@@ -176,9 +182,9 @@ def _making(config: Config, sizes: GeneratorSizes, name: str, states: int) -> tu
 
 def _rebuilding(config: Config, sizes: GeneratorSizes) -> Estimate:
     """Count the making of a prefix for a group from a buffer: one video, at the length of a whole one."""
-    again, making = _making(config, sizes, "re-encoding", 1)
+    reencoding, making = _making(config, sizes, "re-encoding", 1)
     needs = {"rebuilding a prefix": _denoising(config, sizes, 1, pool_pages(config, videos=1))}
-    return Estimate(again | needs, {"prefix": (*making, *needs)})
+    return Estimate(reencoding | needs, {"prefix": (*making, *needs)})
 
 
 def _rolling_out(config: Config, sizes: GeneratorSizes) -> Estimate:
@@ -188,7 +194,7 @@ def _rolling_out(config: Config, sizes: GeneratorSizes) -> Estimate:
     """
     branches, slices = Settings.of(config)[:2]
     cache, video = _decoder_cache(config, sizes), _video(config, sizes)
-    worst, (again, making) = _worst_plan(config, sizes), _making(config, sizes, "re-encoding", 1 + branches)
+    worst, (reencoding, making) = _worst_plan(config, sizes), _making(config, sizes, "re-encoding", 1 + branches)
     needs = {
         "denoising a wave": _denoising(config, sizes, branches, branches * worst.tail + worst.prefix),
         "decoder cache of the prefix": cache,
@@ -202,7 +208,7 @@ def _rolling_out(config: Config, sizes: GeneratorSizes) -> Estimate:
         "decode": (*_at_work(config, "decoder weights"), *decoding),
         "reward": (*_at_work(config, "rewards"), "decoder cache of the prefix", "frames of a slice", "copies while judging"),
     }
-    return Estimate(again | needs, stages)
+    return Estimate(reencoding | needs, stages)
 
 
 def _updating(config: Config, sizes: GeneratorSizes) -> Estimate:
@@ -213,7 +219,8 @@ def _updating(config: Config, sizes: GeneratorSizes) -> Estimate:
 def _evaluating(config: Config, sizes: GeneratorSizes) -> Estimate:
     """Count the evaluations before and after a run: some videos at once in the run's pool, each with a prompt of its own."""
     videos, video = videos_at_once(config), _video(config, sizes)
-    at_once, (again, making) = min(videos, Settings.of(config).decode_branches), _making(config, sizes, "evaluation: re-encoding", videos)
+    at_once = min(videos, Settings.of(config).decode_branches)
+    reencoding, making = _making(config, sizes, "evaluation: re-encoding", videos)
     needs = {
         "evaluation: keys and values of the texts": (videos - 1) * _text_bytes(config, sizes),
         "evaluation: denoising": _denoising(config, sizes, videos, videos * pool_pages(config, videos=1)),
@@ -226,18 +233,19 @@ def _evaluating(config: Config, sizes: GeneratorSizes) -> Estimate:
         "evaluation: decode": (*_at_work(config, "decoder weights"), *(f"evaluation: {part}" for part in ("decoding", "caches", "frames"))),
         "evaluation: reward": (*_at_work(config, "rewards"), "evaluation: frames", "copies while judging"),
     }
-    return Estimate(again | needs, stages)
+    return Estimate(reencoding | needs, stages)
 
 
 def host_bytes(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
-    """What the host keeps of the reference policy's predictions, at most: of a group all members at all steps, of a run what it draws."""
+    """Return the most that the host keeps of the reference policy's predictions: of a group, all members at all steps; of a run, all it
+    draws."""
     chunk = _chunk(_shape(config, sizes))
-    drawn = config.train.iterations * config.rollout.prompts_per_iteration * config.objective.updates * pairs_of(config)
-    return config.rollout.group_size * _steps(config) * chunk, drawn * chunk
+    run_pairs = config.train.iterations * config.rollout.prompts_per_iteration * config.objective.updates * pairs_of(config)
+    return config.rollout.group_size * _steps(config) * chunk, run_pairs * chunk
 
 
 def _chunk(shape: VideoShape) -> int:
-    """The latents of the longest chunk of one video, float32."""
+    """Return the bytes of the longest chunk of one video's latents, float32."""
     return 4 * max(shape.chunk_frames) * shape.channels * shape.height * shape.width
 
 
@@ -246,13 +254,13 @@ def _shape(config: Config, sizes: GeneratorSizes) -> VideoShape:
 
 
 def _text_bytes(config: Config, sizes: GeneratorSizes) -> int:
-    """Keys and values of one prompt in every layer."""
+    """Return the bytes of keys and values of one prompt in every layer."""
     model = sizes.transformer
     return 2 * model.num_layers * model.text_len * model.dim * itemsize(config.generator.dtype)
 
 
 def _steps(config: Config) -> int:
-    """T, of the chunk that has most."""
+    """Return T of the chunk that has most."""
     return max(len(config.sampler.steps), len(config.sampler.first_chunk_steps or []))
 
 
@@ -263,13 +271,13 @@ def pairs_of(config: Config) -> int:
 
 
 def _page_bytes(config: Config, sizes: GeneratorSizes) -> int:
-    """Keys and values of one latent frame in every layer."""
+    """Return the bytes of keys and values of one latent frame in every layer."""
     model = sizes.transformer
     return 2 * model.num_layers * frame_tokens(config, sizes.transformer) * model.dim * itemsize(config.generator.dtype)
 
 
 def _denoising(config: Config, sizes: GeneratorSizes, branches: int, pages: int) -> int:
-    """The most that lives at once in a forward pass without gradient: inside a block's feed-forward.
+    """Return the most bytes that live at once in a forward pass without gradient: inside a block's feed-forward.
 
     Then there are seven tensors of the hidden size (two residual streams and what the block's names still hold) and two of the inner size,
     before and after GELU. Pages that are cached un-roped are roped for one layer at a time.
@@ -281,7 +289,7 @@ def _denoising(config: Config, sizes: GeneratorSizes, branches: int, pages: int)
 
 
 def kept_by_block(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
-    """Bytes that autograd keeps of one block, for each token of the chunk and for each row of the text.
+    """Return the bytes that autograd keeps of one block, for each token of the chunk and for each row of the text.
 
     The operators keep: the input of each of the three norms; q and k before and after their norms, and v; the cross-attention's q before
     and after its norm; both attentions' outputs and log-sum-exps; the feed-forward before GELU. The text's keys are kept before and after
@@ -293,19 +301,19 @@ def kept_by_block(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
     row = width * 3 * model.dim
     shared = {"attn1", "attn2", "text"}  # kept anyway, or one tensor for all layers
     for linear in adapted_linears(config, model).values():
-        kept = width * config.lora.rank
+        bytes_kept = width * config.lora.rank
         if linear.source not in shared:
-            kept += width * linear.inputs
+            bytes_kept += width * linear.inputs
             shared.add(linear.source)
         if linear.of_text:
-            row += kept
+            row += bytes_kept
         else:
-            token += kept
+            token += bytes_kept
     return token, row
 
 
 def _replay(config: Config, sizes: GeneratorSizes) -> int:
-    """Activations of a micro-batch, and what its backward works in.
+    """Return the bytes of a micro-batch's activations and of its backward's working set.
 
     Kept is what every block keeps and the head's input; checkpointed, the inputs of all blocks and of the head, and what one block keeps.
     Beside it stands the more of two moments: in the feed-forward the gradients of its inner tensor and of its output; in attention those
@@ -314,9 +322,9 @@ def _replay(config: Config, sizes: GeneratorSizes) -> int:
     model, width, frame = sizes.transformer, itemsize(config.generator.dtype), frame_tokens(config, sizes.transformer)
     settings, shape = Settings.of(config), _shape(config, sizes)
     tokens, visible = settings.micro_batch * max(shape.chunk_frames) * frame, pool_pages(config, videos=1)
-    kept, row = kept_by_block(config, sizes)
+    token, row = kept_by_block(config, sizes)
     hidden = tokens * model.dim * width
-    blocks = (model.num_layers + 1) * hidden + tokens * kept if settings.checkpoint else model.num_layers * tokens * kept + hidden
+    blocks = (model.num_layers + 1) * hidden + tokens * token if settings.checkpoint else model.num_layers * tokens * token + hidden
     text = model.num_layers * model.text_len * row
     feed_forward = tokens * (model.ffn_dim + model.dim) * width
     attention = tokens * model.dim * (6 * width + 4) + 2 * visible * frame * model.dim * width - tokens * model.ffn_dim * width
@@ -325,25 +333,25 @@ def _replay(config: Config, sizes: GeneratorSizes) -> int:
 
 
 def _decoder_cache(config: Config, sizes: GeneratorSizes) -> int:
-    """One video's causal cache: the last two input frames of every causal convolution."""
+    """Return the bytes of one video's causal cache: the last two input frames of every causal convolution."""
     pixels = config.video.latent_height * config.video.latent_width
     cached = sum(2 * conv.inputs * conv.spatial**2 for conv in decoder_convolutions(sizes.vae) if conv.cached)
     return itemsize(config.generator.vae_dtype) * pixels * cached
 
 
 def _decoding(config: Config, sizes: GeneratorSizes) -> int:
-    """The working set of decoding one video, `video.decode_frames` latent frames at a time."""
+    """Return the working set of decoding one video, `video.decode_frames` latent frames at a time."""
     return int(DECODING * _largest_window(config, sizes))
 
 
 def _largest_window(config: Config, sizes: GeneratorSizes) -> int:
-    """What the hungriest causal convolution reads, for one video: two frames of history and those of the call."""
+    """Return the largest input of a causal convolution, for one video: two frames of history and those of the call."""
     pixels, frames = config.video.latent_height * config.video.latent_width, config.video.decode_frames
     windows = (conv.inputs * conv.spatial**2 * (2 + frames * conv.temporal) for conv in decoder_convolutions(sizes.vae) if conv.cached)
     return itemsize(config.generator.vae_dtype) * pixels * max(windows)
 
 
 def _video(config: Config, sizes: GeneratorSizes) -> int:
-    """The frames of one video, float32."""
+    """Return the bytes of one video's frames, float32."""
     pixels = config.video.latent_height * config.video.latent_width * sizes.vae.spatial_factor**2
     return 4 * 3 * sizes.vae.pixel_frames(_shape(config, sizes).frames) * pixels

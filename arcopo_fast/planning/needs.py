@@ -1,4 +1,4 @@
-"""The needs of a recipe on this machine: packages, a GPU, files. Looks, downloads nothing and loads no weights."""
+"""The needs of a recipe on this machine: packages, a GPU, files. Nothing is downloaded and no weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "safetensors
 
 
 class Need(NamedTuple):
-    """A file or directory that a recipe's key asks for. source: as the recipe says it. files: what is needed of a directory."""
+    """A file or directory that a recipe's key asks for.
+
+    Attributes:
+        key: of the recipe.
+        source: as the recipe writes it.
+        files: names or patterns of what is needed of a directory.
+    """
 
     key: str
     source: str
@@ -31,21 +37,21 @@ class Need(NamedTuple):
 def needs(config: Config) -> list[Need]:
     """Return the files behind a recipe, but for what ships with the package and what a reward server has."""
     generator = config.generator
-    found = []
+    files_needed = []
     if generator.checkpoint != "toy" and not generator.checkpoint.startswith(UNTRAINED):
-        found.append(Need("generator.checkpoint", generator.checkpoint, []))
+        files_needed.append(Need("generator.checkpoint", generator.checkpoint, []))
     if generator.base:
-        found.append(Need("generator.base", generator.base, base_files(generator.base)))
+        files_needed.append(Need("generator.base", generator.base, base_files(generator.base)))
     if generator.lora:
-        found.append(Need("generator.lora", generator.lora, []))
+        files_needed.append(Need("generator.lora", generator.lora, []))
     if config.prompts not in ("toy", BENCH):
-        found.append(Need("prompts", config.prompts, []))
+        files_needed.append(Need("prompts", config.prompts, []))
     if config.extended_prompts:
-        found.append(Need("extended_prompts", config.extended_prompts, []))
+        files_needed.append(Need("extended_prompts", config.extended_prompts, []))
     for name in config.rewards:
         if name not in config.reward_servers.addresses:
-            found += [Need(f"rewards.{name}", source, list(files)) for source, files in reward_files(name)]
-    return found
+            files_needed += [Need(f"rewards.{name}", source, list(files)) for source, files in reward_files(name)]
+    return files_needed
 
 
 def environment() -> list[str]:
@@ -73,15 +79,15 @@ def examine(config: Config, *, verify: bool = False) -> tuple[list[str], bool]:
 
     verify: read every file whose checksum is known.
     """
-    lines, absent, damaged = [], 0, 0
-    seen: set[tuple[str, ...]] = set()
+    lines, missing, damaged = [], 0, 0
+    examined: set[tuple[str, ...]] = set()
     for need in needs(config):
-        if (need.source, *need.files) in seen:  # three rewards of one model need its files once
+        if (need.source, *need.files) in examined:  # three rewards of one model need its files once
             continue
-        seen.add((need.source, *need.files))
+        examined.add((need.source, *need.files))
         path = hub.local(need.source, need.files)
         if path is None:
-            absent += 1
+            missing += 1
             lines.append(f"missing  {need.key}: {hub.describe(need.source, need.files)}")
             continue
         try:
@@ -94,15 +100,15 @@ def examine(config: Config, *, verify: bool = False) -> tuple[list[str], bool]:
         damaged += len(bad)
         lines.append(f"{'found' if not bad else 'damaged':7}  {need.key}: {path}")
         lines += [f"         {file} is not what was published; get it again" for file in bad]
-    if not (absent or damaged):
+    if not (missing or damaged):
         try:
             check_fits(config)
         except UnreadableFile:
             pass  # what is in it, only a run or --verify looks at
         except UserError as error:
             return [*lines, f"misfit   {error}"], False
-    if absent or damaged:
-        lines.append(f"{absent} missing, {damaged} damaged; with a network, a run downloads what is missing by itself")
+    if missing or damaged:
+        lines.append(f"{missing} missing, {damaged} damaged; with a network, a run downloads what is missing by itself")
     else:
         lines.append("every file is here")
-    return lines, not (absent or damaged)
+    return lines, not (missing or damaged)

@@ -23,15 +23,18 @@ from arcopo_fast.rollout.engine import VideoShape
 
 DEVICES = (24.0, 40.0, 80.0, 141.0)
 """GB of the cards that a plan is made for where none is named and none is here."""
-MISSING = 0.01
+SHORTFALL = 0.01
 """Share by which cards fall short of their name."""
 
 
 class Passes(NamedTuple):
-    """What settings make a run do more than once: for a group and its updates, or, where a run on a buffer makes videos, for an evaluation.
+    """The work that settings make a run do in parts or twice: for a group and its updates, or, where a run on a buffer makes videos, for an
+    evaluation.
 
-    trips: of decoder and rewards between host and device. repeated: (anchor, step) pairs whose forward pass is done again for the gradient.
-    waves, slices, micro_batches: parts that the branches, the videos to decode and the updates are cut into.
+    Attributes:
+        trips: of decoder and rewards between host and device.
+        repeated: (anchor, step) pairs whose forward pass is done again for the gradient.
+        waves, slices, micro_batches: parts that the branches, the videos to decode and the updates are cut into.
     """
 
     trips: int
@@ -56,7 +59,13 @@ PASSES = ("trips of decoder and rewards", "forward passes repeated", "waves of b
 
 
 class Plan(NamedTuple):
-    """Settings, the memory they need, the passes they take, and the order that these give: see `Passes.cost`."""
+    """Settings and what they cost.
+
+    Attributes:
+        estimate: the memory that they need.
+        passes: that they take.
+        cost: by which plans are ordered, see `Passes.cost`.
+    """
 
     settings: Settings
     estimate: Estimate
@@ -77,9 +86,9 @@ def plan(config: Config, sizes: GeneratorSizes, device_bytes: int, *, reward_byt
 
 
 def _plan_of(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Plan:
-    """The configuration's own settings."""
-    needs, taken = estimate(config, sizes, reward_bytes=reward_bytes), passes(config, sizes)
-    return Plan(Settings.of(config), needs, taken, taken.cost(buffered=config.train.buffer is not None))
+    """Return the plan of the configuration's own settings."""
+    needs, repeats = estimate(config, sizes, reward_bytes=reward_bytes), passes(config, sizes)
+    return Plan(Settings.of(config), needs, repeats, repeats.cost(buffered=config.train.buffer is not None))
 
 
 def _plans(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> list[Plan]:
@@ -87,15 +96,15 @@ def _plans(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> list[Pla
 
 
 def _best(plans: Sequence[Plan], device_bytes: int) -> Plan:
-    fitting = [each for each in plans if each.estimate.peak <= device_bytes * (1 - MISSING)]
+    fitting = [candidate for candidate in plans if candidate.estimate.peak <= device_bytes * (1 - SHORTFALL)]
     if fitting:
-        return min(fitting, key=lambda each: (each.cost, each.estimate.peak))
-    least = min(plans, key=lambda each: each.estimate.peak).estimate
+        return min(fitting, key=lambda candidate: (candidate.cost, candidate.estimate.peak))
+    least = min(plans, key=lambda candidate: candidate.estimate.peak).estimate
     passing = {name for names in least.stages.values() for name in names} - set(least.stages[least.peak_stage])
     largest = max((name for name in least.components if name not in passing), key=least.components.__getitem__)
     raise UserError(
         f"nothing fits {device_bytes / GB:.3g} GB: with the most sparing settings the stage {least.peak_stage!r} needs "
-        f"{least.peak / GB / (1 - MISSING):.1f} GB, {least.components[largest] / GB:.1f} of it for {largest}; "
+        f"{least.peak / GB / (1 - SHORTFALL):.1f} GB, {least.components[largest] / GB:.1f} of it for {largest}; "
         "take a larger device or a smaller video"
     )
 
@@ -121,7 +130,7 @@ def passes(config: Config, sizes: GeneratorSizes) -> Passes:
 
 
 def dry_run(config: Config, devices: Sequence[float] = (), *, reward_bytes: int = 0) -> str:
-    """What `--dry-run` prints: the recipe as it stands, and the plan for each device.
+    """Return the text of `--dry-run`: the recipe as it stands, and the plan for each device.
 
     Args:
         devices: their GB; none: the GPU that is here, else `DEVICES`.
@@ -130,7 +139,7 @@ def dry_run(config: Config, devices: Sequence[float] = (), *, reward_bytes: int 
     check_fits(config)
     sizes = generator_sizes(config.generator.checkpoint, config.generator.base)
     if not devices and torch.cuda.is_available():
-        devices = [torch.cuda.get_device_properties(0).total_memory / GB / (1 - MISSING)]
+        devices = [torch.cuda.get_device_properties(0).total_memory / GB / (1 - SHORTFALL)]
     plans = _plans(config, sizes, reward_bytes)
     columns: dict[str, Plan | str] = {"as it stands": _plan_of(config, sizes, reward_bytes)}
     for device in devices or DEVICES:
@@ -143,14 +152,14 @@ def dry_run(config: Config, devices: Sequence[float] = (), *, reward_bytes: int 
 
 
 def over_plan(config: Config, allocated: int) -> str | None:
-    """What to say of a run that has allocated so many bytes at its peak: None, or by how much that is more than was predicted."""
+    """Return a warning if a run's peak of `allocated` bytes exceeds the estimate, else None."""
     needs = estimate(config, generator_sizes(config.generator.checkpoint, config.generator.base))
     predicted = needs.peak - CONTEXT
     if allocated <= predicted:
         return None
-    more = f"{(allocated - predicted) / GB:.1f} GB ({allocated / predicted - 1:.0%}) more than planned (the stage {needs.peak_stage!r})"
+    excess = f"{(allocated - predicted) / GB:.1f} GB ({allocated / predicted - 1:.0%}) more than planned (the stage {needs.peak_stage!r})"
     advice = "if memory runs out, take the settings that --dry-run gives for a smaller device"
-    return f"the run has allocated {allocated / GB:.1f} GB at its peak, {more}; {advice}"
+    return f"the run has allocated {allocated / GB:.1f} GB at its peak, {excess}; {advice}"
 
 
 def _heading(config: Config, sizes: GeneratorSizes) -> list[str]:
@@ -170,25 +179,25 @@ def _heading(config: Config, sizes: GeneratorSizes) -> list[str]:
 
 
 def _table(columns: dict[str, Plan | str]) -> list[str]:
-    plans = [each if isinstance(each, Plan) else None for each in columns.values()]
-    known = [each for each in plans if each is not None]
+    plans = [column if isinstance(column, Plan) else None for column in columns.values()]
+    fitting = [plan for plan in plans if plan is not None]
 
     def row(label: str, cell: Callable[[Plan], str]) -> str:
-        return f"{label:34}" + "".join(f"{'-' if each is None else cell(each):>14}" for each in plans)
+        return f"{label:34}" + "".join(f"{'-' if plan is None else cell(plan):>14}" for plan in plans)
 
     lines = [f"{'':34}" + "".join(f"{name:>14}" for name in columns)]
     for index, key in enumerate(SETTINGS):
-        lines.append(row(key, lambda each: str(each.settings[index]).lower()))  # noqa: B023, called at once
+        lines.append(row(key, lambda plan: str(plan.settings[index]).lower()))  # noqa: B023, called at once
     lines += ["", "Passes, each over a part of the work"]
     for index, name in enumerate(PASSES):
-        lines.append(row(f"  {name}", lambda each: str(each.passes[index])))  # noqa: B023
+        lines.append(row(f"  {name}", lambda plan: str(plan.passes[index])))  # noqa: B023
     lines += ["", "GB, at the worst pivot"]
-    for name in known[0].estimate.components:
-        lines.append(row(f"  {name}", lambda each: _gigabytes(each.estimate.components[name])))  # noqa: B023
+    for name in fitting[0].estimate.components:
+        lines.append(row(f"  {name}", lambda plan: _gigabytes(plan.estimate.components[name])))  # noqa: B023
     lines += ["", f"GB of the device by stage, with {SLACK:.0%} for the allocator and {CONTEXT / GB:.1f} for CUDA"]
-    for stage in known[0].estimate.stages:
-        lines.append(row(f"  {stage}", lambda each: _gigabytes(each.estimate.total(stage))))  # noqa: B023
-    return [*lines, row("peak", lambda each: _gigabytes(each.estimate.peak))]
+    for stage in fitting[0].estimate.stages:
+        lines.append(row(f"  {stage}", lambda plan: _gigabytes(plan.estimate.total(stage))))  # noqa: B023
+    return [*lines, row("peak", lambda plan: _gigabytes(plan.estimate.peak))]
 
 
 def _gigabytes(size: int) -> str:
@@ -196,7 +205,9 @@ def _gigabytes(size: int) -> str:
 
 
 def _advice(columns: dict[str, Plan | str]) -> list[str]:
-    (_, own), *devices = columns.items()
-    assert isinstance(own, Plan)
-    lines = [f"As it stands, it needs a device of {ceil(own.estimate.peak / GB / (1 - MISSING))} GB. For another, add to the command line:"]
-    return lines + [f"{name}: {each if isinstance(each, str) else ' '.join(each.settings.overrides())}" for name, each in devices]
+    (_, current), *devices = columns.items()
+    assert isinstance(current, Plan)
+    lines = [
+        f"As it stands, it needs a device of {ceil(current.estimate.peak / GB / (1 - SHORTFALL))} GB. For another, add to the command line:"
+    ]
+    return lines + [f"{name}: {plan if isinstance(plan, str) else ' '.join(plan.settings.overrides())}" for name, plan in devices]

@@ -1,4 +1,4 @@
-"""What an AR-CoPO iteration has to compute and move, counted from its sizes: for plans, a run's report and the benchmarks.
+"""The work of an AR-CoPO iteration, arithmetic and bytes moved, counted from its sizes: for plans, a run's report and the benchmarks.
 
 FLOP of matrix products and convolutions, a multiplication and an addition being two, as torch.utils.flop_counter counts them. Counted is
 what the algorithm needs, with what is shared computed once: one prefix, no clean pass after the last chunk, a clean pass up to the last
@@ -27,7 +27,12 @@ from arcopo_fast.rollout.engine import VideoShape
 
 @dataclass(frozen=True)
 class Work:
-    """FLOP by kind, and bytes of the passes between them."""
+    """An amount of work.
+
+    Attributes:
+        linear, self_attention, cross_attention, lora, vae: FLOP by kind.
+        traffic: bytes of the passes between them.
+    """
 
     linear: float = 0.0
     self_attention: float = 0.0
@@ -38,6 +43,7 @@ class Work:
 
     @property
     def flops(self) -> float:
+        """FLOP of all kinds."""
         return self.linear + self.self_attention + self.cross_attention + self.lora + self.vae
 
     def __add__(self, other: Work) -> Work:
@@ -48,7 +54,12 @@ class Work:
 
 
 class AttentionBackward(NamedTuple):
-    """FLOP of attention's backward pass over its forward's: of keys that are constants, and of keys that get gradient."""
+    """FLOP of attention's backward pass, in units of its forward's.
+
+    Attributes:
+        frozen: for keys that are constants.
+        trained: for keys that get gradient.
+    """
 
     frozen: float
     trained: float
@@ -114,13 +125,13 @@ def replay(config: Config, model: CausalWanConfig, frames: int, visible: int, ba
     once = forward(config, model, frames, visible)
     patch = model.in_channels * model.patch_size[1] * model.patch_size[2]
     unneeded = 2 * tokens * (patch * dim + 3 * dim**2) + 2 * (model.freq_dim * dim + dim**2 + 6 * dim**2)
-    own = frames / visible
-    first = config.lora.rank * sum(layer.inputs for layer in adapted_linears(config, model).values() if layer.source == "norm1")
+    own_share = frames / visible
+    first_inputs = config.lora.rank * sum(layer.inputs for layer in adapted_linears(config, model).values() if layer.source == "norm1")
     return Work(
         linear=2 * once.linear - unneeded,
-        self_attention=once.self_attention * (1 + own * backward.trained + (1 - own) * backward.frozen),
+        self_attention=once.self_attention * (1 + own_share * backward.trained + (1 - own_share) * backward.frozen),
         cross_attention=once.cross_attention * (1 + backward.trained),
-        lora=3 * once.lora - 2 * tokens * first,
+        lora=3 * once.lora - 2 * tokens * first_inputs,
         traffic=3 * once.traffic,
     )
 
@@ -137,14 +148,15 @@ def steps_of(config: Config, chunk: int) -> int:
 
 
 def decode(sizes: VAESizes, height: int, width: int, frames: int, *, start: bool = True) -> Work:
-    """`frames` latent frames of one video through the VAE's decoder; `start`: the first of them is the video's first."""
-    first = int(start and frames > 0)
-    return Work(vae=first * _decode_frame(sizes, height, width, True) + (frames - first) * _decode_frame(sizes, height, width, False))
+    """Count `frames` latent frames of one video through the VAE's decoder; `start`: the first of them is the video's first."""
+    alone = int(start and frames > 0)  # the first frame has a call of its own
+    return Work(vae=alone * _decode_frame(sizes, height, width, True) + (frames - alone) * _decode_frame(sizes, height, width, False))
 
 
 @cache
 def _decode_frame(sizes: VAESizes, height: int, width: int, first: bool) -> float:
-    """A video's first latent frame gives one pixel frame: no temporal upsampler, a convolution over 3 frames, has anything to do."""
+    """Count one latent frame. A video's first gives one pixel frame: no temporal upsampler, a convolution over 3 frames, has anything to
+    do."""
     pixels, top = height * width, decoder_convolutions(sizes)[0].outputs
     flops = 2.0 * pixels * sizes.z_dim**2 + 4 * pixels**2 * top  # the way in, and attention over the pixels of a frame
     for conv in decoder_convolutions(sizes):
@@ -158,31 +170,30 @@ def iteration(config: Config, model: CausalWanConfig, vae: VAESizes | None, pivo
     """Count the work of a group of AR-CoPO on its own rollouts, by stage; `pivot` counts from 0, without a `vae` nothing is decoded."""
     shape, objective, group = VideoShape.of(config.video, model.in_channels), config.objective, config.rollout.group_size
 
-    def chunks(first: int, last: int, clean: bool) -> Work:
-        """Count denoising, or the clean passes, of chunks [first, last) of one video."""
+    def chunks(start: int, stop: int, clean: bool) -> Work:
+        """Count denoising, or the clean passes, of chunks [start, stop) of one video."""
         total = Work()
-        for chunk in range(first, last):
+        for chunk in range(start, stop):
             once = forward(config, model, shape.chunk_frames[chunk], visible_frames(config, model, chunk), store_only=clean)
             total += once * (1 if clean else steps_of(config, chunk))
         return total
 
-    last = shape.chunks - 1
     frames, visible = shape.chunk_frames[pivot], visible_frames(config, model, pivot)
     items = objective_class(objective.kind).samples_per_update(objective, steps_of(config, pivot), group)
     prompts = -(-items // (objective.micro_batch or items))  # the prompt is encoded once for each micro-batch
     train = replay(config, model, frames, visible) * items + text(config, model, backward=True) * prompts
-    old = forward(config, model, frames, visible) * items + text(config, model) * prompts
+    old_policy = forward(config, model, frames, visible) * items + text(config, model) * prompts
     stages = {
         "prefix": chunks(0, pivot, False) + chunks(0, pivot, True),
         "denoise": chunks(pivot, shape.chunks, False) * group,
-        "clean": chunks(pivot, last, True) * group,
-        "replay": train * objective.updates + old * (objective.updates - 1),
+        "clean": chunks(pivot, shape.chunks - 1, True) * group,
+        "replay": train * objective.updates + old_policy * (objective.updates - 1),
         "optimizer": Work(traffic=ADAMW_PASSES * 4 * lora_parameters(config, model)) * objective.updates,
     }
     if vae is not None:
         before = sum(shape.chunk_frames[:pivot])
-        own = decode(vae, shape.height, shape.width, shape.frames - before, start=not pivot)
-        stages["decode"] = decode(vae, shape.height, shape.width, before) + own * group
+        tail = decode(vae, shape.height, shape.width, shape.frames - before, start=not pivot)
+        stages["decode"] = decode(vae, shape.height, shape.width, before) + tail * group
     return {name: work for name, work in stages.items() if work != Work()}
 
 
@@ -215,7 +226,7 @@ def lora_parameters(config: Config, model: CausalWanConfig) -> int:
 
 
 def _adapters(config: Config, layers: Iterable[Linear]) -> int:
-    """Parameters of the adapters of some layers; a row that goes through them takes one multiplication and one addition for each."""
+    """Count the parameters of some layers' adapters; a row that goes through them takes one multiplication and one addition for each."""
     return config.lora.rank * sum(layer.inputs + layer.outputs for layer in layers)
 
 

@@ -56,7 +56,15 @@ _TINT_FLAW = 0.04  # standard deviation of the tints over the background
 
 @dataclass(frozen=True)
 class Scene:
-    """What one video shows. Pixels, pixels a frame, radians; `start` is the (x, y) center in the first frame."""
+    """The content of one video.
+
+    Attributes:
+        shape, color, motion: named by the caption.
+        radius: in pixels.
+        start: center (x, y) in the first frame, in pixels.
+        speed: in pixels a frame.
+        tilt: in radians.
+    """
 
     shape: str
     color: str
@@ -68,16 +76,17 @@ class Scene:
 
     @property
     def caption(self) -> str:
+        """Sentence that describes the scene."""
         return caption_of(self.shape, self.color, self.motion)
 
 
 def caption_of(shape: str, color: str, motion: str) -> str:
-    """The sentence for one combination of attributes, such as "a red circle moving left"."""
+    """Return the sentence for one combination of attributes, such as "a red circle moving left"."""
     return f"a {color} {shape} moving {motion}"
 
 
 def attributes_of(caption: str) -> tuple[str, str, str]:
-    """(shape, color, motion) named by a caption; the inverse of `caption_of`. Raises ValueError for any other sentence."""
+    """Return (shape, color, motion) named by a caption; the inverse of `caption_of`. Raise `ValueError` for any other sentence."""
     words = caption.split()
     if len(words) == 5 and words[2] in SHAPES and words[1] in COLORS and words[4] in MOTIONS and words[::3] == ["a", "moving"]:
         return words[2], words[1], words[4]
@@ -85,12 +94,12 @@ def attributes_of(caption: str) -> tuple[str, str, str]:
 
 
 def all_captions() -> list[str]:
-    """Every caption, in a fixed order: shape varies slowest, motion fastest."""
+    """Return every caption, in a fixed order: shape varies slowest, motion fastest."""
     return [caption_of(shape, color, motion) for shape in SHAPES for color in COLORS for motion in MOTIONS]
 
 
 def pixel_frames(latent_frames: int) -> int:
-    """Number of pixel frames that `latent_frames` latent frames decode to."""
+    """Return the number of pixel frames that `latent_frames` latent frames decode to."""
     return 1 + TEMPORAL_RATIO * (latent_frames - 1)
 
 
@@ -163,12 +172,12 @@ def _uniform(n: int, generator: torch.Generator, low: float, high: float) -> Ten
 
 
 def _wandering(shape: tuple[int, int], latent_frames: int, generator: torch.Generator) -> Tensor:
-    """A flaw's course over a video, uniform in [0, 1] at every latent frame: [n, F, k]."""
+    """Return a flaw's course over a video, uniform in [0, 1] at every latent frame: [n, F, k]."""
     return torch.special.ndtr(_drifting(shape, latent_frames, generator, _FLAW_CORRELATION))
 
 
 def _drifting(shape: tuple[int, int], latent_frames: int, generator: torch.Generator, correlation: float) -> Tensor:
-    """Unit-variance values that drift in time: [n, F, k]. A first-order autoregression over latent frames, linear in between."""
+    """Return unit-variance values that drift in time: [n, F, k]. A first-order autoregression over latent frames, linear in between."""
     innovation = torch.randn(latent_frames, *shape, generator=generator)
     keyframes = [innovation[0]]
     for noise in innovation[1:]:
@@ -178,7 +187,7 @@ def _drifting(shape: tuple[int, int], latent_frames: int, generator: torch.Gener
 
 
 def _background(n: int, latent_frames: int, generator: torch.Generator, flaws: float) -> Tensor:
-    """Dark, weakly tinted, smooth in space and time: [n, F, 3, 64, 64]."""
+    """Return a dark, weakly tinted background, smooth in space and time: [n, F, 3, 64, 64]."""
     frame_count = pixel_frames(latent_frames)
     level = _uniform(n, generator, 0.16, 0.32)[:, None, None, None, None]
 
@@ -194,7 +203,8 @@ def _background(n: int, latent_frames: int, generator: torch.Generator, flaws: f
 
 
 def _coverage(shapes: Sequence[str], center: Tensor, radius: Tensor, tilt: Tensor, width: Tensor) -> Tensor:
-    """How much of each pixel lies inside the outline: [n, F, 64, 64]. The outline is a ramp `width` pixels wide; 1 is anti-aliasing.
+    """Return the share of each pixel that lies inside the outline: [n, F, 64, 64]. The outline is a ramp `width` pixels wide; 1 is
+    anti-aliasing.
 
     center [n, F, 2], radius [n, F], tilt [n], width [n, F].
     """
@@ -213,7 +223,8 @@ def _coverage(shapes: Sequence[str], center: Tensor, radius: Tensor, tilt: Tenso
 
 
 def outline_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Signed distance to the outline of an upright shape at the origin, negative inside; exact along the edges, not round corners.
+    """Return the signed distance to the outline of an upright shape at the origin, negative inside; exact along the edges, not round
+    corners.
 
     The sizes give the four shapes similar areas for one radius.
     """
@@ -224,6 +235,6 @@ def outline_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor
     if shape == "triangle":
         return torch.maximum(y, math.sqrt(0.75) * x.abs() - 0.5 * y) - 0.66 * radius
     if shape == "cross":
-        long, short = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
-        return torch.maximum(long - 1.1 * radius, short - 0.38 * radius)
+        along, across = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+        return torch.maximum(along - 1.1 * radius, across - 0.38 * radius)
     raise ValueError(f"unknown shape {shape!r}; the shapes are {', '.join(SHAPES)}")

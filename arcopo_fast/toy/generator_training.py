@@ -1,4 +1,4 @@
-"""From clean latents to a few-step causal generator, on a CPU: a flow-matching teacher with teacher forcing, then distillation.
+"""Training of a few-step causal generator from clean latents, on a CPU: a flow-matching teacher with teacher forcing, then distillation.
 
 The teacher learns v = eps - x0 for one chunk given the clean chunks before it, sometimes without its text. The student starts from the
 teacher's weights. It makes videos with its own few steps; at every chunk the teacher, shown the same context, integrates the flow from the
@@ -32,7 +32,15 @@ Log = Callable[[dict[str, float | str]], None]
 
 
 class Course(NamedTuple):
-    """How long a generator is trained, on how many videos at once, at which largest learning rate, and who is told."""
+    """The plan of a training.
+
+    Attributes:
+        steps: of the optimizer.
+        batch: videos in a step.
+        lr: the largest learning rate.
+        seed: of all draws.
+        log: receives a record now and then.
+    """
 
     steps: int
     batch: int
@@ -45,7 +53,7 @@ class Learner:
     """A model in training and the exponential moving average of its weights.
 
     Args:
-        decay: the largest of the average.
+        decay: the largest decay of the average.
     """
 
     def __init__(self, model: CausalWan, course: Course, *, weight_decay: float, decay: float) -> None:
@@ -54,30 +62,30 @@ class Learner:
         self.course = course
         self.decay = decay
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=course.lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-        self.done = 0
+        self.steps_done = 0
         self.started = time.monotonic()
 
     def step(self, loss: Tensor) -> None:
         """Follow the gradient of a loss, clipped, at the learning rate of the schedule."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.course.lr * cosine(self.done, self.course.steps)
+            group["lr"] = self.course.lr * cosine(self.steps_done, self.course.steps)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        decay = min(self.decay, (self.done + 1) / (self.done + 10))
+        decay = min(self.decay, (self.steps_done + 1) / (self.steps_done + 10))
         for mean, parameter in zip(self.average.parameters(), self.model.parameters()):
             mean.lerp_(parameter.detach(), 1 - decay)
-        self.done += 1
+        self.steps_done += 1
 
     def log(self, stage: str, values: dict[str, float]) -> None:
-        """Tell of every 50th step, and of the last."""
-        if self.done % 50 == 0 or self.done == self.course.steps:
-            self.course.log({"stage": stage, "step": self.done, **values, "seconds": time.monotonic() - self.started})
+        """Log every 50th step, and the last."""
+        if self.steps_done % 50 == 0 or self.steps_done == self.course.steps:
+            self.course.log({"stage": stage, "step": self.steps_done, **values, "seconds": time.monotonic() - self.started})
 
 
 class TeacherForcing(ChunkContext):
-    """Context of a batch of 2B rows, [noisy; clean]: both see the clean rows of the earlier chunks, with gradient."""
+    """The context of a batch of 2B rows, [noisy; clean]: both see the clean rows of the earlier chunks, with gradient."""
 
     keep = True
 
@@ -103,7 +111,8 @@ class TeacherForcing(ChunkContext):
 def flow_matching_loss(
     model: CausalWan, latents: Tensor, text: Tensor, chunk_frames: tuple[int, ...], shift: float, random: torch.Generator
 ) -> Tensor:
-    """Mean squared error of the predicted flow over all chunks; latents [B, F, C, h, w] normalized, text [B, length, text_dim]."""
+    """Return the mean squared error of the flow predicted for all chunks of latents [B, F, C, h, w], normalized, and text [B, length,
+    text_dim]."""
     batch = latents.shape[0]
     context = TeacherForcing(model.config.num_layers)
     encoded = model.encode_text(torch.cat([text, text]))
@@ -115,20 +124,20 @@ def flow_matching_loss(
         scale = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - scale) * clean + scale * noise
         timestep = torch.cat([1000 * sigma, torch.zeros(batch)])[:, None]
-        seen = clean + CONTEXT_NOISE * torch.randn(clean.shape, generator=random)
-        flow = model(torch.cat([noisy, seen]), timestep, encoded, context)
+        context_rows = clean + CONTEXT_NOISE * torch.randn(clean.shape, generator=random)
+        flow = model(torch.cat([noisy, context_rows]), timestep, encoded, context)
         losses.append((flow[:batch] - (noise - clean)).square().mean())
         context.advance(clean.shape[1])
     return torch.stack(losses).mean()
 
 
 def cosine(step: int, steps: int) -> float:
-    """Learning-rate factor: linear warm-up, cosine to 2 %."""
+    """Return the learning-rate factor of a step: linear warm-up, cosine to 2 %."""
     return min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def batches(latents: Tensor, text: Tensor, size: int, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless shuffled batches."""
+    """Yield endless shuffled batches."""
     while True:
         for index in torch.randperm(len(latents), generator=random).split(size):
             if len(index) == size:
@@ -153,11 +162,11 @@ def train_teacher(
 
 
 class GuidedTeacher:
-    """Samples chunks by the flow's ODE with classifier-free guidance; with and without text it has a cache of its own.
+    """A sampler of chunks by the flow's ODE with classifier-free guidance; with and without text it has a cache of its own.
 
     Args:
         steps, shift: of its ODE.
-        batch: videos that are made at once.
+        batch: number of videos that are made at once.
     """
 
     def __init__(self, model: CausalWan, shape: VideoShape, steps: int, shift: float, guidance: float, batch: int) -> None:
@@ -172,13 +181,14 @@ class GuidedTeacher:
         self.states = [self.engine.start(text), self.engine.start(torch.zeros_like(text))]
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Return the next chunk, [B, frames, C, h, w], from its initial noise."""
+        """Return the next chunk, [B, F, C, h, w], from its initial noise."""
         contexts = [state.cache.context(state.frame, noise.shape[1], keep=False) for state in self.states]
         x, steps = noise, self.engine.steps
         for step, (timestep, sigma) in enumerate(zip(steps.timesteps, steps.sigmas)):
             times = torch.full((len(x),), timestep), torch.full((len(x),), sigma)
-            told, untold = (predict(self.model, x, *times, state.text, context) for state, context in zip(self.states, contexts))
-            clean = untold + self.guidance * (told - untold)
+            predictions = [predict(self.model, x, *times, state.text, context) for state, context in zip(self.states, contexts)]
+            with_text, without_text = predictions
+            clean = without_text + self.guidance * (with_text - without_text)
             x = next_input(StepRule("ode"), x, clean, sigma, steps.next_sigma(step), None)
         return clean
 
@@ -193,7 +203,7 @@ class GuidedTeacher:
             state.cache.release()
 
 
-def distil(teacher: GuidedTeacher, text: Tensor, shape: VideoShape, sampler: SamplerConfig, course: Course) -> CausalWan:
+def distill(teacher: GuidedTeacher, text: Tensor, shape: VideoShape, sampler: SamplerConfig, course: Course) -> CausalWan:
     """Train a few-step student of `teacher`, and return the exponential moving average of its weights.
 
     One step is one chunk of `course.batch` videos. text: the prompts to draw from, [N, length, text_dim].
@@ -202,7 +212,7 @@ def distil(teacher: GuidedTeacher, text: Tensor, shape: VideoShape, sampler: Sam
     student = copy.deepcopy(teacher.model).requires_grad_(True)
     learner = Learner(student, course, weight_decay=0.0, decay=0.99)
     engine = Engine(student, shape, sampler, CacheConfig(), pages=course.batch * shape.frames)
-    while learner.done < course.steps:
+    while learner.steps_done < course.steps:
         prompts = text[torch.randint(len(text), (course.batch,), generator=random)]
         with torch.no_grad():
             videos = engine.start(prompts)
@@ -211,14 +221,14 @@ def distil(teacher: GuidedTeacher, text: Tensor, shape: VideoShape, sampler: Sam
             noise = torch.randn(course.batch, *shape.chunk(chunk), generator=random)
             with torch.no_grad():
                 target = teacher.sample(noise)
-            made, losses = imitate(engine, videos, prompts, noise, target, random)
+            chunk_latents, losses = imitate(engine, videos, prompts, noise, target, random)
             learner.step(torch.stack(losses).sum())
             last = chunk == shape.chunks - 1
             with torch.no_grad():
-                engine.append(videos, made, timestep=engine.context_noise, last=last)
-                teacher.append(made, last=last)
+                engine.append(videos, chunk_latents, timestep=engine.context_noise, last=last)
+                teacher.append(chunk_latents, last=last)
             learner.log("distil", {f"loss_step{index + 1}": loss.item() for index, loss in enumerate(losses)})
-            if learner.done == course.steps:
+            if learner.steps_done == course.steps:
                 break
         videos.cache.release()
         teacher.release()

@@ -31,7 +31,7 @@ CLASSIFIER_FILE_NAME = "caption_classifier.safetensors"
 
 
 class ShapeFidelity(Reward):
-    """How well the best match of the caption's shape, over positions and sizes, correlates with each frame; mean over frames."""
+    """Correlation of each frame with the best match of the caption's shape, over positions and sizes; mean over frames."""
 
     scores = ("shape_fidelity",)
     frame_stride = 4
@@ -52,7 +52,7 @@ class ShapeFidelity(Reward):
         return score.clamp(0, 1)
 
     def _best_correlation(self, images: Tensor, shape: str) -> Tensor:
-        """Largest normalized cross-correlation of each image [B, H, W] with the shape at any position and size: [B]."""
+        """Return the largest normalized cross-correlation of each image [B, H, W] with the shape at any position and size: [B]."""
         pixel = torch.arange(self._window, dtype=torch.float32) - (self._window - 1) / 2
         y, x = torch.meshgrid(pixel, pixel, indexing="ij")
         drop = 0.3 if shape == "triangle" else 0.0  # a triangle's bounding box is not centered on its centroid
@@ -92,7 +92,7 @@ class TemporalCoherence(Reward):
 
 
 class CaptionClassifier(nn.Module):
-    """Names color, shape and motion from the first, the middle and the last frame. 75 k parameters."""
+    """A network that names color, shape and motion from the first, the middle and the last frame. 75 k parameters."""
 
     heads = (data.SHAPES, tuple(data.COLORS), tuple(data.MOTIONS))
 
@@ -107,18 +107,18 @@ class CaptionClassifier(nn.Module):
 
     @staticmethod
     def select(frames: Tensor) -> Tensor:
-        """The three frames that are looked at: [N, F, 3, 64, 64] -> [N, 9, 64, 64]."""
-        last = frames.shape[1] - 1
-        return frames[:, [0, last // 2, last]].flatten(1, 2)
+        """Return the three frames that are looked at: [N, F, 3, 64, 64] -> [N, 9, 64, 64]."""
+        final = frames.shape[1] - 1
+        return frames[:, [0, final // 2, final]].flatten(1, 2)
 
     def forward(self, stills: Tensor) -> tuple[Tensor, ...]:
-        """Logits of shape, color and motion, each [N, classes], for stills [N, 9, 64, 64] in [0, 1]."""
+        """Return logits of shape, color and motion, each [N, classes], for stills [N, 9, 64, 64] in [0, 1]."""
         logits = self.logits(self.features(stills * 2 - 1))
         return logits.split([len(head) for head in self.heads], dim=1)
 
     @classmethod
     def labels(cls, captions: list[str]) -> Tensor:
-        """Class indices [N, 3] (shape, color, motion) of captions."""
+        """Return the class indices [N, 3] (shape, color, motion) of captions."""
         rows = [[head.index(name) for head, name in zip(cls.heads, data.attributes_of(caption), strict=True)] for caption in captions]
         return torch.tensor(rows)
 
@@ -153,12 +153,12 @@ class CaptionAccuracy(Reward):
     @torch.no_grad()
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
         stills = self.classifier.select(frames).to(next(self.classifier.parameters()).device)
-        named = torch.stack([logits.argmax(1) for logits in self.classifier(stills)], dim=1)
-        return (named == self.classifier.labels(prompts).to(named.device)).float().mean(1)
+        answers = torch.stack([logits.argmax(1) for logits in self.classifier(stills)], dim=1)
+        return (answers == self.classifier.labels(prompts).to(answers.device)).float().mean(1)
 
 
 def held_out(directory: str | Path) -> dict[str, Reward]:
-    """The three measures by name; the classifier is read from `directory`."""
+    """Return the three measures by name; the classifier is read from `directory`."""
     measures: tuple[Reward, ...] = (ShapeFidelity(), TemporalCoherence(), CaptionAccuracy(CaptionClassifier.from_pretrained(directory)))
     return {name: measure for measure in measures for name in measure.scores}
 
@@ -219,7 +219,7 @@ def train_classifier(
 
 @torch.no_grad()
 def _pool(videos: int, vae: AutoencoderKLWan | None, generator: torch.Generator, *, reconstructed_share: float) -> tuple[Tensor, Tensor]:
-    """Stills [N, 9, 64, 64] fp16 and labels [N, 3] of videos of several lengths."""
+    """Return stills [N, 9, 64, 64] fp16 and labels [N, 3] of videos of several lengths."""
     from arcopo_fast.toy.vae_training import decode, encode  # and with it diffusers, which only the training of the classifier needs
 
     stills, captions = [], []
@@ -235,7 +235,7 @@ def _pool(videos: int, vae: AutoencoderKLWan | None, generator: torch.Generator,
 
 
 def _augment(stills: Tensor, generator: torch.Generator) -> Tensor:
-    """The same random shift, blur, brightness, contrast and amount of noise for the three pictures of a video."""
+    """Apply the same random shift, blur, brightness, contrast and amount of noise to the three pictures of a video."""
     n = len(stills)
     shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
     reach = 3

@@ -26,7 +26,7 @@ from arcopo_fast.rollout.engine import VideoShape
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.storage.atomic import atomic_path, atomic_write
 from arcopo_fast.toy import data
-from arcopo_fast.toy.generator_training import Course, GuidedTeacher, Log, distil, train_teacher
+from arcopo_fast.toy.generator_training import Course, GuidedTeacher, Log, distill, train_teacher
 from arcopo_fast.toy.metrics import CLASSIFIER_FILE_NAME, train_classifier
 from arcopo_fast.toy.text import ToyTextEncoder
 from arcopo_fast.toy.vae_training import encode, load_vae, train_vae
@@ -47,7 +47,7 @@ SAMPLER = SamplerConfig(steps=[1000, 350, 200, 100], warp=False, shift=1.0)
 
 
 class Sizes:
-    """How much of everything; `quick` only shows that it runs."""
+    """Steps and videos of every stage; `quick` only shows that it runs."""
 
     def __init__(self, quick: bool) -> None:
         self.vae_steps = 20 if quick else 3000
@@ -56,7 +56,7 @@ class Sizes:
         self.classifier_videos = 64 if quick else 3072
         self.videos = 64 if quick else 4096
         self.teacher_steps = 4 if quick else 4200
-        self.distil_steps = 8 if quick else 360
+        self.distill_steps = 8 if quick else 360
         self.guided_steps = 4 if quick else 12
         self.batch = 4 if quick else 16
 
@@ -133,10 +133,9 @@ def generator(directory: Path, sizes: Sizes, vae: Any, text: ToyTextEncoder, see
     course = Course(sizes.teacher_steps, sizes.batch, lr=2e-3, seed=seed + 2, log=log)
     teacher = stage(directory, "teacher", model, lambda: train_teacher(model, latents, prompts, SHAPE.chunk_frames, course, shift=3.0))
     guided = GuidedTeacher(teacher, SHAPE, steps=sizes.guided_steps, shift=2.0, guidance=2.0, batch=sizes.batch)
-    again = Course(sizes.distil_steps, sizes.batch, lr=1e-3, seed=seed + 3, log=log)
-    return stage(
-        directory, "transformer", initialize(GENERATOR, seed), lambda: distil(guided, text(data.all_captions()), SHAPE, SAMPLER, again)
-    )
+    distillation = Course(sizes.distill_steps, sizes.batch, lr=1e-3, seed=seed + 3, log=log)
+    student, texts = initialize(GENERATOR, seed), text(data.all_captions())
+    return stage(directory, "transformer", student, lambda: distill(guided, texts, SHAPE, SAMPLER, distillation))
 
 
 def pretrain(directory: Path, *, quick: bool, seed: int) -> dict[str, Any]:
@@ -162,6 +161,7 @@ def pretrain(directory: Path, *, quick: bool, seed: int) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m arcopo_fast.toy.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/toy-checkpoint"))
     parser.add_argument("--quick", action="store_true", help="a few steps of every stage, to see that it runs (a minute)")

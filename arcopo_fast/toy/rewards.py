@@ -23,7 +23,7 @@ _TINY = 1e-4
 
 @dataclass(frozen=True)
 class _View:
-    """What the rewards see of N videos of F frames."""
+    """The rewards' view of N videos of F frames."""
 
     chroma: Tensor  # [N, F, 2, H, W], zero for gray
     luminance: Tensor  # [N, F, H, W]
@@ -59,7 +59,7 @@ def _look(frames: Tensor) -> _View:
 
 
 def _ramp(value: Tensor, low: float, high: float) -> Tensor:
-    """0 below `low`, 1 above `high`, smooth in between."""
+    """Return 0 below `low`, 1 above `high`, smooth in between."""
     t = ((value - low) / (high - low)).clamp(0, 1)
     return t * t * (3 - 2 * t)
 
@@ -69,14 +69,14 @@ def _bell(value: Tensor, width: float) -> Tensor:
 
 
 def _together(*components: Tensor) -> Tensor:
-    """Geometric mean of scores in [0, 1]: one bad component spoils the whole, but never hides progress in the others."""
+    """Return the geometric mean of scores in [0, 1]: one bad component spoils the total, but never hides progress in the others."""
     floor = 0.05
     logs = [(floor + (1 - floor) * component).log() for component in components]
     return ((torch.stack(logs).mean(0).exp() - floor) / (1 - floor)).clamp(0, 1)
 
 
 def _line(track: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares straight line through a track [N, F, k]: slope for each frame [N, k] and residual [N, F, k]."""
+    """Fit a straight line through a track [N, F, k] by least squares; return its slope for each frame [N, k] and the residual [N, F, k]."""
     frame_count = track.shape[1]
     time = torch.arange(frame_count, dtype=track.dtype, device=track.device) - 0.5 * (frame_count - 1)
     centered = track - track.mean(1, keepdim=True)
@@ -85,12 +85,12 @@ def _line(track: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _acceleration(track: Tensor) -> Tensor:
-    """Second differences over time of [N, F, ...]; zero where there are fewer than three frames."""
+    """Return second differences over time of [N, F, ...]; zero where there are fewer than three frames."""
     return track.diff(n=2, dim=1) if track.shape[1] > 2 else torch.zeros_like(track)
 
 
 class VisualQuality(Reward):
-    """Is each frame clean: one compact shape with a crisp outline, one color inside, and a calm background."""
+    """Quality of each frame: one compact shape with a crisp outline, one color inside, and a calm background."""
 
     scores = ("toy_vq",)
 
@@ -118,12 +118,13 @@ class VisualQuality(Reward):
 
 
 def _grain(luminance: Tensor) -> Tensor:
-    """Squared deviation of each pixel from the mean of its 3 x 3 neighborhood: [N, F, H, W]."""
+    """Return the squared deviation of each pixel from the mean of its 3 x 3 neighborhood: [N, F, H, W]."""
     return (luminance - F.avg_pool2d(luminance, 3, stride=1, padding=1, count_include_pad=False)).square()
 
 
 class MotionQuality(Reward):
-    """Does the shape move as one solid thing: straight, at a constant visible speed, of one size and color, without flicker."""
+    """Quality of the motion: the shape moves as one solid thing, straight, at a constant visible speed, of one size and color, without
+    flicker."""
 
     scores = ("toy_mq",)
 
@@ -149,7 +150,7 @@ class MotionQuality(Reward):
 
 
 class TextAlignment(Reward):
-    """Does the video show the color, the shape and the motion that its caption names."""
+    """Agreement with the caption: the video shows the color, the shape and the motion that it names."""
 
     scores = ("toy_ta",)
 
@@ -183,7 +184,7 @@ _HALF_WIDTH = 1.2  # of the sampled window, in units of the square root of the s
 
 
 def _template_overlap(view: _View) -> Tensor:
-    """Soft intersection over union of the video's average shape, brought to unit area, with each template: [N, shapes]."""
+    """Return the soft intersection over union of the video's average shape, at unit area, with each template: [N, shapes]."""
     n, frame_count, height, width = view.mask.shape
     line = torch.linspace(-_HALF_WIDTH, _HALF_WIDTH, _GRID, device=view.mask.device)
     offset = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)  # [G, G, 2] as (x, y)
@@ -195,13 +196,13 @@ def _template_overlap(view: _View) -> Tensor:
     average = (window * weight[..., None, None]).sum(1) / weight.sum(1)[:, None, None]  # [N, G, G]
 
     templates = _templates().to(view.mask.device)  # [shapes, tilts, G, G]
-    both = torch.minimum(average[:, None, None], templates).sum(dim=(3, 4))
-    either = torch.maximum(average[:, None, None], templates).sum(dim=(3, 4))
-    return (both / either).amax(2)
+    intersection = torch.minimum(average[:, None, None], templates).sum(dim=(3, 4))
+    union = torch.maximum(average[:, None, None], templates).sum(dim=(3, 4))
+    return (intersection / union).amax(2)
 
 
 def _templates() -> Tensor:
-    """Each shape at unit area and at three tilts, centered on its centroid: [shapes, 3, G, G]."""
+    """Return each shape at unit area and at three tilts, centered on its centroid: [shapes, 3, G, G]."""
     line = torch.linspace(-_HALF_WIDTH, _HALF_WIDTH, _GRID)
     grid_y, grid_x = torch.meshgrid(line, line, indexing="ij")
     softness = 0.08  # about one pixel of a shape of 150 pixels

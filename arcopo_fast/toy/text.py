@@ -24,7 +24,7 @@ TEXT_LEN = 8
 
 
 class ToyTextEncoder:
-    """Looks words up in `table` [len(vocabulary), text_dim] fp32.
+    """A text encoder that looks words up in `table` [len(vocabulary), text_dim] fp32.
 
     Attributes:
         vocabulary: the known words, in the order of the table's rows.
@@ -43,7 +43,7 @@ class ToyTextEncoder:
 
     @classmethod
     def for_captions(cls, captions: Sequence[str], *, text_dim: int = TEXT_DIM, text_len: int = TEXT_LEN, seed: int = 0) -> ToyTextEncoder:
-        """A new encoder for every word of `captions`: orthogonal rows with a mean square of 1."""
+        """Return a new encoder for every word of `captions`: orthogonal rows with a mean square of 1."""
         vocabulary = sorted({word for caption in captions for word in caption.split()})
         if len(vocabulary) > text_dim:
             raise ValueError(f"{len(vocabulary)} words do not fit into {text_dim} orthogonal rows")
@@ -52,7 +52,7 @@ class ToyTextEncoder:
         return cls(vocabulary, orthogonal.half().float(), text_len=text_len)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Embed prompts: [B, text_len, text_dim] fp32; rows beyond a prompt's words are exactly 0.
+        """Return the embeddings of prompts: [B, text_len, text_dim] fp32; rows beyond a prompt's words are exactly 0.
 
         Raises:
             UserError: a word that is not in the vocabulary, or more words than rows.
@@ -71,7 +71,7 @@ class ToyTextEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the vocabulary, the table and the number of rows."""
+        """Digest of the vocabulary, the table and the number of rows."""
         about = json.dumps([self.vocabulary, self.text_len, list(self.table.shape)])
         return digest(about.encode() + self.table.contiguous().numpy().tobytes())
 

@@ -1,4 +1,4 @@
-"""Trains the toy world's VAE: a real `AutoencoderKLWan`, only narrow, 64 x 64 pixels to 16 channels of 8 x 8, four frames to one.
+"""Training of the toy world's VAE: a real `AutoencoderKLWan`, only narrow, 64 x 64 pixels to 16 channels of 8 x 8, four frames to one.
 
 As in the Wan 2.2 VAE the first spatial halving is the patchify (`patch_size=2`) and the blocks carry averaging shortcuts (`is_residual`),
 with which a few hundred steps reach what the plain blocks need thousands for. The two other halvings also halve time.
@@ -37,7 +37,7 @@ SHAPE_WEIGHT = 8.0
 
 
 def new_vae() -> AutoencoderKLWan:
-    """The untrained VAE: 0.70 M parameters, 1.4 MB in fp16."""
+    """Return the untrained VAE: 0.70 M parameters, 1.4 MB in fp16."""
     vae = AutoencoderKLWan(
         base_dim=16,
         z_dim=Z_DIM,
@@ -58,20 +58,20 @@ def new_vae() -> AutoencoderKLWan:
 
 
 def load_vae(directory: str | Path) -> AutoencoderKLWan:
-    """The saved VAE in fp32, frozen, in eval mode, with its 3-d convolutions in the memory format that is fastest on a CPU."""
+    """Load the saved VAE in fp32, frozen, in eval mode, with its 3-d convolutions in the memory format that is fastest on a CPU."""
     vae = AutoencoderKLWan.from_pretrained(directory, torch_dtype=torch.float32)
     return channels_last(vae).eval().requires_grad_(False)
 
 
 def encode(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
-    """Normalized latents (posterior mode) of videos: frames [N, F, 3, H, W] fp32 in [0, 1] -> [N, 1 + (F - 1) / 4, C, H / 8, W / 8]."""
+    """Return normalized latents (posterior mode) of frames [N, F, 3, H, W] fp32 in [0, 1] -> [N, 1 + (F - 1) / 4, C, H / 8, W / 8]."""
     mean, _ = _moments(vae, frames)
     shift, scale = _normalization(vae)
     return ((mean - shift) / scale).transpose(1, 2)
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Videos of normalized latents: [N, L, C, h, w] -> frames [N, 1 + 4 * (L - 1), 3, 8 h, 8 w] fp32 in [0, 1]."""
+    """Return the videos of normalized latents: [N, F, C, h, w] -> frames [N, 1 + 4 * (F - 1), 3, 8 h, 8 w] fp32 in [0, 1]."""
     shift, scale = _normalization(vae)
     return _reconstruct(vae, latents.transpose(1, 2) * scale + shift).clamp(0, 1)
 
@@ -115,10 +115,10 @@ def _train_phase(
     records: list[dict[str, float]],
     log: Callable[[str], None],
 ) -> None:
-    """AdamW with a cosine of its own; appends to `records`, which go on counting steps."""
+    """Train with AdamW and a cosine of its own; append to `records`, which go on counting steps."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps))
-    done, began = (int(records[-1]["step"]) + 1 if records else 0), time.monotonic()
+    former_steps, began = (int(records[-1]["step"]) + 1 if records else 0), time.monotonic()
     for step in range(steps):
         frames, _, _ = data.sample(*batches[step % len(batches)], generator)
         mean, log_variance = _moments(vae, frames)
@@ -131,13 +131,13 @@ def _train_phase(
         schedule.step()
         if step % 25 == 0 or step == steps - 1:
             values = {name: float(value.detach()) for name, value in terms.items()}
-            records.append({"step": done + step, **values, "seconds": round(time.monotonic() - began, 2)})
+            records.append({"step": former_steps + step, **values, "seconds": round(time.monotonic() - began, 2)})
             log(" ".join(f"{name} {value:.4g}" for name, value in records[-1].items()))
 
 
 @torch.no_grad()
 def evaluate_vae(vae: AutoencoderKLWan, generator: torch.Generator, *, videos: int = 256) -> dict[str, float]:
-    """Reconstruction quality and the geometry of the latents on freshly drawn videos.
+    """Measure reconstruction quality and the geometry of the latents on freshly drawn videos.
 
     Returns:
         `psnr` (dB over all pixels), `psnr_shape` (dB over saturated pixels), `psnr_last_frames` (dB over the last four frames: does the
@@ -173,7 +173,7 @@ def evaluate_vae(vae: AutoencoderKLWan, generator: torch.Generator, *, videos: i
 
 
 def participation_ratio(rows: Tensor) -> float:
-    """Effective dimension (sum of eigenvalues)^2 / (sum of their squares) of the covariance of `rows` [n, d]."""
+    """Return the effective dimension (sum of eigenvalues)^2 / (sum of their squares) of the covariance of `rows` [n, d]."""
     centered = rows - rows.mean(0)
     # Rows' and columns' products have the same non-zero eigenvalues; take the smaller matrix.
     gram = centered @ centered.T if rows.shape[0] < rows.shape[1] else centered.T @ centered
@@ -191,28 +191,29 @@ def _normalization(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
 
 
 def _moments(vae: AutoencoderKLWan, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of the posterior, each [N, C, L, h, w]."""
+    """Return mean and log-variance of the posterior, each [N, C, F, h, w]."""
     pixels = patchify(frames.transpose(1, 2) * 2 - 1, vae.config["patch_size"])
     vae.clear_cache()
-    first = vae.encoder(pixels[:, :, :1], feat_cache=vae._enc_feat_map, feat_idx=[0])
-    rest = [vae.encoder(pixels[:, :, 1:], feat_cache=vae._enc_feat_map, feat_idx=[0])] if pixels.shape[2] > 1 else []
+    first_frame = vae.encoder(pixels[:, :, :1], feat_cache=vae._enc_feat_map, feat_idx=[0])
+    more_frames = [vae.encoder(pixels[:, :, 1:], feat_cache=vae._enc_feat_map, feat_idx=[0])] if pixels.shape[2] > 1 else []
     vae.clear_cache()
-    mean, log_variance = vae.quant_conv(torch.cat([first, *rest], dim=2)).chunk(2, dim=1)
+    mean, log_variance = vae.quant_conv(torch.cat([first_frame, *more_frames], dim=2)).chunk(2, dim=1)
     return mean, log_variance.clamp(-30, 20)
 
 
 def _reconstruct(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Frames in about [0, 1], not clamped, [N, F, 3, H, W], of raw latents [N, C, L, h, w]."""
+    """Return frames in about [0, 1], not clamped, [N, F, 3, H, W], of raw latents [N, C, F, h, w]."""
     hidden = vae.post_quant_conv(latents)
     vae.clear_cache()
-    first = vae.decoder(hidden[:, :, :1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=True)
-    rest = [vae.decoder(hidden[:, :, 1:], feat_cache=vae._feat_map, feat_idx=[0])] if hidden.shape[2] > 1 else []
+    first_frame = vae.decoder(hidden[:, :, :1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=True)
+    more_frames = [vae.decoder(hidden[:, :, 1:], feat_cache=vae._feat_map, feat_idx=[0])] if hidden.shape[2] > 1 else []
     vae.clear_cache()
-    return unpatchify(torch.cat([first, *rest], dim=2), vae.config["patch_size"]).transpose(1, 2) * 0.5 + 0.5
+    return unpatchify(torch.cat([first_frame, *more_frames], dim=2), vae.config["patch_size"]).transpose(1, 2) * 0.5 + 0.5
 
 
 def _loss(reconstruction: Tensor, frames: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted L1 and squared error of pixels, L1 of spatial differences for crisp outlines, KL divergence in nats a latent value."""
+    """Return weighted L1 and squared error of pixels, L1 of spatial differences for crisp outlines, KL divergence in nats a latent
+    value."""
     weight = 1 + SHAPE_WEIGHT * functional.max_pool3d(_saturation(frames).transpose(1, 2), (1, 5, 5), 1, (0, 2, 2)).transpose(1, 2)
     error = reconstruction - frames
     pixel = (weight * (error.abs() + 4 * error.square())).mean()

@@ -13,10 +13,17 @@ from arcopo_fast.training.trainer import Trainer
 
 
 class Finding(NamedTuple):
-    """well: None for a remark. forecast: of what a run would learn, not of whether the method holds."""
+    """The result of one check.
 
-    what: str
-    well: bool | None
+    Attributes:
+        subject: what was checked, a noun phrase.
+        holds: None for a remark.
+        detail: goes on where the subject ends.
+        forecast: tells what a run would learn, not whether the method holds.
+    """
+
+    subject: str
+    holds: bool | None
     detail: str
     forecast: bool = False
 
@@ -25,17 +32,22 @@ class Finding(NamedTuple):
 class Check:
     """One judged group, on which all checks are made.
 
-    frames: of the first members [n, F, 3, H, W], decoded from their shared context. own: the same members' frames, each decoded alone.
+    Attributes:
+        trainer: of the recipe.
+        judged: the group.
+        frames: of the first members [n, F, 3, H, W], decoded from their shared context.
+        frames_alone: the same members' frames, each decoded alone.
+        advantages: [G] float64.
     """
 
     trainer: Trainer
     judged: JudgedGroup
     frames: Tensor
-    own: Tensor
+    frames_alone: Tensor
     advantages: Tensor
 
     def spread(self, name: str) -> float:
-        """The standard deviation of a reward in the group; NaN if no score is finite."""
+        """Return the standard deviation of a reward in the group; NaN if no score is finite."""
         scores = self.judged.rewards[name]
         return scores[scores.isfinite()].double().std(correction=0).item() if scores.isfinite().any() else float("nan")
 
@@ -43,9 +55,12 @@ class Check:
 class Replayed(NamedTuple):
     """An iteration of two updates, seen from outside: its statistics, and its second update under the weights in between.
 
-    items: every (step, anchor) pair of the second update. ratio_minus_one [N, K], live [N, K]: of them, after the first step, against the
-    policy that made the group. gain: mean of A (ratio - 1) of the pairs of the first update, after its step. moved: share of the adapter's
-    elements with a gradient that are no longer what they were.
+    Attributes:
+        statistics: what `Objective.update` returned.
+        items: every (step, anchor) pair of the second update.
+        ratio_minus_one, live: [N, K] of the items, after the first step, against the policy that made the group.
+        gain: mean of A (ratio - 1) of the pairs of the first update, after its step.
+        moved: share of the adapter's elements with a gradient whose values have changed.
     """
 
     statistics: dict[str, float]

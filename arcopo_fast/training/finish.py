@@ -1,4 +1,4 @@
-"""The end of a run: what it leaves behind, or how to go on with it."""
+"""The end of a run: its adapter, samples and evaluation, or how to go on with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from arcopo_fast.training.trainer import Trainer
 
 
 def finish(trainer: Trainer, run: RunDirectory, before: Evaluation) -> None:
-    """Evaluate, and write what a run leaves behind. evaluation.json is the last: with it the run is complete but for its report."""
+    """Evaluate, and write the run's adapter, samples and evaluation. evaluation.json is the last: with it the run is complete but for its
+    report."""
     config, after = trainer.config, trainer.evaluate()
     document = {"before": before.summary(), "after": after.summary(), "videos": write_samples(run, config, before, after)}
     card = {"README.md": model_card(config, document)}
@@ -44,24 +45,24 @@ def write_samples(run: RunDirectory, config: Config, before: Evaluation, after: 
 
 def comparison(changes: Sequence[Change], videos: int) -> str:
     """Return the table that ends a run: each reward and held-out metric before and after, the change also in standard deviations."""
-    width = max(len(one.name) for one in changes) + 2
+    width = max(len(change.name) for change in changes) + 2
     lines = [f"{'':{width}}  before   after  change  in std of a video"]
-    for one in changes:
-        label = f"({one.name})" if one.kind == "held out" else one.name
-        in_spreads = f"{one.in_spreads:+6.2f}" if math.isfinite(one.in_spreads) else "     -"
-        left_out = f"  {one.failed} left out: no score" if one.failed else ""
-        lines.append(f"{label:{width}}  {one.before:6.3f}  {one.after:6.3f}  {one.change:+6.3f}  {in_spreads}{left_out}")
+    for change in changes:
+        label = f"({change.name})" if change.kind == "held out" else change.name
+        in_spreads = f"{change.in_spreads:+6.2f}" if math.isfinite(change.in_spreads) else "     -"
+        left_out = f"  {change.failed} left out: no score" if change.failed else ""
+        lines.append(f"{label:{width}}  {change.before:6.3f}  {change.after:6.3f}  {change.change:+6.3f}  {in_spreads}{left_out}")
     return "\n".join([*lines, f"{videos} videos on fixed prompts and noises; metrics in (brackets) are never trained on"])
 
 
 def how_to_go_on(run: RunDirectory | None) -> str:
-    """Return what is kept of a run that ends early, and the command that goes on with it."""
+    """Return what is checkpoints of a run that ends early, and the command that goes on with it."""
     if run is None:
         return "nothing was begun; the same command starts it"
     if run.evaluated:
         return f"{run.path} is complete but for its report; write that with python -m arcopo_fast.report {run.path}"
-    kept = run.checkpoints()
-    stand = f"iterations up to {step_of(kept[-1])} are kept" if kept else "its settings are kept"
+    checkpoints = run.checkpoints()
+    stand = f"iterations up to {step_of(checkpoints[-1])} are kept" if checkpoints else "its settings are kept"
     return f"{stand}; {resumption(run)}"
 
 

@@ -40,13 +40,13 @@ def _spread(check: Check, replayed: Replayed) -> Iterator[Finding]:
     predictions = check.judged.group.predictions.double().flatten(2)  # [T, G, D]
     apart = (predictions - predictions.mean(1, keepdim=True)).square().mean((1, 2)).sqrt() / predictions.square().mean((1, 2)).sqrt()
     steps = ", ".join(f"{value:.2g}" for value in apart.tolist())
-    well = apart.max().item() > ALIKE
-    remedy = "" if well else ": they are all the same; raise rollout.noise_strength"
-    yield Finding("the candidates' spread", well, f"by step {steps} of their size{remedy}", forecast=True)
+    holds = apart.max().item() > ALIKE
+    remedy = "" if holds else ": they are all the same; raise rollout.noise_strength"
+    yield Finding("the candidates' spread", holds, f"by step {steps} of their size{remedy}", forecast=True)
 
 
 def _ratios(check: Check, replayed: Replayed) -> Iterator[Finding]:
-    """How far one step goes, by step of the sampler, and what the clip leaves."""
+    """Yield how far one step goes, by step of the sampler, and how many ratios the clip leaves alive."""
     clip = ratio_objective(check).settings.clip
     sizes = replayed.ratio_minus_one.abs()
     by_step = _by_step(replayed, sizes)
@@ -66,7 +66,7 @@ def _ratios(check: Check, replayed: Replayed) -> Iterator[Finding]:
 
 
 def _by_step(replayed: Replayed, values: Tensor) -> list[Tensor]:
-    """values [N, K] of the items of each denoising step."""
+    """Return the values [N, K] of the items, split by denoising step."""
     return [values[replayed.items.steps == step].flatten() for step in replayed.items.steps.unique()]
 
 
@@ -80,18 +80,18 @@ def _gradient(check: Check, replayed: Replayed) -> Iterator[Finding]:
     remedy = "" if below < BELOW_EPS else ": Adam shortens their steps; lower optimizer.eps"
     yield Finding("the gradient and eps", below < BELOW_EPS, f"{below:.1%} of its elements lie below 10 eps{remedy}", forecast=True)
     norm, limit = statistics["gradient_norm"], settings.gradient_clip
-    detail, well = f"norm {norm:.2g}", True
+    detail, holds = f"norm {norm:.2g}", True
     if settings.relative_clip is not None:
         detail += f", limited to {settings.relative_clip:g} times the running norm"
     if limit is not None:
         detail += f", and to {limit:g}"
-        well = settings.relative_clip is not None or norm >= NEVER_ACTS * limit
-    remedy = "" if well else ": it never acts, so one pivot's gradient may drown the others'; set optimizer.relative_clip=1.5"
-    yield Finding("the gradient and its limits", well, detail + remedy, forecast=True)
+        holds = settings.relative_clip is not None or norm >= NEVER_ACTS * limit
+    remedy = "" if holds else ": it never acts, so one pivot's gradient may drown the others'; set optimizer.relative_clip=1.5"
+    yield Finding("the gradient and its limits", holds, detail + remedy, forecast=True)
 
 
 def _noise(check: Check) -> Iterator[Finding]:
-    """Each judge's own noise: the same video twice, and in a batch of another size."""
+    """Yield each judge's own noise: the same video twice, and in a batch of another size."""
     trainer, frames, text = check.trainer, check.frames, check.judged.prompt.text
     for name, reward in trainer.rewards.items():
         spread = check.spread(name)
@@ -101,9 +101,9 @@ def _noise(check: Check) -> Iterator[Finding]:
                 yield Finding(f"the spread of {name}", False, f"is 0 in this group, so there is nothing to learn: {remedy}", forecast=True)
             continue
         with Judging.of(trainer.config, trainer.generator).at_work(reward):
-            several = [score({name: reward}, frames, [text] * len(frames), quarantine=True)[name].double().cpu() for _ in range(2)]
+            together = [score({name: reward}, frames, [text] * len(frames), quarantine=True)[name].double().cpu() for _ in range(2)]
             alone = [score({name: reward}, frame[None], [text], quarantine=True)[name].double().cpu() for frame in frames]
-        noise = max((several[0] - other).abs().max().item() for other in (several[1], torch.cat(alone)))
-        well = noise < JUDGES_NOISE * spread
-        remedy = "" if well else ": advantages are partly noise; judge in float32 or in batches of one size, or take another reward"
-        yield Finding(f"the noise of {name}", well, f"{noise / spread:.1g} of its spread in the group{remedy}", forecast=True)
+        noise = max((together[0] - scores).abs().max().item() for scores in (together[1], torch.cat(alone)))
+        holds = noise < JUDGES_NOISE * spread
+        remedy = "" if holds else ": advantages are partly noise; judge in float32 or in batches of one size, or take another reward"
+        yield Finding(f"the noise of {name}", holds, f"{noise / spread:.1g} of its spread in the group{remedy}", forecast=True)

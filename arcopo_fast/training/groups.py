@@ -1,4 +1,4 @@
-"""Where the groups of an iteration come from: rollouts of the policy, or a buffer of the reference policy's, which are judged already."""
+"""The source of an iteration's groups: rollouts of the policy, or a buffer of the reference policy's groups, which are judged already."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ from arcopo_fast.storage.identity import weights_digest
 
 @dataclass
 class JudgedGroup:
-    """rewards: scores [G] by the reward's name; NaN where a reward failed."""
+    """A group with its scores.
+
+    Attributes:
+        group: its videos.
+        prompt: of all of them.
+        rewards: scores [G] by the reward's name; NaN where a reward failed.
+    """
 
     group: Group
     prompt: Prompt
@@ -51,12 +57,12 @@ class JudgedGroup:
 
 
 def prompt_of(seed: int, prompts: Sequence[Prompt], iteration: int, index: int) -> Prompt:
-    """The prompt of the group `index` of an iteration."""
+    """Return the prompt of the group `index` of an iteration."""
     return prompts[int(keyed_rng(seed, iteration, index, "prompt").integers(len(prompts)))]
 
 
 def training_prompts(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts that a run's groups will be of: known before there is an engine."""
+    """Return the prompts of all of a run's groups, which are known before there is an engine."""
     if config.train.buffer is not None:
         return [_prompt_in(about) for about in all_metadata(config.train.buffer) if "prompt" in about]
     groups = product(range(1, config.train.iterations + 1), range(config.rollout.prompts_per_iteration))
@@ -64,7 +70,7 @@ def training_prompts(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 class Rollouts:
-    """Groups of the policy as it is. Prompt, pivot and every noise are functions of (seed, iteration, index)."""
+    """A source of groups of the policy as it is. Prompt, pivot and every noise are functions of (seed, iteration, index)."""
 
     def __init__(
         self, config: Config, generator: Generator, engine: Engine, objective: Objective[Any], prompts: Prompts, rewards: dict[str, Reward]
@@ -119,10 +125,11 @@ class Rollouts:
 
 
 class BufferedGroups:
-    """Groups that the generator made before it was trained (semi-on-policy AR-CoPO), in an order drawn anew for every pass over them.
+    """A source of groups that the generator made before it was trained (semi-on-policy AR-CoPO), in an order drawn anew for every pass over
+    them.
 
     Raises:
-        UserError: the buffer is of another policy, holds no whole entry, or lacks a reward of the recipe.
+        UserError: the buffer is of another policy, holds no intact entry, or lacks a reward of the recipe.
     """
 
     def __init__(self, config: Config, generator: Generator, engine: Engine, objective: Objective[Any], buffer: Buffer) -> None:
@@ -140,8 +147,9 @@ class BufferedGroups:
             )
 
     def draw(self, iteration: int, index: int) -> JudgedGroup:
-        place = (iteration - 1) * self.config.rollout.prompts_per_iteration + index
-        turn, place = divmod(place, len(self.indices))
+        """Return the group `index` of an iteration."""
+        drawn_before = (iteration - 1) * self.config.rollout.prompts_per_iteration + index
+        turn, place = divmod(drawn_before, len(self.indices))
         order = keyed_rng(self.config.seed, "buffer", turn).permutation(self.indices).tolist()
         entry = next(self.buffer.entries(order[place:] + order[:place]))  # a broken entry's place is taken by the next one
         return restore(entry, self.generator, self.engine, self.objective, list(self.config.rewards))
@@ -152,10 +160,11 @@ REWARD = "reward/"
 
 
 def store(judged: JudgedGroup, shape: VideoShape) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a group as a buffer keeps it: tensors and what names them. Latents, never keys and values: those are rebuilt from the prefix.
+    """Return a group as a buffer keeps it: tensors, and the metadata that name them.
 
-    inputs, predictions [T, G, F, C, h, w]: x_t and x0hat_t of the pivot chunk, x_0 being eps_i; initial [F, C, h, w]: eps*; prefix [frames,
-    C, h, w] float32, absent at the first chunk.
+    Latents are kept, never keys and values: those are rebuilt from the prefix. The tensors are inputs, predictions [T, G, F, C, h, w], x_t
+    and
+    x0hat_t of the pivot chunk, x_0 being eps_i; initial [F, C, h, w], eps*; and prefix [F0, C, h, w] float32, absent at the first chunk.
     """
     group, (seed, iteration, index) = judged.group, judged.group.id
     initial = KeyedNoise(shape, group.id).initial(group.pivot)[0]
@@ -197,11 +206,12 @@ def _prompt_in(about: Mapping[str, Any]) -> Prompt:
     return Prompt(about["prompt"], about.get("extended"))
 
 
-# What a buffer is of ---------------------------------------------------------------------------------------------------------------
+# The identity of a buffer ---------------------------------------------------------------------------------------------------------------
 
 
 def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -> dict[str, Any]:
-    """What the groups of a buffer were drawn from; training must agree with every value. The generator must have no adapter."""
+    """Return everything that the groups of a buffer were drawn from; training must agree with every value. The generator must have no
+    adapter."""
     plan = objective.noise_plan(config.rollout.noise_strength)
     reencoded = {"vae_dtype": config.generator.vae_dtype} if variant_of(config.cache).reencodes(config.cache) else {}
     return reencoded | {
@@ -217,7 +227,7 @@ def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -
 
 
 def recipe_of(config: Config, prompts: Prompts, rewards: Mapping[str, Reward]) -> dict[str, Any]:
-    """What else made the entries of a buffer what they are; whoever adds to one must agree with it."""
+    """Return everything besides the policy that determines an entry of a buffer; later collectors must match it."""
     return {
         "seed": config.seed,
         "prompts": digest(prompts.training),

@@ -1,4 +1,4 @@
-"""What rewards say of an iteration's groups: the numbers that are logged, and whether there is anything to learn from them."""
+"""The rewards of an iteration's groups: the numbers that are logged, and whether there is anything to learn from them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _scores(config: Config, judged: JudgedGroup) -> dict[str, Tensor]:
 
 
 class LearningWatch:
-    """Counts iterations in a row from which nothing can be learned, and ends the run when they are too many."""
+    """A count of iterations in a row from which nothing can be learned, which ends the run when they are too many."""
 
     def __init__(self, config: Config) -> None:
         self.config = config

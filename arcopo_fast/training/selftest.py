@@ -1,4 +1,4 @@
-"""Does the method hold on this machine, with this generator, these rewards? What must be true of any run, tried on one group.
+"""The self-test: what must be true of any run, tried on one group with this machine, this generator and these rewards.
 
 A run whose reward does not rise has either a bug or a recipe that does not suit it. These checks look for the bug: they use the recipe's
 generator, sizes, kernels and rewards, and the very parts that training consists of, and compare with what is worked out here, apart from
@@ -40,7 +40,7 @@ COMPANIONS = 3
 
 
 def one_group(config: Config) -> Config:
-    """The recipe with one group, two updates at least and an evaluation as small as can be; sizes, kernels and precision are its own."""
+    """Return the recipe with one group, two updates and an evaluation as small as can be; sizes, kernels and precision stay."""
     rollout = config.rollout.model_copy(
         update={
             "prompts_per_iteration": 1,
@@ -89,7 +89,7 @@ def self_test(config: Config) -> Iterator[Finding]:
 
 @torch.no_grad()
 def _frames(trainer: Trainer, judged: JudgedGroup) -> tuple[Tensor, Tensor]:
-    """The first members' frames, decoded as a group is, and each by itself."""
+    """Return the first members' frames, decoded as a group is, and each by itself."""
     group, judging = judged.group, Judging.of(trainer.config, trainer.generator)
     count = min(COMPANIONS, group.size)
     together = replace(judging, at_once=count).decode(group.tails, group.prefix_latents)
@@ -97,7 +97,7 @@ def _frames(trainer: Trainer, judged: JudgedGroup) -> tuple[Tensor, Tensor]:
 
 
 def _advantages(trainer: Trainer, judged: JudgedGroup, advantages: Tensor) -> Iterator[Finding]:
-    """Advantages grow with the rewards; a group without any spread is another matter."""
+    """Check that advantages grow with the rewards; a group without any spread is another matter."""
     weights = {name: weight for name, weight in trainer.config.rewards.items() if weight}
     scores = {name: judged.rewards[name].double() for name in weights}
     scored = torch.stack(list(scores.values())).isfinite().all(0)
@@ -114,7 +114,7 @@ def _advantages(trainer: Trainer, judged: JudgedGroup, advantages: Tensor) -> It
 
 
 def _shared_frames(check: Check) -> Iterator[Finding]:
-    """Members show the same until the pivot, and not after it."""
+    """Check that members show the same until the pivot, and not after it."""
     trainer, group, frames = check.trainer, check.judged.group, check.frames
     sizes = VAESizes.from_config(trainer.generator.decoder.vae.config)
     before = sum(trainer.shape.chunk_frames[: group.pivot])
@@ -124,44 +124,44 @@ def _shared_frames(check: Check) -> Iterator[Finding]:
     detail = f"{frames.shape[1]} of {expected}, from {frames.min():.2f} to {frames.max():.2f}"
     yield Finding("frames", inside and frames.shape[1] == expected, detail)
     if cut:
-        same = bool(torch.equal(frames[0, :cut], frames[1, :cut]))
-        yield Finding("the shared context", same, f"the first {cut} frames of two members are equal")
+        equal = bool(torch.equal(frames[0, :cut], frames[1, :cut]))
+        yield Finding("the shared context", equal, f"the first {cut} frames of two members are equal")
     different = (frames[0, cut:] - frames[1, cut:]).square().mean().sqrt().item()
     yield Finding("the perturbed noise", different > 0, f"from there on two members differ by {different:.3g} (root mean square of pixels)")
 
 
 @torch.no_grad()
 def _fresh_adapter(check: Check) -> Iterator[Finding]:
-    """A new adapter adds exactly nothing."""
+    """Check that a new adapter adds exactly nothing."""
     items = _every_step(check)
-    ours = predictions(check, items)
+    adapted = predictions(check, items)
     with adapter_disabled(check.trainer.generator.model):
         base = predictions(check, items)
-    yield Finding("a new adapter", bool(torch.equal(ours, base)), "predictions with it are those without it, bit for bit")
+    yield Finding("a new adapter", bool(torch.equal(adapted, base)), "predictions with it are those without it, bit for bit")
 
 
 @torch.no_grad()
 def _replay(check: Check) -> Iterator[Finding]:
-    """The replay predicts what the rollout did, and twice the same."""
+    """Check that the replay predicts what the rollout did, and twice the same."""
     group, items = check.judged.group, _every_step(check)
 
     def replay() -> Tensor:
         return predictions(check, items)
 
-    ours, theirs = replay(), group.predictions[items.steps, items.anchors]
-    apart = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
+    replayed, rolled_out = replay(), group.predictions[items.steps, items.anchors]
+    apart = ((replayed - rolled_out).square().mean() / rolled_out.square().mean()).sqrt().item()
     largest = 1e-4 if check.trainer.generator.model.dtype == torch.float32 else 0.05
     detail = "bit for bit" if apart == 0 else f"within {apart:.1g} of their size, from batches of another shape; the ratio never sees that"
     yield Finding("the replay", apart <= largest, f"gives back the rollout's predictions {detail}")
-    yield Finding("its repetition", bool(torch.equal(ours, replay())), "the same predictions again, bit for bit")
+    yield Finding("its repetition", bool(torch.equal(replayed, replay())), "the same predictions again, bit for bit")
 
 
 def _rewards(check: Check) -> Iterator[Finding]:
-    """Each video's score is its own: that of the member decoded and judged alone, whatever stands beside it."""
+    """Check that each video's score is its own: that of the member decoded and judged alone, whatever stands beside it."""
     trainer, frames = check.trainer, check.frames
     text = check.judged.prompt.text
-    others = [prompt.text for prompt in [*trainer.prompts.training, *trainer.prompts.evaluation] if prompt.text != text]
-    prompts = [text, *others, text, text][: len(frames)]  # distinct as far as there are any
+    other_texts = [prompt.text for prompt in [*trainer.prompts.training, *trainer.prompts.evaluation] if prompt.text != text]
+    prompts = [text, *other_texts, text, text][: len(frames)]  # distinct as far as there are any
     for name, reward in trainer.rewards.items():
         spread = check.spread(name)
 
@@ -170,32 +170,32 @@ def _rewards(check: Check) -> Iterator[Finding]:
 
         began = time.monotonic()
         with Judging.of(trainer.config, trainer.generator).at_work(reward):
-            alone = torch.cat([judge(own[None], [text]) for own in check.own])
+            alone = torch.cat([judge(frames_alone[None], [text]) for frames_alone in check.frames_alone])
             pairs = [(1, 0), *combinations(range(len(frames)), 2)]  # the middle one of three meets the best, and the worst
             company = [judge(frames[list(pair)], [prompts[video] for video in pair]).tolist() for pair in pairs]
         seconds = (time.monotonic() - began) / (len(alone) + 2 * len(pairs))
-        seen: dict[int, list[float]] = {}
+        scores_of: dict[int, list[float]] = {}
         for pair, scores in zip(pairs, company):
             for video, value in zip(pair, scores):
-                seen.setdefault(video, []).append(value)
-        moved = max(max(values) - min(values) for values in seen.values())
+                scores_of.setdefault(video, []).append(value)
+        deviation = max(max(values) - min(values) for values in scores_of.values())
         group_scores = check.judged.rewards[name][: len(alone)].double()
-        own = max((alone - group_scores).abs().max().item(), abs(seen[0][0] - alone[0].item()))
+        own_error = max((alone - group_scores).abs().max().item(), abs(scores_of[0][0] - alone[0].item()))
         size = spread if spread > 0 else max(alone.abs().max().item(), 1e-30) * 1e-3
         mean = check.judged.rewards[name].mean()
         detail = (
-            f"{mean:.3g} on average, spread in the group {spread:.2g}; in other company within {moved:.1g}, of members judged alone "
-            f"within {own:.1g}; {seconds:.2f} s a video"
+            f"{mean:.3g} on average, spread in the group {spread:.2g}; in other company within {deviation:.1g}, of members judged alone "
+            f"within {own_error:.1g}; {seconds:.2f} s a video"
         )
-        finite = bool(alone.isfinite().all()) and all(map(math.isfinite, chain(*seen.values())))
-        well = finite and moved <= SAME_SCORE * size
-        yield Finding(f"reward {name}", well and (own <= OWN_SCORE * spread or not spread > 0), detail)
+        finite = bool(alone.isfinite().all()) and all(map(math.isfinite, chain(*scores_of.values())))
+        holds = finite and deviation <= SAME_SCORE * size
+        yield Finding(f"reward {name}", holds and (own_error <= OWN_SCORE * spread or not spread > 0), detail)
         if not spread > 0:
             yield Finding(f"reward {name}", None, "does not tell the members apart: raise rollout.noise_strength, or take another reward")
 
 
 def _any_update(check: Check) -> Iterator[Finding]:
-    """Two updates of an objective without a ratio give finite numbers and move the weights."""
+    """Check that two updates of an objective without a ratio give finite numbers and move the weights."""
     start = {name: tensor.clone() for name, tensor in adapter_state(check.trainer.generator.model).items()}
     try:
         statistics, _ = _two_steps(check, 1)
@@ -208,7 +208,8 @@ def _any_update(check: Check) -> Iterator[Finding]:
 
 
 def _update(check: Check) -> Iterator[Finding | Replayed]:
-    """The ratio is 1 before the first step, the old policy stays the old one, and a step raises what it shall raise."""
+    """Check that the ratio is 1 before the first step, that the old policy stays the old one, and that a step raises what it shall
+    raise."""
     trainer, objective, group = check.trainer, ratio_objective(check), check.judged.group
     start = {name: tensor.clone() for name, tensor in adapter_state(trainer.generator.model).items()}
     kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in trainer.parameters}
@@ -237,10 +238,10 @@ def _update(check: Check) -> Iterator[Finding | Replayed]:
             yield Finding("the gradient", statistics["gradient_norm"] > 0, f"of the adapter: norm {statistics['gradient_norm']:.3g}")
         if gain != 0:
             break
-    there, here = statistics.get("update2/ratio_max", 0.0), ratio_minus_one.abs().max().item()
-    same = abs(there - here) <= 1e-3 * here
-    detail = f"in the second update |ratio - 1| reaches {there:.3g}; against the policy that made the group it is {here:.3g}"
-    yield Finding("the old policy", same and here > 0, detail)
+    reported, measured = statistics.get("update2/ratio_max", 0.0), ratio_minus_one.abs().max().item()
+    agree = abs(reported - measured) <= 1e-3 * measured
+    detail = f"in the second update |ratio - 1| reaches {reported:.3g}; against the policy that made the group it is {measured:.3g}"
+    yield Finding("the old policy", agree and measured > 0, detail)
     yield Finding("the weights", moved > 0.99, f"{100 * moved:.1f} % of those with a gradient have moved after two steps")
     step = "one update" if factor == 1 else f"one update at {factor} times the learning rate"
     yield Finding("the objective", gain > 0, f"{step} makes well-scored members likelier: the mean of A (ratio - 1) is {gain:+.2g}")
@@ -249,21 +250,21 @@ def _update(check: Check) -> Iterator[Finding | Replayed]:
 
 
 def _reference(check: Check) -> Iterator[Finding]:
-    """Groups from a buffer are compared with the generator without its adapter, which has moved by now."""
+    """Check that groups from a buffer are compared with the generator without its adapter, which has moved by now."""
     trainer, group = check.trainer, check.judged.group
     objective = type(ratio_objective(check))(trainer.engine, ratio_objective(check).settings, reference=True)
     items = objective.draw_items(group, 0)
     with adapter_disabled(trainer.generator.model):
         old = predictions(check, items)
-    here = _compare(check, objective.target(group, check.advantages), items, old)[0].abs().max().item()
+    measured = _compare(check, objective.target(group, check.advantages), items, old)[0].abs().max().item()
     optimizer = torch.optim.AdamW(trainer.parameters, lr=trainer.config.optimizer.lr)
-    there = objective.update([(group, check.advantages)], Stepper(optimizer, eps=trainer.config.optimizer.eps))["update1/ratio_max"]
-    detail = f"|ratio - 1| of a moved policy reaches {there:.3g}; against the generator without its adapter it is {here:.3g}"
-    yield Finding("the reference policy", abs(there - here) <= 1e-3 * here and here > 0, detail)
+    reported = objective.update([(group, check.advantages)], Stepper(optimizer, eps=trainer.config.optimizer.eps))["update1/ratio_max"]
+    detail = f"|ratio - 1| of a moved policy reaches {reported:.3g}; against the generator without its adapter it is {measured:.3g}"
+    yield Finding("the reference policy", abs(reported - measured) <= 1e-3 * measured and measured > 0, detail)
 
 
 def _two_steps(check: Check, factor: int) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
-    """An iteration's two updates at a multiple of the learning rate: its statistics, and the adapter after each step."""
+    """Do an iteration's two updates at a multiple of the learning rate; return its statistics, and the adapter after each step."""
     trainer, settings = check.trainer, check.trainer.config.optimizer
     optimizer = torch.optim.AdamW(trainer.parameters, lr=factor * settings.lr, betas=settings.betas, weight_decay=0.0)
     after: list[dict[str, Tensor]] = []
@@ -274,7 +275,7 @@ def _two_steps(check: Check, factor: int) -> tuple[dict[str, float], list[dict[s
 
 
 def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
-    """The share of elements that changed, of tensors of which any did."""
+    """Return the share of elements that changed, of tensors of which any did."""
     changes = [before[name] != after[name] for name in before]
     counts = [(int(change.sum()), change.numel()) for change in changes if change.any()]
     return sum(moved for moved, _ in counts) / max(1, sum(size for _, size in counts))
@@ -282,26 +283,28 @@ def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
 
 @torch.no_grad()
 def _compare(check: Check, target: object, items: Items, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ratio - 1 [N, K], live [N, K] and losses [N] of items under the present weights, against predictions `old`."""
+    """Return ratio - 1 [N, K], live [N, K] and losses [N] of items under the present weights, against predictions `old`."""
     objective, group, parts = ratio_objective(check), check.judged.group, _micro_batches(check, items)
     outcomes = [
         objective.ratio(group, target, part, check.trainer.engine.predict(group, part), before)
         for part, before in zip(parts, old.split([len(part) for part in parts]))
     ]
-    ratios, live, losses = (torch.cat(values) for values in zip(*((o.ratio_minus_one, o.live, o.loss) for o in outcomes)))
+    ratios, live, losses = (
+        torch.cat(values) for values in zip(*((outcome.ratio_minus_one, outcome.live, outcome.loss) for outcome in outcomes))
+    )
     return ratios.cpu(), live.cpu(), losses.cpu()
 
 
 def _gain(check: Check, target: object, items: Items, old: Tensor) -> float:
-    """The mean of A (ratio - 1) over items and the members that each ratio is of."""
+    """Return the mean of A (ratio - 1) over items and the members that each ratio depends on."""
     ratio_minus_one, _, _ = _compare(check, target, items, old)
     advantages = check.advantages.to(ratio_minus_one)
-    everyone = advantages.expand_as(ratio_minus_one) if ratio_minus_one.shape[1] > 1 else advantages[items.anchors][:, None]
-    return (everyone * ratio_minus_one).mean().item()
+    weights = advantages.expand_as(ratio_minus_one) if ratio_minus_one.shape[1] > 1 else advantages[items.anchors][:, None]
+    return (weights * ratio_minus_one).mean().item()
 
 
 def _every_step(check: Check) -> Items:
-    """Every step of the first member."""
+    """Return every step of the first member."""
     objective, group = check.trainer.objective, check.judged.group
     steps = objective.trainable_steps(group) if isinstance(objective, RatioObjective) else len(group.steps)
     return Items(torch.arange(steps), torch.zeros(steps, dtype=torch.long))

@@ -1,4 +1,5 @@
-"""What a run is made of: the generator with its adapter, the source of its groups, the objective, the optimizer; and what it keeps."""
+"""The parts of a run: the generator with its adapter, the source of its groups, the objective, the optimizer; and the state that a run
+saves."""
 
 from __future__ import annotations
 
@@ -47,7 +48,19 @@ def check_trainable(config: Config) -> None:
 
 
 class Trainer:
-    """What a run trains and with what. `groups` is None where `buffer` gives the groups."""
+    """Everything that a run trains and trains with.
+
+    Attributes:
+        config: the recipe.
+        rewards, held_out: by name; the second are never trained on.
+        prompts: disjoint sets for training and evaluation.
+        generator, engine: its model has the adapter that learns.
+        objective, stepper: do the policy updates and their optimizer steps.
+        rollouts: makes groups of the policy as it is.
+        buffer: gives the groups instead; None where rollouts do.
+        input_digests: of everything that all videos depend on, see `check_inputs`.
+        judges: fingerprints of rewards and held-out metrics.
+    """
 
     def __init__(self, config: Config) -> None:
         check_trainable(config)
@@ -68,7 +81,7 @@ class Trainer:
         if config.train.buffer is not None:
             buffer = Buffer.open(config.train.buffer, policy_of(config, self.generator, self.objective))
             self.buffer = BufferedGroups(config, self.generator, self.engine, self.objective, buffer)
-        self.made_of = self._made_of()
+        self.input_digests = self._input_digests()
         self.judges = {name: judge.fingerprint(name) for name, judge in {**self.rewards, **self.held_out}.items()}
         lora = config.lora
         add_lora(self.generator.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
@@ -79,8 +92,8 @@ class Trainer:
             self.optimizer, eps=optimizer.eps, gradient_clip=optimizer.gradient_clip, relative_clip=optimizer.relative_clip
         )
 
-    def _made_of(self) -> dict[str, str]:
-        """Return what every video depends on, see `check_inputs`. The generator has no adapter yet."""
+    def _input_digests(self) -> dict[str, str]:
+        """Return digests of everything that all videos depend on. The generator has no adapter yet."""
         generator = self.generator
         return {
             "transformer": sampled_digest(generator.model.state_dict().items()),
@@ -95,8 +108,9 @@ class Trainer:
 
     def set_learning_rate(self, iteration: int) -> float:
         """Set and return the learning rate of an iteration, a function of its number alone."""
-        done = (iteration - 1) / self.config.train.iterations
-        factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.config.optimizer.schedule]
+        progress = (iteration - 1) / self.config.train.iterations
+        factors = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        factor = factors[self.config.optimizer.schedule]
         for group in self.optimizer.param_groups:
             group["lr"] = factor * self.config.optimizer.lr
         return group["lr"]
@@ -130,7 +144,7 @@ class Trainer:
             torch.save(state | {"objective": self.objective.state_dict()}, directory / "trainer.pt")
 
     def restore(self, directory: Path) -> None:
-        """Go back to what `save` wrote."""
+        """Restore what `save` wrote."""
         load_adapter(self.generator.model, directory / "adapter")
         state = torch.load(directory / "trainer.pt", map_location="cpu", weights_only=True)  # where AdamW counts its steps; the rest moves
         if state["iteration"] != step_of(directory):

@@ -31,20 +31,20 @@ FAST += ["video.chunks=3", "sampler.steps=[1000, 350]", "rollout.group_size=4", 
 
 def failures(*settings: str) -> set[str]:
     """What does not hold; how often the findings came in all is checked on the way."""
-    return {finding.what for finding in findings(*settings) if finding.well is False and not finding.forecast}
+    return {finding.subject for finding in findings(*settings) if finding.holds is False and not finding.forecast}
 
 
 def findings(*settings: str) -> list[Finding]:
     found = list(self_test(load_config("toy", [*FAST, f"seed={int(torch.randint(1 << 30, ()))}", *settings])))
-    assert len(found) >= 9 and found[0].what == "a group"
+    assert len(found) >= 9 and found[0].subject == "a group"
     return found
 
 
 def poor(*settings: str) -> dict[str, str]:
     """What bodes ill, with its remedy; the method must hold all the same."""
     found = findings(*settings)
-    assert not {finding.what for finding in found if finding.well is False and not finding.forecast}
-    return {finding.what: finding.detail for finding in found if finding.forecast and not finding.well}
+    assert not {finding.subject for finding in found if finding.holds is False and not finding.forecast}
+    return {finding.subject: finding.detail for finding in found if finding.forecast and not finding.holds}
 
 
 @pytest.mark.parametrize("settings", [[], ["generator.dtype=bfloat16"], ["rollout.pivot=1", "objective.micro_batch=3"]])
@@ -66,9 +66,9 @@ def test_a_reward_that_sees_nothing_is_noted(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "blind.py").write_text("def same(frames, prompts):\n    return [0.5] * len(frames)\n")
     monkeypatch.syspath_prepend(tmp_path)
     found = list(self_test(load_config("toy", [*FAST, "rewards=" + json.dumps({"blind:same": 1.0})])))
-    notes = [finding.detail for finding in found if finding.well is None and finding.what == "reward blind:same"]
+    notes = [finding.detail for finding in found if finding.holds is None and finding.subject == "reward blind:same"]
     assert len(notes) == 1 and "does not tell the members apart" in notes[0]
-    assert [finding.what for finding in found if finding.well is False] == ["the spread of blind:same"]
+    assert [finding.subject for finding in found if finding.holds is False] == ["the spread of blind:same"]
 
 
 def wrapped(kind: type, name: str, change: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
