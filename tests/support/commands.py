@@ -11,14 +11,15 @@ from arcopo_fast.cli import run_command
 
 SMALL = [
     "rollout.group_size=3",
-    "objective.anchors_per_update=2",
     "evaluation.prompts=2",
     "evaluation.videos_per_prompt=1",
     "evaluation.sample_videos=1",
     "lora.rank=4",
     "lora.alpha=8",
 ]
-"""Overrides of the toy recipe with which an iteration, and the evaluations before and after a run, take a second."""
+"""Overrides with which an iteration of a toy, and the evaluations before and after a run, take a second, whatever the objective."""
+SMALL_COPO = ["objective.anchors_per_update=2", *SMALL]
+"""The same for AR-CoPO."""
 SHORT = ["video.chunks=2", "sampler.steps=[1000,300]", "generator.device=cpu"]
 """Overrides of the toy recipe with which a video takes little time."""
 
