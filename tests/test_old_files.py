@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.commands import run
+from support.commands import outcome
 from support.runs import Page
 
 from arcopo_fast import collect, entropy, evaluate, generate, merge, report, train
@@ -61,7 +61,7 @@ def judges_of_then(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("judges_of_then")
 def test_a_run_goes_on_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
-    status, lines, _ = run(train.main, capsys, "--resume", "stopped")
+    status, lines, _ = outcome(train.main, capsys, "--resume", "stopped")
     assert status == 0 and len(lines) == 1 and "2/2" in lines[0], lines
     ours, theirs = (read_metrics(Path(name)) for name in ("stopped", "finished"))
     assert [line["step"] for line in ours] == [1, 2] and ours[0] == read_metrics(OLD / "stopped")[0]
@@ -74,11 +74,11 @@ def test_a_run_goes_on_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_runs_report_is_written_again(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(report.main, capsys, "finished").status == 0
+    assert outcome(report.main, capsys, "finished").status == 0
     text = Page(Path("finished/report.html")).text
     document = json.loads((OLD / "finished" / "evaluation.json").read_text())
     assert "Before and after" in text and f"{document['before']['toy_vq']['mean']:.3f}" in text
-    assert run(report.main, capsys, "finished", "stopped", "--out", "both.html").status == 0
+    assert outcome(report.main, capsys, "finished", "stopped", "--out", "both.html").status == 0
 
 
 def test_a_runs_own_recipe_starts_another_one() -> None:
@@ -88,7 +88,7 @@ def test_a_runs_own_recipe_starts_another_one() -> None:
 
 @pytest.mark.parametrize("mode", ["semi_on_policy", "off_policy"])
 def test_a_buffer_is_trained_on(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(train.main, capsys, "toy", *SETTINGS, "--mode", mode, "--buffer", "buffer", "name=new").status == 0
+    assert outcome(train.main, capsys, "toy", *SETTINGS, "--mode", mode, "--buffer", "buffer", "name=new").status == 0
     metrics = read_metrics(Path("new"))
     assert len(metrics) == 2 and metrics[0]["update1/ratio_max"] == 0 and math.isfinite(metrics[0]["buffer/reward"])
 
@@ -96,7 +96,7 @@ def test_a_buffer_is_trained_on(mode: str, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.usefixtures("judges_of_then")
 def test_a_buffer_is_added_to(capsys: pytest.CaptureFixture[str]) -> None:
     before = Path("buffer/entries/000000.safetensors").read_bytes()
-    assert run(collect.main, capsys, "toy", *SETTINGS, "--buffer", "buffer", "--groups", 2).status == 0
+    assert outcome(collect.main, capsys, "toy", *SETTINGS, "--buffer", "buffer", "--groups", 2).status == 0
     assert sorted(path.name for path in Path("buffer/entries").iterdir()) == ["000000.safetensors", "000001.safetensors"]
     assert Path("buffer/entries/000000.safetensors").read_bytes() == before
 
@@ -107,10 +107,10 @@ def test_an_adapter_is_loaded_merged_and_used(place: str, capsys: pytest.Capture
     model = load_adapter(load_model(checkpoint_path("toy")), place)
     assert (adapter.rank, adapter.alpha) == (1, 2.0)
     assert adapter.state.keys() == adapter_state(model).keys() and any(tensor.any() for tensor in adapter.state.values())
-    assert run(merge.main, capsys, "--semi", "finished", "--on", place, "--scale", 0.5, "--out", "merged").status == 0
+    assert outcome(merge.main, capsys, "--semi", "finished", "--on", place, "--scale", 0.5, "--out", "merged").status == 0
     assert read_adapter("merged").rank == 2
     video = [*VIDEO, "--prompt", "a red circle moving left", "--lora", "merged", "--out", "video.mp4"]
-    assert run(generate.main, capsys, "toy", *video).status == 0 and Path("video.mp4").stat().st_size
+    assert outcome(generate.main, capsys, "toy", *video).status == 0 and Path("video.mp4").stat().st_size
 
 
 @pytest.mark.usefixtures("judges_of_then")
@@ -120,7 +120,7 @@ def test_an_evaluation_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]))
     ask = ["toy", *VIDEO, 'rewards={"toy_vq":1.0}', "evaluation.prompts=2", "--videos", 1, "--keep-videos", "none"]
-    assert run(evaluate.main, capsys, *ask, "--adapter", "finished=finished/adapter@0.5,1,2", "--out", "evaluation").status == 0
+    assert outcome(evaluate.main, capsys, *ask, "--adapter", "finished=finished/adapter@0.5,1,2", "--out", "evaluation").status == 0
     ours, theirs = (json.loads((folder / "results.json").read_text())["results"] for folder in (Path("evaluation"), OLD / "evaluation"))
     means = {(one["generator"], one["score"]): one["mean"] for one in ours}
     assert {name for name, _ in means} == {"base", "finished@0.5", "finished@1", "finished@2"}
@@ -130,6 +130,6 @@ def test_an_evaluation_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_study_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(entropy.main, capsys, "toy", *VIDEO, "--prompts", 2, "--draws", 2, "--out", "study").status == 0
+    assert outcome(entropy.main, capsys, "toy", *VIDEO, "--prompts", 2, "--draws", 2, "--out", "study").status == 0
     ours, theirs = (json.loads((folder / "entropy.json").read_text())["records"] for folder in (Path("study"), OLD / "study"))
     assert ours[: len(theirs)] == theirs and len(ours) == 2 * len(theirs)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import arcopo_fast
+from arcopo_fast import train
 from arcopo_fast.cli import RecipeParser, machine_problem, run_command
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
@@ -148,3 +154,40 @@ def test_an_interrupt_in_code_that_a_library_runs_from_c_has_the_status_of_any(t
     done = subprocess.run(call, env=environment, capture_output=True, text=True)
     assert done.returncode == 130 and done.stdout == "begun\n"
     assert done.stderr == "interrupted; what was complete by then is kept, and the same command goes on\n"
+
+
+def command_lines() -> dict[str, Any]:
+    """Of every command, by the function that makes it."""
+    found: dict[str, Any] = {}
+    for path in sorted(Path(arcopo_fast.__file__).parent.rglob("*.py")):
+        name = ".".join(("arcopo_fast", *path.relative_to(Path(arcopo_fast.__file__).parent).with_suffix("").parts))
+        if "command_line() -> " in path.read_text(encoding="utf-8"):
+            module = importlib.import_module(name)
+            makers = [maker for maker in vars(module) if maker.endswith("command_line")]
+            found |= {f"{name}.{maker}": getattr(module, maker)() for maker in makers}
+    return found
+
+
+def test_every_option_that_is_a_path_expands_a_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = command_lines()
+    assert len(lines) >= 12
+    seen = set()
+    for name, parser in lines.items():
+        for action in parser._actions:
+            metavar = str(action.metavar)
+            if not re.search(r"DIR|FILE|PATH|RUN|RESULTS", metavar) and action.type is not Path:
+                continue
+            value = parser._get_value(action, "~/a.html")
+            assert str(getattr(value, "path", value)) == str(tmp_path / "a.html"), f"{name}: {action.option_strings or action.dest}"
+            with pytest.raises(argparse.ArgumentTypeError, match="no home directory"):
+                action.type("~nobody-of-that-name/x")
+            seen.add((action.option_strings or [action.dest])[0])
+    assert {"--out", "--buffer", "--adapter", "--lora", "--prompts", "--extended", "--resume", "--semi", "--on", "--info", "runs"} <= seen
+    option = lines["arcopo_fast.evaluate.command_line"]._option_string_actions["--adapter"]
+    assert option.type("mine=~/runs/on@0.5").path == str(tmp_path / "runs" / "on")
+
+
+def test_the_buffer_of_an_option_is_a_text() -> None:
+    parsed = train.command_line().read(["--buffer", "my # 1: {x}", "--mode", "semi_on_policy"])
+    assert load_config("toy", train.settings_of(parsed)).train.buffer == "my # 1: {x}"

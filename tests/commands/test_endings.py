@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.commands import outcome
 
 from arcopo_fast import train as module
 from arcopo_fast.cli import run_command
@@ -64,9 +65,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, list[str]]:
     """Exit status and the lines on stderr, without those of the progress."""
     capsys.readouterr()
-    status = run_command(main, [str(argument) for argument in arguments])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and not re.match(r"\d+/\d+ ", line)]
-    return status, lines
+    status, lines, _ = outcome(main, capsys, *arguments)
+    return status, [line for line in lines if not re.match(r"\d+/\d+ ", line)]
 
 
 def content(run: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from support.commands import outcome
 
 from arcopo_fast.build import build_engine, load_generator, load_prompts
 from arcopo_fast.cli import run_command
@@ -34,9 +35,8 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert run_command(main, list(arguments)) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    status, lines, _ = outcome(main, capsys, *arguments)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from numpy.typing import NDArray
+from support.commands import outcome
 from torch import Tensor, nn
 
 from arcopo_fast import generate
 from arcopo_fast.build import Generator, build_engine, checkpoint_path, load_generator, load_model, load_rewards, sized_engine
-from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config, resolved_yaml
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt
@@ -46,9 +46,8 @@ def generator() -> Generator:
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[str], list[Path]]:
     """Exit status, the lines on stderr, and the files named on stdout."""
-    status = run_command(generate.main, [*FAST, *map(str, arguments)])
-    out, err = capsys.readouterr()
-    return status, [line for line in err.splitlines() if line.strip()], [Path(line) for line in out.splitlines()]
+    status, lines, out = outcome(generate.main, capsys, *FAST, *arguments)
+    return status, lines, [Path(line) for line in out.splitlines()]
 
 
 def decoded(path: Path) -> NDArray[np.uint8]:

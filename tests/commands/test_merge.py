@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Iterator
 from xml.etree import ElementTree
@@ -17,6 +18,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from peft import PeftModel
+from support.commands import outcome
 from torch import Tensor, nn
 
 from arcopo_fast import merge
@@ -54,11 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "semi", folder / "on"
 
 
-def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[str], str]:
-    """Exit status, the lines on stderr, and stdout."""
-    status = run_command(merge.main, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, [line for line in err.splitlines() if line.strip()], out
+command = partial(outcome, merge.main)
 
 
 # Merging

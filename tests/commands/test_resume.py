@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.commands import SMALL_COPO
 
 from arcopo_fast import train
 from arcopo_fast.build import checkpoint_path
@@ -27,18 +28,7 @@ from arcopo_fast.train import main
 from arcopo_fast.training.lessons import LearningWatch
 from arcopo_fast.training.trainer import Trainer
 
-SMALL = [
-    "toy",
-    "train.iterations=4",
-    "rollout.group_size=3",
-    "objective.anchors_per_update=2",
-    "evaluation.prompts=2",
-    "evaluation.videos_per_prompt=1",
-    "evaluation.sample_videos=1",
-    "train.save_every=2",
-    "lora.rank=4",
-    "lora.alpha=8",
-]
+RUN = ["toy", "train.iterations=4", "train.save_every=2", *SMALL_COPO]
 
 
 def untimed(run: Path) -> list[dict[str, object]]:
@@ -48,7 +38,7 @@ def untimed(run: Path) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("whole")
-    main([*SMALL, f"run.directory={directory}"])
+    main([*RUN, f"run.directory={directory}"])
     return directory / "toy"
 
 
@@ -68,9 +58,9 @@ def stopped(directory: Path, monkeypatch: pytest.MonkeyPatch, *settings: str, at
         patched.setattr(train, "one_iteration", iteration)
         if how != "softly":
             with pytest.raises(RuntimeError, match="went away"):
-                main([*SMALL, *settings, f"run.directory={directory}"])
+                main([*RUN, *settings, f"run.directory={directory}"])
         else:
-            assert run_command(main, [*SMALL, *settings, f"run.directory={directory}"]) == 130
+            assert run_command(main, [*RUN, *settings, f"run.directory={directory}"]) == 130
     return directory / "toy"
 
 
@@ -89,7 +79,7 @@ def test_a_resumed_runs_settings_are_its_own(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("out_of_memory", [False, True])
 def test_what_was_halved_for_want_of_memory_stays_halved(out_of_memory: bool, tmp_path: Path) -> None:
     """A run that goes on makes the calls that it would have made, in the same shapes."""
-    first, second = (Trainer(load_config("toy", SMALL[1:])) for _ in range(2))
+    first, second = (Trainer(load_config("toy", RUN[1:])) for _ in range(2))
     if out_of_memory:
         first.objective.batching.restore({"micro_batch": 1, "checkpoint": True})
         first.engine.largest_wave = 2
@@ -134,7 +124,7 @@ def test_a_gradient_that_is_not_finite_ends_a_run_whose_weights_are_kept(
 
     monkeypatch.setattr(train, "one_iteration", iteration)
     with pytest.raises(GradientNotFinite, match=f"the gradient of update {update} of 2 has the norm nan"):
-        main([*SMALL, "train.save_every=0", f"run.directory={tmp_path}"])
+        main([*RUN, "train.save_every=0", f"run.directory={tmp_path}"])
     assert [path.name for path in (tmp_path / "toy").glob("checkpoints/*")] == kept
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import SMALL_COPO
 from support.rewards import load_reward
 from support.servers import serving
 from torch import Tensor
@@ -29,19 +30,8 @@ from arcopo_fast.training.groups import JudgedGroup
 from arcopo_fast.training.lessons import LearningWatch
 from arcopo_fast.training.trainer import Trainer
 
-SMALL = [
-    "toy",
-    "train.iterations=3",
-    "rollout.group_size=4",
-    "objective.anchors_per_update=2",
-    "evaluation.prompts=2",
-    "evaluation.videos_per_prompt=1",
-    "evaluation.sample_videos=0",
-    "train.save_every=0",
-    "rewards={toy_vq: 1.0, toy_mq: 0.5}",
-    "lora.rank=4",
-    "lora.alpha=8",
-]
+RUN = ["toy", *SMALL_COPO, "rollout.group_size=4", "evaluation.sample_videos=0", "train.iterations=3", "train.save_every=0"]
+RUN += ["rewards={toy_vq: 1.0, toy_mq: 0.5}"]
 
 
 def serving_toys(port: int = 0) -> AbstractContextManager[RewardServer]:
@@ -55,11 +45,11 @@ def untimed(run: Path) -> list[dict[str, object]]:
 def test_a_server_scores_as_well_as_we_do_and_its_death_loses_no_iteration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([*SMALL, f"run.directory={tmp_path}/here"])
+    main([*RUN, f"run.directory={tmp_path}/here"])
     here = tmp_path / "here" / "toy"
     with serving_toys() as server:
         addresses = f"{{toy_vq: {server.url}, toy_mq: {server.url}}}"
-        arguments = [*SMALL, f"reward_servers.addresses={addresses}", "reward_servers.give_up_after=0.5", f"run.directory={tmp_path}/there"]
+        arguments = [*RUN, f"reward_servers.addresses={addresses}", "reward_servers.give_up_after=0.5", f"run.directory={tmp_path}/there"]
         iteration = train.one_iteration
 
         def dies(trainer: Trainer, watch: LearningWatch, number: int) -> dict[str, object]:
@@ -94,7 +84,7 @@ def test_failed_scores_are_counted_and_left_out(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(JudgedGroup, "advantages", lambda self, config: (seen.append(advantages(self, config)), seen[-1])[1])
     own = 'rewards={"my_rewards:sometimes": 1.0, toy_vq: 0}'
     with pytest.warns(UserWarning, match="'my_rewards:sometimes' returned scores that are not finite"):
-        main([*SMALL, own, "rollout.prompts_per_iteration=2", "train.iterations=1", f"run.directory={tmp_path}"])
+        main([*RUN, own, "rollout.prompts_per_iteration=2", "train.iterations=1", f"run.directory={tmp_path}"])
     (line,) = read_metrics(tmp_path / "toy")
     assert line["failed_scores"] == 2 and 0 < line["reward"] == line["reward/my_rewards:sometimes"] < 1
     assert len(seen) == 2 and all(one[1] == 0 and one[[0, 2, 3]].abs().min() > 0 and one.sum().abs() < 1e-9 for one in seen)
@@ -117,7 +107,7 @@ def test_a_run_whose_every_score_fails_ends(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.syspath_prepend(tmp_path)
     rewards, shape = 'rewards={"breaks:Breaks": 1.0, toy_vq: 0.5}', ["rollout.prompts_per_iteration=2", "train.iterations=6"]
     with pytest.warns(UserWarning, match="not finite"):
-        assert run_command(main, [*SMALL, rewards, *shape, f"run.directory={tmp_path}"]) == 2
+        assert run_command(main, [*RUN, rewards, *shape, f"run.directory={tmp_path}"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "not one video of 3 iterations in a row got all its scores: of the last one's 8, 'breaks:Breaks' failed for 8; go on" in said
     run = tmp_path / "toy"
@@ -143,7 +133,7 @@ def test_evaluation_leaves_failed_scores_out(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(tmp_path)
     settings = ["evaluation.prompts=3", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=2", "train.iterations=1"]
     with pytest.warns(UserWarning, match="not finite"):
-        main([*SMALL, 'rewards={"once:Once": 2.0}', *settings, f"run.directory={tmp_path}"])
+        main([*RUN, 'rewards={"once:Once": 2.0}', *settings, f"run.directory={tmp_path}"])
     run = tmp_path / "toy"
 
     def refuse(constant: str) -> None:
@@ -169,7 +159,7 @@ def test_a_watched_reward_that_fails_costs_no_total_of_a_run(
     (tmp_path / "watched.py").write_text("def half(frames, prompts):\n    return [None if i % 2 else 0.5 for i in range(len(frames))]\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.warns(UserWarning, match="'watched:half' returned scores that are not finite"):
-        main([*SMALL, 'rewards={toy_vq: 2.0, "watched:half": 0}', "train.iterations=1", f"run.directory={tmp_path}"])
+        main([*RUN, 'rewards={toy_vq: 2.0, "watched:half": 0}', "train.iterations=1", f"run.directory={tmp_path}"])
     run = tmp_path / "toy"
     (line,) = read_metrics(run)
     assert line["failed_scores"] == 2 and line["reward"] == 2 * line["reward/toy_vq"] and line["reward/watched:half"] == 0.5

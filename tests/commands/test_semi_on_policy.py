@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import SMALL_COPO
 from torch import Tensor
 
 from arcopo_fast import collect
@@ -28,29 +29,20 @@ from arcopo_fast.train import main
 from arcopo_fast.training.groups import restore
 from arcopo_fast.training.trainer import Trainer
 
-SMALL = [
-    "rollout.group_size=3",
-    "objective.anchors_per_update=2",
-    "evaluation.prompts=2",
-    "evaluation.videos_per_prompt=1",
-    "evaluation.sample_videos=1",
-    "lora.rank=4",
-    "lora.alpha=8",
-]
 GROUPS = 5
 
 
 @pytest.fixture(scope="module")
 def buffer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("buffers") / "toy"
-    collect.main(["toy", *SMALL, "--buffer", str(path), "--groups", str(GROUPS)])
+    collect.main(["toy", *SMALL_COPO, "--buffer", str(path), "--groups", str(GROUPS)])
     return path
 
 
 def trainer(buffer: Path | None, *overrides: str) -> Trainer:
     """With an adapter that does something."""
     mode = [] if buffer is None else ["train.mode=semi_on_policy", f"train.buffer={buffer}"]
-    made = Trainer(load_config("toy", [*SMALL, *mode, *overrides]))
+    made = Trainer(load_config("toy", [*SMALL_COPO, *mode, *overrides]))
     for parameter in made.parameters:
         torch.nn.init.normal_(parameter, std=0.05)
     return made
@@ -68,7 +60,7 @@ def cached(engine: Engine, pages: list[int]) -> tuple[Tensor, Tensor]:
 
 def test_the_rebuilt_prefix_equals_the_rollouts_bit_for_bit(buffer: Path) -> None:
     """With a trained adapter in the generator, which must not leak into the prefix."""
-    fresh, trained = Trainer(load_config("toy", SMALL)), trainer(buffer)
+    fresh, trained = Trainer(load_config("toy", SMALL_COPO)), trainer(buffer)
     pivots = set()
     for entry in entries(buffer):
         prompt = fresh.rollouts.prompt(entry.index, 0)
@@ -89,7 +81,7 @@ def test_the_rebuilt_prefix_equals_the_rollouts_bit_for_bit(buffer: Path) -> Non
 @pytest.mark.parametrize("mode", ["semi_on_policy", "off_policy"])
 def test_training_on_a_buffer(buffer: Path, mode: str, tmp_path: Path) -> None:
     settings = ["train.iterations=6", "objective.clip=1.0e-5", "train.save_every=0", f"run.directory={tmp_path}"]
-    main(["toy", *SMALL, *settings, "--mode", mode, "--buffer", str(buffer)])
+    main(["toy", *SMALL_COPO, *settings, "--mode", mode, "--buffer", str(buffer)])
     metrics = read_metrics(tmp_path / "toy")
     assert metrics[0]["update1/ratio_max"] == 0, "at the first step of training the ratio is exactly 1"
     assert all(line["update1/ratio_max"] > 0 for line in metrics[1:]), "later the policy has left the reference"
@@ -105,7 +97,7 @@ def test_a_run_whose_every_ratio_is_clipped_says_so(buffer: Path, monkeypatch: p
     settings = ["train.iterations=4", "objective.clip=1.0e-12", "objective.reward_combine=sum", f"run.directory={tmp_path}"]
     monkeypatch.setattr("arcopo_fast.reports.stall.LIVE", 0.9)  # about half of the ratios move the unfavourable way, and stay live
     with pytest.warns(UserWarning, match=r"has learned nothing since iteration \d: .* objective.clip"):
-        main(["toy", *SMALL, *settings, "--mode", "semi_on_policy", "--buffer", str(buffer)])
+        main(["toy", *SMALL_COPO, *settings, "--mode", "semi_on_policy", "--buffer", str(buffer)])
     assert "The run stopped learning" in (tmp_path / "toy" / "report.html").read_text()
 
 
@@ -114,7 +106,7 @@ def test_the_old_policy_is_the_generator_without_adapter_asked_once(buffer: Path
     objective, engine, asked = trained.objective, trained.engine, []
     original = engine.predict
     monkeypatch.setattr(engine, "predict", lambda *given, **named: (asked.append(1), original(*given, **named))[1])
-    base = Trainer(load_config("toy", SMALL))  # its fresh adapter adds zeros
+    base = Trainer(load_config("toy", SMALL_COPO))  # its fresh adapter adds zeros
     assert trained.buffer is not None and objective.compared() == ("reference",)
     with trained.buffer.draw(1, 0).group as group:
         samples = objective.samples(group, 0)
@@ -150,7 +142,7 @@ def test_what_does_not_fit_is_refused(buffer: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="do not go together"):
         load_config("toy", ["train.mode=off_policy"])
     with pytest.raises(UserError, match="another recipe"):
-        collect.main(["toy", *SMALL, "seed=1", "--buffer", str(buffer), "--groups", "6"])
+        collect.main(["toy", *SMALL_COPO, "seed=1", "--buffer", str(buffer), "--groups", "6"])
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(checkpoint_path("toy"), checkpoint)
     trainer(buffer, f"generator.checkpoint={checkpoint}")
@@ -160,7 +152,7 @@ def test_what_does_not_fit_is_refused(buffer: Path, tmp_path: Path, monkeypatch:
         trainer(buffer, f"generator.checkpoint={checkpoint}")
     monkeypatch.setattr(Reward, "fingerprint", lambda self, name: name)  # as if it were edited
     with pytest.raises(UserError, match=r"another recipe .* in the buffer\): rewards.toy_mq: \S+ here, \S+ in the buffer; rewards.toy_ta"):
-        collect.main(["toy", *SMALL, "--buffer", str(buffer), "--groups", "6"])
+        collect.main(["toy", *SMALL_COPO, "--buffer", str(buffer), "--groups", "6"])
     with pytest.raises(UserError, match="--buffer is missing"):
         collect.main(["toy"])
     assert len(entries(buffer)) == GROUPS
@@ -169,7 +161,7 @@ def test_what_does_not_fit_is_refused(buffer: Path, tmp_path: Path, monkeypatch:
 def test_two_processes_and_a_kill(buffer: Path, tmp_path: Path) -> None:
     """One of two collecting processes is killed in the middle: the other leaves no hole and no duplicate, only the same groups."""
     path = tmp_path / "shared"
-    command = [sys.executable, "-m", "arcopo_fast.collect", "toy", *SMALL, "--buffer", str(path), "--groups", str(GROUPS)]
+    command = [sys.executable, "-m", "arcopo_fast.collect", "toy", *SMALL_COPO, "--buffer", str(path), "--groups", str(GROUPS)]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     deadline = time.monotonic() + 120
     while not list(path.glob("entries/0*.safetensors")):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
+from support.commands import SMALL_COPO
 from torch import Tensor
 
 from arcopo_fast.build import build_engine, checkpoint_path, load_generator, load_model
@@ -24,21 +25,11 @@ from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.train import main
 from arcopo_fast.training.trainer import Trainer
 
-SMALL = [
-    "train.iterations=2",
-    "rollout.group_size=3",
-    "objective.anchors_per_update=2",
-    "evaluation.prompts=2",
-    "evaluation.videos_per_prompt=1",
-    "evaluation.sample_videos=1",
-    "train.save_every=1",
-    "lora.rank=4",
-    "lora.alpha=8",
-]
+SHORT = ["train.iterations=2", "train.save_every=1", *SMALL_COPO]
 
 
 def run(directory: Path, *overrides: str) -> Path:
-    main(["toy", *SMALL, f"run.directory={directory}", *overrides])
+    main(["toy", *SHORT, f"run.directory={directory}", *overrides])
     return directory / "toy"
 
 
@@ -97,7 +88,7 @@ def test_a_window_needs_a_smaller_pool_and_fits_it(tmp_path: Path) -> None:
     window = [*several, "cache.window=4", "cache.sink=1"]
     pages = []
     for overrides in (several, window):
-        config = load_config("toy", [*SMALL, f"run.directory={tmp_path}", *overrides])
+        config = load_config("toy", [*SHORT, f"run.directory={tmp_path}", *overrides])
         pages.append(Trainer(config).engine.pool.pages)
     assert pages[1] < pages[0] / 2
     run(tmp_path, *window)  # PagePoolExhausted if it were too small

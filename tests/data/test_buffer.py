@@ -8,61 +8,17 @@ import hashlib
 import json
 import os
 import random
-import re
-import signal
-import subprocess
-import sys
-import threading
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from support.buffers import POLICY, RECIPE, file_of, filled, group, names, same
 
 from arcopo_fast.data.buffer import BrokenEntry, Buffer
 from arcopo_fast.errors import UserError
 from arcopo_fast.storage.identity import values_digest
-
-POLICY = {"checkpoint": "9f86d081884c7d65", "sampler": {"steps": [1000, 500], "shift": 5.0}, "lora": 4}
-RECIPE = {"seed": 7, "rollout": {"group_size": 12, "noise_strength": 0.5}}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool)
-
-
-def group() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of odd shapes, one of each dtype at least, and metadata."""
-    shapes = [(), (1,), (3, 0, 2), *([random.randrange(1, 6) for _ in range(random.randrange(1, 6))] for _ in DTYPES)]
-    tensors = {f"x/{number}": (8 * torch.randn(tuple(shape))).to(random.choice(DTYPES)) for number, shape in enumerate(shapes)}
-    tensors |= {str(dtype): (8 * torch.randn(3, 5)).to(dtype) for dtype in DTYPES}
-    text = 'a "red"\n fox, Füchsin "sha256":"'
-    return tensors, {"prompt": text, "pivot": random.randrange(7), "sigma": random.random(), "seeds": [1, {"b": None}]}
-
-
-def same(left: Tensor, right: Tensor) -> bool:
-    """To the bit."""
-    raw = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)]
-    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*raw)
-
-
-def filled(path: Path, groups: int, policy: dict[str, Any] = POLICY) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
-    """Fill a buffer; returns what was put in."""
-    buffer = Buffer.create(path, policy, RECIPE)
-    made = [group() for _ in range(groups)]
-    for index in buffer.missing(groups):
-        buffer.write(index, *made[index])
-    return made
-
-
-def file_of(path: Path, index: int) -> Path:
-    return path / "entries" / f"{index:06d}.safetensors"
-
-
-def names(path: Path) -> list[str]:
-    """What lies in a buffer's entries, hidden files too."""
-    return sorted(os.listdir(path / "entries"))
-
 
 # Entries ---------------------------------------------------------------------------------------------------------------------------
 
@@ -128,29 +84,6 @@ def test_only_the_holder_of_a_claim_writes_and_it_has_to(tmp_path: Path) -> None
     assert names(tmp_path) == ["000000.safetensors", "000001.safetensors"]
 
 
-def test_a_forked_child_that_stays_does_not_keep_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inherited, opened = [], os.open
-
-    def forking(*arguments: Any) -> int:
-        descriptor = opened(*arguments)
-        inherited.append(os.dup(descriptor))  # what a child would hold
-        return descriptor
-
-    buffer = Buffer.create(tmp_path, POLICY, RECIPE)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", forking)
-        assert next(buffer.missing(1)) == 0
-
-    def waiting(others: list[int]) -> None:
-        raise AssertionError(f"entries {others} are still claimed")
-
-    try:
-        assert inherited and next(buffer.missing(1, waiting)) == 0
-    finally:
-        for descriptor in inherited:
-            os.close(descriptor)
-
-
 # Damage ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +133,7 @@ def test_files_that_are_no_entries(tmp_path: Path) -> None:
     for length in (0, 7, 8, 100, *(random.randrange(len(content)) for _ in range(10)), len(content) - 1):
         file.write_bytes(content[:length])
         assert f"{file} is broken" in damage_of(path)
-    for strange in (content + b"\0", os.urandom(1000), b"\xff" * 8 + content[8:]):
+    for strange in (content + b"\0", random.randbytes(1000), b"\xff" * 8 + content[8:]):
         file.write_bytes(strange)
         assert f"{file} is broken" in damage_of(path)
     for header in ({}, {"format": "pt"}, {"entry": "x"}, {"entry": "[1]"}, {"entry": "{}"}):
@@ -358,145 +291,3 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(UserError, match="has no locks .*put the buffer on another"):
         Buffer.create(tmp_path, POLICY, RECIPE)
-
-
-# Processes -------------------------------------------------------------------------------------------------------------------------
-
-# Importing torch takes seconds, so one process imports it and forks the workers, before it has opened or computed anything.
-FORKS = """
-import os, random, sys, time, traceback
-import torch
-from arcopo_fast.data.buffer import Buffer
-from arcopo_fast.errors import UserError
-from arcopo_fast.storage.identity import values_digest
-
-def say(*words):
-    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # one call: lines of several processes do not mix
-
-def fork(work, *arguments):
-    child = os.fork()
-    if child:
-        return child
-    try:
-        work(*arguments)
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-def wait(children):
-    return [os.waitpid(child, 0)[1] for child in children]
-"""
-
-FILL = """
-folder, workers, groups, races = sys.argv[1], *map(int, sys.argv[2:])
-
-def work(worker, start):
-    chance = random.Random(worker)
-    for race in range(races):
-        while time.time() < start + race / 50:
-            pass
-        try:
-            Buffer.create(f"{folder}/race-{race}", {"worker": worker}, {})
-            say("won", race)
-        except UserError as error:
-            assert "another policy" in str(error), error
-    buffer = Buffer.create(f"{folder}/buffer", {}, {})
-    for index in buffer.missing(groups):
-        say("made", index, worker)
-        open(f"{folder}/here-{worker}", "w").close()
-        while not all(os.path.exists(f"{folder}/here-{other}") for other in range(workers)):  # all hold a claim at one moment
-            time.sleep(0.001)
-        time.sleep(0.02 * chance.random())
-        buffer.write(index, {"x": torch.full((5, 3), float(index))}, {"worker": worker})
-    assert buffer.indices == list(range(groups)), buffer.indices  # nobody ends before all is there
-
-start = time.time() + 0.1
-assert not any(wait([fork(work, worker, start) for worker in range(workers)]))
-"""
-
-HANG = """
-def hang(*words):
-    parent, end = os.getppid(), time.time() + 600
-    say(*words, os.getpid())
-    while os.getppid() == parent and time.time() < end:
-        time.sleep(0.1)
-    os._exit(1)
-
-def work(stage):
-    buffer, fsync, calls = Buffer.create(f"{sys.argv[1]}/{stage}", {}, {}), os.fsync, []
-
-    def hanging(descriptor):  # of the file before it gets its name, then of the directory
-        calls.append(descriptor)
-        if len(calls) == {"writing": 1, "named": 2}[stage]:
-            hang(stage)
-        fsync(descriptor)
-
-    for index in buffer.missing(4):
-        if index == 1:
-            if stage == "making":
-                hang(stage)
-            os.fsync = hanging
-        buffer.write(index, {"x": torch.full((5, 3), float(index))}, {"by": "first"})
-    say("finished", stage)
-
-wait([fork(work, stage) for stage in ("making", "writing", "named")])
-"""
-
-
-def python(script: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", FORKS + script, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def test_three_processes_fill_one_buffer(tmp_path: Path) -> None:
-    groups, races = 40, 15
-    with python(FILL, tmp_path, 3, groups, races) as process:
-        said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0
-    made = {int(index): int(worker) for index, worker in re.findall(r"made (\d+) (\d)", said)}
-    assert sorted(map(int, re.findall(r"made (\d+)", said))) == list(range(groups))  # each once
-    assert set(made.values()) == {0, 1, 2}
-    assert sorted(map(int, re.findall(r"won (\d+)", said))) == list(range(races))
-    entries = list(Buffer.open(tmp_path / "buffer", {}).entries())
-    assert {entry.index: entry.metadata["worker"] for entry in entries} == made
-    assert all((entry.tensors["x"] == entry.index).all() for entry in entries)
-    assert names(tmp_path / "buffer") == [f"{index:06d}.safetensors" for index in range(groups)]
-
-
-def test_what_a_killed_process_left_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three processes hang with entry 1 claimed, at different stages. Another goes on, waits for them and is freed by their death."""
-    asked, flock = [], fcntl.flock
-    monkeypatch.setattr(fcntl, "flock", lambda descriptor, operation: (asked.append(operation), flock(descriptor, operation)))
-    with python(HANG, tmp_path) as process:
-        assert process.stdout
-        hanging = dict(process.stdout.readline().split() for _ in range(3))
-        try:
-            assert hanging.keys() == {"making", "writing", "named"}
-            for stage, pid in hanging.items():
-                path = tmp_path / stage
-                buffer, made, killed = Buffer.create(path, {}, {}), [], threading.Event()
-
-                def kill(pid: str = pid, killed: threading.Event = killed) -> None:
-                    killed.set()
-                    os.kill(int(pid), signal.SIGKILL)
-
-                def waiting(others: list[int], stage: str = stage, path: Path = path, kill: Any = kill) -> None:
-                    assert others == [1]
-                    assert Buffer.open(path, {}).indices == ([0, 1, 2, 3] if stage == "named" else [0, 2, 3])
-                    assert len([name for name in names(path) if name.startswith(".")]) == (stage == "writing")
-                    threading.Timer(0.2, kill).start()
-
-                asked.clear()
-                for index in buffer.missing(4, waiting):
-                    assert killed.is_set() == (index == 1)
-                    made.append(index)
-                    buffer.write(index, {"x": torch.full((5, 3), float(index))}, {"by": "second"})
-                assert killed.is_set() and made == ([2, 3] if stage == "named" else [2, 3, 1])
-                assert asked.count(fcntl.LOCK_EX | fcntl.LOCK_NB) == 4 and asked.count(fcntl.LOCK_EX) == 1  # it slept, and did not poll
-                assert names(path) == [f"{index:06d}.safetensors" for index in range(4)]
-                for entry in Buffer.open(path, {}).entries():
-                    assert entry.metadata == {"by": "second" if entry.index in made else "first"}
-                    assert (entry.tensors["x"] == entry.index).all()
-        finally:
-            process.terminate()  # its children see that and end

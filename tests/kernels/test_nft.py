@@ -10,6 +10,7 @@ from arcopo_kernels import dispatch
 from arcopo_kernels.nft import nft_loss
 from arcopo_kernels.nft import op as nft_op
 from arcopo_kernels.testing import ROUNDING, assert_close
+from support.graphs import assert_compiles_whole, assert_replays_other_inputs
 from torch import Tensor
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -135,12 +136,7 @@ def test_compile_without_graph_breaks(device: torch.device, implementation: str)
         out = nft_loss(pred, old, target, reward, beta=0.1)
         return out.loss.sum(), out.l_plus
 
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        total, l_plus = function(pred)
-        results.append((total.detach(), l_plus, *torch.autograd.grad(total, pred)))
-    for name, eager, compiled in zip(("loss", "l_plus", "gradient"), *results):
-        assert_close(name, compiled, eager, 1e-6)
+    assert_compiles_whole(step, pred, "l_plus")
 
 
 @pytest.mark.gpu
@@ -153,20 +149,7 @@ def test_cuda_graph(device: torch.device) -> None:
         loss = nft_loss(*static, beta=0.1).loss
         return loss, torch.autograd.grad(loss.sum(), static[0])[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradient = step()
-    with torch.no_grad():
-        for tensor, new in zip(static, draw((4, 9001), 0.1, (BF16, BF16, BF16), device)):
-            tensor.copy_(new)
-    graph.replay()
-    expected_loss, expected_gradient = step()
-    assert torch.equal(loss, expected_loss) and torch.equal(gradient, expected_gradient)
+    assert_replays_other_inputs(step, static, draw((4, 9001), 0.1, (BF16, BF16, BF16), device))
 
 
 def test_float64_falls_back(device: torch.device) -> None:

@@ -10,6 +10,7 @@ from arcopo_kernels import dispatch
 from arcopo_kernels.surrogate import copo_surrogate
 from arcopo_kernels.surrogate import op as surrogate_op
 from arcopo_kernels.testing import ROUNDING, assert_close
+from support.graphs import assert_compiles_whole, assert_replays_other_inputs
 from torch import Tensor
 
 CLIP = 1e-4
@@ -314,14 +315,8 @@ def test_compile_without_graph_breaks(device: torch.device, implementation: str)
         out = copo_surrogate(pred, *inputs[1:], tau=0.1)
         return out.loss.sum(), out.ratio_minus_one
 
-    results = []
     with dispatch.use(implementation):
-        for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-            pred = inputs.pred.detach().requires_grad_()
-            total, ratio = function(pred)
-            results.append((total.detach(), ratio, *torch.autograd.grad(total, pred)))
-    for name, eager, compiled in zip(("loss", "ratio", "gradient"), *results):
-        assert_close(name, compiled, eager, 1e-6)
+        assert_compiles_whole(step, inputs.pred, "ratio")
 
 
 @pytest.mark.gpu
@@ -335,21 +330,7 @@ def test_cuda_graph(kernels: torch.device) -> None:
         out = copo_surrogate(*static, tau=0.1)
         return out.loss, torch.autograd.grad(out.loss.sum(), static.pred)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradient = step()
-    fresh = draw(8, 4, 12, (5003,), 0.05, (F32, F32, F32)).to(kernels)
-    with torch.no_grad():
-        for old, new in zip(static, fresh):
-            old.copy_(new)
-    graph.replay()
-    expected_loss, expected_gradient = step()
-    assert torch.equal(loss, expected_loss) and torch.equal(gradient, expected_gradient)
+    assert_replays_other_inputs(step, static, draw(8, 4, 12, (5003,), 0.05, (F32, F32, F32)).to(kernels))
 
 
 def test_what_the_kernels_cannot_take_falls_back(kernels: torch.device) -> None:

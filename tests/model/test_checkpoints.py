@@ -17,7 +17,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
-from support.models import small_config
+from support.errors import one_line
+from support.models import TINY, tiny_wan
 from support.official import official_name, to_diffusers_names, to_official_names
 from torch import Tensor, nn
 
@@ -26,17 +27,8 @@ from arcopo_fast.model import checkpoints
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.sizes import CausalWanConfig
 
-CONFIG = small_config(in_channels=4, out_channels=4)
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "public_sf_global.safetensors"  # written by the official code
 State = dict[str, Tensor]
-
-
-def tiny_wan() -> CausalWan:
-    """A tiny generator of which no parameter is zero."""
-    model = CausalWan(CONFIG)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 @pytest.fixture
@@ -53,13 +45,6 @@ def assert_same(ours: State, expected: State) -> None:
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(ours[name], tensor), name
-
-
-def one_line(error: pytest.ExceptionInfo[UserError], *parts: object) -> None:
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 600
-    for part in parts:
-        assert str(part) in message, f"{part!r} is not in: {message}"
 
 
 # Names
@@ -80,7 +65,7 @@ def test_names_of_the_full_model_map_as_diffusers_maps_them() -> None:
 
 def test_names_are_those_of_the_official_code() -> None:
     official = {name.removeprefix("w/model.") for name in load_file(FIXTURE) if name.startswith("w/")}
-    names = CausalWan(CONFIG).state_dict().keys()
+    names = CausalWan(TINY).state_dict().keys()
     assert official == {official_name(name) for name in names}
 
 
@@ -291,11 +276,11 @@ def test_truncated_anywhere(name: str, tmp_path: Path, state: State) -> None:
 # Sizes
 
 
-@pytest.mark.parametrize("sizes", [CONFIG, CausalWanConfig(1, 1, 128, 16, 8, 6, 512, 3, 5, (1, 1, 2))], ids=["heads-given", "heads-of-128"])
+@pytest.mark.parametrize("sizes", [TINY, CausalWanConfig(1, 1, 128, 16, 8, 6, 512, 3, 5, (1, 1, 2))], ids=["heads-given", "heads-of-128"])
 def test_sizes_are_read_off(sizes: CausalWanConfig) -> None:
     with torch.device("meta"):
         state = CausalWan(sizes).state_dict()
-    heads = {"num_attention_heads": 2, "attention_head_dim": 12} if sizes is CONFIG else None
+    heads = {"num_attention_heads": 2, "attention_head_dim": 12} if sizes is TINY else None
     inferred = checkpoints.infer_config(state, heads)
     expected = sizes.to_dict()
     assert inferred == {name: value for name, value in expected.items() if name not in ("text_len", "eps")}
@@ -358,7 +343,7 @@ def test_load_into(state: State) -> None:
     checkpoints.load_into(model, state)
     assert_same(dict(model.state_dict()), {name: tensor.bfloat16() for name, tensor in state.items()})
     with torch.device("meta"):
-        model = CausalWan(CONFIG)
+        model = CausalWan(TINY)
     checkpoints.load_into(model, state)
     assert_same(dict(model.state_dict()), state)
 
@@ -392,7 +377,7 @@ def test_saved_transformer_is_diffusers_own(tmp_path: Path) -> None:
 
     state, config = checkpoints.read_state_dict(tmp_path / "deep" / "m"), checkpoints.read_config(tmp_path / "deep" / "m")
     assert_same(state, dict(model.state_dict()))
-    assert CausalWanConfig(**checkpoints.infer_config(state, config)) == CONFIG
+    assert CausalWanConfig(**checkpoints.infer_config(state, config)) == TINY
 
     reference = WanTransformer3DModel.from_pretrained(tmp_path / "deep" / "m")
     latents, text, timestep = torch.randn(2, 3, 4, 8, 6), torch.randn(2, 5, 10), torch.tensor([[437.5], [900.0]])
@@ -404,33 +389,33 @@ def test_saved_transformer_is_diffusers_own(tmp_path: Path) -> None:
 
 def test_save_replaces_a_former_save_only(tmp_path: Path, state: State) -> None:
     target = tmp_path / "m"
-    checkpoints.save_transformer(target, state, CONFIG.to_dict())
+    checkpoints.save_transformer(target, state, TINY.to_dict())
     newer = {name: tensor + 1 for name, tensor in state.items()}
-    checkpoints.save_transformer(target, newer, CONFIG.to_dict())
+    checkpoints.save_transformer(target, newer, TINY.to_dict())
     assert_same(checkpoints.read_state_dict(target), newer)
 
     (target / "notes.txt").write_text("mine")
     with pytest.raises(UserError) as error:
-        checkpoints.save_transformer(target, state, CONFIG.to_dict())
+        checkpoints.save_transformer(target, state, TINY.to_dict())
     one_line(error, target, "notes.txt")
     assert_same(checkpoints.read_state_dict(target), newer)
     with pytest.raises(UserError) as error:
-        checkpoints.save_transformer(target / "notes.txt", state, CONFIG.to_dict())
+        checkpoints.save_transformer(target / "notes.txt", state, TINY.to_dict())
     one_line(error, "notes.txt", "is a file")
     with pytest.raises(UserError) as error:
-        checkpoints.save_transformer(target / "notes.txt" / "below", state, CONFIG.to_dict())
+        checkpoints.save_transformer(target / "notes.txt" / "below", state, TINY.to_dict())
     one_line(error, "below", "cannot be written")
     assert os.listdir(tmp_path) == ["m"]
 
 
 def test_a_failed_save_leaves_the_former_one(tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "m"
-    checkpoints.save_transformer(target, state, CONFIG.to_dict())
+    checkpoints.save_transformer(target, state, TINY.to_dict())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # like a disk that becomes full within the weights
         with pytest.raises(UserError) as error:
-            checkpoints.save_transformer(target, {name: tensor + 1 for name, tensor in state.items()}, CONFIG.to_dict())
+            checkpoints.save_transformer(target, {name: tensor + 1 for name, tensor in state.items()}, TINY.to_dict())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     one_line(error, target, "cannot be written")
@@ -440,7 +425,7 @@ def test_a_failed_save_leaves_the_former_one(tmp_path: Path, state: State, monke
     calls = iter((os.rename, unable, os.rename))  # the former one aside, the new one in its place, the former one back
     monkeypatch.setattr(os, "rename", lambda source, destination: next(calls)(source, destination))
     with pytest.raises(UserError, match="No space left"):
-        checkpoints.save_transformer(target, {name: tensor + 1 for name, tensor in state.items()}, CONFIG.to_dict())
+        checkpoints.save_transformer(target, {name: tensor + 1 for name, tensor in state.items()}, TINY.to_dict())
     assert os.listdir(tmp_path) == ["m"]
     assert_same(checkpoints.read_state_dict(target), state)
 
@@ -451,5 +436,5 @@ def unable(source: Path, destination: Path) -> None:
 
 def test_adapters_are_not_saved_as_a_transformer(tmp_path: Path, state: State) -> None:
     with pytest.raises(ValueError, match="adapter"):
-        checkpoints.save_transformer(tmp_path / "m", {"blocks.0.attn1.to_q.base_layer.weight": torch.randn(2)}, CONFIG.to_dict())
+        checkpoints.save_transformer(tmp_path / "m", {"blocks.0.attn1.to_q.base_layer.weight": torch.randn(2)}, TINY.to_dict())
     assert os.listdir(tmp_path) == []

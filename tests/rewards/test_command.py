@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.requests import TOKEN
 from support.rewards import load_reward
 
 from arcopo_fast.errors import UserError
@@ -22,7 +22,6 @@ from arcopo_fast.rewards.__main__ import main
 from arcopo_fast.rewards.base import score
 from arcopo_fast.rewards.client import remote_rewards
 
-TOKEN = f"{random.SystemRandom().getrandbits(128):032x}"
 SECONDS = 30  # nothing here takes so long, unless it hangs
 
 

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.judges import FRAME_TEMPLATE, Reference, published_files, write_base, write_instruction
+from support.judges import (
+    FRAME_TEMPLATE,
+    Reference,
+    assert_missing_file_is_named,
+    assert_sources_are_all_that_is_read,
+    write_base,
+    write_instruction,
+)
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
@@ -15,14 +22,11 @@ from arcopo_fast.rewards.base import score
 from arcopo_fast.rewards.hpsv3 import BASE, PIXELS, TOKEN, WEIGHTS, FrameJudge, HPSv3
 from arcopo_fast.rewards.qwen2vl.frames import fitting_size
 from arcopo_fast.rewards.registry import load_rewards
-from arcopo_fast.storage import hub
 
 PROMPTS = ["a cat", "a much longer prompt: two dogs run along a beach at dawn"]
 
 
-@pytest.fixture(autouse=True)
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return published_files(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("published")
 
 
 @pytest.fixture
@@ -138,13 +142,8 @@ def test_every_tensor_must_be_there_under_its_name(name: str, reference: Referen
     ],
 )
 def test_missing_files_are_named(file: str, parts: list[str], reference: Reference, published: Path) -> None:
-    (published / file).unlink()
-    with pytest.raises(UserError) as raised:
-        HPSv3()
-    assert all(part in str(raised.value) for part in parts), str(raised.value)
+    assert_missing_file_is_named(HPSv3, published / file, parts)
 
 
 def test_the_files_it_says_it_reads_are_all_it_reads(reference: Reference, published: Path) -> None:
-    named = {place / file for source, files in HPSv3.sources if (place := hub.local(source, files)) for file in files or [""]}
-    assert named == {file for file in published.rglob("*") if file.is_file()}
-    assert all(values.isfinite().all() for values in HPSv3()(make_frames(1, 1), ["a"]).values())
+    assert_sources_are_all_that_is_read(HPSv3, published, make_frames(1, 1))

@@ -18,7 +18,6 @@ from support.judges import (
     base_config,
     make_tokenizer,
     official_patches,
-    published_files,
     smart_resize,
     write_base,
     write_instruction,
@@ -30,10 +29,7 @@ from arcopo_fast.rewards.qwen2vl import model as qwen2vl
 from arcopo_fast.rewards.qwen2vl.frames import Patches, fitting_size, grayscale, quantize, resize, sample_frames
 from arcopo_fast.rewards.qwen2vl.text import Conversation, load_tokenizer, read_instruction
 
-
-@pytest.fixture(autouse=True)
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return published_files(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("published")
 
 
 # Frames ----------------------------------------------------------------------------------------------------------------------------

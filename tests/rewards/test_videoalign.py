@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.judges import MEANS_STDS, VIDEO_TEMPLATE, Reference, published_files, split_adapter, write_base, write_videoreward
+from support.judges import (
+    MEANS_STDS,
+    VIDEO_TEMPLATE,
+    Reference,
+    assert_missing_file_is_named,
+    assert_sources_are_all_that_is_read,
+    split_adapter,
+    write_base,
+    write_videoreward,
+)
 from torch import Tensor, nn
 
 from arcopo_fast.errors import UserError
@@ -19,7 +28,6 @@ from arcopo_fast.rewards.base import score
 from arcopo_fast.rewards.qwen2vl import model as qwen2vl
 from arcopo_fast.rewards.registry import load_rewards
 from arcopo_fast.rewards.videoalign import DIMENSIONS, TOKENS, Reading, VideoAlign, VideoAlignReward
-from arcopo_fast.storage import hub
 
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
 RANK, ALPHA = 4, 6
@@ -27,9 +35,7 @@ HEIGHT, WIDTH = 252, 420  # within the bounds already, so they are not resized
 PROMPTS = ["a cat", "a much longer prompt: two dogs run along a beach at dawn", "ünïcode {braces}"]
 
 
-@pytest.fixture(autouse=True)
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return published_files(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("published")
 
 
 @pytest.fixture
@@ -276,10 +282,7 @@ def test_configurations(section: str, name: str | None, value: object, part: str
     ],
 )
 def test_missing_files_are_named(file: str, parts: list[str], reference: Reference, published: Path) -> None:
-    (published / file).unlink()
-    with pytest.raises(UserError) as raised:
-        VideoAlignReward()
-    assert all(part in str(raised.value) for part in parts), str(raised.value)
+    assert_missing_file_is_named(VideoAlignReward, published / file, parts)
 
 
 def test_a_checkpoint_without_weights(reference: Reference, published: Path) -> None:
@@ -307,6 +310,4 @@ def test_the_files_it_says_it_reads_are_all_it_reads(reference: Reference, publi
     checkpoint(published).rename(directory / "checkpoint-11352")
     (published / "KwaiVGI/VideoAlign").mkdir(parents=True)
     (directory / "prompt_template.py").rename(published / "KwaiVGI/VideoAlign/prompt_template.py")
-    named = {place / file for source, files in VideoAlignReward.sources if (place := hub.local(source, files)) for file in files or [""]}
-    assert named == {file for file in published.rglob("*") if file.is_file()}
-    assert all(values.isfinite().all() for values in VideoAlignReward()(make_frames(1), ["a"]).values())
+    assert_sources_are_all_that_is_read(VideoAlignReward, published, make_frames(1))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from arcopo_fast.rollout.engine import VideoShape
-from arcopo_fast.rollout.noise import GroupId, KeyedNoise, StackedNoise, normal
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise, NoisePlan, StackedNoise, normal
+from arcopo_fast.rollout.sampler import StepRule
 
 shape = VideoShape((3,) * 9, 16, 20, 30)
 
@@ -48,3 +49,41 @@ def test_stacked_sources_are_rows() -> None:
     sources = [KeyedNoise(shape, GroupId(seed)) for seed in (3, 4)]
     stacked = StackedNoise(sources)
     assert torch.equal(stacked.renoise(2, 1), torch.cat([source.renoise(2, 1) for source in sources]))
+
+
+@pytest.mark.parametrize("chunks", [1, 2, None])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_a_plan_says_which_noises_are_a_members_own(strength: float, chunks: int | None) -> None:
+    """From the fork on, for so many chunks: eps_i = sqrt(1 - s^2) eps* + s delta_i; all other initial noises are the shared ones."""
+    video, fork, members = VideoShape((2,) * 5, 2, 3, 4), 2, [3, 0, 5]
+    shared = KeyedNoise(video, GroupId(7, 3, 1))
+    noise = MemberNoise(shared, NoisePlan(strength, chunks=chunks), fork, members)
+    for chunk in range(video.chunks):
+        own = fork <= chunk < fork + (chunks or video.chunks)
+        assert noise.is_own(chunk) == own
+        drawn, centre = noise.initial(chunk), shared.initial(chunk)
+        assert drawn.shape == (3, *video.chunk(chunk))
+        for row, member in zip(drawn, members):
+            delta = normal((1, *video.chunk(chunk)), *shared.id, "neighbour", chunk, member)
+            expected = (1 - strength**2) ** 0.5 * centre.double() + strength * delta.double() if own else centre.double()
+            torch.testing.assert_close(row[None].double(), expected, rtol=1e-6, atol=1e-6)
+        for step in range(2):  # without a rule of the plan's, every re-noise is shared
+            assert torch.equal(noise.renoise(chunk, step), shared.renoise(chunk, step))
+
+
+def test_a_plan_with_a_rule_gives_each_member_its_own_renoises() -> None:
+    video, members = VideoShape((2,) * 4, 2, 3, 4), [3, 0, 5]
+    shared = KeyedNoise(video, GroupId(7, 3, 1))
+    noise = MemberNoise(shared, NoisePlan(0.0, StepRule("consistency"), chunks=2), 1, members)
+    rows = []
+    for chunk in range(video.chunks):
+        assert torch.equal(noise.initial(chunk), shared.initial(chunk).expand(3, *video.chunk(chunk)))
+        for step in range(2):
+            drawn = noise.renoise(chunk, step)
+            if chunk in (1, 2):
+                rows += list(drawn)
+                alone = MemberNoise(shared, noise.plan, 1, [5]).renoise(chunk, step)
+                assert torch.equal(drawn[2:], alone), "a member's draw does not depend on the others"
+            else:
+                assert torch.equal(drawn, shared.renoise(chunk, step))
+    assert len({tuple(row.flatten().tolist()) for row in rows}) == len(rows) == 12

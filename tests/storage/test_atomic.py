@@ -1,22 +1,22 @@
-"""Writers that are killed at any moment, and locks that end with their process."""
+"""Files and directories are whole or not there, whatever fails and whoever is killed at any moment."""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
+import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
+from support.folders import everything, tree
 
-from arcopo_fast.errors import UserError
 from arcopo_fast.storage import atomic as files
-from arcopo_fast.storage.atomic import atomic_directory, settle
-from arcopo_fast.storage.locks import LOCK, Owner, lock, owned
+from arcopo_fast.storage.atomic import atomic_directory, atomic_path, atomic_write, settle
 
 # Replaces a directory and a file, and dies in the n-th call to the file system that could be the last.
 KILLED = """
@@ -42,10 +42,6 @@ with files.atomic_directory(folder / "step-1") as made:
 files.atomic_write(folder / "file.json", "new")
 files.remove_directory(folder / "step-1")
 """
-
-
-def tree(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("is_owned", [True, False])
@@ -102,76 +98,84 @@ def test_only_what_a_writer_left_is_removed(name: str, tmp_path: Path) -> None:
     assert tree(tmp_path)[name] == "mine" and (outside / "file").exists()
 
 
-def test_an_owner_keeps_others_out_and_leaves_nothing(tmp_path: Path) -> None:
-    first = Owner(tmp_path)
-    with pytest.raises(UserError, match=rf"^{tmp_path} is in use by process {os.getpid()} on {os.uname().nodename}; wait"):
-        Owner(tmp_path)
-    first.release()
-    first.release()
-    assert not list(tmp_path.iterdir())
-    (tmp_path / LOCK).write_text("process 1 on another machine, which died")
-    with Owner(tmp_path):
-        assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {os.uname().nodename}\n"
+def test_a_file_is_replaced_whole_and_can_be_read_by_others(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    for content in (random.randbytes(1000), random.randbytes(10), "Ä text"):
+        atomic_write(path, content)
+        assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+    assert everything(tmp_path).keys() == {"file.bin"}
 
 
-def test_ownership_goes_along_with_a_directory_that_is_renamed(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    owner = Owner(tmp_path / "a")
-    os.rename(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(UserError, match="b is in use"):
-        Owner(tmp_path / "b")
-    owner.directory = tmp_path / "b"
-    owner.release()
-    assert not list((tmp_path / "b").iterdir())
-
-
-def test_there_is_one_owner_at_any_moment(tmp_path: Path) -> None:
-    """Also while the file of the lock is removed by one and opened by the next."""
-    inside, most, taken = [0], [0], [0]
-
-    def work() -> None:
-        for _ in range(150):
-            try:
-                with Owner(tmp_path):
-                    inside[0] += 1
-                    most[0] = max(most[0], inside[0])
-                    taken[0] += 1
-                    inside[0] -= 1
-            except UserError:
-                pass
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1] and taken[0] >= 20 and not list(tmp_path.iterdir())
-
-
-def test_an_owned_directory_that_stays_empty_goes_away(tmp_path: Path) -> None:
-    with owned(tmp_path / "a" / "b"):
-        pass
-    with pytest.raises(RuntimeError), owned(tmp_path / "a" / "b"):
+def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.mp4"
+    old = random.randbytes(100)
+    atomic_write(path, old)
+    with pytest.raises(RuntimeError), atomic_path(path) as partial:
+        assert partial.suffix == ".mp4" and partial.parent == tmp_path
+        partial.write_bytes(random.randbytes(50))
         raise RuntimeError
-    assert not list(tmp_path.iterdir())
-    with owned(tmp_path / "a" / "b"):
-        (tmp_path / "a" / "b" / "file").write_text("x")
-    assert tree(tmp_path) == {"a/b/file": "x"}
+    assert everything(tmp_path) == {"file.mp4": old}
 
 
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def flock(descriptor: int, operation: int) -> None:
-        raise OSError(38, "Function not implemented")
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, full_disk: None) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(tmp_path / "file", "new")
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(tmp_path / "other", "new")
+    assert everything(tmp_path) == {"file": b"old"}
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with owned(tmp_path / "run"), atomic_directory(tmp_path / "run" / "step-1") as made:
-        (made / "x").write_text("x")
-    assert tree(tmp_path) == {"run/step-1/x": "x"}
-    assert f"the file system of {tmp_path / 'run'} has no locks: see to it yourself" in capsys.readouterr().err
-    (tmp_path / "run" / ".step-1.abcdefgh").mkdir()
-    settle(tmp_path / "run", "step-1")
-    assert (tmp_path / "run" / ".step-1.abcdefgh").exists(), "its maker may live"
-    settle(tmp_path / "run", "step-1", owned=True)
-    assert not (tmp_path / "run" / ".step-1.abcdefgh").exists()
-    with pytest.raises(UserError, match="has no locks .*; put the buffer on another"), lock(tmp_path / "lock", "buffer", wait=True):
-        pass
+
+@pytest.mark.parametrize("free", [0, 1 << 30])
+def test_a_library_that_hides_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    class Disk:
+        f_bavail, f_frsize = free // 4096, 4096
+
+    monkeypatch.setattr(os, "statvfs", lambda path: Disk)
+    for partial_at in (atomic_path, atomic_directory):
+        with pytest.raises(RuntimeError if free else OSError) as error, partial_at(tmp_path / "x.pt"):
+            raise RuntimeError("unexpected pos 576 vs 534")
+        assert free or (error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path))  # type: ignore[attr-defined]
+    assert everything(tmp_path) == {}
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "sub" / "step-1"
+    with pytest.raises(KeyboardInterrupt), atomic_directory(target) as partial:
+        (partial / "half").write_bytes(b"x")
+        raise KeyboardInterrupt
+    assert everything(tmp_path) == {"sub": None}
+    with atomic_directory(target) as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "a").write_bytes(b"1")
+        assert not target.exists()
+    first = everything(tmp_path)
+    assert first == {"sub": None, "sub/step-1": None, "sub/step-1/inner": None, "sub/step-1/inner/a": b"1"}
+    with pytest.raises(RuntimeError), atomic_directory(target) as partial:
+        (partial / "b").write_bytes(b"2")
+        raise RuntimeError
+    assert everything(tmp_path) == first
+    with atomic_directory(target) as partial:
+        (partial / "b").write_bytes(b"2")
+    assert everything(tmp_path) == {"sub": None, "sub/step-1": None, "sub/step-1/b": b"2"}
+
+
+def test_a_failing_exchange_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "adapter"
+    target.mkdir()
+    (target / "old").write_bytes(b"old")
+    before, rename, calls = everything(tmp_path), os.rename, []
+
+    def second_fails(source: Path, goal: Path) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, goal)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="Input/output"), atomic_directory(target) as partial:
+        (partial / "new").write_bytes(b"new")
+    assert len(calls) == 3 and everything(tmp_path) == before

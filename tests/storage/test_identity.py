@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -9,11 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
-from arcopo_fast.storage.identity import INPUTS, check_inputs, describe, digest, file_digest, require_same, sampled_digest, values_digest
+from arcopo_fast.storage.identity import (
+    INPUTS,
+    check_inputs,
+    describe,
+    digest,
+    file_digest,
+    require_same,
+    sampled_digest,
+    values_digest,
+    weights_digest,
+)
 
 MADE_OF = {"transformer": "0123", "VAE": "4567"}
 CONFIG = load_config("toy")
@@ -110,3 +121,15 @@ def test_what_is_damaged_is_named(content: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{INPUTS} is damaged.*remove it"):
         check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES, done=random.randrange(9))
     assert (tmp_path / INPUTS).read_text() == content
+
+
+def test_a_digest_of_weights_is_of_every_byte_name_and_dtype() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(torch.bfloat16)
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode() + tensor.view(torch.uint8).numpy().tobytes())
+    assert weights_digest(model) == found.hexdigest() == weights_digest(copy.deepcopy(model))
+    others = [copy.deepcopy(model).float(), nn.Sequential(model[0]), nn.ModuleDict({"0": model[0], "2": model[1]}), copy.deepcopy(model)]
+    bits = others[-1][1].bias.data.view(torch.int16)
+    bits[-1] ^= 1  # the last bit of the last element
+    assert len({weights_digest(other) for other in [model, *others]}) == 5

@@ -3,127 +3,21 @@
 from __future__ import annotations
 
 import errno
-import os
 import random
-import stat
 from pathlib import Path
 
 import pytest
+from support.folders import everything
 
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.storage import atomic as files
-from arcopo_fast.storage.atomic import atomic_directory, atomic_path, atomic_write
 from arcopo_fast.storage.run_dir import RunDirectory
 
 
 def config_in(folder: Path, *overrides: str) -> Config:
     return load_config("toy", [f"run.directory={folder}", "name=mine", *overrides])
-
-
-def everything(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder, hidden ones too, with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
-
-
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing reaches the disk any more."""
-
-    def fsync(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-
-
-# Files and directories -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_file_is_replaced_whole_and_can_be_read_by_others(tmp_path: Path) -> None:
-    path = tmp_path / "file.bin"
-    for content in (os.urandom(1000), os.urandom(10), "Ä text"):
-        atomic_write(path, content)
-        assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
-    assert everything(tmp_path).keys() == {"file.bin"}
-
-
-def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file.mp4"
-    old = os.urandom(100)
-    atomic_write(path, old)
-    with pytest.raises(RuntimeError), atomic_path(path) as partial:
-        assert partial.suffix == ".mp4" and partial.parent == tmp_path
-        partial.write_bytes(os.urandom(50))
-        raise RuntimeError
-    assert everything(tmp_path) == {"file.mp4": old}
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, full_disk: None) -> None:
-    (tmp_path / "file").write_bytes(b"old")
-    with pytest.raises(OSError, match="No space left"):
-        atomic_write(tmp_path / "file", "new")
-    with pytest.raises(OSError, match="No space left"):
-        atomic_write(tmp_path / "other", "new")
-    assert everything(tmp_path) == {"file": b"old"}
-
-
-@pytest.mark.parametrize("free", [0, 1 << 30])
-def test_a_library_that_hides_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    class Disk:
-        f_bavail, f_frsize = free // 4096, 4096
-
-    monkeypatch.setattr(os, "statvfs", lambda path: Disk)
-    for partial_at in (atomic_path, atomic_directory):
-        with pytest.raises(RuntimeError if free else OSError) as error, partial_at(tmp_path / "x.pt"):
-            raise RuntimeError("unexpected pos 576 vs 534")
-        assert free or (error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path))  # type: ignore[attr-defined]
-    assert everything(tmp_path) == {}
-
-
-def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "sub" / "step-1"
-    with pytest.raises(KeyboardInterrupt), atomic_directory(target) as partial:
-        (partial / "half").write_bytes(b"x")
-        raise KeyboardInterrupt
-    assert everything(tmp_path) == {"sub": None}
-    with atomic_directory(target) as partial:
-        (partial / "inner").mkdir()
-        (partial / "inner" / "a").write_bytes(b"1")
-        assert not target.exists()
-    first = everything(tmp_path)
-    assert first == {"sub": None, "sub/step-1": None, "sub/step-1/inner": None, "sub/step-1/inner/a": b"1"}
-    with pytest.raises(RuntimeError), atomic_directory(target) as partial:
-        (partial / "b").write_bytes(b"2")
-        raise RuntimeError
-    assert everything(tmp_path) == first
-    with atomic_directory(target) as partial:
-        (partial / "b").write_bytes(b"2")
-    assert everything(tmp_path) == {"sub": None, "sub/step-1": None, "sub/step-1/b": b"2"}
-
-
-def test_a_failing_exchange_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "adapter"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
-    before, rename, calls = everything(tmp_path), os.rename, []
-
-    def second_fails(source: Path, goal: Path) -> None:
-        calls.append(source)
-        if len(calls) == 2:
-            raise OSError(errno.EIO, "Input/output error")
-        rename(source, goal)
-
-    monkeypatch.setattr(os, "rename", second_fails)
-    with pytest.raises(OSError, match="Input/output"), atomic_directory(target) as partial:
-        (partial / "new").write_bytes(b"new")
-    assert len(calls) == 3 and everything(tmp_path) == before
-
-
-# Runs ------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_directory_holds_the_resolved_configuration(tmp_path: Path) -> None:

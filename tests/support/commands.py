@@ -32,7 +32,7 @@ class Ended(NamedTuple):
     out: str
 
 
-def run(main: Callable[[Sequence[str]], None], capsys: pytest.CaptureFixture[str], *arguments: object) -> Ended:
+def outcome(main: Callable[[Sequence[str]], None], capsys: pytest.CaptureFixture[str], *arguments: object) -> Ended:
     """Run a command in this process."""
     status = run_command(main, [str(argument) for argument in arguments])
     out, err = capsys.readouterr()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from arcopo_fast.errors import UserError
+from arcopo_fast.rewards.base import Reward
+from arcopo_fast.storage import hub
 
 try:  # the processor that needs no torchvision
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as ImageProcessor
@@ -234,3 +238,18 @@ def write_instruction(file: Path, **texts: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     assignments = "\n\n".join(f'{name} = """{text}"""' for name, text in texts.items())
     file.write_text(f"import no_such_module\n\nNUMBER = 3\n\n{assignments}\n\nraise SystemExit('run')\n")
+
+
+def assert_missing_file_is_named(judge: Callable[[], object], file: Path, parts: Sequence[str]) -> None:
+    """Hold a judge of which a published file is gone to an error that names it, with where it comes from."""
+    file.unlink()
+    with pytest.raises(UserError) as raised:
+        judge()
+    assert all(part in str(raised.value) for part in parts), str(raised.value)
+
+
+def assert_sources_are_all_that_is_read(judge: type[Reward], published: Path, frames: Tensor) -> None:
+    """Hold a judge's `sources` to the published files, with which alone it gives finite scores of one video."""
+    named = {place / file for source, files in judge.sources if (place := hub.local(source, files)) for file in files or [""]}
+    assert named == {file for file in published.rglob("*") if file.is_file()}
+    assert all(values.isfinite().all() for values in judge()(frames, ["a"]).values())

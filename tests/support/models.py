@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from arcopo_fast.config.schema import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
@@ -44,6 +45,17 @@ def small_model(dtype: torch.dtype = torch.float32, **changes: object) -> Causal
             scale = 0.3 if parameter.dim() < 2 else 1.0 / parameter[0].numel() ** 0.5
             parameter.copy_(scale * torch.randn_like(parameter) + (1.0 if parameter.dim() == 1 else 0.0))
     return model.to(dtype)
+
+
+TINY = small_config(in_channels=4, out_channels=4)
+
+
+def tiny_wan() -> CausalWan:
+    """Return a generator of which no parameter is zero."""
+    model = CausalWan(TINY)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def small_engine(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
+
+from arcopo_fast.model.text import TextEncoderFiles, UMT5TextEncoder
 
 State = dict[str, Tensor]
 
@@ -65,3 +69,47 @@ def write_official(directory: Path, state: State, **tokenizer: Any) -> Path:
     write_tokenizer(directory / "google" / "umt5-xxl", **tokenizer)
     torch.save(state, directory / "models_t5_umt5-xxl-enc-bf16.pth")
     return directory
+
+
+def transformers_model(state: State) -> UMT5EncoderModel:
+    """transformers' encoder with the weights put where they belong one by one, through its modules and not through names."""
+    sizes = {"vocab_size": VOCABULARY, "d_model": DIM, "num_heads": HEADS, "d_kv": HEAD_DIM, "d_ff": FFN, "num_layers": LAYERS}
+    config = UMT5Config(**sizes, relative_attention_num_buckets=BUCKETS)
+    model = UMT5EncoderModel(config).eval()
+    with torch.no_grad():
+        model.shared.weight.copy_(state["token_embedding.weight"])
+        model.encoder.final_layer_norm.weight.copy_(state["norm.weight"])
+        for index, block in enumerate(model.encoder.block):
+            attention, feed_forward = block.layer
+            places = {
+                "norm1": attention.layer_norm,
+                "attn.q": attention.SelfAttention.q,
+                "attn.k": attention.SelfAttention.k,
+                "attn.v": attention.SelfAttention.v,
+                "attn.o": attention.SelfAttention.o,
+                "pos_embedding.embedding": attention.SelfAttention.relative_attention_bias,
+                "norm2": feed_forward.layer_norm,
+                "ffn.gate.0": feed_forward.DenseReluDense.wi_0,
+                "ffn.fc1": feed_forward.DenseReluDense.wi_1,
+                "ffn.fc2": feed_forward.DenseReluDense.wo,
+            }
+            for name, module in places.items():
+                module.weight.copy_(state[f"blocks.{index}.{name}.weight"])
+    return model
+
+
+def write_diffusers(directory: Path, state: State, shard: str = "12KB") -> Path:
+    write_tokenizer(directory / "tokenizer")
+    transformers_model(state).save_pretrained(directory / "text_encoder", max_shard_size=shard)
+    return directory
+
+
+LAYOUTS = {"official": write_official, "diffusers": write_diffusers, "unsharded": lambda d, s: write_diffusers(d, s, "1GB")}
+
+
+def sentence(words: int) -> str:
+    return " ".join(random.choices(WORDS, k=words))
+
+
+def load(directory: Path, text_len: int = TEXT_LEN, dtype: torch.dtype = torch.float32) -> UMT5TextEncoder:
+    return UMT5TextEncoder.load(TextEncoderFiles.find(directory), text_len=text_len, dtype=dtype)
