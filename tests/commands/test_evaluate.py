@@ -251,11 +251,12 @@ def test_other_weights_beside_the_generators_are_another_evaluation(
     evaluated: Path, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As when a text encoder, a decoder or a judge was updated in its place."""
-    checkpoint = tmp_path / "checkpoint"
+    out, checkpoint = tmp_path / "out", tmp_path / "checkpoint"
+    shutil.copytree(evaluated, out)
     shutil.copytree(checkpoint_path("toy"), checkpoint)
-    call = [*SMALL, *THREE, f"generator.checkpoint={checkpoint}", "--adapter", adapters["on"], "--out", evaluated]
-    known = scores_in(evaluated).values
-    assert command(capsys, *call)[0] == 0 and scores_in(evaluated).values.keys() == known.keys(), "a copy is the same"
+    call = [*SMALL, *THREE, f"generator.checkpoint={checkpoint}", "--adapter", adapters["on"], "--out", out]
+    known = scores_in(out).values
+    assert command(capsys, *call)[0] == 0 and scores_in(out).values.keys() == known.keys(), "a copy is the same"
     for part, key in {"text": "text_encoder", "vae": "vae_weights", "classifier": "code_and_weights.caption_accuracy"}.items():
         (file,) = (checkpoint / part).glob("*.safetensors")
         original, tensors = file.read_bytes(), load_file(file)
@@ -265,7 +266,7 @@ def test_other_weights_beside_the_generators_are_another_evaluation(
         save_file(tensors | {name: tensors[name] * 1.5}, file, metadata=metadata)
         status, said, printed = command(capsys, *call)
         assert status == 2 and not printed and len(said) == 1, said
-        assert f"{evaluated} holds scores with other settings: {key}: " in said[0]
+        assert f"{out} holds scores with other settings: {key}: " in said[0]
         assert re.search(r"^[^;]* here, [^;]* there; give another --out$", said[0]), "nothing else differs"
         file.write_bytes(original)
 
