@@ -14,9 +14,7 @@ import logging
 import os
 import re
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +30,7 @@ from arcopo_fast.errors import UserError, listed
 from arcopo_fast.model.checkpoints import load_into, read_container, strip_wrappers
 from arcopo_fast.model.families import LAYOUTS, OFFICIAL
 from arcopo_fast.model.tensors import rename
+from arcopo_fast.storage.atomic import atomic_write
 from arcopo_fast.storage.identity import digest
 from arcopo_fast.storage.textfiles import read_json
 
@@ -400,18 +399,13 @@ class CachedTextEncoder:
 
     def _write(self, prompt: str, rows: Tensor) -> None:
         content = save({"rows": rows.contiguous()}, {"prompt": prompt, "sha256": _digest(prompt, rows)})
-        path = self._file(prompt)
-        unfinished = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(content)
-            os.replace(unfinished, path)  # without a flush to the disk: what a power failure leaves, the checksum finds
+            atomic_write(self._file(prompt), content)
         except OSError as error:
             advice = "free space there, or choose another cache directory"
             raise UserError(f"{self.directory}: embeddings cannot be written: {error.strerror}; {advice}") from error
-        finally:
-            with suppress(OSError):
-                unfinished.unlink()
+
 
 
 def _digest(prompt: str, rows: Tensor) -> str:
