@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.evaluations import SMALL
 from support.seeds import seed_of
 from torch import nn
 
@@ -35,7 +36,7 @@ KILLS = int(os.environ.get("ARCOPO_KILLS", "100"))
 MOST = 4
 """Kills of one trial; after them it is let to end."""
 
-VIDEO = ["toy", "video.chunks=2", "sampler.steps=[1000,300]", "generator.device=cpu", "train.threads=1", "evaluation.prompts=2"]
+VIDEO = [*SMALL, "evaluation.prompts=2"]
 GROUP = ["rollout.group_size=3", "objective.anchors_per_update=2", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=1"]
 TRAIN = [*VIDEO, *GROUP, "train.iterations=5", "train.save_every=1", "lora.rank=2", "lora.alpha=4", "run.tensorboard=false"]
 COMMANDS = {

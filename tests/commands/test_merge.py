@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from peft import PeftModel
-from support.commands import outcome
+from support.commands import SHORT, outcome
 from torch import Tensor, nn
 
 from arcopo_fast import merge
@@ -31,14 +31,7 @@ from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import BLOCK_TARGETS, Adapter, adapter_parameters, add_lora, load_adapter, read_adapter, save_adapter
 from arcopo_fast.reports.table import signed
 
-SMALL = [
-    "video.chunks=2",
-    "sampler.steps=[1000,300]",
-    "evaluation.prompts=2",
-    "evaluation.videos_per_prompt=2",
-    "evaluation.sample_videos=1",
-    "generator.device=cpu",
-]
+SMALL = [*SHORT, "evaluation.prompts=2", "evaluation.videos_per_prompt=2", "evaluation.sample_videos=1"]
 ROUNDING = 2e-5  # of the largest value
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "merge.json", "pytorch_lora_weights.safetensors"]
 

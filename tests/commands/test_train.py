@@ -25,11 +25,11 @@ from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.train import main
 from arcopo_fast.training.trainer import Trainer
 
-SHORT = ["train.iterations=2", "train.save_every=1", *SMALL_COPO]
+RUN = ["train.iterations=2", "train.save_every=1", *SMALL_COPO]
 
 
 def run(directory: Path, *overrides: str) -> Path:
-    main(["toy", *SHORT, f"run.directory={directory}", *overrides])
+    main(["toy", *RUN, f"run.directory={directory}", *overrides])
     return directory / "toy"
 
 
@@ -88,7 +88,7 @@ def test_a_window_needs_a_smaller_pool_and_fits_it(tmp_path: Path) -> None:
     window = [*several, "cache.window=4", "cache.sink=1"]
     pages = []
     for overrides in (several, window):
-        config = load_config("toy", [*SHORT, f"run.directory={tmp_path}", *overrides])
+        config = load_config("toy", [*RUN, f"run.directory={tmp_path}", *overrides])
         pages.append(Trainer(config).engine.pool.pages)
     assert pages[1] < pages[0] / 2
     run(tmp_path, *window)  # PagePoolExhausted if it were too small

@@ -56,7 +56,7 @@ def plain(query: Tensor, segments: Sequence[Segment]) -> Tensor:
 
 
 def leaves(query: Tensor, segments: Sequence[Segment]) -> dict[str, Tensor]:
-    """What a gradient is due for, by name. Empty segments are skipped: no implementation owes them one."""
+    """Return the tensors that are due a gradient, by name. Empty segments are skipped: no implementation owes them a gradient."""
     named = {"query": query}
     for index, segment in enumerate(segments):
         if not segment.frozen and segment.key.shape[1]:

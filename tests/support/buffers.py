@@ -50,5 +50,5 @@ def file_of(path: Path, index: int) -> Path:
 
 
 def names(path: Path) -> list[str]:
-    """What lies in a buffer's entries, hidden files too."""
+    """Return the names in a buffer's directory of entries, hidden files too."""
     return sorted(os.listdir(path / "entries"))

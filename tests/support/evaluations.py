@@ -12,8 +12,9 @@ from arcopo_fast.build import load_generator
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.evaluation.scores import ScoreDirectory, Scores, Video
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, save_adapter
+from support.commands import SHORT
 
-SMALL = ["toy", "video.chunks=2", "sampler.steps=[1000,300]", "generator.device=cpu", "train.threads=1"]
+SMALL = ["toy", *SHORT, "train.threads=1"]
 THREE = ["evaluation.prompts=3", "--videos", "2"]
 CAPTIONS = ["a red circle moving left", "a blue square moving up", "a green cross moving right"]
 

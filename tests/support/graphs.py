@@ -1,4 +1,4 @@
-"""What compiles to one graph, and what a CUDA graph replays, is what is computed without."""
+"""Compiled steps and CUDA graphs, held to the same steps without them."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ MEANS_STDS = {"VQ": (3.5, 2.25), "MQ": (1.25, 1.5), "TA": (2.75, 2.5)}
 
 
 def published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where published files are looked for from now on, and nowhere else."""
+    """Return the directory in which, from now on, published files are looked for, and nowhere else."""
     monkeypatch.setenv("ARCOPO_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -49,7 +49,7 @@ def published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def base_config() -> dict[str, Any]:
-    """As Qwen/Qwen2-VL-2B-Instruct's config.json, smaller."""
+    """Return a smaller config.json of the form of Qwen/Qwen2-VL-2B-Instruct's."""
     return {
         "image_token_id": 260,
         "video_token_id": 261,
@@ -113,7 +113,7 @@ def write_base(directory: Path) -> Path:
 
 
 class Reference(nn.Module):
-    """What the official code builds: the base model, its embedding cut to the tokenizer, a head, and an adapter."""
+    """The judge that the official code builds: the base model, its embedding cut to the tokenizer, a head, and an adapter."""
 
     def __init__(self, tokens: Sequence[str], head: nn.Module, *, rank: int = 0, alpha: int = 0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a computation keeps, how much lives at once and what it moves, in bytes; works on the meta device, where nothing is computed."""
+"""Counters of the bytes that a computation keeps, that live at once and that it moves; they work on the meta device, where nothing is computed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class MovedBytes(TorchDispatchMode):
         return result
 
     def outside(self, *kinds: str) -> int:
-        """By operators whose names contain none of `kinds`."""
+        """Return the bytes moved by operators whose names contain none of `kinds`."""
         return sum(moved for name, moved in self.by_operator.items() if not any(kind in name for kind in kinds))
 
 

@@ -22,7 +22,7 @@ SMALL = ["generator.device=cpu", "generator.dtype=float32", "generator.vae_dtype
 
 
 def place(root: Path, source: str) -> Path:
-    """Where a published file is looked for under $ARCOPO_MODELS, its directory made."""
+    """Return the place of a published file under $ARCOPO_MODELS, and make its directory."""
     wanted = Source.parse(source)
     path = root / wanted.repository / wanted.inside
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ class FirstPixel(Reward):
 
 
 def kill(server: RewardServer) -> None:
-    """What a process leaves behind that is killed: no listener, and every connection broken."""
+    """Leave what a killed process leaves: no listener, and every connection broken."""
     server.shutdown()
     server.server_close()
     for connection in list(server._open):

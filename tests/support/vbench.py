@@ -53,7 +53,7 @@ def scores_of(raw: Sequence[float]) -> VBenchScores:
 
 
 def write_results(directory: Path, raw: Mapping[str, Any], *, together: bool = False) -> Path:
-    """As the scorer leaves them: one file for each dimension, or one for all."""
+    """Write results as the scorer leaves them: one file for each dimension, or one for all."""
     directory.mkdir(parents=True, exist_ok=True)
     entries = {name: [value, [{"video_path": "v", "video_results": value}] * 7] for name, value in raw.items()}
     for number, part in enumerate([entries] if together else [{name: entry} for name, entry in entries.items()]):
@@ -165,7 +165,7 @@ class Environment:
                 (self.videos / name).write_text(f"{self.values[name]!r} {'static' if name in self.static else 'moving'}")
 
     def calls(self) -> list[str]:
-        """What was run since the last time."""
+        """Return the calls since the last time."""
         path = self.site / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
