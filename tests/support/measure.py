@@ -1,4 +1,4 @@
-"""Counters of the bytes that a computation keeps, that live at once and that it moves; they work on the meta device, where nothing is computed."""
+"""Counters of the bytes that a computation keeps, that live at once and that it moves. On the meta device nothing is computed."""
 
 from __future__ import annotations
 
