@@ -1,7 +1,8 @@
 """Files that an older version wrote are read, added to and finished by this one.
 
 tests/fixtures/old was written by the first version, before its files moved to rooms: two runs of the toy recipe with `SETTINGS`, of which
-one was stopped in its second iteration; a buffer of one group; an evaluation and a study with `VIDEO`. What no test needs is left out.
+one was stopped in its second iteration; a buffer of one group; an evaluation, a study and a sweep with `VIDEO`. What no test needs is left
+out.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def judges_of_then(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the judges have the digests that they had: a file of theirs that was edited since is a judge of its own, and rightly refused."""
-    digests = json.loads((OLD / "finished" / "inputs.json").read_text())["judges"]
+    digests = json.loads((OLD / "stopped" / "inputs.json").read_text())["judges"]
     monkeypatch.setattr(Reward, "fingerprint", lambda self, name: digests[name])
 
 
@@ -133,3 +134,15 @@ def test_a_study_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(entropy.main, capsys, "toy", *VIDEO, "--prompts", 2, "--draws", 2, "--out", "study").status == 0
     ours, theirs = (json.loads((folder / "entropy.json").read_text())["records"] for folder in (Path("study"), OLD / "study"))
     assert ours[: len(theirs)] == theirs and len(ours) == 2 * len(theirs)
+
+
+@pytest.mark.usefixtures("judges_of_then")
+def test_a_sweep_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """With another scale between those that it had."""
+    pair = ["--semi", "finished", "--on", "stopped/checkpoints/step-1/adapter"]
+    settings = [*VIDEO, 'rewards={"toy_vq":1.0}', "evaluation.prompts=1", "evaluation.videos_per_prompt=2", "evaluation.sample_videos=0"]
+    assert outcome(merge.main, capsys, *pair, "--sweep", "0.5,1", "--out", "sweep", "toy", *settings).status == 0
+    kept = [path.relative_to(OLD) for path in (OLD / "sweep" / "evaluations").iterdir()]
+    assert len(kept) == 2 and all(path.read_bytes() == (OLD / path).read_bytes() for path in kept), "what was judged is not judged again"
+    rows = [line for line in Path("sweep/sweep.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows[:6]] == ["scale", "----------", "base model", "0", "0.5", "1"]
