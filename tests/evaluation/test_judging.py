@@ -51,7 +51,8 @@ def test_each_video_is_decoded_and_scored_once_with_its_own_prompt(prefix: bool,
     expected = 2 * whole + whole.cumsum(1) - whole
     prompts, reward = [str(number) for number in range(VIDEOS)], Brightness()
     judging = Judging(Doubling(), at_once)  # type: ignore[arg-type]
-    parts = list(judging.judge({"bright": reward}, latents, prompts, shared if prefix else None))
+    slices = judging.decode(latents, shared if prefix else None)
+    parts = list(judging.judge({"bright": reward}, slices, prompts))
     size = min(at_once or VIDEOS, VIDEOS)
     assert reward.seen == [len(frames) for frames, _ in parts] == [min(size, VIDEOS - first) for first in range(0, VIDEOS, size)]
     torch.testing.assert_close(torch.cat([frames for frames, _ in parts]), expected)
