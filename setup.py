@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["arcopo_fast", "arcopo_fast.*"]), *find_packages("kernels")],
     package_dir={"arcopo_kernels": "kernels/arcopo_kernels"},
-    package_data={"arcopo_fast": ["recipes/*.yaml", "data/*.txt", "toy/checkpoint/**/*"]},
+    package_data={"arcopo_fast": ["recipes/*.yaml", "data/*.txt", "reports/*.css", "toy/checkpoint/**/*"]},
 )

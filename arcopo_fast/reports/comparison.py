@@ -13,7 +13,7 @@ from arcopo_fast.evaluation.scores import KINDS
 from arcopo_fast.reports.charts import line_chart, moving_mean
 from arcopo_fast.reports.curves import REWARD, curve, health, reward_statistics
 from arcopo_fast.reports.hacking import scatter_charts, verdict
-from arcopo_fast.reports.html import chip, figures, give_or_take, page, section, table, video
+from arcopo_fast.reports.html import change_cells, chip, figures, give_or_take, page, section, table, video
 from arcopo_fast.reports.results import Run, read_run, stage_seconds
 from arcopo_fast.reports.run import left_out
 from arcopo_fast.reports.series import Series, differences, group, mean_and_deviation, over_seeds
@@ -113,8 +113,8 @@ def _changes(item: Series, name: str) -> list[tuple[Run, Change]]:
     return [(run, change) for run in item.runs for change in run.changes if change.name == name]
 
 
-def _row_head(index: int, text: str, more: str = "") -> str:
-    return f'<th scope="row">{chip(index)}{escape(text)}{more}</th>'
+def _row_head(index: int, text: str) -> str:
+    return f'<th scope="row">{chip(index)}{escape(text)}</th>'
 
 
 def _over_seeds(values: Iterable[float], digits: int = 3, *, sign: bool = False) -> str:
@@ -140,11 +140,7 @@ def _every_change(series: Sequence[Series]) -> str:
         for index, item in enumerate(series):
             found = _changes(item, name)
             for run, change in found:
-                rows.append(
-                    f"<tr>{_row_head(index, f'seed {run.config.seed}')}<td>{plain(change.before)}</td><td>{plain(change.after)}</td>"
-                    f'<td class="{("", "up", "down")[change.direction]}">{signed(change.change)}{give_or_take(change.error)}</td>'
-                    f"<td>{signed(change.in_spreads, 2)}</td></tr>"
-                )
+                rows.append(f"<tr>{_row_head(index, f'seed {run.config.seed}')}{change_cells(change)}</tr>")
             if len(found) > 1:
                 over = [change for _, change in found]
                 cells = [

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from arcopo_fast.evaluation.study import MEASURES, RATIO, Study, figure_path, summarize
-from arcopo_fast.reports.html import page, section, table
+from arcopo_fast.reports.html import page, section, stylesheet, table
 from arcopo_fast.reports.table import markdown_table
 from arcopo_fast.storage.atomic import atomic_write
 from arcopo_fast.storage.video import stack_png
@@ -91,7 +91,7 @@ def html(study: Study, summary: Sequence[dict[str, Any]], name: str) -> str:
     return page(
         f"Which noise decides - {name}",
         [
-            f"<style>{_STYLE}</style><header><h1>Which noise decides: {escape(name)}</h1>{result}"
+            f"<style>{stylesheet('entropy.css')}</style><header><h1>Which noise decides: {escape(name)}</h1>{result}"
             f'<p class="facts">{escape(facts)}<br>{escape(done)} {escape(missing)}</p></header>',
             section("Change by what is replaced", _bars(summary), f"{MEASURES['video']}. All bars have one scale."),
             section("Frames", "".join(_figures(study)), _FRAMES_NOTE),
@@ -104,19 +104,6 @@ _FRAMES_NOTE = (
     "One prompt, the first draw. The top row is the unchanged video; each row below has one noise tensor of the pivot chunk replaced, "
     "everything else is frozen. The bar lies above the frames of the pivot chunk."
 )
-_STYLE = """
-h3 { margin: 26px 0 0; font-size: 16px; }
-th:first-child { white-space: nowrap; }
-.bars td.bar { width: 50%; min-width: 60px; }
-.frames { margin: 20px 0 34px; }
-.frames > div { display: grid; grid-template-columns: 92px minmax(0, 1fr); gap: 0 10px; }
-.frames .names { display: grid; grid-auto-rows: 1fr; align-items: center; padding-top: 28px; font-size: 13px; }
-.frames .scroll { overflow-x: auto; scrollbar-width: thin; }
-.frames .times { display: grid; height: 24px; font-size: 12px; color: var(--quiet); text-align: center; }
-.frames .times b { color: var(--ink); }
-.frames img { display: block; width: 100%; image-rendering: pixelated; }
-@media (max-width: 520px) { .frames > div { grid-template-columns: 72px minmax(0, 1fr); } .frames .names { font-size: 12px; } }
-"""
 
 
 def _bars(summary: Sequence[dict[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +10,8 @@ import yaml
 from arcopo_fast.config.reading import resolved_yaml
 from arcopo_fast.config.schema import Config, objective_class
 from arcopo_fast.evaluation.adapters import Pair, scale_text
-from arcopo_fast.evaluation.changes import Change, changes
-from arcopo_fast.reports.table import markdown_table, plain, signed
+from arcopo_fast.evaluation.changes import changes
+from arcopo_fast.reports.table import markdown_table, plain, plus_minus, signed
 from arcopo_fast.storage.identity import digest
 
 HOW_TO_LOAD = """## How to load it
@@ -41,7 +40,7 @@ def model_card(config: Config, evaluation: Mapping[str, Any]) -> str:
         sort_keys=False,
     )
     rows = [
-        [change.name, change.kind, plain(change.before), plain(change.after), signed(change.change) + _error(change)]
+        [change.name, change.kind, plain(change.before), plain(change.after), signed(change.change) + plus_minus(change.error)]
         for change in changes(config, evaluation)
     ]
     results = markdown_table(["", "", "before", "after", "change"], rows, padded=False) if rows else "Not evaluated.\n"
@@ -73,10 +72,6 @@ standard error over videos. What is held out was never trained on.
 
 {results}
 {HOW_TO_LOAD}"""
-
-
-def _error(change: Change) -> str:
-    return f" ± {change.error:.3f}" if math.isfinite(change.error) else ""
 
 
 def merged_card(pair: Pair, scale: float, base_model: str | None, results: str = "") -> str:

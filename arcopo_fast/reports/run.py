@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,10 +13,10 @@ from arcopo_fast.evaluation.changes import Change
 from arcopo_fast.reports.charts import line_chart
 from arcopo_fast.reports.curves import REWARD, health, reward_statistics, updates
 from arcopo_fast.reports.hacking import verdict
-from arcopo_fast.reports.html import figures, give_or_take, page, section, table, video, warning
+from arcopo_fast.reports.html import change_cells, figures, page, section, table, video, warning
 from arcopo_fast.reports.results import Record, Run, points, read_run, stage_floors, stage_seconds
 from arcopo_fast.reports.stall import notice, stalled_since
-from arcopo_fast.reports.table import plain, signed
+from arcopo_fast.reports.table import plain, plus_minus, signed
 from arcopo_fast.storage.atomic import atomic_write
 from arcopo_fast.storage.metrics import Chart, number
 
@@ -69,12 +68,11 @@ def _headline(run: Run, videos: bool) -> str:
     ]
     result = ""
     if total:
-        interval = f" ± {total.error:.3f}" if math.isfinite(total.error) else ""
         better = "" if total.better is None else f", higher in {100 * total.better:.0f} % of the videos"
         result = (
             f'<p class="result"><span class="number">{plain(total.before)} → {plain(total.after)}</span> '
             "reward on fixed prompts and noise: "
-            f"{signed(total.change)}{interval}, {signed(total.in_spreads, 2)} standard deviations of a video{better}</p>"
+            f"{signed(total.change)}{plus_minus(total.error)}, {signed(total.in_spreads, 2)} standard deviations of a video{better}</p>"
         )
     absent = [
         name
@@ -114,9 +112,7 @@ def _change_table(changes: Sequence[Change]) -> str:
             rows.append(f'<tr class="group"><th colspan="5" scope="rowgroup">{label}</th></tr>')
         rows.append(
             f'<tr><th scope="row">{escape(change.name)}{_left_out(change)}</th>'
-            f"<td>{plain(change.before)}</td><td>{plain(change.after)}</td>"
-            f'<td class="{("", "up", "down")[change.direction]}">{signed(change.change)}{give_or_take(change.error)}</td>'
-            f"<td>{signed(change.in_spreads, 2)}</td></tr>"
+            f"{change_cells(change)}</tr>"
         )
     return table(["", "before", "after", "change", "in std"], rows)
 

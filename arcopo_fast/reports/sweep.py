@@ -18,7 +18,7 @@ from arcopo_fast.model.lora import write_adapter
 from arcopo_fast.reports.charts import Spread, line_chart
 from arcopo_fast.reports.html import page, section, table
 from arcopo_fast.reports.model_card import merged_card
-from arcopo_fast.reports.table import markdown_table, plain, signed
+from arcopo_fast.reports.table import markdown_table, plain, plus_minus, signed
 from arcopo_fast.storage.atomic import atomic_write, remove_directory
 from arcopo_fast.storage.metrics import TOTAL
 
@@ -176,5 +176,4 @@ def _chart(points: Sequence[Point], name: str) -> str:
 
 
 def _change(change: Change) -> str:
-    error = f" ± {change.error:.3f}" if math.isfinite(change.error) else ""
-    return f"{signed(change.change)}{error}{'' if change.direction else ' ≈'}"
+    return f"{signed(change.change)}{plus_minus(change.error)}{'' if change.direction else ' ≈'}"

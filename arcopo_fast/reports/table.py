@@ -35,3 +35,8 @@ def signed(value: float, digits: int = 3) -> str:
     if float(text) == 0:
         return text.lstrip("-")
     return f"−{text[1:]}" if text.startswith("-") else f"+{text}"
+
+
+def plus_minus(error: float, digits: int = 3) -> str:
+    """Return what follows a number with an error; nothing where that is not known."""
+    return f" ± {error:.{digits}f}" if math.isfinite(error) else ""
