@@ -21,7 +21,7 @@ from arcopo_fast.evaluation.judging import videos_at_once
 from arcopo_fast.model.sizes import GeneratorSizes
 from arcopo_fast.planning.layers import decoder_convolutions, transformer_parameters, vae_parameters
 from arcopo_fast.planning.work import adapted_linears, frame_tokens, itemsize, lora_parameters
-from arcopo_fast.rewards.registry import reward_bytes as bytes_of
+from arcopo_fast.rewards.registry import reward_bytes
 from arcopo_fast.rollout.cache import plan_pages, variant_of
 from arcopo_fast.rollout.engine import VideoShape
 
@@ -109,14 +109,10 @@ class Estimate(NamedTuple):
         return self.total(self.peak_stage)
 
 
-def estimate(config: Config, sizes: GeneratorSizes, *, reward_bytes: int = 0) -> Estimate:
-    """Return the bytes of a run at its worst pivot.
-
-    Args:
-        reward_bytes: bytes of rewards, their weights and working set, on top of what those of the recipe declare.
-    """
+def estimate(config: Config, sizes: GeneratorSizes) -> Estimate:
+    """Return the bytes of a run at its worst pivot."""
     making = _rebuilding if config.train.buffer is not None else _rolling_out
-    parts = [_kept(config, sizes, reward_bytes), making(config, sizes), _updating(config, sizes), _evaluating(config, sizes)]
+    parts = [_kept(config, sizes), making(config, sizes), _updating(config, sizes), _evaluating(config, sizes)]
     components = {name: size for part in parts for name, size in part.components.items()}
     return Estimate(components, {stage: names for part in parts for stage, names in part.stages.items()})
 
@@ -126,7 +122,7 @@ def _at_work(config: Config, *working: str) -> tuple[str, ...]:
     return working if config.generator.offload else ("decoder weights", "rewards")
 
 
-def _kept(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Estimate:
+def _kept(config: Config, sizes: GeneratorSizes) -> Estimate:
     """Count what outlives a stage: weights, adapters, the pool, and what a group keeps from its rollout to its update.
 
     A group keeps the inputs and predictions of the pivot's T steps, 2 T chunks a member (twice while its waves are joined), and all its
@@ -155,7 +151,7 @@ def _kept(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Estimate:
             "keys and values of the text": _text_bytes(config, sizes),
             "latents of the group": (prompts * stored + old_predictions * pairs_of(config)) * _chunk(shape),
             "decoder weights": itemsize(config.generator.vae_dtype) * vae_parameters(sizes.vae),
-            "rewards": reward_bytes + bytes_of(name for name in config.rewards if name not in config.reward_servers.addresses),
+            "rewards": reward_bytes(name for name in config.rewards if name not in config.reward_servers.addresses),
             "copies while judging": 2 * _video(config, sizes),  # of the one video that is looked at
         },
         {},

@@ -73,26 +73,23 @@ class Plan(NamedTuple):
     cost: tuple[int, ...]
 
 
-def plan(config: Config, sizes: GeneratorSizes, device_bytes: int, *, reward_bytes: int = 0) -> Plan:
+def plan(config: Config, sizes: GeneratorSizes, device_bytes: int) -> Plan:
     """Return the settings with the fewest passes that fit a device of `device_bytes`; of equals, those that need least memory.
-
-    Args:
-        reward_bytes: see `estimate`.
 
     Raises:
         UserError: nothing fits.
     """
-    return _best(_plans(config, sizes, reward_bytes), device_bytes)
+    return _best(_plans(config, sizes), device_bytes)
 
 
-def _plan_of(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> Plan:
+def _plan_of(config: Config, sizes: GeneratorSizes) -> Plan:
     """Return the plan of the configuration's own settings."""
-    needs, repeats = estimate(config, sizes, reward_bytes=reward_bytes), passes(config, sizes)
+    needs, repeats = estimate(config, sizes), passes(config, sizes)
     return Plan(Settings.of(config), needs, repeats, repeats.cost(buffered=config.train.buffer is not None))
 
 
-def _plans(config: Config, sizes: GeneratorSizes, reward_bytes: int) -> list[Plan]:
-    return [_plan_of(settings.apply(config), sizes, reward_bytes) for settings in Settings.choices(config)]
+def _plans(config: Config, sizes: GeneratorSizes) -> list[Plan]:
+    return [_plan_of(settings.apply(config), sizes) for settings in Settings.choices(config)]
 
 
 def _best(plans: Sequence[Plan], device_bytes: int) -> Plan:
@@ -129,19 +126,18 @@ def passes(config: Config, sizes: GeneratorSizes) -> Passes:
 # The table -------------------------------------------------------------------------------------------------------------------------
 
 
-def dry_run(config: Config, devices: Sequence[float] = (), *, reward_bytes: int = 0) -> str:
+def dry_run(config: Config, devices: Sequence[float] = ()) -> str:
     """Return the text of `--dry-run`: the recipe as it stands, and the plan for each device.
 
     Args:
         devices: their GB; none: the GPU that is here, else `DEVICES`.
-        reward_bytes: see `estimate`.
     """
     check_fits(config)
     sizes = generator_sizes(config.generator.checkpoint, config.generator.base)
     if not devices and torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(0).total_memory / GB / (1 - SHORTFALL)]
-    plans = _plans(config, sizes, reward_bytes)
-    columns: dict[str, Plan | str] = {"as it stands": _plan_of(config, sizes, reward_bytes)}
+    plans = _plans(config, sizes)
+    columns: dict[str, Plan | str] = {"as it stands": _plan_of(config, sizes)}
     for device in devices or DEVICES:
         name = f"{device:.3g} GB"
         try:

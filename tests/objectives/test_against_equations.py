@@ -188,11 +188,12 @@ class Iteration:
         items = [self.objective.draw_items(group, update) for group in self.groups]
         self.put(self.start)
         with torch.no_grad():
-            old = [self.engine.replay(group, *pair) for group, pair in zip(self.groups, items)]
+            old = [self.engine.predict(group, group.samples(*pair)) for group, pair in zip(self.groups, items)]
         self.put(weights)
         found = []
         for group, advantages, (steps, anchors), before in zip(self.groups, self.advantages, items, old):
-            found.append(self.reference(group, advantages, steps, anchors, self.engine.replay(group, steps, anchors), before))
+            prediction = self.engine.predict(group, group.samples(steps, anchors))
+            found.append(self.reference(group, advantages, steps, anchors, prediction, before))
         return found
 
     def gradient(self, groups: list[Ratios], clip: float) -> list[Tensor]:

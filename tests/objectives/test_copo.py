@@ -54,7 +54,7 @@ def test_gradient_identity(tau: float | str) -> None:
 
         engine.predict = watched  # type: ignore[method-assign]
         items = objective.draw_items(group, 0)
-        new = engine.replay(group, *items)
+        new = engine.predict(group, group.samples(*items))
         objective.ratio(group, target, group.samples(*items), new, new.detach()).loss.sum().backward()
         (prediction,) = seen
         size = prediction[0].numel()
@@ -80,7 +80,7 @@ def test_every_adapter_matrix_gets_gradient() -> None:
     with make_group(engine) as group:
         target = objective.target(group, zscore(torch.randn(GROUP)))
         items = objective.draw_items(group, 0)
-        new = engine.replay(group, *items)
+        new = engine.predict(group, group.samples(*items))
         objective.ratio(group, target, group.samples(*items), new, new.detach()).loss.sum().backward()
     silent = [name for name, p in engine.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert parameters and not silent
@@ -117,11 +117,11 @@ def test_updates_move_predictions_towards_good_candidates(distance: str) -> None
     with make_group(engine) as group:
         everyone, steps = torch.arange(GROUP), torch.zeros(GROUP, dtype=torch.long)
         with torch.no_grad():
-            old = engine.replay(group, steps, everyone)
+            old = engine.predict(group, group.samples(steps, everyone))
         for _ in range(8):
             run_update(engine, settings, group, advantages, lr=3e-3)
         with torch.no_grad():
-            moved = engine.replay(group, steps, everyone) - old
+            moved = engine.predict(group, group.samples(steps, everyone)) - old
         direction = torch.einsum("g,g...->...", advantages.float(), group.predictions[0])
         assert (moved * direction).sum() > 0
 

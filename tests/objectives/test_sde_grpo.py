@@ -49,7 +49,7 @@ def log_probabilities(objective: SdeGrpoObjective, group: Group) -> Tensor:
     """Of every member's transitions under the present weights, [noisy steps, G] float64, with gradient."""
     rows = []
     for step in range(len(group.steps) - 1):
-        clean = objective.engine.replay(group, torch.full((GROUP,), step), torch.arange(GROUP))
+        clean = objective.engine.predict(group, group.samples(torch.full((GROUP,), step), torch.arange(GROUP)))
         rows.append(gaussian(group, step, clean, group.inputs[step]).log_prob(group.inputs[step + 1].double()).flatten(1).mean(1))
     return torch.stack(rows)
 

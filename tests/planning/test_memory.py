@@ -30,12 +30,14 @@ from arcopo_fast.planning.layers import transformer_parameters, vae_parameters
 from arcopo_fast.planning.memory import GB, SLACK, estimate, host_bytes
 from arcopo_fast.planning.work import frame_tokens, itemsize
 from arcopo_fast.rewards import simple
+from arcopo_fast.rewards.registry import reward_bytes
 from arcopo_fast.rollout.cache import plan_pages
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.training.trainer import Trainer
 
 FULL = SIZES["1.3b"]
-REWARD_OF_2B = 2 * 2 * 10**9
+JUDGE = "rewards.videoalign_vq=1.0"
+JUDGE_BYTES = reward_bytes(["videoalign_vq"])
 BUFFERED = ["train.mode=semi_on_policy", "train.buffer=somewhere"]
 MODEL = CausalWanConfig(2, 2, 16, 192, 16, 12, 24, 4, 4)
 VAES = {
@@ -219,11 +221,11 @@ def test_the_decoder(name: str) -> None:
 
 
 def test_offloading_takes_what_waits_out_of_every_stage() -> None:
-    apart, together = (estimate(bench(f"generator.offload={flag}"), FULL, reward_bytes=REWARD_OF_2B) for flag in ("true", "false"))
+    apart, together = (estimate(bench(JUDGE, f"generator.offload={flag}"), FULL) for flag in ("true", "false"))
     decoder = together.components["decoder weights"]
     for stage in together.stages:
-        waiting = {"decode": REWARD_OF_2B, "reward": decoder}  # of what works there, the other
-        absent = waiting.get(stage.removeprefix("evaluation: "), decoder + REWARD_OF_2B)
+        waiting = {"decode": JUDGE_BYTES, "reward": decoder}  # of what works there, the other
+        absent = waiting.get(stage.removeprefix("evaluation: "), decoder + JUDGE_BYTES)
         assert abs(together.total(stage) - apart.total(stage) - absent * (1 + SLACK)) <= 1, stage
 
 
@@ -289,8 +291,8 @@ def test_what_a_run_on_a_buffer_holds(tmp_path: Path) -> None:
 def test_the_stages_of_a_run_on_a_buffer(offload: bool) -> None:
     """Nothing is rolled out, decoded or judged but in the evaluations, whose memory is never there with the replay's."""
     flag = f"generator.offload={str(offload).lower()}"
-    config, own = bench(*BUFFERED, flag), bench(flag)
-    needs, on_policy = (estimate(each, FULL, reward_bytes=REWARD_OF_2B) for each in (config, own))
+    config, own = bench(*BUFFERED, JUDGE, flag), bench(JUDGE, flag)
+    needs, on_policy = (estimate(each, FULL) for each in (config, own))
     assert [*needs.stages] == ["prefix", "update", "evaluation: rollout", "evaluation: decode", "evaluation: reward"]
     assert on_policy.components.keys() - needs.components.keys() == {
         "the old policy",

@@ -15,7 +15,7 @@ from arcopo_fast.planning.memory import CONTEXT, GB, Settings, estimate
 from arcopo_fast.planning.plan import DEVICES, dry_run, passes, plan
 
 FULL = SIZES["1.3b"]
-REWARD_OF_2B = 2 * 2 * 10**9
+JUDGE = "rewards.videoalign_vq=1.0"
 WHOLE = ["rollout.branches_per_wave=null", "rollout.decode_branches=null", "objective.micro_batch=null"]
 BUFFERED = ["train.mode=semi_on_policy", "train.buffer=somewhere"]
 
@@ -67,8 +67,8 @@ def test_a_run_on_a_buffer_is_cut_in_its_evaluations_first() -> None:
 
 
 @cache
-def all_plans(reward: int) -> list[planner.Plan]:
-    return planner._plans(bench(), FULL, reward)
+def all_plans(*overrides: str) -> list[planner.Plan]:
+    return planner._plans(bench(*overrides), FULL)
 
 
 @pytest.mark.parametrize("gigabytes", DEVICES)
@@ -78,18 +78,18 @@ def test_every_device_has_a_plan_that_its_overrides_reproduce(gigabytes: float, 
     assert found.estimate.peak <= gigabytes * GB * (1 - planner.SHORTFALL)
     repeated = bench(*found.settings.overrides())
     assert Settings.of(repeated) == found.settings
-    assert estimate(repeated, FULL, reward_bytes=reward) == found.estimate
+    assert estimate(repeated, FULL) == found.estimate
     assert passes(repeated, FULL) == found.passes
     others = (each for each in all_plans(reward) if each.estimate.peak <= gigabytes * GB * (1 - planner.SHORTFALL))
     assert found.cost == min(each.cost for each in others), "nothing that fits takes fewer passes"
 
 
 def test_the_plans_one_expects() -> None:
-    by_device = {size: planner._best(all_plans(0), int(size * GB)) for size in DEVICES}
+    by_device = {size: planner._best(all_plans(), int(size * GB)) for size in DEVICES}
     small, large = by_device[24].settings, by_device[141].settings
     assert small.branches_per_wave <= 2 and not small.offload
     assert large.branches_per_wave == 12 and not large.checkpoint and not large.offload
-    rewarded = planner._best(all_plans(REWARD_OF_2B), 24 * GB).settings
+    rewarded = planner._best(all_plans(JUDGE), 24 * GB).settings
     assert rewarded.checkpoint or rewarded.offload
     costs = [by_device[size].cost for size in DEVICES]
     assert costs == sorted(costs, reverse=True)
@@ -98,8 +98,8 @@ def test_the_plans_one_expects() -> None:
 
 def test_plans_of_a_run_on_a_buffer() -> None:
     """Nothing is swapped or made smaller than there is room for."""
-    config = bench(*BUFFERED, "evaluation.prompts=8", "evaluation.videos_per_prompt=4", "train.iterations=20")
-    small, large = (plan(config, FULL, size * GB, reward_bytes=REWARD_OF_2B) for size in (24, 141))
+    config = bench(*BUFFERED, JUDGE, "evaluation.prompts=8", "evaluation.videos_per_prompt=4", "train.iterations=20")
+    small, large = (plan(config, FULL, size * GB) for size in (24, 141))
     assert small.estimate.peak < 24 * GB and small.settings.branches_per_wave < 12
     assert not large.settings.offload and not large.settings.checkpoint and large.settings.branches_per_wave > 1
     assert large.cost < small.cost

@@ -175,7 +175,7 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(policy: CacheConfig) -
                 return x
 
             with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-                prediction = engine.replay(group, steps, anchors, checkpoint=checkpoint)
+                prediction = engine.predict(group, group.samples(steps, anchors), checkpoint=checkpoint)
             loss = (prediction * torch.linspace(-1, 1, prediction.numel()).view_as(prediction)).sum()
             results.append((prediction, torch.autograd.grad(loss, list(engine.model.parameters()), allow_unused=True)))
     (prediction, gradients), (checkpointed, again) = results
@@ -192,7 +192,7 @@ def test_replay_equals_rollout_bit_for_bit(pivot: int, policy: CacheConfig, dtyp
     with engine.rollout(random_text(), keyed().id, pivot=pivot, members=GROUP, plan=NoisePlan(0.5)) as group:
         for step in range(len(group.steps)):
             everyone = torch.arange(GROUP)
-            replayed = engine.replay(group, torch.full((GROUP,), step), everyone)
+            replayed = engine.predict(group, group.samples(torch.full((GROUP,), step), everyone))
             assert replayed.requires_grad and torch.equal(replayed, group.predictions[step])
         assert engine.pool.pages_in_use == group.prefix.cache.frames, "replay keeps no page"
 
@@ -237,12 +237,12 @@ def test_gradient_stays_in_the_pivot_chunk() -> None:
         assert not engine.pool.keys.requires_grad
         latents = group.prefix_latents.requires_grad_()
         inputs = group.inputs.requires_grad_()
-        out = engine.replay(group, torch.tensor([1, 0]), torch.tensor([2, 0])).sum()
+        out = engine.predict(group, group.samples(torch.tensor([1, 0]), torch.tensor([2, 0]))).sum()
         through_prefix, through_pivot = torch.autograd.grad(out, [latents, inputs], allow_unused=True)
         assert through_prefix is None and through_pivot is not None
         engine.pool.keys.requires_grad_()
         with pytest.raises(ValueError, match="constants"):
-            engine.replay(group, torch.tensor([1]), torch.tensor([2]))
+            engine.predict(group, group.samples(torch.tensor([1]), torch.tensor([2])))
         engine.pool.keys.requires_grad_(False)
 
 

@@ -125,7 +125,7 @@ def test_an_iteration_computes_on_one_device() -> None:
         scores = [reward(frames, ["a boat"] * len(frames)) for frames in slices for reward in (Sharpness(), Steadiness())]
         items = path.objective.draw_items(group, 0)
         target = path.objective.target(group, torch.randn(5, dtype=torch.float64))
-        new = path.engine.replay(group, *items)
+        new = path.engine.predict(group, group.samples(*items))
         steps = items.steps.to(meta)
         loss = copo_surrogate(new, new.detach(), target.candidates, target.advantages, steps).loss
         loss.sum().backward()
@@ -184,7 +184,7 @@ def test_gradients_are_those_of_plain_pytorch(pivot: int) -> None:
     paths = {name: Reference(scene.config, scene.copy().model) for name, scene in (("same", half), ("exact", exact))}
     with ours.engine.rollout(half.text, half.noise.id, pivot=pivot, members=5, plan=NoisePlan(0.5)) as group:
         weight = torch.randn_like(group.predictions[1, 3])
-        (ours.engine.replay(group, torch.tensor([1]), torch.tensor([3]))[0] * weight).sum().backward()
+        (ours.engine.predict(group, group.samples(torch.tensor([1]), torch.tensor([3])))[0] * weight).sum().backward()
         for path in paths.values():
             candidates = path.rollout(half.text, half.noise, pivot, branches=1)
             candidates.inputs[1, 3] = group.inputs[1, 3].to(candidates.inputs.dtype)

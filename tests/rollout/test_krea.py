@@ -227,8 +227,9 @@ def test_branches_with_a_vae_are_independent_videos(pivot: int) -> None:
         assert group.prefix.cache.decoded == () and group.prefix.cache.frames == min(CHUNK * pivot, 3)
         branches = group.videos()
         rebuilt = engine.rebuild_prefix(text, group.prefix_latents)
-        replayed = engine.replay(group, torch.tensor([1]), torch.tensor([2]), prefix=rebuilt)
-        assert torch.equal(replayed, engine.replay(group, torch.tensor([1]), torch.tensor([2])))
+        with engine.context(group, group.pivot, torch.tensor([2]), prefix=rebuilt) as context:
+            replayed = engine.predict(group, group.samples(torch.tensor([1]), torch.tensor([2])), context=context)
+        assert torch.equal(replayed, engine.predict(group, group.samples(torch.tensor([1]), torch.tensor([2]))))
         rebuilt.cache.release()
     initial = noise.neighbors(pivot, range(3), 0.5)
 
@@ -251,7 +252,9 @@ def test_a_prefix_from_stored_latents_is_the_rollouts(dtype: torch.dtype) -> Non
         rebuilt = engine.rebuild_prefix(text, stored)
         for stream in (group.prefix, rebuilt):
             for step in range(len(group.steps)):
-                replayed = engine.replay(group, torch.tensor([step, step]), torch.tensor([0, 1]), prefix=stream)
+                members = torch.tensor([0, 1])
+                with engine.context(group, group.pivot, members, prefix=stream) as context:
+                    replayed = engine.predict(group, group.samples(torch.tensor([step, step]), members), context=context)
                 assert torch.equal(replayed, group.predictions[step])
         rebuilt.cache.release()
 
