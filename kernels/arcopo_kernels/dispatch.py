@@ -10,7 +10,7 @@ Triton kernels also run on CPU tensors, slowly, in Triton's interpreter: set TRI
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -36,13 +36,14 @@ class Choice(NamedTuple):
     reason: str
 
 
-def _checked(name: str, origin: str) -> str:
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"{origin} is {name!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
+def checked(name: str, origin: str, known: Iterable[str] = IMPLEMENTATIONS) -> str:
+    """Return a name that `origin`, a variable or an argument, gives. Raises ValueError if it is not among the known ones."""
+    if name not in known:
+        raise ValueError(f"{origin} is {name!r}; expected one of {', '.join(known)}")
     return name
 
 
-_forced = _checked(os.environ.get("ARCOPO_KERNELS", "auto"), "ARCOPO_KERNELS")
+_forced = checked(os.environ.get("ARCOPO_KERNELS", "auto"), "ARCOPO_KERNELS")
 _used: dict[str, Choice] = {}
 
 
@@ -50,7 +51,7 @@ _used: dict[str, Choice] = {}
 def use(name: str) -> Iterator[None]:
     """Run operators with one implementation inside the block: "auto", "triton" or "reference"."""
     global _forced
-    before, _forced = _forced, _checked(name, "the implementation")
+    before, _forced = _forced, checked(name, "the implementation")
     try:
         yield
     finally:

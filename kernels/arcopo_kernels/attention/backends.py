@@ -23,7 +23,8 @@ from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], tuple[Tensor, "Tensor | None", "Tensor | None"]]
+Gradients = tuple[Tensor, "Tensor | None", "Tensor | None"]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], Gradients]
 
 
 class Backend(NamedTuple):
@@ -61,7 +62,7 @@ def _math_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tu
 
 def _math_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, trained: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Gradients:
     with torch.autocast(query.device.type, enabled=False):
         grad_out, query, key, value, out = _wide(grad_out, query, key, value, out)
         weights = (_scores(query, key, scale) - lse.unsqueeze(-1)).exp()
@@ -90,13 +91,17 @@ def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tup
     return out.transpose(1, 2), lse
 
 
+def _through(backward: Callable[..., Any], tensors: Sequence[Tensor], lse: Tensor, *rest: Any, scale: float) -> Gradients:
+    """Return what PyTorch's backward of a fused operator gives for grad_out, query, key, value and out, [B, T, H, D] each."""
+    grad_query, grad_key, grad_value = _heads_first(*backward(*_heads_first(*tensors), lse, *rest, scale=scale))
+    return grad_query, grad_key, grad_value
+
+
 def _cpu_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, trained: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    grad_out, query, key, value, out = _heads_first(grad_out, query, key, value, out)
+) -> Gradients:
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    grad_query, grad_key, grad_value = _heads_first(*backward(grad_out, query, key, value, out, lse, 0.0, False, scale=scale))
-    return grad_query, grad_key, grad_value
+    return _through(backward, (grad_out, query, key, value, out), lse, 0.0, False, scale=scale)
 
 
 def _half_on_nvidia(query: Tensor) -> str | None:
@@ -161,16 +166,14 @@ def _cudnn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
 
 def _cudnn_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, trained: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Gradients:
     # PyTorch caches cuDNN's plans by shapes and by the strides of q, k and v, in some versions not of out and grad_out: those two are
     # always contiguous [B, Tq, H, D] here, as the query is. Seed and offset are read by dropout only.
     unused = torch.empty((), dtype=torch.int64, device=query.device)
     tokens, keys = query.shape[1], key.shape[1]
-    grad_out, query, key, value, out = _heads_first(grad_out, query, key, value, out)
     backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
     rest = (unused, unused, None, None, None, tokens, keys, 0.0, False)  # seed, offset, bias, ragged lengths, lengths, dropout, causal
-    grad_query, grad_key, grad_value = _heads_first(*backward(grad_out, query, key, value, out, lse.unsqueeze(-1), *rest, scale=scale))
-    return grad_query, grad_key, grad_value
+    return _through(backward, (grad_out, query, key, value, out), lse.unsqueeze(-1), *rest, scale=scale)
 
 
 def _unpadded(query: Tensor) -> str | None:
@@ -202,14 +205,12 @@ def _flash_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
 
 def _flash_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, trained: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Gradients:
     state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of the random numbers, read by dropout only
     tokens, keys = query.shape[1], key.shape[1]
-    grad_out, query, key, value, out = _heads_first(grad_out, query, key, value, out)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
     rest = (None, None, tokens, keys, 0.0, False, state, state)  # ragged lengths, lengths, dropout, causal, random state
-    grad_query, grad_key, grad_value = _heads_first(*backward(grad_out, query, key, value, out, lse, *rest, scale=scale))
-    return grad_query, grad_key, grad_value
+    return _through(backward, (grad_out, query, key, value, out), lse, *rest, scale=scale)
 
 
 # The flash-attn package, 2.7 or newer: the same algorithm as PyTorch's flash operator, for who has a build of it that is better.
@@ -241,7 +242,7 @@ def _flash_attn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float)
 
 def _flash_attn_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, trained: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Gradients:
     from flash_attn.flash_attn_interface import _flash_attn_backward as backward
 
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)]
@@ -258,23 +259,18 @@ def _triton_unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None
         return "triton is not installed"
     if query.device.type != "cuda" and not dispatch.INTERPRETED:
         return f"the tensors are on {query.device.type}; only Triton's interpreter (TRITON_INTERPRET=1) could take them"
-    from arcopo_kernels.attention import triton
-
-    return triton.unsupported(query, key, value)
+    return _triton("unsupported")(query, key, value)
 
 
-def _triton_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from arcopo_kernels.attention import triton
+def _triton(name: str) -> Callable[..., Any]:
+    """Return a function of our kernels' module, which is imported when it is called."""
 
-    return triton.forward(query, key, value, scale)
+    def call(*arguments: Any) -> Any:
+        from arcopo_kernels.attention import triton
 
+        return getattr(triton, name)(*arguments)
 
-def _triton_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, trained: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    from arcopo_kernels.attention import triton
-
-    return triton.backward(grad_out, query, key, value, out, lse, scale, trained)
+    return call
 
 
 BACKENDS = {
@@ -285,7 +281,7 @@ BACKENDS = {
     "fa3": Backend(_flash_unsupported("FA3", (9,)), _flash_forward, _flash_backward),
     "fa4": Backend(_flash_unsupported("FA4", (9, 10)), _flash_forward, _flash_backward),
     "flash_attn": Backend(_flash_attn_unsupported, _flash_attn_forward, _flash_attn_backward),
-    "triton": Backend(_triton_unsupported, _triton_forward, _triton_backward),
+    "triton": Backend(_triton_unsupported, _triton("forward"), _triton("backward")),
 }
 
 AUTO = ("fa4", "fa3", "cudnn", "flash", "triton", "math")

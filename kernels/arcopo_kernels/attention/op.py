@@ -21,13 +21,9 @@ __all__ = ["Segment", "merge_attention", "segment_attention"]
 NAME = "segment_attention"
 
 
-def _checked(name: str, origin: str) -> str:
-    if name != "auto" and name not in backends.BACKENDS:
-        raise ValueError(f"{origin} is {name!r}; expected one of auto, {', '.join(backends.BACKENDS)}")
-    return name
+NAMES = ("auto", *backends.BACKENDS)
 
-
-_forced = _checked(os.environ.get("ARCOPO_ATTENTION", "auto"), "ARCOPO_ATTENTION")
+_forced = dispatch.checked(os.environ.get("ARCOPO_ATTENTION", "auto"), "ARCOPO_ATTENTION", NAMES)
 
 
 def segment_attention(query: Tensor, segments: Sequence[Segment], *, scale: float | None = None, backend: str = "auto") -> Tensor:
@@ -86,7 +82,7 @@ def _check(query: Tensor, segments: Sequence[Segment]) -> None:
 
 def _requested(query: Tensor, backend: str) -> tuple[str, str]:
     """The backend to ask for and why: the argument, the environment, `arcopo_kernels.use`, or what suits the tensors, in this order."""
-    name = _checked(backend, "backend")
+    name = dispatch.checked(backend, "backend", NAMES)
     if name == "auto":
         name = _forced
     if name == "auto":

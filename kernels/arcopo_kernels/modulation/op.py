@@ -159,14 +159,18 @@ def _(*arguments: Any) -> list[Tensor]:
     return [t for t in _outputs(norm, *inputs[:5]) if t is not None]
 
 
-def _gradients(
-    grad_hidden: Tensor | None, hidden: Tensor | None, gate: Tensor | None, parameters: dict[str, Tensor | None], wanted: bool
-) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """Where the gradients go: of x, of y (None without gate: it is that of x), and, if wanted, of the parameters that are there."""
+_NAMES = ("gate", "scale", "shift", "weight", "bias")
+
+
+def _gradients(*arguments: Any) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Where the gradients go: of x, of y (None without gate: it is that of x), and, if wanted, of the parameters that are there.
+
+    arguments: of the backward operator.
+    """
+    grad_hidden, _, hidden, _, *parameters, _, wanted = arguments
     like = grad_hidden if hidden is None else hidden
-    assert like is not None, "there is a residual or a norm"
-    grad_x, grad_y = like.new_empty(like.shape), like.new_empty(like.shape) if gate is not None else None
-    return grad_x, grad_y, {name: p.new_empty(p.shape) for name, p in parameters.items() if wanted and p is not None}
+    grad_x, grad_y = like.new_empty(like.shape), None if parameters[0] is None else like.new_empty(like.shape)
+    return grad_x, grad_y, {name: p.new_empty(p.shape) for name, p in zip(_NAMES, parameters) if wanted and p is not None}
 
 
 _OF_OUTPUTS = "Tensor? grad_hidden, Tensor? grad_out, Tensor? hidden, Tensor? y"
@@ -180,18 +184,15 @@ _OF_OUTPUTS = "Tensor? grad_hidden, Tensor? grad_out, Tensor? hidden, Tensor? y"
 def _modulation_backward(*arguments: Any) -> list[Tensor]:
     from arcopo_kernels.modulation import triton
 
-    grad_hidden, grad_out, hidden, y, gate, scale, shift, weight, bias, eps, parameter_gradients = arguments
-    names = {"gate": gate, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
-    grad_x, grad_y, parameters = _gradients(grad_hidden, hidden, gate, names, parameter_gradients)
+    grad_hidden, grad_out, hidden, y, gate, scale, _, weight, bias, eps, _ = arguments
+    grad_x, grad_y, parameters = _gradients(*arguments)
     triton.backward(grad_hidden, grad_out, hidden, y, gate, scale, weight, bias, eps, grad_x, grad_y, parameters)
     return [grad_x, *([] if grad_y is None else [grad_y]), *parameters.values()]
 
 
 @_modulation_backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    grad_hidden, _, hidden, _, gate, scale, shift, weight, bias, _, parameter_gradients = arguments
-    names = {"gate": gate, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
-    grad_x, grad_y, parameters = _gradients(grad_hidden, hidden, gate, names, parameter_gradients)
+    grad_x, grad_y, parameters = _gradients(*arguments)
     return [grad_x, *([] if grad_y is None else [grad_y]), *parameters.values()]
 
 
