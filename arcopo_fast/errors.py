@@ -5,7 +5,7 @@ Raise it where a person gave something that cannot be used. The message says wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class UserError(ValueError):
@@ -23,6 +23,20 @@ def listed(names: Iterable[str], limit: int = 10) -> str:
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def misfit(given: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> str:
+    """Return what keeps tensors from being loaded, by names and shapes of those given and of one's own; nothing where they fit."""
+    kinds = {
+        "missing": [name for name in own if name not in given],
+        "unexpected": [name for name in given if name not in own],
+        "of another shape": [
+            f"{name} {list(shape)} instead of {list(own[name])}"
+            for name, shape in given.items()
+            if name in own and list(shape) != list(own[name])
+        ],
+    }
+    return "; ".join(f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names)
 
 
 def first_line(error: BaseException, length: int = 200) -> str:

@@ -164,7 +164,8 @@ class Buffer:
         if index not in self._checked:
             self._compare(index)
             self._checked.add(index)
-        return Entry(index, _Tensors(file), header["metadata"])
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}  # views of its memory map
+        return Entry(index, tensors, header["metadata"])
 
     def entries(self, order: Iterable[int] | None = None) -> Iterator[Entry]:
         """Yield the entries of `order` (all, if None), leaving out broken ones with one warning for each.
@@ -316,25 +317,6 @@ def all_metadata(path: str | Path) -> list[dict[str, Any]]:
         with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError), safe_open(file, "pt") as opened:
             metadata.append(dict(json.loads(opened.metadata()["entry"])["metadata"]))
     return metadata
-
-
-class _Tensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each a view of the file's private memory map."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._names = sorted(file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _checksum(content: bytes | bytearray) -> bytes:

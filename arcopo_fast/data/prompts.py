@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arcopo_fast.config.schema import expanded
-from arcopo_fast.errors import UserError
+from arcopo_fast.errors import UserError, shorten
 from arcopo_fast.storage import hub, identity
 from arcopo_fast.storage.textfiles import parse_json, read_text, text_problem
 
@@ -271,11 +271,6 @@ def _json_list(path: Path) -> list[Prompt]:
 
 
 _EXPECTED = '{"prompt": text}, and "extended": text if there is one'
-
-
-def _shown(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[Prompt]:

@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from arcopo_fast.errors import UserError, first_line, listed
+from arcopo_fast.errors import UserError, first_line, listed, misfit
 from arcopo_fast.model.sizes import check_sizes
-from arcopo_fast.model.tensors import check_dtype, check_finite, rename
+from arcopo_fast.model.tensors import check_dtype, check_finite, rename, replace_prefix
 from arcopo_fast.storage import atomic as files
 from arcopo_fast.storage.textfiles import read_json
 
@@ -69,11 +69,7 @@ def diffusers_name(name: str) -> str:
     """Return the diffusers name of one official parameter or module name; a name that is not official is returned as it is."""
     match = re.match(r"blocks\.\d+\.", name)
     prefix = match.group() if match else ""
-    rest = name[len(prefix) :]
-    for old, new in (_BLOCK_NAMES if match else _MODEL_NAMES).items():
-        if rest == old or rest.startswith(old + "."):
-            return prefix + new + rest[len(old) :]
-    return name
+    return prefix + replace_prefix(name[len(prefix) :], _BLOCK_NAMES if match else _MODEL_NAMES)
 
 
 def strip_wrappers(state: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]:
@@ -240,21 +236,10 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, source: str | P
         UserError: names are missing or unexpected, or shapes differ, and the message lists them; or a value is not finite.
     """
     current = module.state_dict()
-    missing = [name for name in current if name not in state]
-    unexpected = [name for name in state if name not in current]
-    reshaped = [
-        f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in current.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    problems = [
-        f"{len(names)} {kind} ({listed(names)})"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-        if names
-    ]
-    if problems:
+    given, needed = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (state, current))
+    if problems := misfit(given, needed):
         advice = "check that the checkpoint and the configured sizes belong together"
-        raise UserError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems)}; {advice}")
+        raise UserError(f"{source} does not fit {type(module).__name__}: {problems}; {advice}")
     check_finite(state, source)
     module.load_state_dict(state, strict=True, assign=any(tensor.is_meta for tensor in current.values()))
 
@@ -285,9 +270,7 @@ def _read_directory(directory: Path) -> dict[str, Any]:
                 raise UserError(f"{index} names the file {file!r}, which lies outside its directory")
             part = _read_file(directory / file)
             if doubles := part.keys() & state.keys():
-                raise UserError(
-                    f"{directory}: {len(doubles)} tensors are in several shards ({listed(doubles, 3)}); copy the shards again"
-                )
+                raise UserError(f"{directory}: {len(doubles)} tensors are in several shards ({listed(doubles, 3)}); copy the shards again")
             state |= part
         if absent := [name for name in weight_map if name not in state]:
             raise UserError(f"{directory}: its shards lack {len(absent)} of the index's tensors ({listed(absent)}); copy them again")

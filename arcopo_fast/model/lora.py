@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from arcopo_fast.errors import UserError, listed
+from arcopo_fast.errors import UserError, listed, misfit
 from arcopo_fast.model.adapter_files import (
     ADAPTER_NAME,
     DIFFUSERS_METADATA,
@@ -179,11 +179,9 @@ def adapter_state(module: nn.Module) -> dict[str, Tensor]:
 def load_adapter_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path = "the adapter") -> None:
     """Copy what `adapter_state` returned into a module that has such an adapter: all of it, or a `UserError` that lists what differs."""
     current = adapter_state(module)
-    reshaped = [name for name in current if name in state and state[name].shape != current[name].shape]
-    groups = (("missing", current.keys() - state.keys()), ("unexpected", state.keys() - current.keys()), ("of another shape", reshaped))
-    problems = [f"{len(names)} {kind} ({listed(names)})" for kind, names in groups if names]
-    if problems:
-        raise UserError(f"{source} does not fit the module's adapter: {'; '.join(problems)}; use the same base, rank and targets")
+    given, needed = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (state, current))
+    if problems := misfit(given, needed):
+        raise UserError(f"{source} does not fit the module's adapter: {problems}; use the same base, rank and targets")
     with torch.no_grad():
         for name, tensor in current.items():
             tensor.copy_(state[name])

@@ -46,3 +46,11 @@ def rename(state: Mapping[str, Value], rule: Callable[[str], str], source: str |
             raise UserError(f"{source}: two entries are both {new!r}, under different names; save one set of weights")
         renamed[new] = value
     return renamed
+
+
+def replace_prefix(name: str, table: Mapping[str, str]) -> str:
+    """Return a dotted name whose beginning is replaced as a table says; one that the table lacks is returned as it is."""
+    for old, new in table.items():
+        if name == old or name.startswith(old + "."):
+            return new + name[len(old) :]
+    return name

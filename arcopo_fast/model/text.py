@@ -407,7 +407,6 @@ class CachedTextEncoder:
             raise UserError(f"{self.directory}: embeddings cannot be written: {error.strerror}; {advice}") from error
 
 
-
 def _digest(prompt: str, rows: Tensor) -> str:
     """Return the digest of a prompt and its rows, bit for bit."""
     about = json.dumps([prompt, str(rows.dtype), list(rows.shape)])

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.checkpoints import load_into, model_directory, read_container, strip_wrappers
-from arcopo_fast.model.tensors import rename
+from arcopo_fast.model.tensors import rename, replace_prefix
 from arcopo_fast.storage.textfiles import read_json
 
 if TYPE_CHECKING:  # diffusers is imported when a VAE is loaded: a machine without it can still train on given latents
@@ -350,13 +350,13 @@ def official_to_diffusers_names(state: Mapping[str, Tensor], *, source: str | Pa
     def diffusers(name: str) -> str:
         half, _, rest = name.partition(".")
         if half not in ("encoder", "decoder"):
-            return _replace_prefix(name, _TOP_NAMES)
+            return replace_prefix(name, _TOP_NAMES)
         if match := re.match(r"upsamples\.(\d+)\.", rest):
             level, index = divmod(int(match.group(1)), blocks + 1)
             inner = f"resnets.{index}" if index < blocks else "upsamplers.0"
             rest = f"up_blocks.{level}.{inner}.{rest[match.end() :]}"
         else:
-            rest = _replace_prefix(rest, _HALF_NAMES)
+            rest = replace_prefix(rest, _HALF_NAMES)
         for old, new in _RESIDUAL_NAMES.items():
             rest = rest.replace(f".{old}.", f".{new}.")
         return f"{half}.{rest}"
@@ -404,10 +404,3 @@ def infer_vae_config(state: Mapping[str, Tensor], *, source: str | Path = "the c
         "scale_factor_temporal": 2 ** sum(temporal),
         "scale_factor_spatial": max(patch, 1) * 2 ** len(resamplers),
     }
-
-
-def _replace_prefix(name: str, table: Mapping[str, str]) -> str:
-    for old, new in table.items():
-        if name.startswith(old + "."):
-            return new + name[len(old) :]
-    return name

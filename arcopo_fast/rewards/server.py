@@ -223,8 +223,7 @@ class RewardServer(ThreadingHTTPServer):
         self.max_bytes = max_bytes
         self.fps = fps
         self._changed = threading.Condition()
-        self._silent: dict[socket.socket, float] = {}  # connections without complete headers, and since when
-        self._open: set[socket.socket] = set()
+        self._open: dict[socket.socket, float | None] = {}  # connections; and since when they have not sent complete headers
         super().__init__(address, Handler)
 
     @property
@@ -239,8 +238,7 @@ class RewardServer(ThreadingHTTPServer):
         with self._changed:
             full = len(self._open) >= CONNECTIONS
             if not full:
-                self._open.add(request)
-                self._silent[request] = time.monotonic()
+                self._open[request] = time.monotonic()
         if full:
             self.shutdown_request(request)  # the client comes again
         else:
@@ -248,8 +246,7 @@ class RewardServer(ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         with self._changed:
-            self._open.discard(request)
-            self._silent.pop(request, None)
+            self._open.pop(request, None)
             self._changed.notify_all()
         super().shutdown_request(request)
 
@@ -258,19 +255,19 @@ class RewardServer(ThreadingHTTPServer):
         self.scorer.close()
         self.shutdown()
         with self._changed:
-            self._changed.wait_for(lambda: not self._open - self._silent.keys(), GOODBYE)
+            self._changed.wait_for(lambda: all(self._open.values()), GOODBYE)
         self.server_close()
 
     def has_spoken(self, request: socket.socket) -> None:
         """A connection's headers are complete."""
         with self._changed:
-            self._silent.pop(request, None)
+            self._open[request] = None
 
     def service_actions(self) -> None:
         """End, between connections and twice a second, those that have not sent their headers in time."""
         latest = time.monotonic() - SILENCE
         with self._changed:
-            late = [request for request, since in self._silent.items() if since < latest]
+            late = [request for request, since in self._open.items() if since is not None and since < latest]
         for request in late:
             with suppress(OSError):
                 request.shutdown(socket.SHUT_RDWR)
@@ -302,7 +299,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(HTTPStatus.NOT_FOUND, "there is GET /health and POST /score")
             content, body = respond()
         except Refusal as refusal:
-            self._refuse(refusal)
+            self._send_error(refusal.status, str(refusal))
         else:
             self._send(HTTPStatus.OK, content, body)
 
@@ -375,9 +372,6 @@ class Handler(BaseHTTPRequestHandler):
             view = view[received:]
         self.connection.settimeout(SILENCE)
         return content
-
-    def _refuse(self, refusal: Refusal) -> None:
-        self._send_error(refusal.status, str(refusal))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Send what the library refuses: its messages quote the request, ours do not."""

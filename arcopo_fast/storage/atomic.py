@@ -233,6 +233,19 @@ def _umask() -> int:
     return mask
 
 
+@contextmanager
+def folder_made(path: Path) -> Iterator[None]:
+    """Make a directory with its parents; those that are new and empty at the end of the block go away again."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
 # Places to write to ----------------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.storage.atomic import folder_made
 
 LOCK = ".lock"  # of an owner, in its directory
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -112,15 +113,8 @@ def owned(directory: Path) -> Iterator[None]:
     Raises:
         UserError: another process owns it.
     """
-    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with Owner(directory):
-            yield
-    finally:
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
+    with folder_made(directory), Owner(directory):
+        yield
 
 
 def _try_lock(descriptor: int, path: Path) -> bool:

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.storage.atomic import (
     atomic_directory,
     atomic_write,
+    folder_made,
     hidden_directory,
     remove_directory,
     settle,
@@ -68,26 +69,20 @@ class RunDirectory:
         """
         cls.check(config)
         wanted = Path(config.run.directory) / config.name
-        made = _missing_parents(wanted)
         try:
-            wanted.parent.mkdir(parents=True, exist_ok=True)
-            settle(wanted.parent, rf"{re.escape(wanted.name)}(?:-\d+)?")
-            with hidden_directory(wanted) as partial:
-                owner = Owner(partial)
-                try:
-                    (partial / "samples").mkdir()
-                    atomic_write(partial / "config.yaml", resolved_yaml(config))
-                    path = _replace(partial, wanted) if config.run.overwrite else _take_free_place(partial, wanted)
-                except BaseException:
-                    owner.release()
-                    raise
-        except BaseException as error:
-            for folder in made:
-                with suppress(OSError):
-                    folder.rmdir()
-            if isinstance(error, OSError):
-                raise _cannot_make(wanted, error.strerror or str(error)) from None
-            raise
+            with folder_made(wanted.parent):
+                settle(wanted.parent, rf"{re.escape(wanted.name)}(?:-\d+)?")
+                with hidden_directory(wanted) as partial:
+                    owner = Owner(partial)
+                    try:
+                        (partial / "samples").mkdir()
+                        atomic_write(partial / "config.yaml", resolved_yaml(config))
+                        path = _replace(partial, wanted) if config.run.overwrite else _take_free_place(partial, wanted)
+                    except BaseException:
+                        owner.release()
+                        raise
+        except OSError as error:
+            raise _cannot_make(wanted, error.strerror or str(error)) from None
         owner.directory = path
         if path != wanted:
             print(f"{wanted} exists already: this run goes to {path}", file=sys.stderr)
@@ -233,11 +228,6 @@ def _digests(directory: Path) -> dict[str, str]:
 
 
 # A new directory -------------------------------------------------------------------------------------------------------------------
-
-
-def _missing_parents(path: Path) -> list[Path]:
-    """The folders above `path` that do not exist, innermost first."""
-    return [folder for folder in path.parents if not folder.exists()]
 
 
 def _earlier(path: Path) -> Owner | None:

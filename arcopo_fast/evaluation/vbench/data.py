@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arcopo_fast.errors import UserError
+from arcopo_fast.storage.textfiles import read_text
 
 INFO = "github://Vchitect/VBench/vbench/VBench_full_info.json"
 RESULTS = "_eval_results.json"
@@ -245,11 +246,7 @@ def read_scores(files: Sequence[Path]) -> VBenchScores:
 
 def _lines(path: Path) -> list[str]:
     """Split at line feeds alone: texts of a language model hold other separators that `splitlines` would count."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts from {path}: {_reason(error)}; expected a UTF-8 text file with one on each line") from None
-    return [line.strip() for line in text.rstrip().split("\n")]
+    return [line.strip() for line in read_text(path, "prompts").rstrip().split("\n")]
 
 
 def _reason(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from arcopo_fast.errors import UserError, listed
+from arcopo_fast.errors import UserError, misfit
 from arcopo_fast.rewards.qwen2vl.frames import Patches
 from arcopo_fast.storage import hub
 from arcopo_fast.storage.textfiles import read_json
@@ -175,18 +175,11 @@ def load_strict(judge: Qwen2VLJudge, files: Mapping[str, Tensor], source: Path, 
     """
     names = {judge_name(name): name for name in files if name.removeprefix("base_model.model.") != "lm_head.weight"}  # no score needs it
     state = {name: files[original] for name, original in names.items()}
-    expected = {name: tensor.shape for name, tensor in judge.state_dict().items()} | (lora.shapes(judge) if lora else {})
-    problems = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [original for name, original in names.items() if name not in expected],
-        "of another shape": [
-            f"{names[name]} {list(state[name].shape)} instead of {list(shape)}"
-            for name, shape in expected.items()
-            if name in state and state[name].shape != shape
-        ],
-    }
-    if found := [f"{len(names)} {kind} ({listed(names)})" for kind, names in problems.items() if names]:
-        raise UserError(f"{source} is not such a judge: {'; '.join(found)}; get it again, or the base model that belongs to it")
+    needed = {name: tensor.shape for name, tensor in judge.state_dict().items()} | (lora.shapes(judge) if lora else {})
+    if problems := misfit(
+        {names[name]: tensor.shape for name, tensor in state.items()}, {names.get(name, name): needed[name] for name in needed}
+    ):
+        raise UserError(f"{source} is not such a judge: {problems}; get it again, or the base model that belongs to it")
 
     if lora:
         lora.merge(state)
