@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
-from arcopo_fast.storage.atomic import atomic_write
+from arcopo_fast.storage.atomic import append, atomic_write
 from arcopo_fast.storage.identity import require_same, values_digest
 from arcopo_fast.storage.locks import lock
 
@@ -260,15 +260,7 @@ class ScoreWriter:
         if self._file is None:
             # Unbuffered: what could not be written is not tried again when the file is closed.
             self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115
-        start = self._file.tell()
-        try:
-            while lines:
-                lines = lines[self._file.write(lines) :]
-            os.fsync(self._file.fileno())
-        except OSError:
-            os.truncate(self._file.fileno(), start)
-            self._file.seek(start)
-            raise
+        append(self._file, lines, flush=True)
 
     def _line(self, video: Video, prompt: Prompt, scores: Mapping[str, float], adapter: Mapping[str, Any] | None) -> bytes:
         record = {

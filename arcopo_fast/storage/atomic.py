@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import RawIOBase
 from pathlib import Path
 
 from arcopo_fast.errors import UserError
@@ -30,6 +31,20 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
     """Write a file, or leave what was there before as it was. Text is UTF-8."""
     with atomic_path(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def append(file: RawIOBase, content: bytes, *, flush: bool = False) -> None:
+    """Append bytes to an unbuffered file, all of them or, after an error or an interrupt, none. flush: to the disk, before it returns."""
+    start = file.tell()
+    try:
+        while content:
+            content = content[file.write(content) :]
+        if flush:
+            os.fsync(file.fileno())
+    except BaseException:
+        os.truncate(file.fileno(), start)
+        file.seek(start)
+        raise
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.storage.atomic import atomic_write
+from arcopo_fast.storage.atomic import append, atomic_write
 
 if TYPE_CHECKING:
     from arcopo_fast.storage.events import Events
@@ -92,13 +91,7 @@ class MetricsWriter:
         """
         record = {"step": step} | {name: _plain(metrics[name]) for name in sorted(metrics)}
         line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
-        start = self._file.tell()
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except BaseException:  # an interrupt too
-            self._cut(start)
-            raise
+        append(self._file, line)
         if self._events is not None:
             self._events.write(step, {name: value for name, value in _numbers(record) if name != "step"})
 
@@ -112,10 +105,6 @@ class MetricsWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
-
-    def _cut(self, size: int) -> None:
-        os.truncate(self._file.fileno(), size)
-        self._file.seek(0, os.SEEK_END)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
