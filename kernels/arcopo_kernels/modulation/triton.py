@@ -171,17 +171,9 @@ def _strides(modulation: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, 
 
 @on_device_of_tensors
 def forward(
-    hidden: Tensor | None,
-    out: Tensor | None,
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> None:
+    hidden: Tensor | None, out: Tensor | None, x: Tensor, y: Tensor | None,
+    gate: Tensor | None, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+) -> None:  # fmt: skip
     """Fill `hidden`, the residual sum of x and y, and `out`, its norm (that of x without y), both [B, F, T, E]; None is not computed."""
     if not x.numel():
         return
@@ -190,43 +182,17 @@ def forward(
     (gate, *gate_strides), (scale, *scale_strides), (shift, *shift_strides) = (_strides(m, x) for m in (gate, scale, shift))
     row, update, weight, bias = contiguous(x, y, weight, bias)
     _forward[(batch * frames * tokens,)](
-        row,
-        update,
-        gate,
-        scale,
-        shift,
-        weight,
-        bias,
-        hidden,
-        out,
-        *gate_strides,
-        *scale_strides,
-        *shift_strides,
-        frames,
-        tokens,
-        eps,
-        SIZE=size,
-        BLOCK=block,
-        num_warps=num_warps,
-        enable_fp_fusion=FP_FUSION,
-    )
+        row, update, gate, scale, shift, weight, bias, hidden, out, *gate_strides, *scale_strides, *shift_strides, frames, tokens, eps,
+        SIZE=size, BLOCK=block, num_warps=num_warps, enable_fp_fusion=FP_FUSION,
+    )  # fmt: skip
 
 
 @on_device_of_tensors
 def backward(
-    grad_hidden: Tensor | None,
-    grad_out: Tensor | None,
-    hidden: Tensor | None,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    grad_x: Tensor,
-    grad_y: Tensor | None,
-    parameters: dict[str, Tensor],
-) -> None:
+    grad_hidden: Tensor | None, grad_out: Tensor | None, hidden: Tensor | None, y: Tensor | None,
+    gate: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    grad_x: Tensor, grad_y: Tensor | None, parameters: dict[str, Tensor],
+) -> None:  # fmt: skip
     """Fill `grad_x`, `grad_y` (None without gate, where it is the same) and the gradients of modulations and weights in `parameters`."""
     if not grad_x.numel():
         for gradient in parameters.values():
@@ -243,29 +209,11 @@ def backward(
     (gate, *gate_strides), (scale, *scale_strides) = _strides(gate, grad_x), _strides(scale, grad_x)
     grad_hidden, grad_out, hidden, y, weight = contiguous(grad_hidden, grad_out, hidden, y, weight)
     _backward[(batch * frames * programs,)](
-        grad_hidden,
-        grad_out,
-        hidden,
-        y,
-        gate,
-        scale,
-        weight,
-        grad_x,
-        grad_y,
-        partials.get("gate"),
-        partials.get("grad"),
-        partials.get("normed"),
-        *gate_strides,
-        *scale_strides,
-        frames,
-        tokens,
-        tokens_per_program,
-        eps,
-        SIZE=size,
-        BLOCK=block,
-        num_warps=num_warps,
-        enable_fp_fusion=FP_FUSION,
-    )
+        grad_hidden, grad_out, hidden, y, gate, scale, weight, grad_x, grad_y,
+        partials.get("gate"), partials.get("grad"), partials.get("normed"),
+        *gate_strides, *scale_strides, frames, tokens, tokens_per_program, eps,
+        SIZE=size, BLOCK=block, num_warps=num_warps, enable_fp_fusion=FP_FUSION,
+    )  # fmt: skip
     # Scale, weight and bias are constants of a frame, so the sums over its tokens give their gradients, too.
     sums = {name: partial.sum(1).view(batch, frames, 1, size) for name, partial in partials.items()}
     for name, gradient in parameters.items():

@@ -65,25 +65,10 @@ def _rstd(x, eps, SIZE: tl.constexpr):
 
 @triton.jit
 def _forward_row(
-    x,
-    out,
-    weight,  # None: no norm
-    table,  # None: no RoPE
-    length,
-    start,
-    position,
-    stride_batch,
-    stride_token,
-    stride_head,
-    tokens,
-    rows,
-    columns,
-    eps,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x, out, weight, table,  # without weight no norm, without table no RoPE
+    length, start, position, stride_batch, stride_token, stride_head, tokens, rows, columns, eps,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head, dim = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = (head < HEADS) & (dim < HEAD_DIM)
@@ -102,33 +87,11 @@ def _forward_row(
 
 @triton.jit(do_not_specialize=["query_position", "key_position"])
 def _forward(
-    query,
-    key,
-    query_out,
-    key_out,
-    query_weight,
-    key_weight,
-    table,
-    query_start,
-    key_start,
-    length,
-    query_position,
-    key_position,
-    query_stride_batch,
-    query_stride_token,
-    query_stride_head,
-    key_stride_batch,
-    key_stride_token,
-    key_stride_head,
-    tokens,
-    rows,
-    columns,
-    eps,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    query, key, query_out, key_out, query_weight, key_weight, table, query_start, key_start, length, query_position, key_position,
+    query_stride_batch, query_stride_token, query_stride_head, key_stride_batch, key_stride_token, key_stride_head,
+    tokens, rows, columns, eps,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     if tl.program_id(2) == 0:
         _forward_row(
             query, query_out, query_weight, table, length, query_start, query_position,
@@ -146,32 +109,13 @@ def _forward(
 
 @triton.jit
 def _backward_rows(
-    grad_out,
-    x,
-    grad_x,
-    weight,
+    grad_out, x, grad_x, weight,
     partials,  # [programs, HEADS * HEAD_DIM] of the weight's gradient; None: not wanted
-    table,
-    length,
-    start,
-    position,
-    grad_stride_batch,
-    grad_stride_token,
-    grad_stride_head,
-    stride_batch,
-    stride_token,
-    stride_head,
-    total,
-    rows_per_program,
-    tokens,
-    rows,
-    columns,
-    eps,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    table, length, start, position,
+    grad_stride_batch, grad_stride_token, grad_stride_head, stride_batch, stride_token, stride_head,
+    total, rows_per_program, tokens, rows, columns, eps,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     head, dim = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = (head < HEADS) & (dim < HEAD_DIM)
     element = head * HEAD_DIM + dim
@@ -202,45 +146,14 @@ def _backward_rows(
 
 @triton.jit(do_not_specialize=["query_position", "key_position"])
 def _backward(
-    grad_query_out,
-    grad_key_out,
-    query,
-    key,
-    grad_query,
-    grad_key,
-    query_weight,
-    key_weight,
-    query_partials,
-    key_partials,
-    table,
-    query_start,
-    key_start,
-    length,
-    query_position,
-    key_position,
-    grad_query_out_stride_batch,
-    grad_query_out_stride_token,
-    grad_query_out_stride_head,
-    grad_key_out_stride_batch,
-    grad_key_out_stride_token,
-    grad_key_out_stride_head,
-    query_stride_batch,
-    query_stride_token,
-    query_stride_head,
-    key_stride_batch,
-    key_stride_token,
-    key_stride_head,
-    total,
-    rows_per_program,
-    tokens,
-    rows,
-    columns,
-    eps,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    grad_query_out, grad_key_out, query, key, grad_query, grad_key, query_weight, key_weight, query_partials, key_partials,
+    table, query_start, key_start, length, query_position, key_position,
+    grad_query_out_stride_batch, grad_query_out_stride_token, grad_query_out_stride_head,
+    grad_key_out_stride_batch, grad_key_out_stride_token, grad_key_out_stride_head,
+    query_stride_batch, query_stride_token, query_stride_head, key_stride_batch, key_stride_token, key_stride_head,
+    total, rows_per_program, tokens, rows, columns, eps,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     if tl.program_id(1) == 0:
         _backward_rows(
             grad_query_out, query, grad_query, query_weight, query_partials, table, length, query_start, query_position,
@@ -278,18 +191,9 @@ def _table(x: Tensor, query_position: int, key_position: int, rows: int, columns
 @on_device_of_tensors
 def forward(
     outputs: list[Tensor],
-    query: Tensor,
-    key: Tensor | None,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    query_start: Tensor | None,
-    key_start: Tensor | None,
-    query_position: int,
-    key_position: int,
-    rows: int,
-    columns: int,
-    eps: float,
-) -> None:
+    query: Tensor, key: Tensor | None, query_weight: Tensor | None, key_weight: Tensor | None,
+    query_start: Tensor | None, key_start: Tensor | None, query_position: int, key_position: int, rows: int, columns: int, eps: float,
+) -> None:  # fmt: skip
     """Fill `outputs`, one [B, T, H, D] for the query and one for the key, if there is one.
 
     *_position: the first frame's; *_start: on the device, added to it. rows 0: no RoPE.
@@ -302,51 +206,19 @@ def forward(
     query_weight, key_weight = contiguous(query_weight, key_weight)
     (q, query_strides), (k, key_strides) = _rows(query), _rows(key)
     _forward[(tokens, batch, len(outputs))](
-        q,
-        k,
-        outputs[0],
-        outputs[1] if key is not None else None,
-        query_weight,
-        key_weight,
-        table,
-        query_start,
-        key_start,
-        length,
-        query_position,
-        key_position,
-        *query_strides,
-        *key_strides,
-        tokens,
-        rows,
-        columns,
-        eps,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        BLOCK_H=block_h,
-        BLOCK_D=block_d,
-        num_warps=num_warps,
-        enable_fp_fusion=FP_FUSION,
-    )
+        q, k, outputs[0], outputs[1] if key is not None else None, query_weight, key_weight, table, query_start, key_start, length,
+        query_position, key_position, *query_strides, *key_strides, tokens, rows, columns, eps,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=num_warps, enable_fp_fusion=FP_FUSION,
+    )  # fmt: skip
 
 
 @on_device_of_tensors
 def backward(
-    outputs: list[Tensor],
-    grad_query_out: Tensor,
-    grad_key_out: Tensor | None,
-    query: Tensor | None,
-    key: Tensor | None,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    query_start: Tensor | None,
-    key_start: Tensor | None,
-    query_position: int,
-    key_position: int,
-    rows: int,
-    columns: int,
-    eps: float,
+    outputs: list[Tensor], grad_query_out: Tensor, grad_key_out: Tensor | None,
+    query: Tensor | None, key: Tensor | None, query_weight: Tensor | None, key_weight: Tensor | None,
+    query_start: Tensor | None, key_start: Tensor | None, query_position: int, key_position: int, rows: int, columns: int, eps: float,
     weight_gradients: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Fill `outputs`: gradients of query, key and, with `weight_gradients`, of their weights, those that are there. Without weights
     query and key are not needed."""
     if not grad_query_out.numel():
@@ -367,38 +239,12 @@ def backward(
     (grad_q_out, grad_query_out_strides), (grad_k_out, grad_key_out_strides) = _rows(grad_query_out), _rows(grad_key_out)
     (q, query_strides), (k, key_strides) = _rows(query), _rows(key)
     _backward[(programs, tensors)](
-        grad_q_out,
-        grad_k_out,
-        q,
-        k,
-        outputs[0],
-        outputs[1] if tensors == 2 else None,
-        query_weight,
-        key_weight,
-        *partials,
-        table,
-        query_start,
-        key_start,
-        length,
-        query_position,
-        key_position,
-        *grad_query_out_strides,
-        *grad_key_out_strides,
-        *query_strides,
-        *key_strides,
-        total,
-        rows_per_program,
-        tokens,
-        rows,
-        columns,
-        eps,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        BLOCK_H=block_h,
-        BLOCK_D=block_d,
-        num_warps=num_warps,
-        enable_fp_fusion=FP_FUSION,
-    )
+        grad_q_out, grad_k_out, q, k, outputs[0], outputs[1] if tensors == 2 else None, query_weight, key_weight, *partials,
+        table, query_start, key_start, length, query_position, key_position,
+        *grad_query_out_strides, *grad_key_out_strides, *query_strides, *key_strides,
+        total, rows_per_program, tokens, rows, columns, eps,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=num_warps, enable_fp_fusion=FP_FUSION,
+    )  # fmt: skip
     for output, partial in zip(outputs[tensors:], partials):
         if partial is not None:
             output.copy_(partial.sum(0))

@@ -236,22 +236,10 @@ def _launch_partials(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_in
     tiles = triton.cdiv(size, sizes.block)
     partials = torch.empty(anchors, 2 * group, tiles, dtype=torch.float64, device=pred.device)
     _partials[tiles * triton.cdiv(anchors, sizes.anchors), steps](
-        pred,
-        old_pred,
-        candidates,
-        step_index,
-        partials,
-        anchors,
-        group,
-        size,
-        tiles,
-        N_PAD=triton.next_power_of_2(anchors),
-        ANCHORS=sizes.anchors,
-        BLOCK=sizes.block,
-        STAGES=sizes.num_stages,
-        num_warps=sizes.num_warps,
-        enable_fp_fusion=FP_FUSION,
-    )
+        pred, old_pred, candidates, step_index, partials, anchors, group, size, tiles,
+        N_PAD=triton.next_power_of_2(anchors), ANCHORS=sizes.anchors, BLOCK=sizes.block, STAGES=sizes.num_stages,
+        num_warps=sizes.num_warps, enable_fp_fusion=FP_FUSION,
+    )  # fmt: skip
     return partials
 
 
@@ -289,31 +277,12 @@ def copo_surrogate(
     programs = triton.cdiv(tiles, triton.cdiv(tiles, PROGRAMS)) if with_gradient else 1
     group_pad = triton.next_power_of_2(group)
     _epilogue_gradient[programs * triton.cdiv(anchors, sizes.anchors), steps](
-        old_pred,
-        candidates,
-        advantages.contiguous(),
-        step_index,
-        partials,
-        loss,
-        ratio_minus_one,
-        live,
-        gradient,
-        anchors,
-        group,
-        size,
-        partials.shape[-1],
-        _bits(tau),
-        _bits(float("inf") if clip is None else clip),
-        N_PAD=triton.next_power_of_2(anchors),
-        G_PAD=group_pad,
-        ANCHORS=sizes.anchors,
-        BLOCK=sizes.block,
-        CHUNK=chunk(sizes.anchors, group_pad),
-        STAGES=sizes.num_stages,
-        WITH_GRADIENT=with_gradient,
-        num_warps=sizes.num_warps,
-        enable_fp_fusion=FP_FUSION,
-    )
+        old_pred, candidates, advantages.contiguous(), step_index, partials, loss, ratio_minus_one, live, gradient,
+        anchors, group, size, partials.shape[-1], _bits(tau), _bits(float("inf") if clip is None else clip),
+        N_PAD=triton.next_power_of_2(anchors), G_PAD=group_pad, ANCHORS=sizes.anchors, BLOCK=sizes.block,
+        CHUNK=chunk(sizes.anchors, group_pad), STAGES=sizes.num_stages, WITH_GRADIENT=with_gradient,
+        num_warps=sizes.num_warps, enable_fp_fusion=FP_FUSION,
+    )  # fmt: skip
     return loss, ratio_minus_one, live, gradient
 
 
