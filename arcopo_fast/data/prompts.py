@@ -247,7 +247,7 @@ def _json_lines(path: Path) -> Iterator[Prompt]:
         try:
             yield _record(parse_json(line))
         except ValueError as error:
-            content = _shown(line.strip()) or "nothing"
+            content = shorten(line, 60) or "nothing"
             raise UserError(f"{path}:{number}: expected {_EXPECTED}; given {content} ({error})") from None
 
 
@@ -266,7 +266,7 @@ def _json_list(path: Path) -> list[Prompt]:
         try:
             prompts.append(Prompt(check_prompt(value)) if isinstance(value, str) else _record(value))
         except ValueError as error:
-            raise UserError(f"{path}: entry {number}: expected a text or {_EXPECTED}; given {_shown(repr(value))} ({error})") from None
+            raise UserError(f"{path}: entry {number}: expected a text or {_EXPECTED}; given {shorten(repr(value), 60)} ({error})") from None
     return prompts
 
 
@@ -279,7 +279,8 @@ def _rows(path: Path, delimiter: str) -> Iterator[Prompt]:
     try:
         header = next(rows, [])
         if "prompt" not in header:
-            raise UserError(f"{path} has no column 'prompt', only {_shown(', '.join(header)) or 'nothing'}; expected a header with one")
+            columns = shorten(", ".join(header), 60) or "nothing"
+            raise UserError(f"{path} has no column 'prompt', only {columns}; expected a header with one")
         if repeated := [name for name in ("prompt", "extended") if header.count(name) > 1]:
             raise UserError(f"{path}: the column {repeated[0]!r} stands twice; remove or rename one")
         for row in rows:

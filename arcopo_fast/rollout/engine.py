@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Iterator, Literal, Sequence
+from typing import Iterator, Literal, NamedTuple, Sequence
 
 import torch
 from arcopo_kernels.paging import GroupPlan, PagePool
@@ -307,7 +307,7 @@ class Engine:
         """Finish a wave as `_finish` does; return None if a wave of several branches ran out of memory, which is then free again."""
         members = len(fork.noise.members)
         try:
-            return self._finish(prefix, pivot, noise, tails, tail_pages)
+            return self._finish(fork)
         except torch.OutOfMemoryError as error:
             if members == 1:
                 raise
@@ -328,12 +328,13 @@ class Engine:
 
         The first wave takes the pages reserved for its tails; those after it take `tail_pages` for each branch of what it gave back.
         """
+        prefix, pivot, noise = fork.prefix, fork.pivot, fork.noise
         with stage("fork"):
             initial = noise.initial(pivot)
         stream = replace(prefix, cache=prefix.cache.fork(len(initial)), latents=list(prefix.latents))
-        stream.cache.reserved = tails[: len(initial)]
+        stream.cache.reserved = fork.tails[: len(initial)]
         try:
-            stream.cache.reserve(tail_pages)
+            stream.cache.reserve(fork.tail_pages)
             at_pivot: Trajectory | None = None
             for chunk in range(pivot, self.shape.chunks):
                 rule = noise.plan.rule if noise.is_own(chunk) else None
@@ -343,7 +344,8 @@ class Engine:
         finally:
             stream.cache.release()
         assert at_pivot is not None
-        return torch.stack(at_pivot.inputs), torch.stack(at_pivot.predictions), torch.cat(stream.latents[pivot:], dim=1)
+        tails = torch.cat(stream.latents[pivot:], dim=1)
+        return torch.stack(at_pivot.inputs), torch.stack(at_pivot.predictions), tails
 
     def rebuild_prefix(self, text: Tensor, latents: Tensor) -> Stream:
         """Return the context after the first chunks again, from their clean latents [1, F0, C, h, w], by clean passes only."""
@@ -416,12 +418,3 @@ class Engine:
             text = self.model.encode_text(group.text)
             checkpoint = checkpoint and torch.is_grad_enabled()
             return predict(self.model, samples.x, samples.timesteps, samples.sigmas, text, chunk_context, checkpoint=checkpoint)
-
-    def replay(self, group: Group, steps: Tensor, members: Tensor, *, prefix: Stream | None = None, checkpoint: bool = False) -> Tensor:
-        """Predict again what the rollout predicted at `steps` [N] of the pivot chunk of `members` [N], see `predict`.
-
-        Args:
-            prefix: instead of the group's own context.
-        """
-        with self.context(group, group.pivot, members, prefix=prefix) as context:
-            return self.predict(group, group.samples(steps, members), context=context, checkpoint=checkpoint)

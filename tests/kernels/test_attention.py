@@ -297,4 +297,4 @@ def test_what_was_asked_for_wins(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ran_on() == "cpu"
         assert ran_on("math") == "math"
     with pytest.raises(ValueError, match="ARCOPO_ATTENTION is 'fast'"):
-        op._checked("fast", "ARCOPO_ATTENTION")
+        dispatch.checked("fast", "ARCOPO_ATTENTION", op.NAMES)

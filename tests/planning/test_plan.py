@@ -72,15 +72,15 @@ def all_plans(*overrides: str) -> list[planner.Plan]:
 
 
 @pytest.mark.parametrize("gigabytes", DEVICES)
-@pytest.mark.parametrize("reward", [0, REWARD_OF_2B])
-def test_every_device_has_a_plan_that_its_overrides_reproduce(gigabytes: float, reward: int) -> None:
-    found = plan(bench(), FULL, int(gigabytes * GB), reward_bytes=reward)
+@pytest.mark.parametrize("overrides", [(), (JUDGE,)], ids=["no judge", "a judge"])
+def test_every_device_has_a_plan_that_its_overrides_reproduce(gigabytes: float, overrides: tuple[str, ...]) -> None:
+    found = plan(bench(*overrides), FULL, int(gigabytes * GB))
     assert found.estimate.peak <= gigabytes * GB * (1 - planner.SHORTFALL)
-    repeated = bench(*found.settings.overrides())
+    repeated = bench(*overrides, *found.settings.overrides())
     assert Settings.of(repeated) == found.settings
     assert estimate(repeated, FULL) == found.estimate
     assert passes(repeated, FULL) == found.passes
-    others = (each for each in all_plans(reward) if each.estimate.peak <= gigabytes * GB * (1 - planner.SHORTFALL))
+    others = (each for each in all_plans(*overrides) if each.estimate.peak <= gigabytes * GB * (1 - planner.SHORTFALL))
     assert found.cost == min(each.cost for each in others), "nothing that fits takes fewer passes"
 
 
@@ -93,7 +93,7 @@ def test_the_plans_one_expects() -> None:
     assert rewarded.checkpoint or rewarded.offload
     costs = [by_device[size].cost for size in DEVICES]
     assert costs == sorted(costs, reverse=True)
-    assert estimate(bench(), FULL, reward_bytes=REWARD_OF_2B).peak < 80 * GB * (1 - planner.SHORTFALL), "the recipe as it stands fits 80 GB"
+    assert estimate(bench(JUDGE), FULL).peak < 80 * GB * (1 - planner.SHORTFALL), "the recipe as it stands fits 80 GB"
 
 
 def test_plans_of_a_run_on_a_buffer() -> None:
