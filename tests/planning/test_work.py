@@ -82,8 +82,8 @@ def test_a_replay_counts_what_pytorch_counts(pivot: int) -> None:
     engine, noise = engine_of(config), KeyedNoise(SHAPE, GroupId(seed=1))
     items = torch.tensor([0, 2, 1])
     with engine.rollout(random_text(), noise.id, pivot=pivot, members=3, plan=NoisePlan(0.5)) as group:
-        flops = counted(lambda: engine.replay(group, items, items.flip(0)).sum().backward())
-        without_gradient = counted(lambda: torch.no_grad()(engine.replay)(group, items, items))
+        flops = counted(lambda: engine.predict(group, group.samples(items, items.flip(0))).sum().backward())
+        without_gradient = counted(lambda: torch.no_grad()(engine.predict)(group, group.samples(items, items)))
     frames, visible = SHAPE.chunk_frames[pivot], work_of.visible_frames(config, MODEL, pivot)
     pair, text = work_of.replay(config, MODEL, frames, visible, STORED), work_of.text(config, MODEL, backward=True)
     assert flops == (pair * 3 + text).flops
