@@ -164,8 +164,8 @@ class RecipeParser(Parser):
             "settings",
             nargs="*",
             metavar="recipe, key.sub=value",
-            help=f"a YAML file, or a recipe of the package: {', '.join(recipes())} (default: {default}); and what overrides it: the "
-            "value is YAML, later ones win. Example: optimizer.lr=5e-4 sampler.steps=[1000,300]",
+            help=f"a YAML file, or a recipe of the package: {', '.join(recipes())} (default: {default}); then "
+            "overrides of its values, in YAML; the last one of a key counts. Example: optimizer.lr=5e-4 sampler.steps=[1000,300]",
         )
         self.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
 
@@ -246,7 +246,7 @@ def adapter_path(text: str) -> Path:
 def add_lora_options(parser: Parser, places: str) -> None:
     """Add --lora and --lora-scale, see `scale_of`. places: what --lora can name."""
     parser.add_argument("--lora", type=adapter_path, metavar="PATH", help=f"an adapter: {places}")
-    parser.add_argument("--lora-scale", type=finite, metavar="S", help="W + S dW (default: 1)")
+    parser.add_argument("--lora-scale", type=finite, metavar="S", help="scale S in W + S dW (default: 1)")
 
 
 def scale_of(options: Any) -> float:

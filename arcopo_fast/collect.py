@@ -48,8 +48,8 @@ def collect(config: Config, path: str, groups: int) -> Buffer:
 
 def command_line() -> RecipeParser:
     parser = RecipeParser("python -m arcopo_fast.collect", "Fill a replay buffer with groups of the generator as it is.")
-    parser.add_argument("--buffer", metavar="DIR", help="where the buffer lies, or shall lie (required)")
-    parser.add_argument("--groups", type=positive_int, default=100, metavar="N", help="groups of the whole buffer, those there included")
+    parser.add_argument("--buffer", metavar="DIR", help="directory of the buffer, new or existing (required)")
+    parser.add_argument("--groups", type=positive_int, default=100, metavar="N", help="groups of the whole buffer, including existing ones")
     return parser
 
 

@@ -44,7 +44,7 @@ def run_self_test(config: Config) -> bool:
         holds &= finding.holds is not False or finding.forecast
         promising &= finding.holds is not False or not finding.forecast
     if not holds:
-        print("something does not hold: what a run teaches the generator would not be what the method means")
+        print("something does not hold: a run would not train the generator as the method intends")
     elif not promising:
         print("the method holds, but a run would learn little: see what is POOR, and its remedy")
     else:

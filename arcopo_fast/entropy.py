@@ -25,12 +25,19 @@ from arcopo_fast.runtime.memory import tune_for_cpu
 def command_line() -> RecipeParser:
     parser = RecipeParser("python -m arcopo_fast.entropy", "Which noise decides what a generator shows (AR-CoPO, Figure 6).")
     parser.add_argument(
-        "--prompts", type=positive_int, metavar="N", default=8, help="prompts to measure, those for evaluation first; what DIR holds counts"
+        "--prompts",
+        type=positive_int,
+        metavar="N",
+        default=8,
+        help="number of prompts to measure, evaluation prompts first; those already in DIR count",
     )
     parser.add_argument("--draws", type=positive_int, metavar="N", default=2, help="independent replacements of every noise tensor")
     parser.add_argument("--adapter", type=adapter_path, metavar="DIR", help="study the generator with this adapter (default: without)")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where the results go; a study that is there goes on (default: entropy/<the recipe's name>)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="directory of the results; a study that it holds is continued (default: entropy/<the recipe's name>)",
     )
     return parser
 

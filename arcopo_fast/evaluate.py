@@ -70,9 +70,11 @@ def command_line() -> RecipeParser:
         default=[],
         metavar="[NAME=]PATH[@SCALE,...]",
         help="a run's directory, an adapter's directory (PEFT or diffusers) or its file, or hf://owner/name; compared at each scale, W + "
-        "SCALE dW (default: 1); once for each adapter",
+        "SCALE dW (default: 1). Repeat the option for more adapters",
     )
-    parser.add_argument("--no-base", action="store_true", help="leave out the generator without an adapter, with which all are compared")
+    parser.add_argument(
+        "--no-base", action="store_true", help="leave out the generator without an adapter, which is the base of all comparisons"
+    )
     parser.add_argument(
         "--prompts",
         metavar="FILE",
@@ -84,30 +86,32 @@ def command_line() -> RecipeParser:
     parser.add_argument(
         "--extended",
         metavar="FILE",
-        help="what a language model has made of each line of --prompts, in the same order: the generator reads it, rewards and file names "
-        "keep to the line of --prompts",
+        help="a longer form of each line of --prompts, in the same order, as a language model writes it: the generator reads it; rewards "
+        "and file names use the line of --prompts",
     )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="the first N of --prompts (default: all)")
-    parser.add_argument("--videos", type=positive_int, metavar="N", help="of each prompt; the same as evaluation.videos_per_prompt=N")
-    parser.add_argument("--seed", type=seed, metavar="N", help="of the noise; the same as evaluation.seed=N")
     parser.add_argument(
-        "--batch", type=positive_int, metavar="N", help="videos that are made at once (default: 8, or as the pages of a run hold)"
+        "--videos", type=positive_int, metavar="N", help="videos of each prompt; the same as evaluation.videos_per_prompt=N"
+    )
+    parser.add_argument("--seed", type=seed, metavar="N", help="seed of the noise; the same as evaluation.seed=N")
+    parser.add_argument(
+        "--batch", type=positive_int, metavar="N", help="videos that are made at once (default: 8, or as many as a run's pages hold)"
     )
     parser.add_argument(
         "--shard",
         type=shard,
         default="0/1",
         metavar="I/N",
-        help="of all batches, counted from 0, make I, I + N, I + 2 N ...: for N processes with the same --batch and no common disk; those "
-        "with the same --out share the work without it (default: 0/1)",
+        help="make only batches I, I + N, I + 2 N, ..., counted from 0: for N processes with the same --batch and no common disk. "
+        "Processes with the same --out share the work without this option (default: 0/1)",
     )
     parser.add_argument(
         "--keep-videos",
         type=keep_option,
         metavar="all|none|N",
-        help="write every video that is scored, none, or those of the first N prompts, as mp4 (default: all)",
+        help="scored videos that are written as mp4: all, none, or those of the first N prompts (default: all)",
     )
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="where everything is written")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="directory of all results")
     return parser
 
 
@@ -115,8 +119,8 @@ def merge_command_line() -> Parser:
     parser = Parser(
         f"{PROGRAM} merge", "Make one evaluation, and its table, of several with the same settings. Videos stay where they are."
     )
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="the --out of an evaluation, finished or not")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the scores are brought together; may be one of them")
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="the --out directory of an evaluation, finished or not")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for all their scores; it may be one of them")
     return parser
 
 
@@ -162,7 +166,7 @@ def main(argv: list[str]) -> None:
     config, options = command
     generators = adapted_generators(options.adapter, base=not options.no_base)
     if not generators:
-        raise UserError("--no-base leaves nothing to evaluate; name an adapter with --adapter, or leave it out")
+        raise UserError("--no-base leaves nothing to evaluate; name an adapter with --adapter, or leave --no-base out")
     prompts = prompts_of(config, options)
     check_out(options.out)
     tune_for_cpu(config.train.threads)

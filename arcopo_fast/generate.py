@@ -52,7 +52,12 @@ def command_line() -> RecipeParser:
         default="toy; with --lora RUN the config.yaml of that run",
     )
     parser.add_argument(
-        "--prompt", action="append", type=prompt_text, default=[], metavar="TEXT", help="what the video shows; once for each video"
+        "--prompt",
+        action="append",
+        type=prompt_text,
+        default=[],
+        metavar="TEXT",
+        help="what a video shows; repeat the option for more videos",
     )
     parser.add_argument(
         "--prompts", metavar="FILE", help="more prompts: a text file with one on each line, or a .jsonl, .json, .csv or .tsv file"
@@ -63,19 +68,23 @@ def command_line() -> RecipeParser:
         type=switch,
         default=[],
         metavar="FRAME:TEXT",
-        help="go on with another prompt from this frame on, or the next one with which a chunk begins; once for each change. It changes "
-        "every video",
+        help="change to another prompt at this frame, or at the next frame that begins a chunk; it changes every video. Repeat the option "
+        "for more changes",
     )
     parser.add_argument(
-        "--frames", type=positive_int, metavar="N", help="frames of each video, rounded up to whole chunks (default: as the recipe says)"
+        "--frames", type=positive_int, metavar="N", help="frames of each video, rounded up to whole chunks (default: as in the recipe)"
     )
-    parser.add_argument("--seed", type=seed, metavar="N", help="of the noise (default: the recipe's seed)")
+    parser.add_argument("--seed", type=seed, metavar="N", help="seed of the noise (default: the recipe's)")
     add_lora_options(parser, "a run's directory, an adapter's directory (PEFT or diffusers), its file, or hf://owner/name/path")
     parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="videos that are made at once")
     parser.add_argument(
-        "--out", type=Path, default=Path("videos"), metavar="DIR|FILE.mp4", help="where the videos go; a file's name for a single one"
+        "--out",
+        type=Path,
+        default=Path("videos"),
+        metavar="DIR|FILE.mp4",
+        help="directory of the videos, or the name of the file for a single video",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace videos that are there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing videos")
     return parser
 
 
@@ -110,7 +119,7 @@ def main(argv: list[str]) -> None:
         )
     except KeyboardInterrupt as error:
         again = "the same command with --overwrite" if any(file.exists() for file in files) else "the same command"
-        raise Interrupted(f"{error or 'the videos that were complete by then are kept'}; {again} begins anew") from None
+        raise Interrupted(f"{error or 'the videos that were complete by then are kept'}; {again} starts again") from None
     print("\n".join(map(str, files)))
 
 

@@ -72,17 +72,19 @@ def command_line() -> RecipeParser:
     where = "a run's directory, an adapter's directory or a file of weights"
     whole = f"the semi-on-policy adapter, taken whole: {where}"
     parser.add_argument("--semi", type=adapter_path, required=True, metavar="PATH", help=whole)
-    parser.add_argument("--on", type=adapter_path, required=True, metavar="PATH", help="the on-policy adapter, which is scaled: the same")
+    parser.add_argument("--on", type=adapter_path, required=True, metavar="PATH", help=f"the on-policy adapter, which is scaled: {where}")
     scales = parser.add_mutually_exclusive_group(required=True)
-    scales.add_argument("--scale", type=numbers, metavar="S", help="s of dW_semi + s dW_on; the paper: 0.8 for Self-Forcing")
+    scales.add_argument("--scale", type=numbers, metavar="S", help="s in dW_semi + s dW_on; the paper: 0.8 for Self-Forcing")
     scales.add_argument(
         "--sweep",
         type=numbers,
         metavar="S,S,...",
         help="evaluate the base model, scale 0 (the semi-on-policy adapter alone) and these scales on the same prompts and noises, and "
-        "merge at the largest at which in-domain and out-of-domain score are both above the base model's",
+        "merge at the largest scale at which in-domain and out-of-domain score are both above the base model's",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the adapter, or all that a sweep leaves, is written")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="directory of the merged adapter, or of all results of a sweep"
+    )
     parser.add_argument(
         "--held-out",
         type=lambda text: tuple(filter(None, text.split(","))),
@@ -90,7 +92,7 @@ def command_line() -> RecipeParser:
         default=(),
         help="with --sweep: the metrics whose mean is the out-of-domain score (default: all that the generator's world has)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge, or begin an earlier sweep anew")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge, or start an earlier sweep again")
     return parser
 
 

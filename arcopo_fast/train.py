@@ -173,14 +173,14 @@ def command_line() -> RecipeParser:
         type=numbers,
         metavar="24,40,80,141",
         default=(),
-        help="with --dry-run: for devices of so many GB; without it, for the GPU that is here, else for these four",
+        help="with --dry-run: sizes of devices in GB (default: the GPU of this machine, else these four)",
     )
     parser.add_argument(
         "--profile", type=positive_int, metavar="N", default=0, help="write a PyTorch trace of N iterations into the run's directory"
     )
     parser.add_argument("--mode", choices=["on_policy", "semi_on_policy", "off_policy"], help="the same as train.mode=...")
     parser.add_argument("--buffer", metavar="DIR", help="the same as train.buffer=DIR: groups that python -m arcopo_fast.collect made")
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped, from its last checkpoint and its config.yaml")
+    parser.add_argument("--resume", metavar="RUN", help="continue a stopped run from its last checkpoint, with its config.yaml")
     return parser
 
 
@@ -198,7 +198,7 @@ def run_to_resume(options: Any) -> RunDirectory | None:
     if not options.resume:
         return None
     if options.settings or options.dry_run or settings_of(options):
-        raise UserError("--resume goes on with the run's own config.yaml; leave recipe, settings and --dry-run out")
+        raise UserError("--resume uses the run's own config.yaml; leave recipe, settings and --dry-run out")
     return RunDirectory.open(options.resume)
 
 
@@ -210,7 +210,7 @@ def main(argv: list[str]) -> None:
     config, options = command
     run = run_to_resume(options)
     if options.device_memory and not options.dry_run:
-        raise UserError("--device-memory only says what --dry-run is about; add --dry-run, or leave it out")
+        raise UserError("--device-memory is for --dry-run only; add --dry-run, or leave --device-memory out")
     if 0 in options.device_memory:
         raise UserError("--device-memory takes sizes above 0 GB")
     if options.profile and options.dry_run:

@@ -56,7 +56,7 @@ def sample(argv: list[str]) -> None:
     config, options = command
     scale = scale_of(options)
     if options.originals and not options.extended:
-        raise UserError("--originals says what --extended extends; give that too, or leave it out")
+        raise UserError("--originals names the prompts that --extended extends; give --extended too, or leave --originals out")
     path = Scorer.find(options.python).info if options.python and not options.info else find(options.info or INFO)
     info = read_info(path)
     extension = find(options.extended) if options.extended else None
@@ -130,7 +130,11 @@ def dimensions(text: str) -> tuple[str, ...]:
 
 def _add_dimensions(parser: Parser) -> None:
     parser.add_argument(
-        "--dimensions", type=dimensions, default=",".join(DIMENSIONS), metavar="A,B", help="that videos are made for, or scored on"
+        "--dimensions",
+        type=dimensions,
+        default=",".join(DIMENSIONS),
+        metavar="A,B",
+        help="dimensions that videos are made for, or scored on",
     )
 
 
@@ -144,15 +148,21 @@ def sample_command_line() -> RecipeParser:
     parser.add_argument("--originals", metavar="FILE", help="the prompts that --extended extends, line by line (default: as in --info)")
     _add_dimensions(parser)
     parser.add_argument(
-        "--videos", type=positive_int, default=VIDEOS_PER_PROMPT, metavar="N", help="of each prompt; five times N for temporal flickering"
+        "--videos",
+        type=positive_int,
+        default=VIDEOS_PER_PROMPT,
+        metavar="N",
+        help="videos of each prompt; five times N for temporal flickering",
     )
     add_lora_options(parser, "a run's directory, an adapter's directory, its file, or published")
-    parser.add_argument("--seed", type=seed_option, metavar="N", help="that the videos' seeds come from (default: the recipe's seed)")
+    parser.add_argument("--seed", type=seed_option, metavar="N", help="seed that the videos' seeds come from (default: the recipe's)")
     parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="videos that are made at once")
     parser.add_argument(
-        "--shard", type=shard, default="0/1", metavar="I/N", help="make every N-th of the videos, from the I-th on, I from 0 to N - 1"
+        "--shard", type=shard, default="0/1", metavar="I/N", help="make every N-th video, from the I-th on, with I from 0 to N - 1"
     )
-    parser.add_argument("--out", type=Path, default=Path("vbench"), metavar="DIR", help="see above; shards share it")
+    parser.add_argument(
+        "--out", type=Path, default=Path("vbench"), metavar="DIR", help="directory of the results, see above; shards share it"
+    )
     return parser
 
 
@@ -162,11 +172,9 @@ def score_command_line() -> Parser:
     parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="the directory of the mp4s")
     parser.add_argument("--info", type=Path, metavar="FILE", help="VBench_full_info.json (default: that of the environment)")
     _add_dimensions(parser)
-    parser.add_argument(
-        "--per-prompt", type=positive_int, default=VIDEOS_PER_PROMPT, metavar="N", help="videos of each prompt that must be there"
-    )
+    parser.add_argument("--per-prompt", type=positive_int, default=VIDEOS_PER_PROMPT, metavar="N", help="videos that each prompt must have")
     parser.add_argument("--ngpus", type=positive_int, default=1, metavar="N", help="GPUs of the scorer")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: results, beside the videos)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the results (default: results, beside the videos)")
     return parser
 
 
@@ -174,7 +182,10 @@ def total_command_line() -> Parser:
     parser = Parser(f"{PROGRAM} total", "Quality, semantic and total score.")
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="a directory of results, two to compare, or files")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where vbench.json (from 0 to 1) and vbench.md (per cent) go (default: beside the last one)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where vbench.json (from 0 to 1) and vbench.md (per cent) go (default: beside the last results)",
     )
     return parser
 

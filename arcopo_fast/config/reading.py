@@ -54,7 +54,7 @@ class _Override(_Loader):
         return token
 
     def _refuse(self, *unused: Any) -> NoReturn:
-        raise self._dropped(f"{self.prefix(3) if self.prefix(3) in ('---', '...') else self.peek()!r} is a sign of its own")
+        raise self._dropped(f"{self.prefix(3) if self.prefix(3) in ('---', '...') else self.peek()!r} has a meaning of its own in YAML")
 
     fetch_anchor = fetch_alias = fetch_tag = fetch_directive = fetch_literal = fetch_folded = _refuse
     fetch_document_start = fetch_document_end = _refuse

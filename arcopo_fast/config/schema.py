@@ -28,7 +28,7 @@ def expanded(path: str) -> str:
         UserError: there is no such user, or no file system takes such a path.
     """
     if any(len(part.encode(errors="replace")) > 255 for part in path.split("/")) or len(path) > 4095 or "\0" in path:
-        raise UserError(f"{path[:60]!r}... is no path that a file system takes; a file's name has at most 255 bytes")
+        raise UserError(f"{path[:60]!r}... is not a valid path: a file's name has at most 255 bytes")
     home = os.path.expanduser(path) if path.startswith("~") else path
     if home.startswith("~"):
         raise UserError(f"there is no home directory {path.partition('/')[0]!r}; for a name that begins with '~' write './{path[:60]}'")
@@ -54,7 +54,7 @@ def _timesteps(steps: list[float]) -> list[float]:
     if not steps:
         raise ValueError("needs at least one timestep")
     if any(not 0 <= step <= 1000 for step in steps) or steps[0] == 0:
-        raise ValueError(f"timesteps lie in (0, 1000], but for a last one of 0; given {steps}")
+        raise ValueError(f"timesteps must lie in (0, 1000], and only the last may be 0; given {steps}")
     if any(later >= earlier for earlier, later in pairwise(steps)):
         raise ValueError(f"timesteps must decrease; given {steps}")
     return steps
@@ -160,7 +160,7 @@ class CacheConfig(Section):
         if self.variant == "krea" and (self.window is None or self.sink > 1):
             window = "null" if self.window is None else self.window
             raise ValueError(
-                "krea computes a context anew for every chunk: it needs a cache.window, and a cache.sink of 0 or 1; "
+                "krea recomputes its context for every chunk: it needs a cache.window, and a cache.sink of 0 or 1; "
                 f"given cache.window {window} and cache.sink {self.sink}"
             )
         return self
@@ -376,7 +376,7 @@ class Config(Section):
             )
         if cache.variant == "krea" and cache.window is not None and cache.window <= video.chunk_frames:
             raise ValueError(
-                f"krea computes a context anew for every chunk: cache.window {cache.window} must be more than the chunk's "
+                f"krea recomputes its context for every chunk: cache.window {cache.window} must be more than the chunk's "
                 f"{video.chunk_frames} latent frames"
             )
         if isinstance(rollout.pivot, int) and not 1 <= rollout.pivot <= video.count:

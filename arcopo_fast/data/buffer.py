@@ -257,7 +257,9 @@ class Buffer:
         except (ValueError, KeyError, TypeError, RecursionError):  # whatever stands in the place of our header
             raise BrokenEntry(f"{path} is broken: it is not an entry of a replay buffer") from None
         if (held, policy) != (index, self._fingerprint):
-            raise BrokenEntry(f"{path} is not of this buffer: it says entry {held} of policy {policy}, not {index} of {self._fingerprint}")
+            raise BrokenEntry(
+                f"{path} belongs to another buffer: it says entry {held} of policy {policy}, not {index} of {self._fingerprint}"
+            )
         return file, header
 
     def _compare(self, index: int) -> None:
@@ -275,7 +277,7 @@ class Buffer:
 
     def _leave_out(self, index: int, error: BrokenEntry) -> None:
         self._broken.add(index)
-        warnings.warn(f"{error}; going on without it", stacklevel=3)
+        warnings.warn(f"{error}; continuing without it", stacklevel=3)
 
     def _check_any(self, indices: Sequence[int]) -> None:
         if self._broken.issuperset(indices):

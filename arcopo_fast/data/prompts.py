@@ -77,7 +77,7 @@ def read_prompt_set(source: str | Path, extended: str | Path | None = None) -> l
     if extended is not None:
         if kind != TEXT:
             raise UserError(
-                f"extended prompts in a file of their own go with a text file, line by line; {source} holds its own: leave them out"
+                f"a file of extended prompts goes with a text file, line by line; {source} holds its own extended ones: leave the file out"
             )
         prompts = _pairs(path, prompts_file(str(extended)))
     elif kind == ".jsonl":

@@ -123,7 +123,9 @@ def adapted_generators(options: Iterable[AdapterOption], *, base: bool) -> list[
         for scale in option.scales:
             label = f"{name}@{scale_text(scale)}"
             if any(label == other.name for other in found):
-                raise UserError(f"--adapter {option.path}: there are two of the name {label}; tell them apart, as in --adapter NAME=PATH")
+                raise UserError(
+                    f"--adapter {option.path}: two adapters have the name {label}; give another name, as in --adapter NAME=PATH"
+                )
             found.append(Adapted(label, source, scale))
     return found
 

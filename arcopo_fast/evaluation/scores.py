@@ -196,7 +196,7 @@ class ScoreDirectory:
         values = {name: math.nan if value is None else value for name, value in line.scores.items()}
         if stamp != self.fingerprint:
             raise UserError(
-                f"{place}: of an evaluation with other settings ({stamp}, and {self.path / STAMP} says {self.fingerprint}); "
+                f"{place}: belongs to an evaluation with other settings ({stamp}, and {self.path / STAMP} says {self.fingerprint}); "
                 "move the file into a directory of its own"
             )
         if (former := found.prompts.setdefault(video.prompt, prompt)) != prompt:

@@ -331,7 +331,7 @@ def merge_adapters(first: Adapter, second: Adapter, scale: float) -> Adapter:
         assert present is not None
         if pair_1 and pair_2 and (pair_1[0].shape[1], pair_1[1].shape[0]) != (pair_2[0].shape[1], pair_2[1].shape[0]):
             sizes = " and ".join(f"{a.shape[1]} to {b.shape[0]}" for a, b in (pair_1, pair_2))
-            raise UserError(f"the adapters of {name} go from {sizes}; adapters can be merged that were trained over one base model")
+            raise UserError(f"the adapters of {name} go from {sizes}; only adapters that were trained over one base model can be merged")
         downs, ups = [], []
         for adapter, factor, pair in ((first, 1.0, pair_1), (second, scale, pair_2)):
             if pair is None:

@@ -105,7 +105,7 @@ class VAESizes:
             values = value if isinstance(value, tuple) else (value,)
             valid = isinstance(value, tuple) == is_list and all(type(entry) is kind and entry >= (kind is int) for entry in values)
             if not valid and not (value is None and name in ("decoder_base_dim", "patch_size")):
-                raise UserError(f"{source}: {name} is {str(config[name])[:60]!r}, which is no size of a VAE")
+                raise UserError(f"{source}: {name} is {str(config[name])[:60]!r}, which is not a valid size of a VAE")
         sizes = cls(**known)
         if len(sizes.temperal_downsample) != len(sizes.dim_mult) - 1:
             raise UserError(f"{source}: temperal_downsample and dim_mult do not go together; expected one entry less than dim_mult has")

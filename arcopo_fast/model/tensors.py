@@ -20,7 +20,9 @@ def check_dtype(name: str, tensor: Tensor, source: str | Path) -> None:
     """Raise `UserError` if a tensor's dtype is none that weights have. Quantized weights need scales, which nothing here reads."""
     if tensor.dtype not in WEIGHT_DTYPES or tensor.layout != torch.strided:
         kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
-        raise UserError(f"{source}: {name} is of {kind}, which is no dtype of weights; give float32, bfloat16 or float16, not quantized")
+        raise UserError(
+            f"{source}: {name} is of {kind}, which is not a dtype of weights; give float32, bfloat16 or float16, not quantized weights"
+        )
 
 
 def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:

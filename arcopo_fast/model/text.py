@@ -237,7 +237,7 @@ def load_tokenizer(file: Path, text_len: int) -> Tokenizer:
     except Exception as error:  # tokenizers raises nothing more specific
         raise UserError(f"{file} is damaged or not a tokenizer ({error}); copy it again") from error
     if not tokenizer.encode("").ids:
-        raise UserError(f"{file} puts no end token behind a prompt; expected the tokenizer.json of google/umt5-xxl")
+        raise UserError(f"{file} adds no end token to a prompt; expected the tokenizer.json of google/umt5-xxl")
     return tokenizer
 
 

@@ -187,8 +187,8 @@ class Objective(ABC, Generic[S]):
                 step = stepper.take()
             except GradientNotFinite as error:
                 raise GradientNotFinite(
-                    f"the gradient of update {update + 1} of {self.settings.updates} {error}: no step was taken; a smaller "
-                    "optimizer.lr, or generator.dtype=float32, tells whether the weights had gone too far or a number was too large"
+                    f"the gradient of update {update + 1} of {self.settings.updates} {error}: no step was taken. Try a smaller "
+                    "optimizer.lr, in case the weights have gone too far, or generator.dtype=float32, in case a number was too large"
                 ) from None
         about = {"gradient_norm": step.norm, "clipped": step.clipped, "below_eps": step.below_eps, "steps": step.taken}
         return [*logged, *((name, float(value)) for name, value in about.items())]

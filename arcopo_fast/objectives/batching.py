@@ -64,7 +64,7 @@ class Batching:
                 torch.cuda.empty_cache()
         if self.state() != before:
             values = " ".join(f"objective.{name}={str(value).lower()}" for name, value in self.state().items() if value != before[name])
-            warnings.warn(f"the replay ran out of memory ({reason}); going on with {values}: set it", stacklevel=3)
+            warnings.warn(f"the replay ran out of memory ({reason}); continuing with {values}: set this in the recipe", stacklevel=3)
         return result
 
     def _shrink(self, size: int, reason: str) -> None:
@@ -75,6 +75,6 @@ class Batching:
             self.checkpoint = True
         else:
             raise UserError(
-                f"the replay of one (anchor, step) pair, with checkpointing, ran out of memory ({reason}); rollout.branches_per_wave=1 and "
-                "generator.offload=true leave it most, else take a smaller video: train --dry-run prints what fits"
+                f"the replay of one (anchor, step) pair, with checkpointing, ran out of memory ({reason}); set rollout.branches_per_wave=1 "
+                "and generator.offload=true to leave it more, or take a smaller video: train --dry-run prints what fits"
             )

@@ -48,7 +48,7 @@ class RatioSettings(ObjectiveSettings):
     def _anchors_for_each_update(self) -> RatioSettings:
         if self.anchors == "split" and self.anchors_per_update < self.updates:
             raise ValueError(
-                f"objective.anchors split deals objective.anchors_per_update {self.anchors_per_update} anchors over objective.updates "
+                f"objective.anchors split divides objective.anchors_per_update {self.anchors_per_update} anchors among objective.updates "
                 f"{self.updates}: give at least one for each update"
             )
         return self

@@ -30,18 +30,26 @@ MIB = 1 << 20
 
 def serve_command_line() -> Parser:
     parser = Parser(f"{PROGRAM} serve", "Serve rewards over HTTP, until Ctrl-C or SIGTERM.")
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"see {PROGRAM} list; one of your own is package.module:function")
-    parser.add_argument("--port", type=int, default=8123, metavar="N", help="to listen at; 0: a free one, which is printed")
-    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen at; any but a loopback address needs a token")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"see {PROGRAM} list; a custom reward is named package.module:function")
+    parser.add_argument("--port", type=int, default=8123, metavar="N", help="port to listen at; 0: a free port, which is printed")
     parser.add_argument(
-        "--token-file", metavar="FILE", help=f"holds the token that clients must show; without it {wire.TOKEN_VARIABLE} of the environment"
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen at; any but a loopback address needs a token"
+    )
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help=f"file with the token that clients must show (default: the token in the variable {wire.TOKEN_VARIABLE})",
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     parser.add_argument("--fps", type=positive_int, default=16, metavar="N", help="frames per second of the videos (default: Wan's 16)")
-    parser.add_argument("--batch", type=positive_int, default=8, metavar="N", help="videos that a reward is given at once, at most")
-    parser.add_argument("--max-mib", type=positive_int, default=1024, metavar="N", help="MiB of a request, at most")
+    parser.add_argument("--batch", type=positive_int, default=8, metavar="N", help="most videos that a reward gets at once")
+    parser.add_argument("--max-mib", type=positive_int, default=1024, metavar="N", help="largest request, in MiB")
     parser.add_argument(
-        "--waiting-mib", type=positive_int, default=4096, metavar="N", help="MiB of all requests held at once; beyond, clients try later"
+        "--waiting-mib",
+        type=positive_int,
+        default=4096,
+        metavar="N",
+        help="most MiB of requests held at once; beyond this, clients try again later",
     )
     return parser
 
@@ -81,7 +89,7 @@ def show(argv: list[str]) -> None:
         except UserError as error:
             about = f"not here: {error}"
         print(f"{', '.join(names)}\n    {about}")
-    print("package.module:function\n    Any of your own; package.module:class:score of a judge that gives several.")
+    print("package.module:function\n    A custom reward; package.module:class:score for a judge that gives several scores.")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"serve": serve, "list": show}

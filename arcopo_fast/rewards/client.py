@@ -126,7 +126,7 @@ class RewardClient(Reward):
             raise self._error(f"does not serve {', '.join(missing)}, only {', '.join(map(str, rewards))}")
         judged = document.get("fps")
         if None not in (judged, self.fps) and judged != self.fps:
-            raise self._error(f"judges videos as of {judged} frames per second, and these have {self.fps}; start it with --fps {self.fps}")
+            raise self._error(f"judges videos at {judged} frames per second, but these have {self.fps}; start it with --fps {self.fps}")
         return {**document, "max_bytes": max_bytes}
 
     def _videos_at_once(self, names: Sequence[str], frames: Tensor, prompts: list[str]) -> int:

@@ -61,7 +61,9 @@ class CLIPScore(nn.Module, Reward):
         # Early releases of transformers kept the numbers 0 to 76 among the weights.
         wrong = [name for keys in ("missing_keys", "unexpected_keys") for name in loading[keys] if not name.endswith("position_ids")]
         if wrong:
-            raise UserError(f"{directory}: its weights lack or have {len(wrong)} names that CLIP has not, such as {wrong[0]}; get {SOURCE}")
+            raise UserError(
+                f"{directory}: {len(wrong)} names of its weights are missing or unknown to CLIP, such as {wrong[0]}; get {SOURCE}"
+            )
         self.size: int = self.model.config.vision_config.image_size
         self.length: int = self.model.config.text_config.max_position_embeddings
         self.register_buffer("mean", torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1), persistent=False)

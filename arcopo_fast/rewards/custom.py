@@ -119,7 +119,9 @@ def find(path: str, what: str) -> Any:
     try:
         found: Any = importlib.import_module(place)
     except SystemExit as error:
-        raise UserError(f"{what} {path!r}: when it is imported, {place} {exit_told(error)}; let it define things, and no more") from error
+        raise UserError(
+            f"{what} {path!r}: when it is imported, {place} {exit_told(error)}; a module should only define functions and classes"
+        ) from error
     except ImportError as error:
         here = isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}.")
         advice = "is its directory on PYTHONPATH?" if here else "install what it needs, or serve it from an environment that has it"

@@ -56,7 +56,7 @@ def load_rewards(names: Iterable[str], *, fps: float = 16.0, device: torch.devic
                 judge.to(device)
             judges[path] = judge
         if name not in judges[path].scores:
-            raise UserError(f"reward {name!r} is no score of {path}; give {', '.join(judges[path].scores)}")
+            raise UserError(f"reward {name!r} is not a score of {path}; give {', '.join(judges[path].scores)}")
     return {name: judges[path] for name, path in paths.items()}
 
 
@@ -83,7 +83,7 @@ def _path(name: str) -> str:
     if name in REWARDS:
         return REWARDS[name]
     if ":" not in name:
-        raise UserError(f"there is no reward {name!r}; give {', '.join(REWARDS)}, or one of your own as package.module:function")
+        raise UserError(f"there is no reward {name!r}; give {', '.join(REWARDS)}, or a custom reward as package.module:function")
     return ":".join(name.split(":")[:2])  # behind a second colon is which of its scores
 
 

@@ -98,7 +98,7 @@ class Scorer:
             if self._closing:
                 raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping")
             if self._admitted and sum(self._admitted) + size > self.waiting_bytes:
-                raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too much is waiting already")
+                raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests are waiting already")
             self._admitted.append(size)
         try:
             yield
@@ -296,7 +296,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._authorise()
             if self.path != path:
-                raise Refusal(HTTPStatus.NOT_FOUND, "there is GET /health and POST /score")
+                raise Refusal(HTTPStatus.NOT_FOUND, "expected GET /health or POST /score")
             content, body = respond()
         except Refusal as refusal:
             self._send_error(refusal.status, str(refusal))

@@ -88,7 +88,7 @@ def read_header(content: bytes | bytearray, size: int) -> Header:
     if not isinstance(shape, list) or len(shape) != 5 or any(type(side) is not int or side < 1 for side in shape) or shape[2] != 3:
         raise Malformed("frames must be [N, F, 3, H, W], none of them empty")
     if len(prompts) != shape[0]:
-        raise Malformed("frames and prompts must be as many")
+        raise Malformed("there must be as many prompts as videos")
     if math.prod(shape) * _DTYPES[dtype].itemsize != size or entry.get("data_offsets") != [0, size]:
         raise Malformed("the frames' shape does not fit the length of the body")
     return Header(tuple(rewards), prompts, tuple(shape), _DTYPES[dtype])

@@ -314,7 +314,7 @@ class Engine:
             message = str(error).splitlines()[0]
         half = (members + 1) // 2
         warnings.warn(
-            f"a wave of {members} branches ran out of memory ({message}); going on with waves of {half}: "
+            f"a wave of {members} branches ran out of memory ({message}); continuing with waves of {half}: "
             f"set rollout.branches_per_wave={half}",
             stacklevel=3,
         )

@@ -62,7 +62,7 @@ class Interruption(Handler):
             raise KeyboardInterrupt
         self.asked = True
         with suppress(RuntimeError):  # the signal came while the same stream was being written to
-            print(f"\nfinishing {self.waiting_for} first; once more to stop at once", file=sys.stderr, flush=True)
+            print(f"\nfinishing {self.waiting_for} first; interrupt again to stop at once", file=sys.stderr, flush=True)
 
 
 def ignore() -> None:

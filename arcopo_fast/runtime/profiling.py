@@ -105,7 +105,9 @@ class Trace:
 
     def __init__(self, iterations: int, *, of: int) -> None:
         if iterations and iterations + 1 > of:
-            raise UserError(f"--profile {iterations} needs {iterations + 1} iterations, the first is not traced; train.iterations is {of}")
+            raise UserError(
+                f"--profile {iterations} needs {iterations + 1} iterations, because the first is not traced; train.iterations is {of}"
+            )
         self.iterations = iterations
         self._profiler: torch.profiler.profile | None = None
 

@@ -140,16 +140,14 @@ def find(source: str | Path, files: Sequence[str] = ()) -> Path:
     if not is_published(source):
         path = Path(expanded(str(source)))
         if not path.exists():
-            raise UserError(f"there is nothing at {path}; give the path of what you have, or hf://owner/name/path/of/file")
+            raise UserError(f"there is nothing at {path}; give an existing path, or hf://owner/name/path/of/file")
         _check(path, files)
         return path
     parsed = Source.parse(str(source))
     located = _local(parsed, files)
     if parsed.scheme == GITHUB:
         located = located or _fetch(parsed, files)
-    elif located is None or (
-        located.is_dir() and not files and located == _cached(parsed, files)
-    ):  # the cache may hold a part
+    elif located is None or (located.is_dir() and not files and located == _cached(parsed, files)):  # the cache may hold a part
         located = _download(parsed, files)
     _check_sizes(parsed, located, files)
     return located
@@ -273,7 +271,7 @@ def _verify(file: Path) -> None:
     if digest != blob.name:
         blob.unlink()
         file.unlink(missing_ok=True)
-        raise UserError(f"{file} came damaged: its SHA-256 is {digest}, not {blob.name}; it was removed, so start again")
+        raise UserError(f"{file} was damaged in the download: its SHA-256 is {digest}, not {blob.name}; it was removed, so start again")
 
 
 def _check_sizes(source: Source, path: Path, files: Sequence[str]) -> None:

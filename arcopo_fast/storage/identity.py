@@ -191,11 +191,14 @@ def check_settings(run: Path, config: BaseModel) -> None:
 
     if fixed := [key for key in changed if key not in _FREE and any(key == section or key.startswith(f"{section}.") for section in _FIXED)]:
         raise UserError(
-            f"{run / 'config.yaml'} was changed since the run began: {listed(fixed)}; it would not go on as it began, so put that back, or "
-            "start a new run with it"
+            f"{run / 'config.yaml'} was changed since the run began: {listed(fixed)}; the run would not continue as it began. Undo the "
+            "change, or start a new run with it"
         )
     if changed:
-        print(f"{run / 'config.yaml'} was changed since the run last went on: {listed(changed)}; from here on it counts", file=sys.stderr)
+        print(
+            f"{run / 'config.yaml'} was changed since the run last ran: {listed(changed)}; the new values count from here on",
+            file=sys.stderr,
+        )
 
 
 def check_inputs(run: Path, config: BaseModel, made_of: Mapping[str, str], judges: Mapping[str, str], *, done: int) -> None:
@@ -214,12 +217,12 @@ def check_inputs(run: Path, config: BaseModel, made_of: Mapping[str, str], judge
     earlier = _read(run / INPUTS)
     if earlier is not None:
         began = {name: earlier.made_of.get(name) for name in made_of}
-        problem = f"{run} was begun with something else than is here now, and would not go on as it began"
+        problem = f"{run} was begun with other inputs than those here now, and would not continue as it began"
         require_same(problem, began, made_of, "put back what its config.yaml names, or start a new run")
         if other := [name for name, digest in judges.items() if earlier.judges.get(name) != digest]:
             print(
-                f"{', '.join(other)}: another code or other weights than when {run} was last running; its curves are of the earlier one up "
-                f"to iteration {done}, and its table of before and after is of this one",
+                f"{', '.join(other)}: code or weights changed since {run} last ran; the run's curves show the earlier version "
+                f"up to iteration {done}, and its table of before and after shows the present one",
                 file=sys.stderr,
             )
     document = {"made_of": made_of, "judges": judges, "settings": _settings(config)}
@@ -233,7 +236,9 @@ def _read(file: Path) -> _Document | None:
     try:
         return _Document.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
-        raise UserError(f"{file} is damaged, so what the run was begun with is unknown; remove it to go on with what is here") from None
+        raise UserError(
+            f"{file} is damaged, so the inputs that the run began with are unknown; remove it to continue with the present ones"
+        ) from None
 
 
 def _settings(config: BaseModel) -> dict[str, Any]:

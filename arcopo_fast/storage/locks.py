@@ -126,7 +126,7 @@ def _try_lock(descriptor: int, path: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        print(f"the file system of {path.parent} has no locks: see to it yourself that no other process uses it", file=sys.stderr)
+        print(f"the file system of {path.parent} has no locks: make sure yourself that no other process uses it", file=sys.stderr)
     return True
 
 

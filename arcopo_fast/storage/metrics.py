@@ -155,7 +155,7 @@ def _done(lines: Sequence[bytes], after: int, path: Path) -> list[bytes]:
     if missing or broken:
         cause = f", for lines {_listed(broken)} were damaged" if broken else ""
         what = f"iterations {_listed(missing)} are missing{cause}" if missing else f"lines {_listed(broken)} were damaged, and are removed"
-        print(f"{path}: {what}; the run goes on, and its curves are of the rest", file=sys.stderr)
+        print(f"{path}: {what}; the run continues, and its curves show the other iterations", file=sys.stderr)
     return [found[step] for step in range(1, after + 1) if step in found]
 
 

@@ -164,7 +164,7 @@ class RunDirectory:
             if problem is None:
                 checked = (checkpoint / SUMS).exists()
                 if not checked:
-                    print(f"{checkpoint} has no {SUMS}, as an earlier version left it: it is used unchecked", file=sys.stderr)
+                    print(f"{checkpoint} has no {SUMS}, because an earlier version wrote it: it is used unchecked", file=sys.stderr)
                 try:
                     load(checkpoint)
                 except Exception as error:  # of bytes that nobody has checked the set is open
@@ -174,7 +174,7 @@ class RunDirectory:
             if problem is None:
                 for path, reason in damaged:
                     print(
-                        f"{path} is damaged: {reason}; it is now {_put_away(path).name}, and the run goes on from {checkpoint.name}",
+                        f"{path} is damaged: {reason}; it is now {_put_away(path).name}, and the run continues from {checkpoint.name}",
                         file=sys.stderr,
                     )
                 return step_of(checkpoint)

@@ -69,8 +69,8 @@ class LearningWatch:
             alike = ", ".join(repr(name) for name, weight in config.rewards.items() if weight and name not in telling)
             advice = "raise rollout.noise_strength or rollout.group_size" if config.train.buffer is None else "collect another buffer"
             raise RewardError(
-                f"nothing was learned in {self.alike} iterations in a row, for the members of each group had the same reward: in the last "
-                f"one {alike or 'the weighted sum of the rewards'} did not tell them apart{f' ({videos})' if failed else ''}; take a "
+                f"nothing was learned in {self.alike} iterations in a row, because all members of each group had the same reward: in the "
+                f"last one {alike or 'the weighted sum of the rewards'} did not tell them apart{f' ({videos})' if failed else ''}; take a "
                 f"reward that does, or {advice}"
             )
 

@@ -148,7 +148,7 @@ class Trainer:
         load_adapter(self.generator.model, directory / "adapter")
         state = torch.load(directory / "trainer.pt", map_location="cpu", weights_only=True)  # where AdamW counts its steps; the rest moves
         if state["iteration"] != step_of(directory):
-            raise UserError(f"{directory} is the checkpoint of iteration {state['iteration']}; give it back its name")
+            raise UserError(f"{directory} is the checkpoint of iteration {state['iteration']}; rename it accordingly")
         self.optimizer.load_state_dict(state["optimizer"])
         halved = state.get("halved", {})
         self.engine.largest_wave = halved.get("largest_wave")

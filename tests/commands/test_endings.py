@@ -154,7 +154,7 @@ def test_an_interrupt_at_any_moment(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, at(getattr(owner, name), call, lambda: os.kill(os.getpid(), number)))
         status, lines = command(capsys, *SMALL, f"run.directory={tmp_path}")
-    soft = ["finishing the iteration first; once more to stop at once"] if "stopped after" in said else []
+    soft = ["finishing the iteration first; interrupt again to stop at once"] if "stopped after" in said else []
     assert (status, lines) == (130, [*soft, f"interrupted; {said.format(run=run)}"])
     assert [signal.getsignal(one) for one in SIGNALS] == former
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
@@ -322,7 +322,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     note = [line for line in lines if line.endswith("it is used unchecked")]
     (said,) = [line for line in lines if line not in note]
     assert not status and len(note) == ("unchecked" in kind)
-    assert re.search(r"step-3 is damaged: .*; it is now step-3.damaged, and the run goes on from step-2$", said), said
+    assert re.search(r"step-3 is damaged: .*; it is now step-3.damaged, and the run continues from step-2$", said), said
     found = {name: value for name, value in content(run).items() if "step-3.damaged" not in name}
     assert found == whole and (run / "checkpoints" / "step-3.damaged").exists()
 
@@ -345,7 +345,7 @@ def test_a_checkpoint_without_checksums_is_used_and_said(run: Path, whole: dict[
     sums = whole[f"checkpoints/step-3/{SUMS}"]
     status, lines = command(capsys, "--resume", run)
     assert not status and [
-        line.endswith(f"step-3 has no {SUMS}, as an earlier version left it: it is used unchecked") for line in lines
+        line.endswith(f"step-3 has no {SUMS}, because an earlier version wrote it: it is used unchecked") for line in lines
     ] == [True]
     assert content(run) | {f"checkpoints/step-3/{SUMS}": sums} == whole
 
@@ -379,9 +379,9 @@ def change(run: Path, key: str, value: Any) -> None:
 def test_settings_that_changed_are_said(key: str, value: Any, said: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(run, key, value)
     status, lines = command(capsys, "--resume", run)
-    assert not status and re.search(rf"config.yaml was changed since the run last went on: {said}; from here on it counts$", lines[0]), (
-        lines
-    )
+    assert not status and re.search(
+        rf"config.yaml was changed since the run last ran: {said}; the new values count from here on$", lines[0]
+    ), lines
     assert json.loads((run / "inputs.json").read_text())["settings"][key] == value
 
 
@@ -410,6 +410,6 @@ def test_settings_with_which_a_run_would_be_another_are_refused(
     change(run, key, value)
     status, lines = command(capsys, "--resume", run)
     assert status == 2 and len(lines) == 1
-    assert re.search(rf"config.yaml was changed since the run began: {said}; it would not go on as it began", lines[0]), lines
+    assert re.search(rf"config.yaml was changed since the run began: {said}; the run would not continue as it began", lines[0]), lines
     (run / "config.yaml").write_bytes(before[run / "config.yaml"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

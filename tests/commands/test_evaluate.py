@@ -182,7 +182,7 @@ def test_the_generator_reads_the_extended_prompt_and_all_else_the_original(tmp_p
 BAD: dict[str, tuple[list[str], str]] = {
     "no adapter": (["--adapter", "{none}"], "there is nothing at {none}"),
     "a directory without one": (["--adapter", "{empty}"], "has neither"),
-    "twice": (["--adapter", "{on}", "--adapter", "{on}@1"], "two of the name on@1"),
+    "twice": (["--adapter", "{on}", "--adapter", "{on}@1"], "two adapters have the name on@1"),
     "called base": (["--adapter", "base={on}"], "other than base"),
     "a scale that is none": (["--adapter", "{on}@1,-"], "expected a number"),
     "of another generator": (["--adapter", "{thin}"], "goes from 9 to"),

@@ -388,7 +388,7 @@ def test_names_can_be_read() -> None:
         (["--prompt", "a\udcffb"], "--prompt: U+DCFF, half of a surrogate pair"),
         (["--prompt", "x", "--switch", "8:a\x07"], "--switch: the control character U+0007"),
         (["--prompt", "x", "--switch", "9" * 5000 + ":a"], "--switch: expected FRAME:TEXT"),
-        (["--prompts", "a" * 5000], "no path that a file system takes"),
+        (["--prompts", "a" * 5000], "is not a valid path"),
         (["--prompt", "x", "--out", "file/videos"], "is not a directory"),
     ],
 )

@@ -70,7 +70,7 @@ def test_a_resumed_runs_settings_are_its_own(tmp_path: Path, monkeypatch: pytest
     main(["--resume", str(run), "--print-config"])
     assert capsys.readouterr().out == (run / "config.yaml").read_text()
     for wrong in (["toy"], ["seed=3"], ["--dry-run"], ["--mode", "off_policy"]):
-        with pytest.raises(UserError, match="--resume goes on with the run's own config.yaml"):
+        with pytest.raises(UserError, match="--resume uses the run's own config.yaml"):
             main(["--resume", str(run), *wrong])
     with pytest.raises(UserError, match="is not a run: it has no config.yaml"):
         main(["--resume", str(tmp_path), "--print-config"])
@@ -95,7 +95,7 @@ def test_it_goes_on_where_it_was(
     run = stopped(tmp_path, monkeypatch, at=at, how=how)
     if how == "softly":
         said = capsys.readouterr().err
-        assert "finishing the iteration first; once more to stop at once" in said
+        assert "finishing the iteration first; interrupt again to stop at once" in said
         assert f"interrupted; stopped after iteration {at}; go on with python -m arcopo_fast.train --resume {run}" in said
         assert len(untimed(run)) == at
     else:  # in the midst of an update nothing can be saved, and iteration 3 is made again
@@ -145,7 +145,7 @@ def test_a_run_goes_on_with_what_it_was_begun_with(tmp_path: Path, monkeypatch: 
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata()
             save_file({key: tensor * 1.5 for key, tensor in load_file(file).items()}, file, metadata=metadata)
-        problem = rf"{run} was begun with something else than is here now, .*: {name}: .* here, .* there; put back .* start a new run$"
+        problem = rf"{run} was begun with other inputs than those here now, .*: {name}: .* here, .* there; put back .* start a new run$"
         with pytest.raises(UserError, match=problem):
             main(["--resume", str(run)])
         file.write_bytes(original)
@@ -165,8 +165,8 @@ def test_a_reward_may_be_mended_while_a_run_is_stopped(
     importlib.invalidate_caches()
     capsys.readouterr()
     main(["--resume", str(run)])
-    said = f"mended_while_stopped:brightness: another code or other weights than when {run} was last running; its curves are of the earlier"
-    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{said} one up to iteration 2, and")]
+    said = f"mended_while_stopped:brightness: code or weights changed since {run} last ran; the run's curves show the earlier"
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{said} version up to iteration 2, and")]
     rewards = [line["reward/mended_while_stopped:brightness"] for line in read_metrics(run)]
     assert min(rewards[2:]) > max(rewards[:2]), "the mended one counts from there on"
 

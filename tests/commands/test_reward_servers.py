@@ -185,7 +185,7 @@ def test_a_reward_that_goes_by_seconds_is_told_the_rate(tmp_path: Path, monkeypa
         remote = [recipe, f"reward_servers.addresses={json.dumps({name: server.url})}", "reward_servers.give_up_after=0.5"]
         rewards = load_rewards(load_config("toy", [*remote, "video.fps=12"]))
         assert score(rewards, frames, ["a", "b"])[name].tolist() == [12, 12]
-        with pytest.raises(RewardServerError, match=r"as of 12 frames per second, and these have 24; start it with --fps 24"):
+        with pytest.raises(RewardServerError, match=r"at 12 frames per second, but these have 24; start it with --fps 24"):
             load_rewards(load_config("toy", [*remote, "video.fps=24"]))
 
 

@@ -228,7 +228,7 @@ def test_other_videos_need_another_directory(tmp_path: Path, capsys: pytest.Capt
         (["sample", "--info", "info.json", "--dimensions", "colour"], "there is no dimension 'colour'"),
         (["sample", "--info", "info.json", "--shard", "2/2"], "--shard: expected I/N"),
         (["sample", "--info", "info.json", "--lora-scale", "0.5"], "name it with --lora"),
-        (["sample", "--info", "info.json", "--originals", "info.json"], "--originals says what --extended extends"),
+        (["sample", "--info", "info.json", "--originals", "info.json"], "--originals names the prompts that --extended extends"),
         (["sample", "--info", "info.json", "--out", "info.json/videos"], "is not a directory"),
         (["sample", "--info", "info.json", "--videos", "0"], "--videos: expected a whole number"),
         (["score", "--videos", "."], "--python"),

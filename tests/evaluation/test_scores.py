@@ -263,7 +263,7 @@ def test_other_settings_are_refused_by_name(directory: ScoreDirectory, tmp_path:
         directory.add_files(other)
     # and so is a file that was copied by hand
     shutil.copy(write(other, some((BASE, 0, 0))), directory.path / "scores" / "copied.jsonl")
-    with pytest.raises(UserError, match=r"copied.jsonl:1: of an evaluation with other settings"):
+    with pytest.raises(UserError, match=r"copied.jsonl:1: belongs to an evaluation with other settings"):
         directory.read()
 
 

@@ -260,7 +260,7 @@ def test_dtypes_that_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
     state = matrices()
     state[name := f"{LAYERS[0]}.lora_A.weight"] = torch.ones(RANK, 6).to(dtype)
     torch.save(state, tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", name, str(dtype).removeprefix("torch."), "no dtype of weights")
+    refused(tmp_path / "a.pt", name, str(dtype).removeprefix("torch."), "not a dtype of weights")
 
 
 def test_one_matrix_under_two_names(tmp_path: Path) -> None:

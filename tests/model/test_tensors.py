@@ -90,7 +90,7 @@ def test_dtypes_that_are_no_weights(kind: str, dtype: torch.dtype, tmp_path: Pat
     state = make()
     name = list(state)[2]
     state[name] = torch.ones_like(state[name]).to(dtype)
-    refused(load, written(tmp_path / "bad.pt", state), name, str(dtype).removeprefix("torch."), "no dtype of weights")
+    refused(load, written(tmp_path / "bad.pt", state), name, str(dtype).removeprefix("torch."), "not a dtype of weights")
 
 
 def test_sparse_tensors_are_no_weights(tmp_path: Path) -> None:

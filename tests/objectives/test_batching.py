@@ -44,7 +44,9 @@ def test_it_is_halved_until_it_fits(micro_batch: int | None, fits: int, tried: l
         warnings.simplefilter("always")
         assert [batching.until_it_fits(card, 9) for _ in range(2)] == ["done"] * 2
     assert card.tried == [(size, False) for size in [*tried, tried[-1]]], "the second update begins where the first one ended"
-    expected: list[str] = [] if len(tried) == 1 else [f"out of memory); going on with objective.micro_batch={tried[-1]}: set it"]
+    expected: list[str] = (
+        [] if len(tried) == 1 else [f"out of memory); continuing with objective.micro_batch={tried[-1]}: set this in the recipe"]
+    )
     assert [str(warning.message).partition("(")[2] for warning in said] == expected
     assert batching.changed() == ({} if len(tried) == 1 else {"micro_batch": tried[-1]})
 

@@ -127,7 +127,7 @@ def test_it_is_the_update_with_the_smaller_micro_batch(world: Callable[..., Worl
     with pytest.warns(UserWarning) as warned:
         again, recorded = one.update(objective)
     assert [str(warning.message) for warning in warned] == [
-        f"the replay ran out of memory ({SAID}); going on with objective.micro_batch=2: set it"
+        f"the replay ran out of memory ({SAID}); continuing with objective.micro_batch=2: set this in the recipe"
     ]
     assert {size for _, size in card.calls} == {6, 3, 2, 1}, "halved twice, and everything before the first step made anew"
     assert statistics["update1/ratio_max"] == 0 < statistics["update2/ratio_max"]
@@ -166,7 +166,7 @@ def test_single_pairs_are_checkpointed(world: Callable[..., World], moment: str)
     one = world()
     adapters, statistics = one.update(one.objective(micro_batch=1, checkpoint=True))
     Small(one.engine, moment, pairs=0, checkpointed=True)
-    with pytest.warns(UserWarning, match=r"going on with objective.micro_batch=1 objective.checkpoint=true: set it"):
+    with pytest.warns(UserWarning, match=r"continuing with objective.micro_batch=1 objective.checkpoint=true: set this"):
         again, recorded = one.update(one.objective())
     assert recorded == statistics
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, adapters, strict=True))

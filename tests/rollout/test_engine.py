@@ -142,7 +142,7 @@ def test_a_wave_that_runs_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatc
         return forward(x, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(engine.model, "forward", scarce)
-    said = r"a wave of 6 branches ran out of memory \(CUDA out of memory. Tried to allocate 3.00 GiB.\); going on with waves of 3"
+    said = r"a wave of 6 branches ran out of memory \(CUDA out of memory. Tried to allocate 3.00 GiB.\); continuing with waves of 3"
     with pytest.warns(UserWarning, match=said), pytest.warns(UserWarning, match="a wave of 3 branches"):
         group = engine.rollout(text, noise.id, pivot=1, members=GROUP, plan=NoisePlan(0.5))
     assert engine.pool.pages_in_use == 2

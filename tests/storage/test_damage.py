@@ -98,7 +98,7 @@ def test_every_value_of_a_file_may_be_any_other(name: str, run: Path, tmp_path: 
     for path, text in cases[:60]:
         (run / name).write_text(replaced(document, path, text))
         try:
-            refused += not fine_or_one_line(READERS[name], run, name, "config.yaml was changed", "was begun with something else")
+            refused += not fine_or_one_line(READERS[name], run, name, "config.yaml was changed", "was begun with other inputs")
         except BaseException as error:
             raise AssertionError(f"{name}: {'.'.join(map(str, path))} = {text[:80]}") from error
     assert (refused > 0) == (name != DEVICE), "a device is left out of the page, and the page says so"

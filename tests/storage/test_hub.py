@@ -302,7 +302,7 @@ def test_a_snapshot_that_is_known_to_be_cut_short_is_not_taken(server: Hub, offl
 
 def test_a_download_that_came_damaged(server: Hub) -> None:
     server.sent = bytes(byte ^ 1 for byte in server.content)
-    with pytest.raises(UserError, match="came damaged: its SHA-256 is"):
+    with pytest.raises(UserError, match="was damaged in the download: its SHA-256 is"):
         find(f"hf://{REPOSITORY}/big.bin")
     assert local(f"hf://{REPOSITORY}/big.bin") is None  # so that the next attempt fetches it again
     server.sent = server.content

@@ -105,12 +105,12 @@ def test_a_run_is_held_to_what_it_began_with(tmp_path: Path, capsys: pytest.Capt
         ({"VAE": "0", "transformer": "0"}, 'VAE: "0" here, "4567" there; transformer: "0" here, "0123" there'),
         ({"prompts": "0"}, 'prompts: "0" here, null there'),
     ):
-        problem = rf"^{tmp_path} was begun with something else than is here now, .*: {said}; put back .* start a new run$"
+        problem = rf"^{tmp_path} was begun with other inputs than those here now, .*: {said}; put back .* start a new run$"
         with pytest.raises(UserError, match=problem):
             check_inputs(tmp_path, CONFIG, MADE_OF | change, JUDGES | {"one": "0"}, done=3)
     assert (tmp_path / INPUTS).read_bytes() == before and capsys.readouterr().err == ""
     check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES | {"other": "cd"}, done=3)
-    assert capsys.readouterr().err.startswith(f"other: another code or other weights than when {tmp_path} was last running")
+    assert capsys.readouterr().err.startswith(f"other: code or weights changed since {tmp_path} last ran")
     check_inputs(tmp_path, CONFIG, MADE_OF, JUDGES | {"other": "cd"}, done=4)
     assert capsys.readouterr().err == "", "said once"
 
