@@ -336,7 +336,7 @@ def test_ctrl_c_keeps_the_chunks_that_are_done(tmp_path: Path, capsys: pytest.Ca
 def test_ctrl_c_in_a_last_chunk_begins_no_other_video(tmp_path: Path, capsys: pytest.CaptureFixture[str], interrupting: set[int]) -> None:
     interrupting.add(3)
     status, said, _ = command(capsys, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--out", tmp_path)
-    assert status == 130 and said[-1] == "interrupted; 1 of 2 videos are made; the same command with --overwrite begins anew"
+    assert status == 130 and said[-1] == "interrupted; 1 of 2 videos are made; the same command with --overwrite starts again"
     assert [path.name for path in tmp_path.iterdir()] == ["00-a-red-circle-moving-left.mp4"]
 
 

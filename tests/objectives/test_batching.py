@@ -54,14 +54,14 @@ def test_it_is_halved_until_it_fits(micro_batch: int | None, fits: int, tried: l
 def test_single_samples_are_checkpointed_at_last() -> None:
     batching = Batching(2, False)
     card = Card(batching, 1, checkpointed=True)
-    with pytest.warns(UserWarning, match="objective.micro_batch=1 objective.checkpoint=true: set it"):
+    with pytest.warns(UserWarning, match="objective.micro_batch=1 objective.checkpoint=true: set this in the recipe"):
         batching.until_it_fits(card, 9)
     assert card.tried == [(2, False), (1, False), (1, True)] and batching.changed() == {"micro_batch": 1, "checkpoint": True}
 
 
 def test_what_never_fits_and_what_is_no_lack_of_memory_is_an_error() -> None:
     batching = Batching(1, True)
-    with pytest.raises(UserError, match=r"with checkpointing, ran out of memory \(out of memory\); rollout.branches_per_wave=1"):
+    with pytest.raises(UserError, match=r"with checkpointing, ran out of memory \(out of memory\); set rollout.branches_per_wave=1"):
         batching.until_it_fits(Card(batching, 0), 9)
 
     def broken() -> None:

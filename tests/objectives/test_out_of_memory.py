@@ -152,7 +152,7 @@ def test_what_runs_out_after_a_step_asks_the_old_policy_anew(world: Callable[...
     one = world()
     adapters, statistics = one.update(one.objective(micro_batch=3))
     Small(one.engine, "backward", pairs=3, after=3)  # both groups' first update, and the first group's second
-    with pytest.warns(UserWarning, match="objective.micro_batch=3: set it"):
+    with pytest.warns(UserWarning, match="objective.micro_batch=3: set this in the recipe"):
         again, recorded = one.update(one.objective())
     assert recorded.keys() == statistics.keys()
     for name, value in statistics.items():
@@ -177,7 +177,7 @@ def test_a_recomputed_context_is_made_anew(world: Callable[..., World], monkeypa
     adapters, statistics = one.update(one.objective(micro_batch=3, context="recompute"))
     held = one.engine.pool.pages_in_use
     Small(one.engine, "backward", pairs=3, after=1)
-    with pytest.warns(UserWarning, match="objective.micro_batch=3: set it"):
+    with pytest.warns(UserWarning, match="objective.micro_batch=3: set this in the recipe"):
         again, recorded = one.update(one.objective(context="recompute"))
     assert recorded == statistics and one.engine.pool.pages_in_use == held
 

@@ -80,7 +80,7 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
     with owned(tmp_path / "run"), atomic_directory(tmp_path / "run" / "step-1") as made:
         (made / "x").write_text("x")
     assert tree(tmp_path) == {"run/step-1/x": "x"}
-    assert f"the file system of {tmp_path / 'run'} has no locks: see to it yourself" in capsys.readouterr().err
+    assert f"the file system of {tmp_path / 'run'} has no locks: make sure yourself" in capsys.readouterr().err
     (tmp_path / "run" / ".step-1.abcdefgh").mkdir()
     settle(tmp_path / "run", "step-1")
     assert (tmp_path / "run" / ".step-1.abcdefgh").exists(), "its maker may live"
