@@ -49,7 +49,7 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
     except UserError as error:
         status = _end(f"error: {error}", BAD_INPUT)
     except KeyboardInterrupt as error:
-        status = _end(f"interrupted; {str(error) or f'{KEPT}, and the same command goes on'}", INTERRUPTED)
+        status = _end(f"interrupted; {str(error) or f'{KEPT}, and the same command continues'}", INTERRUPTED)
         if arguments is None:
             _leave(status)
     except BrokenPipeError:  # the reader of our output left, as in `--help | head`: not an error, but nothing may be printed any more

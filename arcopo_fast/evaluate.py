@@ -11,7 +11,7 @@ The generator without an adapter comes first; then every adapter at every scale 
 A video's noise is a function of the seed, its prompt's place and its own number: whatever adapter, batch or process makes it. It is that of
 the same video in the evaluations before and after a training run, whose prompts, seed and number of videos are the defaults: the base model
 then has the numbers of the run's `before`.
-The same command goes on where an earlier one ended, also with more adapters or prompts. Processes that share one directory share the work,
+The same command continues where an earlier one ended, also with more adapters or prompts. Processes that share a directory share its work,
 batch by batch, and each waits for the rest; what one that ended has left is made by another (see `evaluation.scores`).
 """
 

@@ -10,7 +10,7 @@ It leaves
 
     DIR/  evaluations/{baseline,scale-S}.json   sweep.json  sweep.md  sweep.html   adapter/, of the chosen scale, if there is one
 
-An evaluation is kept as soon as it is done; the same command goes on from there, also with other scales.
+An evaluation is kept as soon as it is done; the same command continues from there, also with other scales.
 """
 
 from __future__ import annotations

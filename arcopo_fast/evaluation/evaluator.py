@@ -171,7 +171,7 @@ def score_missing(evaluator: Evaluator, directory: ScoreDirectory, batches: Sequ
 
     def check() -> None:
         if interruption.asked:
-            raise Interrupted(f"{progress.done} of {len(batches)} batches are scored and kept; the same command goes on")
+            raise Interrupted(f"{progress.done} of {len(batches)} batches are scored and kept; the same command continues")
 
     def pause(others: int) -> None:
         nonlocal waiting
@@ -194,7 +194,7 @@ def score_missing(evaluator: Evaluator, directory: ScoreDirectory, batches: Sequ
             try:
                 values = evaluator.score(part, files)
             except RewardError as error:
-                raise type(error)(f"{error}; what is scored is kept, and the same command goes on") from None
+                raise type(error)(f"{error}; what is scored is kept, and the same command continues") from None
             except FramesNotFinite as error:
                 raise FramesNotFinite(f"{part[0].generator}: {error}; what is scored is kept") from None
             writer.append([(video, prompts[video.prompt], values[video]) for video in missing], adapters)

@@ -160,7 +160,7 @@ def sweep(
                 progress.update(number(scores[TOTAL]["mean"]))
     except KeyboardInterrupt:
         option = ", without --overwrite" * (overwrite and None in kept)
-        raise Interrupted(f"{len(kept)} of {len(wanted)} evaluations are kept; the same command goes on{option}") from None
+        raise Interrupted(f"{len(kept)} of {len(wanted)} evaluations are kept; the same command continues{option}") from None
     return Sweep.judged(config, pair, {scale: kept[scale] for scale in wanted}, names)
 
 
@@ -198,7 +198,7 @@ def kept_evaluations(out: Path, wanted: Sequence[float | None], settings: Mappin
         if not file.is_file():
             continue
         record = read_document(file, _Kept, "an evaluation of a sweep")
-        advice = "give another --out, or begin anew with --overwrite"
+        advice = "give another --out, or start again with --overwrite"
         require_same(f"{out} holds a sweep with other settings", record.settings, settings, advice)
         kept[scale] = {name: summary.model_dump() for name, summary in record.scores.items()}
     return kept

@@ -68,4 +68,4 @@ def how_to_go_on(run: RunDirectory | None) -> str:
 
 def resumption(run: RunDirectory) -> str:
     """Return how to go on with a run."""
-    return f"go on with python -m arcopo_fast.train --resume {run.path}"
+    return f"continue with python -m arcopo_fast.train --resume {run.path}"

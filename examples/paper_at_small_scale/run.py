@@ -3,7 +3,7 @@
     python examples/paper_at_small_scale/run.py [--out DIR] [--jobs N] [--quick]
 
 It trains with every method for several seeds, through the library's own commands, and writes DIR/index.html and DIR/results.json, which
-put each outcome beside the paper's claim. What is done is kept: the same command goes on where it was stopped.
+put each outcome beside the paper's claim. What is done is kept: the same command continues where it stopped.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def test_both_signals_interrupt_a_command(number: int, capsys: pytest.CaptureFix
         raise AssertionError
 
     assert run_command(main, []) == 130
-    assert capsys.readouterr().err == "interrupted; what was complete by then is kept, and the same command goes on\n"
+    assert capsys.readouterr().err == "interrupted; what was complete by then is kept, and the same command continues\n"
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == former
 
 
@@ -153,7 +153,7 @@ def test_an_interrupt_in_code_that_a_library_runs_from_c_has_the_status_of_any(t
     call = [sys.executable, "-m", "interrupted_in_c"]
     done = subprocess.run(call, env=environment, capture_output=True, text=True)
     assert done.returncode == 130 and done.stdout == "begun\n"
-    assert done.stderr == "interrupted; what was complete by then is kept, and the same command goes on\n"
+    assert done.stderr == "interrupted; what was complete by then is kept, and the same command continues\n"
 
 
 def command_lines() -> dict[str, Any]:

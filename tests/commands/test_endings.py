@@ -122,7 +122,7 @@ def at(function: Callable[..., Any], call: int, do: Callable[[], object]) -> Cal
 
 # Interrupts ------------------------------------------------------------------------------------------------------------------------
 
-RESUME = "go on with python -m arcopo_fast.train --resume {run}"
+RESUME = "continue with python -m arcopo_fast.train --resume {run}"
 MOMENTS: dict[str, tuple[Any, str, int, str]] = {
     "loading": (trainer_module, "load_generator", 1, "nothing was begun; the same command starts it"),
     "the prompts' encoding": (trainer_module, "encode_ahead", 1, "nothing was begun; the same command starts it"),

@@ -96,7 +96,7 @@ def test_interrupted_it_finishes_the_batch_and_goes_on_with_more(
     call = [*SMALL, *THREE, "--batch", "2", "--keep-videos", "1", "--out", out]
     status, said, printed = command(capsys, *call)
     assert (status, printed) == (130, "") and "finishing the batch first" in said[-2] and "2 of 3 batches" in said[-1]
-    assert "the same command goes on" in said[-1] and len(scores_in(out).values) == 4
+    assert "the same command continues" in said[-1] and len(scores_in(out).values) == 4
     assert command(capsys, *call)[0] == 0 and len(made) == 3
     assert sorted(video.name[:4] for video in (out / "videos" / BASE).iterdir()) == ["0000", "0000"]
 
@@ -136,7 +136,7 @@ def test_waiting_for_another_process_can_be_interrupted(
             patched.setattr(time, "sleep", interrupted)
             status, said, printed = command(capsys, *call)
         assert (status, printed) == (130, "") and "waiting for 1 batches that other processes are making" in said
-        assert said[-1] == "interrupted; 0 of 1 batches are scored and kept; the same command goes on"
+        assert said[-1] == "interrupted; 0 of 1 batches are scored and kept; the same command continues"
     finally:
         other.kill()
         other.join(60)
@@ -160,7 +160,7 @@ def test_a_server_that_stays_away_loses_nothing(
     monkeypatch.setattr(evaluator, "judge", judge)
     call = [*SMALL, *THREE, "--batch", "4", "--keep-videos", "none", "--out", tmp_path]
     status, said, _ = command(capsys, *call)
-    assert status == 2 and "60 min; what is scored is kept, and the same command goes on" in said[-1]
+    assert status == 2 and "60 min; what is scored is kept, and the same command continues" in said[-1]
     assert len(scores_in(tmp_path).values) == 4
     with monkeypatch.context() as patched:
         patched.setattr(evaluator, "judge", breaks)

@@ -96,7 +96,7 @@ def test_it_goes_on_where_it_was(
     if how == "softly":
         said = capsys.readouterr().err
         assert "finishing the iteration first; interrupt again to stop at once" in said
-        assert f"interrupted; stopped after iteration {at}; go on with python -m arcopo_fast.train --resume {run}" in said
+        assert f"interrupted; stopped after iteration {at}; continue with python -m arcopo_fast.train --resume {run}" in said
         assert len(untimed(run)) == at
     else:  # in the midst of an update nothing can be saved, and iteration 3 is made again
         assert len(untimed(run)) == 3

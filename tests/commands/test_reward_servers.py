@@ -62,7 +62,7 @@ def test_a_server_scores_as_well_as_we_do_and_its_death_loses_no_iteration(
             assert run_command(main, arguments) == 2
     there = tmp_path / "there" / "toy"
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: the reward server at") and f"go on with python -m arcopo_fast.train --resume {there}" in said
+    assert said.startswith("error: the reward server at") and f"continue with python -m arcopo_fast.train --resume {there}" in said
     assert [path.name for path in (there / "checkpoints").iterdir()] == ["step-2"], "though none was due"
     with serving_toys(server.server_address[1]):
         main(["--resume", str(there)])
@@ -109,7 +109,7 @@ def test_a_run_whose_every_score_fails_ends(tmp_path: Path, monkeypatch: pytest.
     with pytest.warns(UserWarning, match="not finite"):
         assert run_command(main, [*RUN, rewards, *shape, f"run.directory={tmp_path}"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "not one video of 3 iterations in a row got all its scores: of the last one's 8, 'breaks:Breaks' failed for 8; go on" in said
+    assert "not one video of 3 iterations in a row got all its scores: of the last one's 8, 'breaks:Breaks' failed for 8; continue" in said
     run = tmp_path / "toy"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-5"]
     lines = untimed(run)
