@@ -49,7 +49,6 @@ SETTINGS = [
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand in a copy of the old files, as their writer stood."""
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "stopped" / "samples").mkdir()
     monkeypatch.chdir(tmp_path)
 
 

@@ -32,6 +32,7 @@ def finish(trainer: Trainer, run: RunDirectory, before: Evaluation) -> None:
 def write_samples(run: RunDirectory, config: Config, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     """Write the first evaluation videos as mp4, before and after, the same prompt and noise side by side."""
     videos = []
+    (run.path / "samples").mkdir(exist_ok=True)  # an empty directory is lost where runs are kept by tools that know files only
     for index in range(len(before.frames)):
         entry: dict[str, Any] = {"prompt": before.prompts[index], "seed": index}
         for name, evaluation in (("before", before), ("after", after)):
