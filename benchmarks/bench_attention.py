@@ -8,6 +8,7 @@ backend there is; the goal is 95 % of its speed. "cat + SDPA" concatenates in th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import shapes
 from benchmarks.measure import Bench, Other, library
-from benchmarks.timing import Call
 
 
 class Shape(NamedTuple):
@@ -88,8 +88,8 @@ def test_segment_attention(bench: Bench, shape: Shape) -> None:
     if tail_chunks:
         segments.insert(1, Segment(tail_key, tail_value, frozen=True))
 
-    def by(backend: str) -> Call:
-        return lambda: segment_attention(query, segments, backend=backend)
+    for name in ("cudnn", "flash", "triton") if query.is_cuda else ("cpu",):
+        others[f"backend={name}"] = Other(partial(segment_attention, query, segments, backend=name), leaves, competes=False)
 
     product = 4 * branches * model.heads * model.head_dim * model.chunk**2  # of the queries with one chunk of keys
     moved = 2 * (query.numel() + prefix_key.numel() + tail_key.numel() + own_key.numel()) * query.element_size()
@@ -103,5 +103,4 @@ def test_segment_attention(bench: Bench, shape: Shape) -> None:
         flops=product * ((2.5 * (prefix_chunks + tail_chunks) + 3.5) if backward else (prefix_chunks + tail_chunks + 1)),
         gradients=leaves,
         others=others,
-        alternatives={f"backend={name}": by(name) for name in (("cudnn", "flash", "triton") if query.is_cuda else ("cpu",))},
     )

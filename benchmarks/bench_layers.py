@@ -88,6 +88,7 @@ def test_adapted_layer(plain_bench: Bench, shape: Layer) -> None:
     leaves: Sequence[Tensor] = [x, down, up] if shape.backward else []
     product, adapter = 2 * rows * shape.inputs * shape.outputs, 2 * rows * shape.rank * (shape.inputs + shape.outputs)
     ends = rows * (shape.inputs + shape.outputs) * x.element_size()
+    frozen = {} if shape.backward else {"the frozen layer alone": Other(forward(lambda: base(x)), competes=False)}
     plain_bench(
         "adapted layer",
         f"{shape.name} B={shape.batch} T={shape.tokens} {shape.inputs}->{shape.outputs} r={shape.rank}",
@@ -96,8 +97,7 @@ def test_adapted_layer(plain_bench: Bench, shape: Layer) -> None:
         traffic=base.weight.nbytes + ends + (base.weight.nbytes + ends + x.nbytes if shape.backward else 0),
         flops=product + adapter + (product + 2 * adapter if shape.backward else 0),
         gradients=leaves,
-        others={"peft": Other(forward(lambda: Linear.forward(layer[0], x)), leaves)},
-        alternatives={"the frozen layer alone": forward(lambda: base(x))} if not shape.backward else {},
+        others={"peft": Other(forward(lambda: Linear.forward(layer[0], x)), leaves)} | frozen,
     )
 
 
@@ -166,5 +166,5 @@ def test_decoder(plain_bench: Bench, shape: Decoding) -> None:
         reference=diffusers_decoder(theirs, past.expand(shape.batch, -1, -1, -1, -1), latents),
         traffic=sum(parameter.nbytes for parameter in ours.decoder.parameters()) + latents.nbytes + call().nbytes,
         flops=shape.batch * decode(shape.sizes, shape.height, shape.width, shape.frames, start=False).vae,
-        alternatives={"cudnn.benchmark": by_trial} if latents.is_cuda else {},
+        others={"cudnn.benchmark": Other(by_trial, competes=False)} if latents.is_cuda else {},
     )

@@ -22,14 +22,21 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class Other(NamedTuple):
-    """Something else that does the operator's work; `gradients` are its own leaves, in the order of the operator's."""
+    """Another implementation of the operator's work.
+
+    Attributes:
+        call: does it.
+        gradients: its own leaves, in the order of the operator's.
+        competes: False for the operator with other settings, which is measured and listed, but is no competitor.
+    """
 
     call: Call
     gradients: Sequence[Tensor] = ()
+    competes: bool = True
 
 
 def library(name: str) -> Any | None:
-    """A module that may not be installed, or None."""
+    """Return a module that may not be installed, or None."""
     try:
         return import_module(name) if find_spec(name.split(".")[0]) else None
     except ImportError:
@@ -40,12 +47,13 @@ _device_time = 0.0
 
 
 def device_clock() -> float:
-    """The timer that pytest-benchmark is given: it advances by the samples of the operator under test, and by nothing else."""
+    """Return the time of the clock that pytest-benchmark is given: it advances by the samples of the operator under test, and by nothing
+    else."""
     return _device_time
 
 
 class Bench:
-    """Measures the cases of one test.
+    """A measurement of the cases of one test.
 
     Args:
         seconds: of samples for each implementation.
@@ -74,7 +82,6 @@ class Bench:
         gradients: Sequence[Tensor] = (),
         reference: Call | None = None,
         others: Mapping[str, Other | str] | None = None,
-        alternatives: Mapping[str, Call] | None = None,
     ) -> None:
         """Measure one case.
 
@@ -84,16 +91,16 @@ class Bench:
             traffic, flops: the bytes that must be moved (each input read once, each output written once), the FLOP that must be done.
             gradients: leaves to differentiate with respect to; the backward pass is then part of what is timed.
             reference: another reference than that.
-            others: what else to compare with, or why it cannot be.
-            alternatives: the operator with other settings; measured and listed, but no competitors.
+            others: other implementations to compare with, each or why it cannot be.
 
         Raises:
             AssertionError: the operator and its reference disagree.
         """
         mode = "forward+backward" if gradients else "forward"
         self.figures |= {"operator": operator, "mode": mode, "case": case}
-        alternatives = alternatives or {}
-        calls, skipped = self._calls(call, gradients, reference or call, others or {}, alternatives)
+        others = others or {}
+        alternatives = [name for name, other in others.items() if isinstance(other, Other) and not other.competes]
+        calls, skipped = self._calls(call, gradients, reference or call, others)
         errors = self._check(calls, skipped)
         implementation = dispatch.used(operator)
 
@@ -120,19 +127,14 @@ class Bench:
             "of_ceiling": floor / time,
             "ratios": {"reference": ratios.get("reference"), "compiled": ratios.get("compiled"), "best": ratios[best] if best else None},
             "best": best,
-            "alternatives": list(alternatives),
+            "alternatives": alternatives,
             "variants": variants | {name: {"skipped": reason} for name, reason in skipped.items()},
         }
 
     def _calls(
-        self,
-        call: Call,
-        gradients: Sequence[Tensor],
-        reference: Call,
-        others: Mapping[str, Other | str],
-        alternatives: Mapping[str, Call],
+        self, call: Call, gradients: Sequence[Tensor], reference: Call, others: Mapping[str, Other | str]
     ) -> tuple[dict[str, Call], dict[str, str]]:
-        """What is timed, by name, and why the rest is not."""
+        """Return what is timed, by name, and why the rest is not."""
         upstream: list[Tensor] = []
 
         def step(forward: Call, leaves: Sequence[Tensor]) -> Call:
@@ -152,18 +154,18 @@ class Bench:
             return call_implementation
 
         if self.swept:
-            ours = using("triton", step(call, gradients))
-            return {OURS: ours, **sweep.candidates(self.swept, ours)}, {}
+            kernel = using("triton", step(call, gradients))
+            return {OURS: kernel, **sweep.candidates(self.swept, kernel)}, {}
         calls = {OURS: step(call, gradients), "reference": step(using("reference", reference), gradients)}
         if self.compiled:
             torch._dynamo.reset()  # the cases are different calls of the same code: none may find another's graph or its recompile limit
             calls["compiled"] = step(using("reference", torch.compile(reference, dynamic=False)), gradients)
-        calls |= {name: step(alternative, gradients) for name, alternative in alternatives.items()}
         calls |= {name: step(other.call, other.gradients) for name, other in others.items() if isinstance(other, Other)}
         return calls, {name: reason for name, reason in others.items() if isinstance(reason, str)}
 
     def _check(self, calls: dict[str, Call], skipped: dict[str, str]) -> dict[str, float | None]:
-        """Run everything once: the error ratio of our output to each other's. What does not run is moved from `calls` to `skipped`."""
+        """Run everything once; return the error ratio of our output to each other's. What does not run is moved from `calls` to
+        `skipped`."""
         errors: dict[str, float | None] = {}
         for name in [name for name in calls if name != OURS]:
             if name == "compiled" and skipped.get("reference") == OUT_OF_MEMORY:
@@ -188,12 +190,12 @@ class Bench:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """The tensors of an operator's output; none of one that works in place."""
+    """Return the tensors of an operator's output; none of one that works in place."""
     return [output] if isinstance(output, Tensor) else list(output or ())
 
 
-def _error(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> float | None:
-    """The largest error ratio of ours to theirs; None if they do not give the same tensors, or none."""
-    if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
+def _error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
+    """Return the largest error ratio of two outputs; None if they are not the same tensors, or none."""
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
         return None
-    return max((error_ratio(a, b) for a, b in zip(ours, theirs)), default=None)
+    return max((error_ratio(a, b) for a, b in zip(expected, actual)), default=None)

@@ -29,11 +29,15 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 class AotCase(NamedTuple):
     """One kernel with the types of its arguments.
 
-    signature: argument -> Triton type ("*fp32", "*bf16", "*i64", "i32", "fp32"), without the constants.
-    constants: tl.constexpr arguments, and arguments that are None or 1.
-    divisible: arguments that are multiples of 16, as Triton finds them to be at run time: pointers and sizes. Without them loads are scalar
-        and the figures mean nothing.
-    num_warps, num_stages: of the launch; num_stages None: the launcher states none, and Triton has a default for each kind of GPU.
+    Attributes:
+        name: what the report calls it.
+        kernel: a Triton function.
+        signature: argument -> Triton type ("*fp32", "*bf16", "*i64", "i32", "fp32"), without the constants.
+        constants: tl.constexpr arguments, and arguments that are None or 1.
+        divisible: arguments that are multiples of 16, as Triton finds them to be at run time: pointers and sizes. Without them loads are
+            scalar
+            and the figures mean nothing.
+        num_warps, num_stages: of the launch; num_stages None: the launcher states none, and Triton has a default for each kind of GPU.
     """
 
     name: str
@@ -46,7 +50,13 @@ class AotCase(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel needs: registers a thread, bytes of register spills a thread, bytes of shared memory a block."""
+    """The needs of a compiled kernel.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes of register spills of a thread.
+        shared: bytes of shared memory of a block.
+    """
 
     registers: int
     spilled: int
@@ -92,7 +102,7 @@ def compile_case(case: AotCase, target: str) -> Resources:
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and spilled bytes; Triton's shared memory is dynamic, so that the cubin does not know it."""
+    """Return registers and spilled bytes; Triton's shared memory is dynamic, so that the cubin does not know it."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -118,6 +128,7 @@ def cases(target: str, operators: Sequence[str] = OPERATORS) -> list[AotCase]:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m arcopo_kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", nargs="+", default=TARGETS, help="sm_NN or gfxNNN (default: %(default)s)")
     parser.add_argument("--operator", nargs="+", default=OPERATORS, choices=OPERATORS)

@@ -15,8 +15,13 @@ from torch import Tensor
 INTERPRETER_TARGET = "sm_90"
 """The target whose launches Triton's interpreter repeats, on the CPU."""
 
+
 class BlockSizes(NamedTuple):
-    """The tile of a kernel that goes over plain rows of elements. block: the elements in it."""
+    """The tile of a kernel that goes over plain rows of elements.
+
+    Attributes:
+        block: the elements in it.
+    """
 
     block: int
     num_warps: int
@@ -27,12 +32,12 @@ T = TypeVar("T")
 
 
 def on_device_of_tensors(launcher: Callable[P, T]) -> Callable[P, T]:
-    """Decorator of launchers: the GPU of the first tensor given, or first in a list given, is the current one during the call."""
+    """Make the GPU of a launcher's first tensor argument, or of the first in a list, the current one during the call (a decorator)."""
 
     @wraps(launcher)
     def launch(*args: P.args, **kwargs: P.kwargs) -> T:
-        given = (x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)))
-        with torch.cuda.device_of(next(x for x in given if isinstance(x, Tensor))):
+        inputs = (x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+        with torch.cuda.device_of(next(x for x in inputs if isinstance(x, Tensor))):
             return launcher(*args, **kwargs)
 
     return launch

@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs: the Triton kernels where there is a GPU, plain PyTorch elsewhere, unless told otherwise.
+"""Choice of the implementation of an operator: the Triton kernels where there is a GPU, plain PyTorch elsewhere, unless told otherwise.
 
     ARCOPO_KERNELS=reference python ...        for a whole process: auto (default), triton, reference
     with arcopo_kernels.use("reference"): ...  for a block of code
@@ -30,7 +30,12 @@ without an update, come from differences of loaded values and from products with
 
 
 class Choice(NamedTuple):
-    """An implementation, "triton" or "reference", and the reason for it."""
+    """A chosen implementation.
+
+    Attributes:
+        name: "triton" or "reference" (of attention, a backend).
+        reason: why it was chosen.
+    """
 
     name: str
     reason: str
@@ -59,7 +64,7 @@ def use(name: str) -> Iterator[None]:
 
 
 def forced() -> str:
-    """What `use` or ARCOPO_KERNELS asks for: "auto", "triton" or "reference"."""
+    """Return what `use` or ARCOPO_KERNELS asks for: "auto", "triton" or "reference"."""
     return _forced
 
 
@@ -70,12 +75,12 @@ def record(operator: str, choice: Choice) -> None:
 
 
 def used(operator: str) -> Choice | None:
-    """What the last eager call of an operator ran on; None if it has not been called."""
+    """Return the implementation that the last eager call of an operator ran on; None if it has not been called."""
     return _used.get(operator)
 
 
 def choose(operator: str, device: torch.device, unsupported: str | None = None) -> str:
-    """The implementation for a call of `operator` on `device`.
+    """Return the implementation for a call of `operator` on `device`.
 
     Args:
         unsupported: why the Triton version cannot take these arguments; None if it can.

@@ -10,7 +10,8 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, tor
 
 
 def error_ratio(actual: Tensor, expected: Tensor) -> float:
-    """RMS of the error over RMS of the expected values: one number without a scale. Two zero tensors agree; NaN and infinity never do."""
+    """Return RMS of the error over RMS of the expected values: one number without a scale. Zero tensors agree; NaN and infinity never
+    do."""
     actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
         raise AssertionError(f"shapes differ: {tuple(actual.shape)}, expected {tuple(expected.shape)}")
@@ -28,5 +29,5 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) 
 
 def assert_no_worse(name: str, actual: Tensor, same_precision: Tensor, exact: Tensor, *, factor: float = 2.0, slack: float = 1e-7) -> None:
     """Fail unless the error against `exact` is at most `factor` times that of plain PyTorch at the same precision (plus `slack`)."""
-    ours, theirs = error_ratio(actual, exact), error_ratio(same_precision, exact)
-    assert ours <= factor * theirs + slack, f"{name}: error ratio {ours:.3g}; plain PyTorch at this precision has {theirs:.3g}"
+    ratio, plain = error_ratio(actual, exact), error_ratio(same_precision, exact)
+    assert ratio <= factor * plain + slack, f"{name}: error ratio {ratio:.3g}; plain PyTorch at this precision has {plain:.3g}"

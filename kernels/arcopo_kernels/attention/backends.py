@@ -30,9 +30,11 @@ Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool
 class Backend(NamedTuple):
     """One entry of the table.
 
-    unsupported(query, key, value): why it cannot take this call; None if it can.
-    forward(query, key, value, scale) -> out, lse.
-    backward(grad_out, query, key, value, out, lse, scale, trained) -> dQ, dK, dV; dK and dV may be None unless the segment is trained.
+    Attributes:
+        unsupported: (query, key, value) -> why it cannot take this call; None if it can.
+        forward: (query, key, value, scale) -> out, lse.
+        backward: (grad_out, query, key, value, out, lse, scale, trained) -> dQ, dK, dV; dK and dV may be None unless the segment is
+            trained.
     """
 
     unsupported: Callable[[Tensor, Tensor, Tensor], str | None]
@@ -139,11 +141,12 @@ def _cudnn_unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
 
 
 def cudnn_fault(*, version: int, capability: tuple[int, int], queries: int, keys: int) -> str | None:
-    """The known fault of cuDNN's attention, or of PyTorch's way to it, that a call would meet; None if it meets none.
+    """Return the known fault of cuDNN's attention, or of PyTorch's way to it, that a call would meet; None if it meets none.
 
     Whether a gradient is wanted makes no difference: a prediction with and one without must come from the same kernel to be compared.
 
-    version: as `torch.backends.cudnn.version()` gives it, 91900 for 9.19.0.
+    Args:
+        version: as `torch.backends.cudnn.version()` gives it, 91900 for 9.19.0.
     """
     if queries == 1:
         return "its backward returns NaN for one query in some versions"  # NVIDIA/cudnn-frontend issue 1072
@@ -182,7 +185,8 @@ def _unpadded(query: Tensor) -> str | None:
 
 
 def _flash_unsupported(implementation: str | None, majors: Sequence[int] = ()) -> Callable[[Tensor, Tensor, Tensor], str | None]:
-    """PyTorch's flash operator: its own FlashAttention 2, or FA3 or FA4 where the process has put one of them in its place."""
+    """Return the check of PyTorch's flash operator: its own FlashAttention 2, or FA3 or FA4 where the process has put one of them in its
+    place."""
 
     def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         active = torch.nn.attention.current_flash_attention_impl()
@@ -246,8 +250,8 @@ def _flash_attn_backward(
     from flash_attn.flash_attn_interface import _flash_attn_backward as backward
 
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)]
-    given = {"dout": grad_out, "q": query, "k": key, "v": value, "out": out, "softmax_lse": lse}
-    backward(**given, **dict(zip(("dq", "dk", "dv"), grads)), softmax_scale=scale, deterministic=False, **PLAIN)
+    arguments = {"dout": grad_out, "q": query, "k": key, "v": value, "out": out, "softmax_lse": lse}
+    backward(**arguments, **dict(zip(("dq", "dk", "dv"), grads)), softmax_scale=scale, deterministic=False, **PLAIN)
     return grads[0], grads[1], grads[2]
 
 
@@ -289,7 +293,7 @@ AUTO = ("fa4", "fa3", "cudnn", "flash", "triton", "math")
 
 
 def choose(requested: str, query: Tensor, segments: Sequence[tuple[Tensor, Tensor]]) -> Choice:
-    """The backend of a call: the one requested by name, or for "auto" the first that can take it.
+    """Return the backend of a call: the one requested by name, or for "auto" the first that can take it.
 
     Args:
         query: [B, Tq, H, D].
@@ -312,5 +316,5 @@ def choose(requested: str, query: Tensor, segments: Sequence[tuple[Tensor, Tenso
 
 
 def folded(query: Tensor, key: Tensor) -> Tensor:
-    """The query [B, Tq, H, D] as it attends to a key: one long sequence [1, B * Tq, H, D], a view, if the key is shared."""
+    """Return the query [B, Tq, H, D] as it attends to a key: one long sequence [1, B * Tq, H, D], a view, if the key is shared."""
     return query.flatten(0, 1).unsqueeze(0) if key.shape[0] < query.shape[0] else query

@@ -27,7 +27,7 @@ _forced = dispatch.checked(os.environ.get("ARCOPO_ATTENTION", "auto"), "ARCOPO_A
 
 
 def segment_attention(query: Tensor, segments: Sequence[Segment], *, scale: float | None = None, backend: str = "auto") -> Tensor:
-    """Attention of `query` over all `segments` together, without concatenating or copying them.
+    """Return the attention of `query` over all `segments` together, without concatenating or copying them.
 
     Each segment is attended to on its own, the outputs are merged by log-sum-exp. The queries of all branches attend to a shared segment as
     one long sequence. The backward pass gives each segment the output and log-sum-exp of the whole (see `backends`).
@@ -74,14 +74,16 @@ def _check(query: Tensor, segments: Sequence[Segment]) -> None:
                     f"segment {index}: {name} has shape {tuple(tensor.shape)}; expected {expected}, the same Tk for key and value"
                 )
             if tensor.dtype != query.dtype or tensor.device != query.device:
-                theirs, ours = f"{tensor.dtype} on {tensor.device}", f"{query.dtype} on {query.device}"
-                raise ValueError(f"segment {index}: {name} is {theirs}, the query {ours}; convert one of them")
+                raise ValueError(
+                    f"segment {index}: {name} is {tensor.dtype} on {tensor.device}, the query {query.dtype} on {query.device}; "
+                    "convert one of them"
+                )
     if not sum(segment.key.shape[1] for segment in segments):
         raise ValueError(f"{len(segments)} segments hold no key at all; a query needs at least one")
 
 
 def _requested(query: Tensor, backend: str) -> tuple[str, str]:
-    """The backend to ask for and why: the argument, the environment, `arcopo_kernels.use`, or what suits the tensors, in this order."""
+    """Return the backend to ask for, and why: the argument, the environment, `arcopo_kernels.use` or what suits the tensors, in order."""
     name = dispatch.checked(backend, "backend", NAMES)
     if name == "auto":
         name = _forced
@@ -146,25 +148,25 @@ def _backward(
     scale: float,
     backend: str,
 ) -> list[Tensor]:
-    """dQ, then dK and dV of each trained segment."""
+    """Return dQ, then dK and dV of each trained segment."""
     grad_out, query = grad_out.contiguous(), query.contiguous()
     chosen = backends.choose(backend, query, list(zip(keys, values)))
     backward = backends.BACKENDS[chosen.name].backward
     grad_queries: list[Tensor] = []
     grads: list[Tensor] = []
-    for key, value, wanted in zip(keys, values, trained):
+    for key, value, is_trained in zip(keys, values, trained):
         rows_grad, rows, rows_out = (backends.folded(tensor, key) for tensor in (grad_out, query, out))
         rows_lse = lse if rows.shape[0] == query.shape[0] else lse.transpose(0, 1).flatten(1).unsqueeze(0).contiguous()
-        grad_query, grad_key, grad_value = backward(rows_grad, rows, key, value, rows_out, rows_lse, scale, wanted)
+        grad_query, grad_key, grad_value = backward(rows_grad, rows, key, value, rows_out, rows_lse, scale, is_trained)
         grad_queries.append(grad_query.reshape(query.shape))
-        if wanted:
+        if is_trained:
             assert grad_key is not None and grad_value is not None
             grads += [grad_key.to(key.dtype).contiguous(), grad_value.to(value.dtype).contiguous()]
     return [_sum(grad_queries).to(query.dtype).contiguous(), *grads]
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """The sum, rounded once to the parts' dtype."""
+    """Return the sum, rounded once to the parts' dtype."""
     if len(parts) <= 2:
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
     total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
@@ -176,7 +178,7 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 @_backward.register_fake
 def _(grad_out: Tensor, query: Tensor, keys: list[Tensor], values: list[Tensor], *rest: Any) -> list[Tensor]:
     _, _, trained, *_ = rest
-    grads = [tensor for key, value, wanted in zip(keys, values, trained) if wanted for tensor in (key, value)]
+    grads = [tensor for key, value, is_trained in zip(keys, values, trained) if is_trained for tensor in (key, value)]
     return [tensor.new_empty(tensor.shape) for tensor in (query, *grads)]
 
 
@@ -194,8 +196,8 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple
     _, key_wanted, value_wanted, *_ = ctx.needs_input_grad
     trained = [not fixed and (key or value) for fixed, key, value in zip(ctx.frozen, key_wanted, value_wanted)]
     grad_query, *grads = _backward(grad_out, query, keys, values, out, lse, trained, ctx.scale, ctx.backend)
-    rest = iter(grads)
-    pairs = [(next(rest), next(rest)) if wanted else (None, None) for wanted in trained]
+    gradients = iter(grads)
+    pairs = [(next(gradients), next(gradients)) if is_trained else (None, None) for is_trained in trained]
     return grad_query, [key for key, _ in pairs], [value for _, value in pairs], None, None, None
 
 

@@ -17,7 +17,9 @@ from torch import Tensor
 class Segment(NamedTuple):
     """A contiguous run of keys and values that every query sees.
 
-    key, value: [1 or B, Tk, H, D]; batch 1 is shared by all branches. frozen: no gradient flows into it (a cached prefix).
+    Attributes:
+        key, value: [1 or B, Tk, H, D]; batch 1 is shared by all branches.
+        frozen: no gradient flows into it (a cached prefix).
     """
 
     key: Tensor
@@ -26,7 +28,7 @@ class Segment(NamedTuple):
 
 
 def segment_attention(query: Tensor, segments: Sequence[Segment], scale: float) -> Tensor:
-    """query [B, Tq, H, D] over the segments -> [B, Tq, H, D] of the query's dtype."""
+    """Return the attention of query [B, Tq, H, D] over the segments, [B, Tq, H, D] of the query's dtype."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     q = query.to(dtype) * scale
     scores, values = [], []
@@ -45,7 +47,7 @@ def segment_attention(query: Tensor, segments: Sequence[Segment], scale: float) 
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over the union of disjoint sets of keys, from the attention over each set.
+    """Merge the attention over disjoint sets of keys into that over their union.
 
         lse = log sum_i exp(lse_i),    out = sum_i exp(lse_i - lse) out_i
 
@@ -59,9 +61,9 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     if not outs or len(outs) != len(lses):
         raise ValueError(f"{len(outs)} outputs and {len(lses)} log-sum-exps; expected as many of both, at least one")
     dtype = torch.promote_types(outs[0].dtype, torch.float32)
-    each = torch.stack([lse.to(dtype) for lse in lses])  # [parts, B, H, Tq]
-    lse = each.logsumexp(0)
-    weights = (each - lse.masked_fill(lse == -torch.inf, 0)).exp().transpose(2, 3).unsqueeze(-1)  # [parts, B, Tq, H, 1]
+    lse_parts = torch.stack([lse.to(dtype) for lse in lses])  # [parts, B, H, Tq]
+    lse = lse_parts.logsumexp(0)
+    weights = (lse_parts - lse.masked_fill(lse == -torch.inf, 0)).exp().transpose(2, 3).unsqueeze(-1)  # [parts, B, Tq, H, 1]
     merged = weights[0] * outs[0].to(dtype)
     for weight, out in zip(weights[1:], outs[1:]):
         merged = merged + weight * out.to(dtype)

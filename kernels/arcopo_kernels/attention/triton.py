@@ -31,7 +31,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @triton.jit
 def _tile(base, start, stride, tokens, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Rows [start, start + BLOCK) of a [tokens, HEAD_DIM] matrix; rows from `tokens` on read as 0."""
+    """Load rows [start, start + BLOCK) of a [tokens, HEAD_DIM] matrix; rows from `tokens` on read as 0."""
     rows = tl.arange(0, BLOCK)
     pointers = base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :])
     if MASKED:
@@ -50,7 +50,7 @@ def _store_tile(base, tile, start, stride, tokens, HEAD_DIM: tl.constexpr, BLOCK
 
 @triton.jit
 def _place(tokens, heads, BLOCK: tl.constexpr):
-    """First row, batch and head of this program; programs of one head are neighbors, so that its keys stay in the cache."""
+    """Return the first row, batch and head of this program; programs of one head are neighbors, so that its keys stay in the cache."""
     blocks = tl.cdiv(tokens, BLOCK)
     program = tl.program_id(0)
     batch_head = program // blocks
@@ -90,14 +90,14 @@ def _forward(
     maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
-    whole = tokens_k // BLOCK_K * BLOCK_K
-    for start in range(0, whole, BLOCK_K):
+    full_blocks = tokens_k // BLOCK_K * BLOCK_K
+    for start in range(0, full_blocks, BLOCK_K):
         total, maximum, acc = _attend(
             total, maximum, acc, queries, key, value, scale, start, tokens_k, key_token, value_token, HEAD_DIM, BLOCK_K, False
         )
-    if whole < tokens_k:
+    if full_blocks < tokens_k:
         total, maximum, acc = _attend(
-            total, maximum, acc, queries, key, value, scale, whole, tokens_k, key_token, value_token, HEAD_DIM, BLOCK_K, True
+            total, maximum, acc, queries, key, value, scale, full_blocks, tokens_k, key_token, value_token, HEAD_DIM, BLOCK_K, True
         )
     _store_tile(out + offset, acc / total[:, None], start_q, row, tokens_q, HEAD_DIM, BLOCK_Q)
     rows = start_q + tl.arange(0, BLOCK_Q)
@@ -124,7 +124,7 @@ def _grad_query(
     key_batch, key_token, key_head, value_batch, value_token, value_head,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dQ, and delta = rowsum(dO * O) for `_grad_key_value`."""
+    """Compute dQ, and delta = rowsum(dO * O) for `_grad_key_value`."""
     start_q, batch, head = _place(tokens_q, heads, BLOCK_Q)
     row = heads * HEAD_DIM
     offset = batch * tokens_q * row + head * HEAD_DIM
@@ -140,14 +140,14 @@ def _grad_query(
     tl.store(delta + statistics, deltas, mask=rows < tokens_q)
     lses = tl.load(lse + statistics, mask=rows < tokens_q, other=0.0) * LOG2_E
     acc = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
-    whole = tokens_k // BLOCK_K * BLOCK_K
-    for start in range(0, whole, BLOCK_K):
+    full_blocks = tokens_k // BLOCK_K * BLOCK_K
+    for start in range(0, full_blocks, BLOCK_K):
         acc = _add_grad_query(
             acc, queries, grads, key, value, lses, deltas, natural_scale * LOG2_E, start, tokens_k, key_token, value_token,
             HEAD_DIM, BLOCK_K, False,
         )  # fmt: skip
     # The tail is a loop of at most one step: its loads then go through shared memory as the main loop's do, which saves registers.
-    for start in range(whole, tokens_k, BLOCK_K):
+    for start in range(full_blocks, tokens_k, BLOCK_K):
         acc = _add_grad_query(
             acc, queries, grads, key, value, lses, deltas, natural_scale * LOG2_E, start, tokens_k, key_token, value_token,
             HEAD_DIM, BLOCK_K, True,
@@ -181,7 +181,7 @@ def _grad_key_value(
     key_batch, key_token, key_head, value_batch, value_token, value_head,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV, contiguous [B, Tk, H, D]."""
+    """Compute dK and dV, contiguous [B, Tk, H, D]."""
     start_k, batch, head = _place(tokens_k, heads, BLOCK_K)
     row = heads * HEAD_DIM
     query += batch * tokens_q * row + head * HEAD_DIM
@@ -193,13 +193,13 @@ def _grad_key_value(
     values = _tile(value + batch * value_batch + head * value_head, start_k, value_token, tokens_k, HEAD_DIM, BLOCK_K, True)
     acc_key = tl.zeros([BLOCK_K, HEAD_DIM], tl.float32)
     acc_value = tl.zeros([BLOCK_K, HEAD_DIM], tl.float32)
-    whole = tokens_q // BLOCK_Q * BLOCK_Q
-    for start in range(0, whole, BLOCK_Q):
+    full_blocks = tokens_q // BLOCK_Q * BLOCK_Q
+    for start in range(0, full_blocks, BLOCK_Q):
         acc_key, acc_value = _add_grad_key_value(
             acc_key, acc_value, query, grad_out, keys, values, lse, delta, natural_scale * LOG2_E, start, tokens_q, row,
             HEAD_DIM, BLOCK_Q, False,
         )  # fmt: skip
-    for start in range(whole, tokens_q, BLOCK_Q):
+    for start in range(full_blocks, tokens_q, BLOCK_Q):
         acc_key, acc_value = _add_grad_key_value(
             acc_key, acc_value, query, grad_out, keys, values, lse, delta, natural_scale * LOG2_E, start, tokens_q, row,
             HEAD_DIM, BLOCK_Q, True,
@@ -211,7 +211,7 @@ def _grad_key_value(
 
 @triton.jit
 def _lse_of(lse, batch, head, token, stride_batch, stride_head, inside):
-    """Of rows [BLOCK]; -inf, no weight, where there is no such part."""
+    """Load the log-sum-exps of rows [BLOCK]; -inf, no weight, for a part that is None."""
     if lse is None:
         return tl.full(inside.shape, float("-inf"), tl.float32)
     else:
@@ -259,7 +259,11 @@ MERGED = 4
 
 
 class Blocks(NamedTuple):
-    """Tile heights of queries and keys, and the launch."""
+    """Tile heights and the launch.
+
+    Attributes:
+        query, key: rows of a tile.
+    """
 
     query: int
     key: int
@@ -268,7 +272,7 @@ class Blocks(NamedTuple):
 
 
 def block_sizes(kernel: str, head_dim: int, itemsize: int, target: str) -> Blocks:
-    """Tiles for "forward", "grad_query" or "grad_key_value" on a target, "sm_NN" or "gfxNNN".
+    """Return the tiles for "forward", "grad_query" or "grad_key_value" on a target, "sm_NN" or "gfxNNN".
 
     Chosen ahead of time, not measured: they spill no register on any of NVIDIA's targets (`python -m arcopo_kernels.aot`), whether Triton
     3.7, 3.8 or 3.9 compiles them, and fit the 99 KiB of shared memory of sm_86, sm_89 and sm_120. One stage fits the 64 KiB of AMD's GPUs.
@@ -289,7 +293,7 @@ def block_sizes(kernel: str, head_dim: int, itemsize: int, target: str) -> Block
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why the kernels cannot take a segment; None if they can."""
+    """Return why the kernels cannot take a segment; None if they can."""
     if query.dtype not in DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {query.dtype}"
     if INTERPRETED and query.dtype == torch.bfloat16:
@@ -307,7 +311,7 @@ def _strides(key: Tensor, value: Tensor) -> tuple[int, ...]:
 
 @on_device_of_tensors
 def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """query, contiguous [B, Tq, H, D], over key and value [B, Tk, H, D] -> out [B, Tq, H, D], lse [B, H, Tq] float32."""
+    """Return out [B, Tq, H, D] and lse [B, H, Tq] float32 of query, contiguous [B, Tq, H, D], over key and value [B, Tk, H, D]."""
     batch, tokens, heads, head_dim = query.shape
     out = torch.empty_like(query)
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
@@ -324,7 +328,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
 def backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, trained: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dQ and, if trained, dK and dV, from the output and log-sum-exp over all segments; all but key and value contiguous."""
+    """Return dQ and, if trained, dK and dV, from the output and log-sum-exp over all segments; all but key and value contiguous."""
     batch, tokens, heads, head_dim = query.shape
     grad_query, delta = torch.empty_like(query), torch.empty_like(lse)
     sizes = (scale, tokens, key.shape[1], heads, *_strides(key, value))
@@ -348,22 +352,25 @@ def backward(
 
 @on_device_of_tensors
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """`reference.merge_attention` for parts that all see a key, up to `MERGED` in one pass; only the last pass rounds to the parts' dtype.
+    """Merge parts as `reference.merge_attention`, up to `MERGED` in one pass; all of them see a key. Only the last pass rounds to their
+    dtype.
 
-    outs: [B, Tq, H, D]; lses: [B, H, Tq]. Read in place where outs are contiguous and lses have stride 1 along Tq, else copied first.
+    Args:
+        outs: [B, Tq, H, D], copied first unless contiguous.
+        lses: [B, H, Tq], copied first unless their stride along Tq is 1.
     """
     dtype = outs[0].dtype
     parts = [(out.contiguous(), lse if lse.stride(2) == 1 else lse.contiguous()) for out, lse in zip(outs, lses)]
     batch, tokens, heads, head_dim = outs[0].shape
     rows, block = batch * tokens * heads, 32
     while len(parts) > 1:
-        now, parts = parts[:MERGED], parts[MERGED:]
-        merged = torch.empty_like(now[0][0], dtype=torch.float32 if parts else dtype)
+        chosen, parts = parts[:MERGED], parts[MERGED:]
+        merged = torch.empty_like(chosen[0][0], dtype=torch.float32 if parts else dtype)
         merged_lse = merged.new_empty((batch, heads, tokens), dtype=torch.float32)
-        absent = [None] * (MERGED - len(now))
-        strides = [stride for _, lse in now for stride in lse.stride()[:2]] + [0] * 2 * len(absent)
+        padding = [None] * (MERGED - len(chosen))
+        strides = [stride for _, lse in chosen for stride in lse.stride()[:2]] + [0] * 2 * len(padding)
         _merge[(triton.cdiv(rows, block),)](
-            *(out for out, _ in now), *absent, merged, *(lse for _, lse in now), *absent, merged_lse, rows, tokens, heads, *strides,
+            *(out for out, _ in chosen), *padding, merged, *(lse for _, lse in chosen), *padding, merged_lse, rows, tokens, heads, *strides,
             HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), BLOCK=block, num_warps=4, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
         parts.insert(0, (merged, merged_lse))
@@ -388,8 +395,8 @@ def _aot_case(kernel: str, function: triton.JITFunction, head_dim: int, dtype: s
 
 
 def _merge_case(parts: int) -> AotCase:
-    there = range(parts)
-    pointers = {f"part_{i}": "*bf16" for i in there} | {f"lse_{i}": "*fp32" for i in there} | {"out": "*bf16", "lse": "*fp32"}
+    present = range(parts)
+    pointers = {f"part_{i}": "*bf16" for i in present} | {f"lse_{i}": "*fp32" for i in present} | {"out": "*bf16", "lse": "*fp32"}
     integers = ["rows", "tokens", "heads", *(f"{name}_{i}" for i in range(MERGED) for name in ("batch", "head"))]
     constants: dict[str, Any] = {"HEAD_DIM": 128, "WIDTH": 128, "BLOCK": 32}
     constants |= dict.fromkeys(f"{name}_{i}" for i in range(parts, MERGED) for name in ("part", "lse"))

@@ -25,7 +25,7 @@ def layer_norm_modulate(
     bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """LayerNorm(x; weight, bias) * (1 + scale) + shift, over the last dimension (adaLN of DiT, for each frame).
+    """Return LayerNorm(x; weight, bias) * (1 + scale) + shift, over the last dimension (adaLN of DiT, for each frame).
 
     Args:
         x: [B, F, T, E], any floating dtype: F frames of T tokens.
@@ -47,7 +47,7 @@ def layer_norm_modulate(
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
-    """x + y * gate.
+    """Return x + y * gate.
 
     Args:
         x, y: [B, F, T, E], any floating dtype.
@@ -76,7 +76,7 @@ def gated_residual_layer_norm_modulate(
     bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """h = `gated_residual`(x, y, gate) and `layer_norm_modulate`(h, ...) in one pass; the arguments are theirs.
+    """Return h = `gated_residual`(x, y, gate) and `layer_norm_modulate`(h, ...) from one pass; the arguments are theirs.
 
     Bit for bit what the two give, where all tensors have one dtype.
 
@@ -125,7 +125,7 @@ def _check_affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None
 def _outputs(
     norm: bool, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Where the residual sum and its norm go: contiguous, of the dtype that the arguments promote to."""
+    """Make the residual sum and its norm: contiguous, of the dtype that the arguments promote to."""
     hidden = out = None
     dtype = x.dtype
     if y is not None:
@@ -163,9 +163,10 @@ _NAMES = ("gate", "scale", "shift", "weight", "bias")
 
 
 def _gradients(*arguments: Any) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """Where the gradients go: of x, of y (None without gate: it is that of x), and, if wanted, of the parameters that are there.
+    """Make the gradients of x, of y (None without gate: it is that of x), and, if wanted, of the parameters that are given.
 
-    arguments: of the backward operator.
+    Args:
+        arguments: of the backward operator.
     """
     grad_hidden, _, hidden, _, *parameters, _, wanted = arguments
     like = grad_hidden if hidden is None else hidden
@@ -213,8 +214,8 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
     outputs = iter(_modulation_backward(grad_hidden, grad_out, *saved, ctx.eps, ctx.parameter_gradients))
     grad_x = next(outputs)
     grad_y = grad_x if parameters[0] is None else next(outputs)
-    present = (p is not None and ctx.parameter_gradients for p in parameters)
-    grad_parameters = [next(outputs) if there else None for there in present]
+    trained = (p is not None and ctx.parameter_gradients for p in parameters)
+    grad_parameters = [next(outputs) if is_trained else None for is_trained in trained]
     return grad_x.to(x_dtype), None if y_dtype is None else grad_y.to(y_dtype), *grad_parameters, None, None
 
 

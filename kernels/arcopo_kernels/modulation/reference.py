@@ -16,7 +16,7 @@ from torch import Tensor
 def layer_norm_modulate(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """x [B, F, T, E]; scale, shift [1 or B, 1 or F, 1, E]; weight, bias [E] -> [B, F, T, E]."""
+    """Return the modulated norm [B, F, T, E] of x [B, F, T, E]; scale, shift [1 or B, 1 or F, 1, E]; weight, bias [E]."""
     out = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     if scale is not None:
         out = out * (1 + scale)
@@ -26,5 +26,5 @@ def layer_norm_modulate(
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    """x, y [B, F, T, E]; gate [1 or B, 1 or F, 1, E] -> [B, F, T, E]."""
+    """Return the residual sum [B, F, T, E] of x, y [B, F, T, E]; gate [1 or B, 1 or F, 1, E]."""
     return x + (y if gate is None else y * gate)

@@ -25,15 +25,18 @@ TOKENS_PER_PARTIAL = 16
 
 
 def block_sizes(size: int) -> tuple[int, int]:
-    """BLOCK and num_warps: 16 elements a thread, two 16-byte loads in half precision, in at most 256 threads where registers allow it: the
-    larger the block of threads, the fewer rows are under way while one waits for its sums."""
+    """Return BLOCK and num_warps: 16 elements a thread, two 16-byte loads in half precision, in at most 256 threads where registers allow
+    it.
+
+    The larger the block of threads, the fewer rows are under way while one waits for its sums.
+    """
     block = triton.next_power_of_2(size)
     return block, min(max(block // 512, 1), 8 if block <= 8192 else 16)
 
 
 @triton.jit
 def _normalize(x, inside, eps, SIZE: tl.constexpr):
-    """(x - mean) / std and 1 / std of a row."""
+    """Return (x - mean) / std and 1 / std of a row."""
     centered = tl.where(inside, x - tl.sum(x) / SIZE, 0.0)
     rstd = tl.rsqrt((tl.sum(centered * centered) / SIZE + eps).to(tl.float32))
     return centered * rstd, rstd
@@ -125,8 +128,8 @@ def _backward(
     gate_sum = tl.zeros([BLOCK], tl.float32)
     grad_sum = tl.zeros([BLOCK], tl.float32)
     normed_sum = tl.zeros([BLOCK], tl.float32)
-    first = tl.program_id(0) % programs * tokens_per_program
-    for token in range(first, tl.minimum(first + tokens_per_program, tokens)):
+    start = tl.program_id(0) % programs * tokens_per_program
+    for token in range(start, tl.minimum(start + tokens_per_program, tokens)):
         at = (run.to(tl.int64) * tokens + token) * SIZE + element
         if grad_out is not None:
             grad = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
@@ -161,7 +164,7 @@ def _backward(
 
 
 def _strides(modulation: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
-    """A modulation [1 or B, 1 or F, 1, E] of x [B, F, T, E] and its strides over batch and frames, 0 where it is shared."""
+    """Return a modulation [1 or B, 1 or F, 1, E] of x [B, F, T, E] and its strides over batch and frames, 0 where it is shared."""
     if modulation is None:
         return None, 0, 0
     modulation = modulation if modulation.stride(-1) == 1 else modulation.contiguous()
@@ -214,8 +217,17 @@ def backward(
         *gate_strides, *scale_strides, frames, tokens, tokens_per_program, eps,
         SIZE=size, BLOCK=block, num_warps=num_warps, enable_fp_fusion=FP_FUSION,
     )  # fmt: skip
-    # Scale, weight and bias are constants of a frame, so the sums over its tokens give their gradients, too.
     sums = {name: partial.sum(1).view(batch, frames, 1, size) for name, partial in partials.items()}
+    _fill_parameter_gradients(parameters, sums, scale, weight, bias)
+
+
+def _fill_parameter_gradients(
+    parameters: dict[str, Tensor], sums: dict[str, Tensor], scale: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    """Fill the gradients of modulations and weights from the sums of `_backward` over the tokens of each frame, [B, F, 1, E].
+
+    Scale, weight and bias are constants of a frame, so the sums give their gradients, too.
+    """
     for name, gradient in parameters.items():
         if name in ("gate", "shift"):
             of_frames = sums["gate" if name == "gate" else "grad"]
@@ -229,7 +241,7 @@ def backward(
 
 
 def _case(name: str, kernel: Any, size: int, *, absent: str = "") -> AotCase:
-    """A kernel at bf16 without the arguments `absent`."""
+    """Return a kernel at bf16 without the arguments `absent`."""
     block, num_warps = block_sizes(size)
     sizes: dict[str, Any] = {"SIZE": size, "BLOCK": block}
     if _PARTIALS in absent:

@@ -20,7 +20,7 @@ def nft_loss(
     beta: float,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> NFTOutput:
-    """The negative-aware forward-process loss (Astrolabe, arXiv 2603.17051, section 3.3), in one pass with its gradient.
+    """Return the negative-aware forward-process loss (Astrolabe, arXiv 2603.17051, section 3.3), from one pass with its gradient.
 
         p_plus = p_old + beta (p - p_old)        p_minus = p_old - beta (p - p_old)
         L      = r ||p_plus - y||^2 + (1 - r) ||p_minus - y||^2
@@ -66,7 +66,7 @@ def nft_loss(
 def _nft_loss(
     pred: Tensor, old_pred: Tensor, target: Tensor, reward: Tensor, beta: float, mean: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [B]; l_plus, l_minus and drift, [3, B]; the gradient of each loss, [B, D] float32, empty unless asked for."""
+    """Return loss [B]; l_plus, l_minus and drift, [3, B]; the gradient of each loss, [B, D] float32, empty unless asked for."""
     from arcopo_kernels.nft import triton
 
     return triton.nft_loss(pred, old_pred, target, reward, beta, mean, with_gradient)

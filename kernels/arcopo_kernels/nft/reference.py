@@ -18,10 +18,14 @@ from torch import Tensor
 
 
 class NFTOutput(NamedTuple):
-    """Per sample, [B] float32 (float64 if an argument is); only `loss` is differentiable, in `pred`.
+    """The loss of each sample and its parts, each [B] float32 (float64 if an argument is); only `loss` is differentiable, in `pred`.
 
-    l_plus and l_minus are the errors of the two mixtures, whose weighted sum is the loss; drift is ||p - p_old||^2, how far the policy
-    has moved. All are means over the elements, or sums with reduction="sum".
+    All but the loss are means over the elements, or sums with reduction="sum".
+
+    Attributes:
+        loss: the weighted sum of l_plus and l_minus.
+        l_plus, l_minus: errors of the two mixtures.
+        drift: ||p - p_old||^2, how far the policy has moved.
     """
 
     loss: Tensor
@@ -31,7 +35,7 @@ class NFTOutput(NamedTuple):
 
 
 def nft_loss(pred: Tensor, old_pred: Tensor, target: Tensor, reward: Tensor, beta: float, mean: bool) -> NFTOutput:
-    """pred, old_pred, target [B, D]; reward [B]."""
+    """Return the loss of pred, old_pred, target [B, D] and reward [B]."""
     dtype = torch.float64 if torch.float64 in (pred.dtype, old_pred.dtype, target.dtype) else torch.float32
     p, p_old, y, r = pred.to(dtype), old_pred.detach().to(dtype), target.detach().to(dtype), reward.detach().to(dtype)
     delta = p - p_old

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def block_sizes() -> BlockSizes:
-    """16 elements to a thread: four 16-byte loads in flight from each of three float32 inputs."""
+    """Return a tile of 16 elements to a thread: four 16-byte loads in flight from each of three float32 inputs."""
     return BlockSizes(block=4096, num_warps=8)
 
 
@@ -64,7 +64,7 @@ def _tiles(
 def nft_loss(
     pred: Tensor, old_pred: Tensor, target: Tensor, reward: Tensor, beta: float, mean: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [B]; l_plus, l_minus and drift, [3, B]; the gradient of each loss, [B, D] (or [0, D]): all float32."""
+    """Return loss [B]; l_plus, l_minus and drift, [3, B]; the gradient of each loss, [B, D] (or [0, D]): all float32."""
     samples, size = pred.shape
     sizes = block_sizes()
     tiles = triton.cdiv(size, sizes.block)

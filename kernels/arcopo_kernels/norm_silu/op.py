@@ -12,7 +12,7 @@ LARGEST_ROW = 8192
 
 
 def norm_silu(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """silu(x / max(|x|, 1e-12) * sqrt(C) * weight), the norm over the channels. Constant: no gradient.
+    """Return silu(x / max(|x|, 1e-12) * sqrt(C) * weight), the norm over the channels. Constant: no gradient.
 
     Args:
         x: [B, .., C], any floating dtype, contiguous: a feature map with its channels innermost.

@@ -16,7 +16,7 @@ FLOOR = 1e-12
 
 
 def norm_silu(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """x [.., C], weight [C] -> out [.., C]."""
+    """Fill out [..., C] from x [..., C] and weight [C]."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     # Not torch.mul(.., out=out): torch.compile refuses an `out` that is not contiguous, such as the end of a buffer.
     out.copy_(x).mul_(norm.clamp_min_(FLOOR).reciprocal_().mul_(x.shape[-1] ** 0.5)).mul_(weight)

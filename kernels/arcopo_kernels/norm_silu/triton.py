@@ -20,7 +20,12 @@ from torch import Tensor
 
 
 class BlockSizes(NamedTuple):
-    """pixels: that a program takes; block: the channels of one, rounded up to a power of two."""
+    """The tile of a program.
+
+    Attributes:
+        pixels: that a program takes.
+        block: the channels of a pixel, rounded up to a power of two.
+    """
 
     pixels: int
     block: int
@@ -28,7 +33,7 @@ class BlockSizes(NamedTuple):
 
 
 def block_sizes(size: int) -> BlockSizes:
-    """32 elements to a thread: four 16-byte loads in half precision. More where one pixel has more."""
+    """Return a tile of 32 elements to a thread: four 16-byte loads in half precision. More where one pixel has more."""
     block = triton.next_power_of_2(size)
     return BlockSizes(pixels=max(4096 // block, 1), block=block, num_warps=4)
 
@@ -63,7 +68,7 @@ def _forward(
 
 @on_device_of_tensors
 def forward(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Fill out [B, .., C], contiguous but for its first stride, from x [B, .., C], contiguous, and weight [C]."""
+    """Fill out [B, ..., C], contiguous but for its first stride, from x [B, ..., C], contiguous, and weight [C]."""
     if not x.numel():
         return
     batch, size = x.shape[0], x.shape[-1]
@@ -86,7 +91,7 @@ def forward(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _case(size: int) -> AotCase:
-    """bf16, with the channels of one resolution of Wan2.1's decoder."""
+    """Return a case at bf16, with the channels of one resolution of Wan2.1's decoder."""
     sizes = block_sizes(size)
     signature = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "pixels": "i32", "out_stride_batch": "i64", "scale": "fp32"}
     constants = {"FLOOR": FLOOR, "SIZE": size, "PIXELS": sizes.pixels, "BLOCK": sizes.block}

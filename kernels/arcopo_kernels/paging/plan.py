@@ -1,4 +1,4 @@
-"""How many pages a group of videos takes: arithmetic on the host, before there is a pool or a page is taken."""
+"""The number of pages that a group of videos takes: arithmetic on the host, before there is a pool or a page is taken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 class GroupPlan:
     """A group as its page pool sees it: a prefix that all branches share, and a tail of its own for each branch.
 
-    prefix, tail: pages that the prefix, and one branch besides it, hold at most at any time. branches: how many run at once.
+    Attributes:
+        prefix: most pages that the prefix holds at any time.
+        tail: most pages that one branch holds besides it.
+        branches: how many run at once.
     """
 
     prefix: int
@@ -19,11 +22,11 @@ class GroupPlan:
 
     @property
     def pages(self) -> int:
-        """What the whole group needs."""
+        """Pages that the group needs."""
         return self.prefix + self.branches * self.tail
 
     def branches_within(self, pages: int) -> int:
-        """How many of the branches can run at once with so many pages; 0 if the prefix alone takes too many."""
+        """Return how many of the branches can run at once with so many pages; 0 if the prefix alone takes too many."""
         if pages < self.prefix:
             return 0
         return min(self.branches, (pages - self.prefix) // self.tail) if self.tail else self.branches
@@ -46,21 +49,21 @@ def plan_group(prefix: Sequence[int], tail: Sequence[int], branches: int, *, win
     """
     if branches < 0 or sink < 0 or min((*prefix, *tail), default=0) < 0:
         raise ValueError(f"sizes must not be negative; got prefix {list(prefix)}, tail {list(tail)}, branches {branches}, sink {sink}")
-    most_of_prefix, shared = _slide(0, prefix, window, sink)
-    most_of_tail, _ = _slide(shared, tail, window, sink)
-    return GroupPlan(most_of_prefix, most_of_tail, branches)
+    prefix_pages, shared = _slide(0, prefix, window, sink)
+    tail_pages, _ = _slide(shared, tail, window, sink)
+    return GroupPlan(prefix_pages, tail_pages, branches)
 
 
 def _slide(shared: int, chunks: Sequence[int], window: int | None, sink: int) -> tuple[int, int]:
-    """Pages of its own that a table holds at most and in the end, which starts with `shared` ones and appends `chunks`."""
-    own = most = 0
+    """Return the pages of its own that a table, which starts with `shared` ones and appends `chunks`, holds at most and in the end."""
+    held = peak = 0
     for chunk in chunks:
-        excess = 0 if window is None else max(0, shared + own + chunk - window)
-        if excess > max(0, shared + own - sink):
+        excess = 0 if window is None else max(0, shared + held + chunk - window)
+        if excess > max(0, shared + held - sink):
             raise ValueError(f"a chunk of {chunk} pages does not fit a window of {window} with a sink of {sink}")
         # The oldest go first: those of the prefix that are not in the sink.
         from_shared = min(excess, max(0, shared - sink))
         shared -= from_shared
-        own += chunk - (excess - from_shared)
-        most = max(most, own)
-    return most, own
+        held += chunk - (excess - from_shared)
+        peak = max(peak, held)
+    return peak, held

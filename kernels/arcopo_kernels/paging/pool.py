@@ -40,10 +40,17 @@ class PagePoolExhausted(RuntimeError):
 
 @dataclass(eq=False)
 class PageRun:
-    """`length` consecutive columns of a batch of page tables that can be read or written as one tensor; planned by the pool, for the pool.
+    """Consecutive columns of a batch of page tables that can be read or written as one tensor; planned by the pool, for the pool.
 
-    Row i holds pages first + i * stride ... + length - 1 (stride 0: one row shared by the whole batch). `index` [B, length] holds their
-    numbers on the device when they are irregular.
+    Attributes:
+        column, length: the columns [column, column + length) of the tables.
+        rows: of the tensor; 1 where the batch shares its pages.
+        first, stride: row i holds pages first + i * stride ... + length - 1.
+        index: [B, length] int64 on the device, the pages' numbers when they are irregular; else None.
+        pages: all pages of the run.
+        pool: planned it.
+        stamp: the pool's clock when this was planned.
+        checked: the pool's clock when `writable` and `readable` were last found out.
     """
 
     column: int
@@ -54,17 +61,21 @@ class PageRun:
     index: Tensor | None = field(repr=False)
     pages: tuple[int, ...] = field(repr=False)
     pool: PagePool = field(repr=False)
-    stamp: int = field(repr=False)  # the pool's clock when this was planned
-    checked: int = field(repr=False)  # the pool's clock when `writable` and `readable` were last found out
+    stamp: int = field(repr=False)
+    checked: int = field(repr=False)
     writable: bool
     readable: bool = True
 
 
 @dataclass(eq=False)
 class Reservation:
-    """Unclaimed pages for a group, lists for its prefix and for the tail of each branch.
+    """Unclaimed pages for a group.
 
     Whoever puts pages into a table takes them out of the lists; `release` gives back what is left.
+
+    Attributes:
+        prefix: pages of the shared part.
+        tails: pages of each branch.
     """
 
     pool: PagePool = field(repr=False)
@@ -72,6 +83,7 @@ class Reservation:
     tails: list[list[int]]
 
     def release(self) -> None:
+        """Give the pages that are left back."""
         for pages in (self.prefix, *self.tails):
             self.pool.release(pages)
             pages.clear()
@@ -108,14 +120,17 @@ class PagePool:
 
     @property
     def pages(self) -> int:
+        """Number of all pages."""
         return len(self._references)
 
     @property
     def pages_in_use(self) -> int:
+        """Number of pages that are not free."""
         return self._in_use
 
     @property
     def pages_free(self) -> int:
+        """Number of free pages."""
         return self.pages - self._in_use
 
     @property
@@ -124,11 +139,11 @@ class PagePool:
         return 2 * self.keys.nbytes // self.pages
 
     def references(self, page: int) -> int:
-        """How many tables hold `page`; 1 for an unclaimed page."""
+        """Return how many tables hold `page`; 1 for an unclaimed page."""
         return self._references[page]
 
     def table(self) -> PageTable:
-        """A new, empty table."""
+        """Return a new, empty table."""
         return PageTable(self, [])
 
     def allocate(self, count: int) -> list[int]:
@@ -172,11 +187,11 @@ class PagePool:
     # Batches of tables: the host plans once for a chunk, then every layer reads and writes by the plan.
 
     def runs(self, tables: Sequence[PageTable], start: int = 0, stop: int | None = None) -> list[PageRun]:
-        """Columns [start, stop) of equally long tables as the fewest regular runs."""
+        """Return columns [start, stop) of equally long tables as the fewest regular runs."""
         return self._plan(tables, *self._columns(tables, start, stop), writable=False)
 
     def read(self, layer: int, run: PageRun) -> tuple[Tensor, Tensor]:
-        """Keys and values [rows, length * tokens, heads, head_dim] of one layer: views, but for irregular runs.
+        """Return keys and values [rows, length * tokens, heads, head_dim] of one layer: views, but for irregular runs.
 
         Raises:
             ValueError: pages of the run were freed or prepared for a write since it was planned, or the pool's storage was made to require
@@ -247,7 +262,7 @@ class PagePool:
                 else:
                     store[run.index] = source
 
-    # The rest is bookkeeping.
+    # Bookkeeping
 
     def _take(self, count: int) -> list[int]:
         if count < 0:
@@ -259,23 +274,23 @@ class PagePool:
         free = [page for page, references in enumerate(self._references) if not references]
         starts = [i for i, page in enumerate(free) if not i or free[i - 1] != page - 1]
         stretches = [free[i:j] for i, j in zip(starts, [*starts[1:], len(free)]) if j - i >= count]
-        taken = min(stretches, key=len)[:count] if stretches else free[:count]
-        for page in taken:
+        pages = min(stretches, key=len)[:count] if stretches else free[:count]
+        for page in pages:
             self._references[page] = 1
         self._clock += 1
         self._in_use += count
         self.peak_in_use = max(self.peak_in_use, self._in_use)
-        return taken
+        return pages
 
     def _share(self, pages: Sequence[int]) -> None:
-        """One more reference for each page; what was prepared to write them may no longer."""
+        """Add a reference to each page; runs that were prepared to write them may no longer."""
         self._clock += 1
         for page in pages:
             self._references[page] += 1
             self._writer[page] = 0
 
     def _drop(self, pages: Sequence[int]) -> None:
-        """One reference less for each page; a page without references is free."""
+        """Remove a reference from each page; a page without references is free."""
         self._clock += 1
         for page in pages:
             self._references[page] -= 1
@@ -284,7 +299,7 @@ class PagePool:
                 self._changed[page], self._writer[page] = self._clock, 0
 
     def _claim(self, pages: Sequence[int]) -> None:
-        """Unclaimed pages become their table's, or are about to be free."""
+        """Take pages out of the unclaimed ones: they become a table's, or are about to be free."""
         for page in pages:
             if page not in self._unclaimed:
                 holders = self._references[page] if 0 <= page < self.pages else 0
@@ -343,11 +358,11 @@ class PagePool:
             )
 
     def _to_device(self, numbers: Sequence[Sequence[int]]) -> Tensor:
-        """int64 on the pool's device, without waiting for it."""
+        """Return int64 numbers on the pool's device, without waiting for it."""
         return torch.tensor(numbers, pin_memory=self.keys.is_cuda).to(self.keys.device, non_blocking=True)
 
     def _view(self, store: Tensor, run: PageRun) -> Tensor:
-        """[rows, length, tokens, heads, head_dim] of one layer's store [pages, tokens, heads, head_dim]."""
+        """Return a run of one layer's store [pages, tokens, heads, head_dim] as [rows, length, tokens, heads, head_dim]."""
         if run.index is not None:
             return store[run.index]
         page = store.stride(0)
@@ -365,6 +380,7 @@ class PageTable:
 
     @property
     def pages(self) -> tuple[int, ...]:
+        """Numbers of the pages, oldest first."""
         self._check()
         return tuple(self._pages)
 
@@ -373,7 +389,7 @@ class PageTable:
         return len(self._pages)
 
     def fork(self) -> PageTable:
-        """A second table over the same pages."""
+        """Return a second table over the same pages."""
         self._check()
         self.pool._share(self._pages)
         return PageTable(self.pool, list(self._pages))
@@ -389,7 +405,7 @@ class PageTable:
         self._pages.extend(pages)
 
     def drop(self, start: int, stop: int) -> None:
-        """Forget columns [start, stop): how a window slides past old frames."""
+        """Forget columns [start, stop): a window slides past old frames so."""
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"columns [{start}, {stop}) are not within a table of {len(self)} pages")
         self.pool._drop(self._pages[start:stop])
@@ -408,6 +424,6 @@ class PageTable:
 
 
 def _stride(pages: Sequence[int]) -> int | None:
-    """From row to row: 0 if all share one page, None if it varies or is negative."""
+    """Return the step from row to row: 0 if all share one page, None if it varies or is negative."""
     steps = {after - before for before, after in zip(pages, pages[1:])} or {0}
     return min(steps) if len(steps) == 1 and min(steps) >= 0 else None

@@ -21,7 +21,8 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def block_sizes(page_elements: int, itemsize: int) -> BlockSizes:
-    """Tiles of 8 KiB of keys and as much of values: eight loads of 16 bytes for each of 128 threads, all issued before the first store."""
+    """Return tiles of 8 KiB of keys and as much of values: eight loads of 16 bytes for each of 128 threads, all issued before the first
+    store."""
     return BlockSizes(min(8192 // itemsize, triton.next_power_of_2(page_elements)), num_warps=4)
 
 
@@ -51,7 +52,7 @@ def _copy_pages(
 
 @on_device_of_tensors
 def copy_pages(keys: Tensor, values: Tensor, sources: Tensor, targets: Tensor, sizes: BlockSizes | None = None) -> None:
-    """keys, values: [layers, pages, ...], contiguous; sources, targets: [n] int64."""
+    """Copy pages of keys and values [layers, pages, ...], contiguous, from `sources` to `targets`, both [n] int64."""
     layers, pages = keys.shape[:2]
     page_elements = keys[0, 0].numel()
     if not sources.numel() or not page_elements:

@@ -28,7 +28,7 @@ def qk_norm_rope(
     key_position: int | Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm over all heads together, then 3-axis RoPE, of a chunk's queries and keys.
+    """Apply RMSNorm over all heads together, then 3-axis RoPE, to a chunk's queries and keys.
 
     Args:
         query, key: [B, T, H, D], any floating dtype, any strides: slices of a fused projection are read in place. D is even.
@@ -58,7 +58,7 @@ def qk_norm_rope(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x [..., E] / sqrt(mean(x^2) + eps) * weight [E], of the dtype of x * weight. Differentiable in both.
+    """Return x [..., E] / sqrt(mean(x^2) + eps) * weight [E], of the dtype of x * weight. Differentiable in both.
 
     Raises:
         ValueError: a weight of another shape or on another device.
@@ -73,7 +73,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def apply_rope(x: Tensor, position: int | Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """3-axis RoPE of x [B, frames * rows * columns, H, D] from time position `position` on, as in `qk_norm_rope`. Differentiable in x.
+    """Apply 3-axis RoPE to x [B, frames * rows * columns, H, D] from time position `position` on, as `qk_norm_rope` does. Differentiable in
+    x.
 
     Raises:
         ValueError: a shape that does not fit the grid, or a position that is none.
@@ -85,7 +86,7 @@ def apply_rope(x: Tensor, position: int | Tensor, grid: tuple[int, int, int]) ->
 
 
 def _starts(position: int | Tensor, key_position: int | Tensor) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """Positions on the device, then positions on the host."""
+    """Return positions on the device, then positions on the host."""
     query_start, query_position = (position, 0) if isinstance(position, Tensor) else (None, position)
     key_start, key_position = (key_position, 0) if isinstance(key_position, Tensor) else (None, key_position)
     return query_start, key_start, query_position, key_position
@@ -99,8 +100,8 @@ def _check_pair(query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Te
     if query.dim() != 4:
         raise ValueError(f"query has shape {tuple(query.shape)}; expected [B, T, H, D]")
     if (key.shape, key.dtype, key.device) != (query.shape, query.dtype, query.device):
-        theirs, ours = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (key, query))
-        raise ValueError(f"key is {theirs}; expected the same as the query, {ours}")
+        actual, expected = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (key, query))
+        raise ValueError(f"key is {actual}; expected the same as the query, {expected}")
     size = query.shape[2] * query.shape[3]
     for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
         if weight.shape != (size,) or weight.device != query.device:
@@ -126,7 +127,7 @@ def _check_rope(x: Tensor, grid: tuple[int, int, int], *positions: int | Tensor)
 
 
 def _outputs(query: Tensor, key: Tensor | None, query_weight: Tensor | None, key_weight: Tensor | None) -> list[Tensor]:
-    """Where the results go: contiguous, of the dtype that the weight promotes to."""
+    """Make the results: contiguous, of the dtype that the weight promotes to."""
     outputs = []
     for x, weight in ((query, query_weight), (key, key_weight)):
         if x is not None:
@@ -163,7 +164,7 @@ def _gradients(
     key_weight: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
-    """Where the gradients of query, key and, if wanted (the last argument), their weights go: those that are there, in this order."""
+    """Make the gradients of query, key and, if wanted (the last argument), their weights, for those that are given, in this order."""
     inputs = grad_query_out if query is None else query, grad_key_out if key is None else key
     weights = (query_weight, key_weight) if rest[-1] else ()
     return [x.new_empty(x.shape) for x in (*inputs, *weights) if x is not None]

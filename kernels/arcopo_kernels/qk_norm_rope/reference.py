@@ -24,13 +24,13 @@ POSITIONS = 4096
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., E], weight [E] -> [..., E]."""
+    """Return the norm [..., E] of x [..., E]; weight [E]."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def apply_rope(x: Tensor, position: int | Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """x [B, frames * rows * columns, H, D]; its first frame stands at time position `position`."""
+    """Apply RoPE to x [B, frames * rows * columns, H, D], whose first frame stands at time position `position`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.device.type == "cpu" and x.dtype.itemsize < 4:
         dtype = torch.float64
@@ -46,12 +46,12 @@ def _capturing(x: Tensor) -> bool:
 
 
 def norm_rope(x: Tensor, weight: Tensor, position: int | Tensor, grid: tuple[int, int, int], eps: float) -> Tensor:
-    """x [B, T, H, D], weight [H * D] -> [B, T, H, D]."""
+    """Apply the norm over all heads, then RoPE, to x [B, T, H, D]; weight [H * D]."""
     return apply_rope(rms_norm(x.flatten(2), weight, eps).unflatten(2, x.shape[2:]), position, grid)
 
 
 def table_length(position: int, grid: tuple[int, int, int]) -> int:
-    """POSITIONS, doubled until a grid whose first frame stands at `position` fits."""
+    """Return POSITIONS, doubled until a grid whose first frame stands at `position` fits."""
     length = POSITIONS
     while length < position + grid[0] or length < max(grid[1:]):
         length *= 2
@@ -59,7 +59,7 @@ def table_length(position: int, grid: tuple[int, int, int]) -> int:
 
 
 def rope_table(head_dim: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """cos and sin of every pair at every position of its axis, [2, length, D / 2]: a shared constant, not to be written to."""
+    """Return cos and sin of every pair at every position of its axis, [2, length, D / 2]: a shared constant, not to be written to."""
     if torch.compiler.is_compiling():
         from arcopo_kernels.qk_norm_rope.constant import rope_table as constant  # which imports the compiler
 
@@ -68,7 +68,7 @@ def rope_table(head_dim: int, length: int, dtype: torch.dtype, device: torch.dev
 
 
 def _cos_sin(position: int | Tensor, grid: tuple[int, int, int], head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """cos and sin for the tokens of a grid, [2, frames * rows * columns, 1, D / 2]."""
+    """Return cos and sin for the tokens of a grid, [2, frames * rows * columns, 1, D / 2]."""
     frames, rows, columns = grid
     table = rope_table(head_dim, table_length(0 if isinstance(position, Tensor) else position, grid), dtype, device)
     time, row, column = table.split(axis_pairs(head_dim), dim=-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's pairs turn with the frame, the row and the column: 22, 21 and 21 of 64."""
+    """Return how many of a head's pairs turn with the frame, the row and the column: 22, 21 and 21 of 64."""
     spatial = head_dim // 6
     return head_dim // 2 - 2 * spatial, spatial, spatial
 

@@ -1,9 +1,9 @@
 """RMSNorm over all heads and RoPE in one pass over the rows, and its backward.
 
 A program holds the E = H * D elements of one token of one tensor as a tile [H, D] in registers: queries and keys are the third axis of
-one launch. cos and sin come from a float32 table [2, positions, D / 2], computed in float64, of which
-a token reads one row for each axis; the time axis starts where an int or a tensor on the device says. A position outside the table gives
-NaN. Computed in float32 and rounded once.
+one launch. cos and sin come from a float32 table [2, positions, D / 2], computed in float64, of which a token reads
+one row for each axis; the time axis starts where an int or a tensor on the device says. A position outside the table gives NaN. Computed in
+float32 and rounded once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -26,8 +26,12 @@ WEIGHT_GRADIENT_PROGRAMS = 512
 
 
 def block_sizes(heads: int, head_dim: int) -> tuple[int, int, int]:
-    """BLOCK_H, BLOCK_D and num_warps: 16 elements a thread, two 16-byte loads in half precision, in at most 256 threads where registers
-    allow it: the larger the block of threads, the fewer rows are under way while one waits for its sum."""
+    """Return BLOCK_H, BLOCK_D and num_warps: 16 elements a thread, two 16-byte loads in half precision, in at most 256 threads where
+    registers
+    allow it.
+
+    The larger the block of threads, the fewer rows are under way while one waits for its sum.
+    """
     block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
     block = block_h * block_d
     return block_h, block_d, min(max(block // 512, 1), 8 if block <= 8192 else 16)
@@ -35,14 +39,14 @@ def block_sizes(heads: int, head_dim: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _rotate(x, cos, sin, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Adjacent pairs of x [BLOCK_H, BLOCK_D]; cos and sin [1, BLOCK_D / 2]. A thread holds both elements of its pairs."""
+    """Turn adjacent pairs of x [BLOCK_H, BLOCK_D]; cos and sin [1, BLOCK_D / 2]. A thread holds both elements of its pairs."""
     even, odd = tl.split(tl.reshape(x, [BLOCK_H, BLOCK_D // 2, 2]))
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BLOCK_H, BLOCK_D])
 
 
 @triton.jit
 def _cos_sin(table, length, start, position, token, rows, columns, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """cos and sin [1, BLOCK_D / 2] of one token."""
+    """Load cos and sin [1, BLOCK_D / 2] of one token."""
     HALF: tl.constexpr = HEAD_DIM // 2
     SPATIAL: tl.constexpr = HEAD_DIM // 6
     TIME: tl.constexpr = HALF - 2 * SPATIAL
@@ -51,11 +55,11 @@ def _cos_sin(table, length, start, position, token, rows, columns, HEAD_DIM: tl.
         frame += tl.load(start).to(tl.int32)
     pair = tl.arange(0, BLOCK_D // 2)
     at = tl.where(pair < TIME, frame, tl.where(pair < TIME + SPATIAL, token // columns % rows, token % columns))
-    known = (at >= 0) & (at < length)
+    in_table = (at >= 0) & (at < length)
     entry = table + at * HALF + pair
-    cos = tl.load(entry, mask=known & (pair < HALF), other=0.0)
-    sin = tl.load(entry + length * HALF, mask=known & (pair < HALF), other=0.0)
-    return tl.where(known, cos, float("nan"))[None, :], tl.where(known, sin, float("nan"))[None, :]
+    cos = tl.load(entry, mask=in_table & (pair < HALF), other=0.0)
+    sin = tl.load(entry + length * HALF, mask=in_table & (pair < HALF), other=0.0)
+    return tl.where(in_table, cos, float("nan"))[None, :], tl.where(in_table, sin, float("nan"))[None, :]
 
 
 @triton.jit
@@ -119,10 +123,10 @@ def _backward_rows(
     head, dim = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = (head < HEADS) & (dim < HEAD_DIM)
     element = head * HEAD_DIM + dim
-    first = tl.program_id(0) * rows_per_program
+    start_row = tl.program_id(0) * rows_per_program
     if partials is not None:
         grad_weight = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for row in range(first, tl.minimum(first + rows_per_program, total)):
+    for row in range(start_row, tl.minimum(start_row + rows_per_program, total)):
         token, batch = row % tokens, tl.cast(row // tokens, tl.int64)
         source = grad_out + batch * grad_stride_batch + tl.cast(token, tl.int64) * grad_stride_token
         grad = tl.load(source + head * grad_stride_head + dim, mask=inside, other=0.0).to(tl.float32)
@@ -172,7 +176,7 @@ def _backward(
 
 
 def _rows(x: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
-    """x [B, T, H, D] with adjacent elements of a head side by side, and its other strides."""
+    """Return x [B, T, H, D] with adjacent elements of a head side by side, and its other strides."""
     if x is None:
         return None, (0, 0, 0)
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -180,7 +184,7 @@ def _rows(x: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
 
 
 def _table(x: Tensor, query_position: int, key_position: int, rows: int, columns: int) -> tuple[Tensor | None, int]:
-    """The table for tokens [B, T, H, D] of a grid and its length; None without a grid."""
+    """Return the table for tokens [B, T, H, D] of a grid and its length; None without a grid."""
     if not rows:
         return None, 0
     grid = (x.shape[1] // (rows * columns), rows, columns)
@@ -251,7 +255,7 @@ def backward(
 
 
 def _case(name: str, kernel: Any, heads: int, head_dim: int, *, absent: str = "") -> AotCase:
-    """A kernel at bf16 without the arguments `absent`; the query's position is on the device, the key's on the host."""
+    """Return a kernel at bf16 without the arguments `absent`; the query's position is on the device, the key's on the host."""
     block_h, block_d, num_warps = block_sizes(heads, head_dim)
     constants: dict[str, Any] = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_H": block_h, "BLOCK_D": block_d}
     constants |= dict.fromkeys([*absent.split(), "key_start"])

@@ -27,7 +27,7 @@ def copo_surrogate(
     clip: float | None = 1e-4,
     reduction: Reduction = "mean",
 ) -> SurrogateOutput:
-    """The clipped surrogate objective of N anchors against the G candidates of their group (AR-CoPO, arXiv 2603.17461, section 3).
+    """Return the clipped surrogate objective of N anchors against the G candidates of their group (AR-CoPO, arXiv 2603.17461, section 3).
 
     For an anchor with prediction x, old prediction x_old and candidates x_i (`reference.py` has the form in which it is computed):
 
@@ -75,7 +75,7 @@ def copo_surrogate(
 def _flat(
     pred: Tensor, old_pred: Tensor, candidates: Tensor, step_index: Tensor | None, tau: float, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """pred and old_pred [N, D], candidates [T, G, D], once they and the other arguments have been checked."""
+    """Return pred and old_pred [N, D], candidates [T, G, D], once they and the other arguments have been checked."""
     if pred.dim() < 2 or not pred.numel():
         raise ValueError(f"pred has shape {tuple(pred.shape)}; expected [N, ...], not empty")
     if pred.shape != old_pred.shape:
@@ -84,8 +84,8 @@ def _flat(
         expected = ", ".join(map(str, pred.shape[1:]))
         raise ValueError(f"candidates have shape {tuple(candidates.shape)}; expected [T, G, {expected}], not empty")
     if step_index is not None and (step_index.shape != pred.shape[:1] or step_index.is_floating_point() or step_index.dtype == torch.bool):
-        given = f"shape {tuple(step_index.shape)} and type {step_index.dtype}"
-        raise ValueError(f"step_index has {given}; expected [{pred.shape[0]}] integers, one for each anchor")
+        description = f"shape {tuple(step_index.shape)} and type {step_index.dtype}"
+        raise ValueError(f"step_index has {description}; expected [{pred.shape[0]}] integers, one for each anchor")
     for argument, tensor in (("old_pred", old_pred), ("candidates", candidates), ("step_index", step_index)):
         if tensor is not None and tensor.device != pred.device:
             raise ValueError(f"{argument} is on {tensor.device}, pred on {pred.device}; expected one device")
@@ -97,7 +97,7 @@ def _flat(
 
 
 def _unsupported(pred: Tensor, old_pred: Tensor, candidates: Tensor) -> str | None:
-    """Why the Triton kernels cannot take these arguments."""
+    """Return why the Triton kernels cannot take these arguments; None if they can."""
     for argument, tensor in (("pred", pred), ("old_pred", old_pred), ("candidates", candidates)):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{argument} is {tensor.dtype}"
@@ -117,7 +117,8 @@ def _copo_surrogate(
     clip: float | None,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, ratio - 1, live, and the gradient of each loss, [N, D] float32, empty unless asked for; tau is that of the summed distance."""
+    """Return loss, ratio - 1, live, and the gradient of each loss, [N, D] float32, empty unless asked for; tau is that of the summed
+    distance."""
     from arcopo_kernels.surrogate import triton
 
     return triton.copo_surrogate(pred, old_pred, candidates, advantages, step_index, tau, clip, with_gradient)

@@ -20,7 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 class SurrogateOutput(NamedTuple):
-    """loss [N] float64 (= -J, differentiable in `pred`), ratio_minus_one [N, G] float64, live [N, G] bool (gradient not clipped away)."""
+    """The surrogate of N anchors.
+
+    Attributes:
+        loss: [N] float64, -J, differentiable in `pred`.
+        ratio_minus_one: [N, G] float64.
+        live: [N, G] bool, the gradient is not clipped away.
+    """
 
     loss: Tensor
     ratio_minus_one: Tensor
@@ -61,7 +67,7 @@ def log_ratio(old_distance: Tensor, projection: Tensor, tau: float, size: int) -
 
 
 def surrogate(log_ratio: Tensor, advantages: Tensor, clip: float | None) -> SurrogateOutput:
-    """log_ratio [N, G]; advantages [G]; clip None: no clipping."""
+    """Return the surrogate of log_ratio [N, G] and advantages [G]; clip None: no clipping."""
     radius = float("inf") if clip is None else clip
     advantages = advantages.detach().double()
     ratio_minus_one = torch.expm1(log_ratio)

@@ -28,7 +28,12 @@ from torch import Tensor
 
 
 class BlockSizes(NamedTuple):
-    """anchors: of one step in a program; block: elements of D in a tile."""
+    """The tile of a program.
+
+    Attributes:
+        anchors: of one step in a program.
+        block: elements of D in a tile.
+    """
 
     anchors: int
     block: int
@@ -37,7 +42,8 @@ class BlockSizes(NamedTuple):
 
 
 def block_sizes(kernel: str, anchors: int, steps: int) -> BlockSizes:
-    """As many anchors to a program as there are to a step, while their tiles fit the registers: float64 in "partials", else float32."""
+    """Return as many anchors to a program as there are to a step, while their tiles fit the registers: float64 in "partials", else
+    float32."""
     together = triton.next_power_of_2(triton.cdiv(anchors, steps))
     if kernel == "partials":
         return BlockSizes(min(together, 2), block=4096, num_warps=8, num_stages=3)
@@ -49,22 +55,22 @@ PROGRAMS = 128
 
 
 def chunk(anchors: int, group_pad: int) -> int:
-    """Tiles that a program adds at a time: 2048 float64 in its registers."""
+    """Return the tiles that a program adds at a time: 2048 float64 in its registers."""
     return min(64, 2048 // (anchors * group_pad))
 
 
 @triton.jit
 def _anchors_of_step(steps_ptr, step, block, N, N_PAD: tl.constexpr, ANCHORS: tl.constexpr):
-    """The `block`-th ANCHORS anchors of a step: their indices, int64 [ANCHORS], and which of them exist."""
+    """Return the `block`-th ANCHORS anchors of a step: their indices, int64 [ANCHORS], and which of them exist."""
     anchors = tl.arange(0, N_PAD)
-    here = anchors < N
+    belongs = anchors < N
     if steps_ptr is not None:
-        steps = tl.load(steps_ptr + anchors, mask=here, other=0)
+        steps = tl.load(steps_ptr + anchors, mask=belongs, other=0)
         # An index outside [0, T) reads no memory outside the candidates: `_partials` makes that anchor NaN.
         steps = tl.minimum(tl.maximum(steps, 0), tl.num_programs(1) - 1)
-        here = here & (steps == step)
-    rank = tl.cumsum(here.to(tl.int32), axis=0) - 1 - block * ANCHORS
-    match = here[None, :] & (rank[None, :] == tl.arange(0, ANCHORS)[:, None])  # [ANCHORS, N_PAD]
+        belongs = belongs & (steps == step)
+    rank = tl.cumsum(belongs.to(tl.int32), axis=0) - 1 - block * ANCHORS
+    match = belongs[None, :] & (rank[None, :] == tl.arange(0, ANCHORS)[:, None])  # [ANCHORS, N_PAD]
     anchor = tl.sum(tl.where(match, anchors[None, :], 0), axis=1)
     return anchor.to(tl.int64), tl.sum(match.to(tl.int32), axis=1) > 0
 
@@ -99,9 +105,9 @@ def _partials(
     old = tl.load(old_ptr + elements, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
     update = tl.load(pred_ptr + elements, mask=mask, other=0.0).to(tl.float32).to(tl.float64) - old
     if steps_ptr is not None:
-        given = tl.load(steps_ptr + anchor, mask=present, other=0)
-        known = (given >= 0) & (given < tl.num_programs(1))
-        update = tl.where(known[:, None], update, float("nan"))
+        anchor_step = tl.load(steps_ptr + anchor, mask=present, other=0)
+        in_range = (anchor_step >= 0) & (anchor_step < tl.num_programs(1))
+        update = tl.where(in_range[:, None], update, float("nan"))
     partials = partials_ptr + anchor * 2 * G * tiles + tile
     for i in tl.range(0, G, num_stages=STAGES):
         candidate = tl.load(candidates_ptr + (step.to(tl.int64) * G + i) * D + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -112,7 +118,7 @@ def _partials(
 
 @triton.jit
 def _sum_of_tiles(rows, mask, tiles, ANCHORS: tl.constexpr, G_PAD: tl.constexpr, CHUNK: tl.constexpr):
-    """The sum over the tiles that begin at each pointer of `rows` [ANCHORS, G_PAD]; the order is the same in every program."""
+    """Return the sum over the tiles that begin at each pointer of `rows` [ANCHORS, G_PAD]; the order is the same in every program."""
     total = tl.zeros([ANCHORS, G_PAD, CHUNK], tl.float64)
     for start in range(0, tiles, CHUNK):
         index = start + tl.arange(0, CHUNK)
@@ -125,22 +131,43 @@ def _sum_of_tiles(rows, mask, tiles, ANCHORS: tl.constexpr, G_PAD: tl.constexpr,
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 to full relative precision, float64: e = exp(x) is rounded, but log(e) says what it is the exponential of."""
+    """Return exp(x) - 1 to full relative precision, float64: e = exp(x) is rounded, but log(e) says what it is the exponential of."""
     e = tl.exp(x)
     return tl.where(tl.abs(x) < 1, (e - 1) + e * (x - tl.log(e)), e - 1)
 
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) to full relative precision, float64, for x > -1: log of the rounded sum, plus the part of x that rounding cut off."""
+    """Return log(1 + x) to full relative precision, float64, for x > -1: log of the rounded sum, plus the part of x that rounding cut
+    off."""
     w = 1 + x
     return tl.log(w) + (x - (w - 1)) / w
 
 
 @triton.jit
 def _float64(bits):
-    """A double from its bits: Triton takes Python's floats as float32."""
+    """Return a double from its bits: Triton takes Python's floats as float32."""
     return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True)
+
+
+@triton.jit
+def _store_gradient(
+    gradient_ptr, old_ptr, candidates_ptr, weights, anchor, present, first_candidate, tile, G, D,
+    ANCHORS: tl.constexpr, G_PAD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of sum_i weights_i (x_i - x_old) for each anchor; weights [ANCHORS, G_PAD]; the candidates are those of a step."""
+    group = tl.arange(0, G_PAD)[None, :]
+    offsets = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < D
+    mask = present[:, None] & inside[None, :]
+    elements = anchor[:, None] * D + offsets[None, :]
+    old = tl.load(old_ptr + elements, mask=mask, other=0.0).to(tl.float32)
+    gradient = tl.zeros([ANCHORS, BLOCK], tl.float32)
+    for i in tl.range(0, G, num_stages=STAGES):
+        weight = tl.sum(tl.where(group == i, weights, 0.0), axis=1)
+        candidate = tl.load(candidates_ptr + (first_candidate + i) * D + offsets, mask=inside, other=0.0).to(tl.float32)
+        gradient += weight[:, None] * (candidate[None, :] - old)
+    tl.store(gradient_ptr + elements, gradient, mask=mask)
 
 
 @triton.jit(do_not_specialize=["tau_bits", "clip_bits"])
@@ -211,18 +238,11 @@ def _epilogue_gradient(
         g = tl.where(mask & (clipped == 0), advantage * (1 + ratio_minus_one), 0.0) / G
         c = g - exponential / total[:, None] * tl.sum(g, axis=1)[:, None]
         weights = (-2 / tau * c).to(tl.float32)
+        candidate = step.to(tl.int64) * G  # the step's first
         for tile in range(program, tl.cdiv(D, BLOCK), tl.num_programs(0) // blocks):
-            offsets = tile * BLOCK + tl.arange(0, BLOCK)
-            inside = offsets < D
-            tile_mask = present[:, None] & inside[None, :]
-            elements = anchor[:, None] * D + offsets[None, :]
-            old = tl.load(old_ptr + elements, mask=tile_mask, other=0.0).to(tl.float32)
-            gradient = tl.zeros([ANCHORS, BLOCK], tl.float32)
-            for i in tl.range(0, G, num_stages=STAGES):
-                weight = tl.sum(tl.where(group == i, weights, 0.0), axis=1)
-                candidate = tl.load(candidates_ptr + (step.to(tl.int64) * G + i) * D + offsets, mask=inside, other=0.0).to(tl.float32)
-                gradient += weight[:, None] * (candidate[None, :] - old)
-            tl.store(gradient_ptr + elements, gradient, mask=tile_mask)
+            _store_gradient(
+                gradient_ptr, old_ptr, candidates_ptr, weights, anchor, present, candidate, tile, G, D, ANCHORS, G_PAD, BLOCK, STAGES
+            )
 
 
 def _bits(value: float) -> int:
@@ -244,7 +264,7 @@ def _launch_partials(pred: Tensor, old_pred: Tensor, candidates: Tensor, step_in
 
 
 def _of_steps(candidates: Tensor, step_index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both contiguous; without an index, step 0 alone."""
+    """Return both contiguous; without an index, step 0 alone."""
     if step_index is None:
         return candidates[:1].contiguous(), None
     return candidates.contiguous(), step_index.contiguous()
@@ -261,7 +281,8 @@ def copo_surrogate(
     clip: float | None,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss [N], ratio - 1 [N, G], live [N, G], and the gradient of each loss, [N, D] float32 (or [0, D]); tau: of the summed distance."""
+    """Return loss [N], ratio - 1 [N, G], live [N, G], and the gradient of each loss, [N, D] float32 (or [0, D]); tau: of the summed
+    distance."""
     candidates, step_index = _of_steps(candidates, step_index)
     old_pred = old_pred.contiguous()
     if advantages.dtype not in (torch.float32, torch.float64):
@@ -287,7 +308,7 @@ def copo_surrogate(
 
 
 def _aot_case(name: str, kernel: object, *, dtype: str, candidates: str, group: int, anchors: int, steps: int) -> AotCase:
-    """A chunk of Wan's latents, D = 299,520."""
+    """Return a case with a chunk of Wan's latents, D = 299,520."""
     sizes = block_sizes("partials" if kernel is _partials else "epilogue_gradient", anchors, steps)
     pointers = {"pred_ptr": dtype, "old_ptr": dtype, "candidates_ptr": candidates, "steps_ptr": "i64", "partials_ptr": "fp64"}
     constants: dict[str, object] = {"N_PAD": triton.next_power_of_2(anchors), "ANCHORS": sizes.anchors, "BLOCK": sizes.block}
