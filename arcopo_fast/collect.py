@@ -47,6 +47,7 @@ def collect(config: Config, path: str, groups: int) -> Buffer:
 
 
 def command_line() -> RecipeParser:
+    """Return the parser of the command line."""
     parser = RecipeParser("python -m arcopo_fast.collect", "Fill a replay buffer with groups of the generator as it is.")
     parser.add_argument("--buffer", metavar="DIR", help="directory of the buffer, new or existing (required)")
     parser.add_argument("--groups", type=positive_int, default=100, metavar="N", help="groups of the whole buffer, including existing ones")
@@ -54,6 +55,7 @@ def command_line() -> RecipeParser:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     parser = command_line()
     command = parser.read_config(argv)
     if command is None:

@@ -21,6 +21,7 @@ NOT_WELL = 1
 
 
 def command_line() -> RecipeParser:
+    """Return the parser of the command line."""
     parser = RecipeParser("python -m arcopo_fast.doctor", "Say whether everything is here that a recipe needs.")
     parser.add_argument("--verify", action="store_true", help="read every large file whose published SHA-256 is known, and compare it")
     parser.add_argument(
@@ -53,6 +54,7 @@ def run_self_test(config: Config) -> bool:
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; return its exit status."""
     command = command_line().read_config(argv)
     if command is None:
         return 0

@@ -23,6 +23,7 @@ from arcopo_fast.runtime.memory import tune_for_cpu
 
 
 def command_line() -> RecipeParser:
+    """Return the parser of the command line."""
     parser = RecipeParser("python -m arcopo_fast.entropy", "Which noise decides what a generator shows (AR-CoPO, Figure 6).")
     parser.add_argument(
         "--prompts",
@@ -43,6 +44,7 @@ def command_line() -> RecipeParser:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     command = command_line().read_config(argv)
     if command is None:
         return

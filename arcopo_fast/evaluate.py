@@ -40,7 +40,7 @@ PROGRAM = "python -m arcopo_fast.evaluate"
 
 
 def adapter_option(text: str) -> AdapterOption:
-    """For `type=` of an option: [NAME=]PATH[@SCALE,...]."""
+    """Convert an option (`type=`): [NAME=]PATH[@SCALE,...]."""
     match = re.fullmatch(r"(?:([\w.-]+)=)?(.+?)(?:@([-+.,\deE]+))?", text)
     if match is None or match[1] == BASE:
         raise argparse.ArgumentTypeError(
@@ -50,13 +50,14 @@ def adapter_option(text: str) -> AdapterOption:
 
 
 def keep_option(text: str) -> int | None:
-    """For `type=` of an option: all, none or a number."""
+    """Convert an option (`type=`): all, none or a number."""
     if not re.fullmatch(r"all|none|\d+", text):
         raise argparse.ArgumentTypeError(f"expected all, none, or the number of prompts whose videos are kept; given {text!r}")
     return {"all": None, "none": 0}[text] if text.isalpha() else int(text)
 
 
 def command_line() -> RecipeParser:
+    """Return the parser of the command line."""
     parser = RecipeParser(
         PROGRAM,
         "Evaluate a generator without and with adapters, on the same prompts and noises. `merge DIR ... --out DIR` makes one table of what "
@@ -116,6 +117,7 @@ def command_line() -> RecipeParser:
 
 
 def merge_command_line() -> Parser:
+    """Return the parser of `evaluate merge`."""
     parser = Parser(
         f"{PROGRAM} merge", "Make one evaluation, and its table, of several with the same settings. Videos stay where they are."
     )
@@ -157,6 +159,7 @@ def prompts_of(config: Config, options: Any) -> list[Prompt]:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     if argv[:1] == ["merge"]:
         merge(argv[1:])
         return

@@ -30,7 +30,7 @@ from arcopo_fast.storage.atomic import check_out
 
 
 def switch(text: str) -> Switch:
-    """For `type=` of an option: FRAME:TEXT."""
+    """Convert an option (`type=`): FRAME:TEXT."""
     frame, colon, prompt = text.partition(":")
     if not colon or not re.fullmatch(r"0*[1-9][0-9]{0,17}", frame) or not prompt.strip():
         raise argparse.ArgumentTypeError(f"expected FRAME:TEXT with a frame from 1 on, as in '48:a dog runs'; given {text[:200]!r}")
@@ -38,7 +38,7 @@ def switch(text: str) -> Switch:
 
 
 def prompt_text(text: str) -> str:
-    """For `type=` of an option: what a video shows, without the white space around it."""
+    """Convert an option (`type=`): the text of a prompt, without the white space around it."""
     try:
         return check_prompt(text) if text.strip() else ""
     except ValueError as error:
@@ -46,6 +46,7 @@ def prompt_text(text: str) -> str:
 
 
 def command_line() -> RecipeParser:
+    """Return the parser of the command line."""
     parser = RecipeParser(
         "python -m arcopo_fast.generate",
         "Generate videos, each written to an mp4 while it is made.",
@@ -89,6 +90,7 @@ def command_line() -> RecipeParser:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     command = command_line().read_config(argv, run_of=lambda options: options.lora)
     if command is None:
         return

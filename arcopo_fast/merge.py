@@ -61,6 +61,7 @@ def choose(config: Config, pair: Pair, options: Any) -> None:
 
 
 def command_line() -> RecipeParser:
+    """Return the parser of the command line."""
     prog = "python -m arcopo_fast.merge"
     parser = RecipeParser(
         prog,
@@ -97,6 +98,7 @@ def command_line() -> RecipeParser:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     parser = command_line()
     options = parser.read(argv)
     if options is None:

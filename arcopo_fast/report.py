@@ -18,7 +18,7 @@ from arcopo_fast.reports.run import write_report
 
 
 def html_file(text: str) -> Path:
-    """For `type=` of an option: a page that can be written; never a file of another kind."""
+    """Convert an option (`type=`): a page that can be written; never a file of another kind."""
     path = Path(text)
     if path.suffix.lower() not in (".html", ".htm"):
         raise argparse.ArgumentTypeError(f"expected the name of a .html file; given {text!r}")
@@ -29,6 +29,7 @@ def html_file(text: str) -> Path:
 
 
 def command_line() -> Parser:
+    """Return the parser of the command line."""
     parser = Parser("python -m arcopo_fast.report", "Write the report of a run again, or one page that compares several runs.")
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="the directory of a run, as in runs/toy; with several, the page compares them"
@@ -43,6 +44,7 @@ def command_line() -> Parser:
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     options = command_line().read(argv)
     if options is None:
         return

@@ -50,6 +50,7 @@ PROGRAM = "python -m arcopo_fast.vbench"
 
 
 def sample(argv: list[str]) -> None:
+    """Run `vbench sample`."""
     command = sample_command_line().read_config(argv, run_of=lambda options: options.lora)
     if command is None:
         return
@@ -86,6 +87,7 @@ def sample(argv: list[str]) -> None:
 
 
 def score(argv: list[str]) -> None:
+    """Run `vbench score`."""
     options = score_command_line().read(argv)
     if options is None:
         return
@@ -103,6 +105,7 @@ def score(argv: list[str]) -> None:
 
 
 def total(argv: list[str]) -> None:
+    """Run `vbench total`."""
     options = total_command_line().read(argv)
     if options is None:
         return
@@ -121,7 +124,7 @@ def total(argv: list[str]) -> None:
 
 
 def dimensions(text: str) -> tuple[str, ...]:
-    """For `type=` of an option: dimensions, separated by commas."""
+    """Convert an option (`type=`): dimensions, separated by commas."""
     names = tuple(text.split(","))
     if strange := [name for name in names if name not in DIMENSIONS]:
         raise argparse.ArgumentTypeError(f"there is no dimension {strange[0]!r}; they are {', '.join(DIMENSIONS)}")
@@ -139,6 +142,7 @@ def _add_dimensions(parser: Parser) -> None:
 
 
 def sample_command_line() -> RecipeParser:
+    """Return the parser of `vbench sample`."""
     parser = RecipeParser(f"{PROGRAM} sample", "Make the videos.", default="toy; with --lora RUN the config.yaml of that run")
     parser.add_argument(
         "--info", metavar="FILE", help=f"VBench_full_info.json, a path or published (default: that of --python, else {INFO})"
@@ -167,6 +171,7 @@ def sample_command_line() -> RecipeParser:
 
 
 def score_command_line() -> Parser:
+    """Return the parser of `vbench score`."""
     parser = Parser(f"{PROGRAM} score", "Score videos with VBench's own scorer.")
     parser.add_argument("--python", type=Path, required=True, metavar="PATH", help="interpreter of the environment that has vbench")
     parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="the directory of the mp4s")
@@ -179,6 +184,7 @@ def score_command_line() -> Parser:
 
 
 def total_command_line() -> Parser:
+    """Return the parser of `vbench total`."""
     parser = Parser(f"{PROGRAM} total", "Quality, semantic and total score.")
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="a directory of results, two to compare, or files")
     parser.add_argument(
@@ -194,6 +200,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {"sample": sample, "score": s
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     run_subcommand(PROGRAM, __doc__, COMMANDS, argv)
 
 

@@ -1,1 +1,1 @@
-"""How fast the operators are, measured against their references, torch.compile, other libraries and the device's own ceilings."""
+"""Benchmarks of the operators, measured against their references, torch.compile, other libraries and the device's own ceilings."""

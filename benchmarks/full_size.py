@@ -73,7 +73,8 @@ def has_diffusers() -> bool:
 
 
 class Cut(NamedTuple):
-    """What trades memory for time: branches that are denoised and decoded together, (anchor, step) pairs that are replayed together.
+    """Settings that trade memory for time: branches that are denoised and decoded together, (anchor, step) pairs that are replayed
+    together.
 
     resident: bytes of a reward model that stays on the device.
     """
@@ -230,7 +231,7 @@ PROFILED_GROUP = 4
 
 
 def kernels(scene: Scene, pivot: int, timer: Timer) -> dict[str, dict[str, Any]]:
-    """By stage: seconds that it takes, share of them in which kernels run (on a CPU: operators), and the kernels that take most.
+    """Return by stage the seconds that it takes, share of them in which kernels run (on a CPU: operators), and the kernels that take most.
 
     Each with its name, calls, seconds and share of all kernels' seconds. Where kernels run less than nearly all the time, the host is late.
     """
@@ -264,7 +265,8 @@ def kernels(scene: Scene, pivot: int, timer: Timer) -> dict[str, dict[str, Any]]
 
 
 def fingerprint(config: Config | None = None) -> str:
-    """Of the settings and of every source file that a measurement depends on: what is the same need not be measured again."""
+    """Return the digest of the settings and of every source file that a measurement depends on: what is the same need not be measured
+    again."""
     config = config or cut_for(card())
     digest = hashlib.sha256(repr((config, REFERENCE_BRANCHES, has_diffusers())).encode())
     root = results.ROOT.parent

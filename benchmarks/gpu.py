@@ -71,7 +71,7 @@ BENCHMARKS = ("layers", "attention", *(operator for operator in OPERATORS if ope
 
 
 class Chosen(NamedTuple):
-    """What of the steps is wanted.
+    """The steps that are wanted.
 
     benchmarks: of all steps but `iteration`. parts: of that; none: all. jobs: see `JOBS`. rounds: how often an iteration is timed.
     compiled: whether `bench` measures torch.compile too, as its option --compiled says it.
@@ -95,7 +95,7 @@ Parts = Iterator[tuple[Part, Mapping[str, Any]]]
 
 
 class Outcome(NamedTuple):
-    """How a command ended: its exit status, None if it was killed at its deadline, and the end of its output."""
+    """The end of a command: its exit status, None if it was killed at its deadline, and the end of its output."""
 
     status: int | None
     lines: list[str]
@@ -162,7 +162,7 @@ def run(command: Sequence[str], deadline: float, label: str = "", **variables: s
 
 
 def side_by_side(calls: Sequence[Callable[[], Part]], jobs: int) -> Iterator[Part]:
-    """What the calls return, as they end."""
+    """Yield what the calls return, as they end."""
     with ThreadPoolExecutor(jobs) as pool:
         for future in as_completed([pool.submit(call) for call in calls]):
             yield future.result()
@@ -198,7 +198,7 @@ def _absent(name: str, why: str) -> Part:
 
 
 def _counts(report: Path) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, and which failed with what message, from pytest's XML."""
+    """Return how many tests passed, failed and were skipped, and which failed with what message, from pytest's XML."""
     if not report.exists():
         return {}
     counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": {}}

@@ -65,7 +65,7 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
 
 @dataclass
 class Scene:
-    """What an iteration works on: a recipe, a generator with LoRA, its prompt, and what turns latents into rewards (None: nothing does)."""
+    """The input of an iteration: a recipe, a generator with LoRA, its prompt, and what turns latents into rewards (None: nothing does)."""
 
     name: str
     config: Config
@@ -307,7 +307,7 @@ def memory(path: OurPath) -> dict[str, Any]:
 
 
 def problems(path: OurPath) -> list[str]:
-    """What the path did other than planned, since its first iteration; what was measured of it is not what its case says."""
+    """Return what the path did other than planned, since its first iteration; what was measured of it is not what its case says."""
     engine, changes = path.engine, path.objective.batching.changed()
     found = []
     if engine.pool.peak_in_use != path.plan.pages:

@@ -34,7 +34,7 @@ def device_name(device: torch.device) -> str:
 
 
 def folder(device: torch.device) -> Path:
-    """Where results go: $OUT when it is set, else benchmarks/results/<device>/; it is created."""
+    """Return the directory of results, and create it: $OUT when it is set, else benchmarks/results/<device>/."""
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     path = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "results" / slug
     path.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Model(NamedTuple):
-    """What the operators see of a generator; `grid` is the height and width of a latent frame in tokens."""
+    """The operators' view of a generator; `grid` is the height and width of a latent frame in tokens."""
 
     name: str
     heads: int

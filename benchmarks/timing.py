@@ -1,4 +1,4 @@
-"""How long calls take on a device, measured so that they can be compared with one another.
+"""The times that calls take on a device, measured so that they can be compared with one another.
 
 On a GPU a sample is the time between two device events around a call. Before it
 
@@ -40,7 +40,7 @@ class Timing(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What a device reaches: bytes a second of a large copy, read plus written, and FLOP a second of a large matrix product."""
+    """The best rates of a device: bytes a second of a large copy, read plus written, and FLOP a second of a large matrix product."""
 
     bandwidth: float
     matmul: float

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in one line: where a value came from, what it is, what was expected and which key was probably meant."""
+"""The problem of a recipe in one line: where a value came from, what it is, what was expected and which key was probably meant."""
 
 from __future__ import annotations
 

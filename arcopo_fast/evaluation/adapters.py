@@ -29,6 +29,7 @@ class AdapterFile(NamedTuple):
     base_model: str | None
 
     def summary(self) -> dict[str, Any]:
+        """Return what a document says of the adapter."""
         return {"file": str(self.file), "sha256": self.sha256, "rank": self.adapter.rank, "alpha": self.adapter.alpha}
 
 
@@ -49,6 +50,7 @@ class Adapted(NamedTuple):
 
     @property
     def adapter(self) -> Adapter | None:
+        """Adapter to put on the generator; None for the generator alone."""
         return self.source.adapter if self.source else None
 
     @property
@@ -88,10 +90,12 @@ class Pair(NamedTuple):
         return pair
 
     def merged(self, scale: float) -> Adapter:
+        """Return the merge of both adapters, the on-policy one at a scale."""
         return merge_adapters(self.semi.adapter, self.on.adapter, scale)
 
     @property
     def base_models(self) -> list[str]:
+        """Names of the base models that the adapters' files record."""
         return sorted({source.base_model for source in self if source.base_model})
 
 

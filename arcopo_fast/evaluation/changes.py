@@ -45,6 +45,7 @@ class Change:
 
     @property
     def change(self) -> float:
+        """Mean after minus mean before."""
         return self.after - self.before
 
     @property

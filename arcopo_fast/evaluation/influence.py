@@ -1,4 +1,4 @@
-"""How much each noise decides: replace one noise tensor at a time, everything else frozen, and look at the change of the output.
+"""The influence of each noise: replace one noise tensor at a time, everything else frozen, and look at the change of the output.
 
 In few-step autoregressive generators the initial noise of a chunk decides what it shows and re-noises barely matter (AR-CoPO, Figure 6).
 That is why AR-CoPO explores through it, and a toy world must share the property to be worth training on.

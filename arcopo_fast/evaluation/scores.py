@@ -86,6 +86,7 @@ class Scores:
     adapters: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
     def of(self, generator: str) -> dict[Video, dict[str, float]]:
+        """Return the scores of one generator by video."""
         return {video: scores for video, scores in self.values.items() if video.generator == generator}
 
 

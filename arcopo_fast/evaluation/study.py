@@ -155,6 +155,7 @@ class Generation:
 
 
 def figure_path(directory: Path, pivot: int) -> Path:
+    """Return the sheet of frames of a pivot."""
     return directory / f"pivot-{pivot}.png"
 
 
@@ -195,6 +196,7 @@ class Study:
         return [pivot for pivot in range(1, pivots + 1) if pivot not in known]
 
     def add(self, record: Record) -> None:
+        """Add a record, and write the study."""
         self.records.append(record)
         self.records.sort(key=lambda entry: (entry["prompt"], entry["pivot"]))
         document = {"settings": self.settings, "summary": summarize(self.records), "records": self.records}

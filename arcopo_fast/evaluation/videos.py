@@ -27,7 +27,7 @@ from arcopo_fast.storage.video import NOT_FINITE, Mp4Writer
 
 
 class Switch(NamedTuple):
-    """From `frame` on, or the first chunk that begins after it, the video follows another prompt."""
+    """A change of prompt: from `frame` on, or the first chunk that begins after it, the video follows another one."""
 
     frame: int
     prompt: str

@@ -1,4 +1,4 @@
-"""What the tensors of a file must be before they are used: of a dtype that weights have, finite, each under one name."""
+"""Checks of the tensors of a file before they are used: of a dtype that weights have, finite, each under one name."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def one_step(clean: Tensor, inputs: Tensor, steps: Steps, step: Tensor) -> Tenso
 
 
 class Target(NamedTuple):
-    """What AR-CoPO compares a group's samples with, computed once for all updates.
+    """The data that AR-CoPO compares a group's samples with, computed once for all updates.
 
     Attributes:
         candidates: [T, G, ...], in the space where distances are taken.

@@ -90,6 +90,7 @@ def _headline(series: Sequence[Series]) -> str:
 
 
 def legend(series: Sequence[Series]) -> str:
+    """Return the legend of series, in HTML."""
     entries = "".join(f"<span>{chip(index)}{escape(item.label)}</span>" for index, item in enumerate(series))
     return f'<p class="legend">{entries}</p>'
 
@@ -198,7 +199,7 @@ def _start(item: Series) -> tuple[object, ...]:
 
 
 def _video_section(series: Sequence[Series]) -> str:
-    """For each start, a row of videos for each prompt, as many as the page can carry."""
+    """Return a row of videos for each prompt, for each start, as many as the page can carry."""
     starts: dict[tuple[object, ...], list[tuple[int, Series]]] = {}
     for index, item in enumerate(series):
         starts.setdefault(_start(item), []).append((index, item))

@@ -1,4 +1,4 @@
-"""Which numbers of metrics.jsonl are worth a chart, and what they tell about a run."""
+"""The numbers of metrics.jsonl that are worth a chart, and what they tell about a run."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ def noises(summary: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def spoken(name: str) -> str:
+    """Return the name of a noise in words."""
     return "initial noise" if name == "initial" else name.replace("renoise", "re-noise ")
 
 
@@ -133,7 +134,7 @@ def _number_table(summary: Sequence[dict[str, Any]], measure: str) -> str:
 
 
 def _figures(study: Study) -> Iterator[str]:
-    """For each pivot the sheet of frames with its rows and columns named; rows are as high as the sheet's, whatever the width."""
+    """Return the sheet of frames of each pivot with its rows and columns named; rows are as high as the sheet's, whatever the width."""
     for record in study.records:
         path = figure_path(study.directory, record["pivot"])
         if "times" not in record or not path.is_file():

@@ -73,7 +73,7 @@ def _lines(label: str, runs: Sequence[Run], *, rising: bool) -> list[str]:
 
 
 def _by(found: Sequence[Change]) -> str:
-    """How large changes are, in standard deviations of a video; nothing where these do not vary."""
+    """Return the size of changes, in standard deviations of a video; nothing where these do not vary."""
     sizes = sorted(abs(change.in_spreads) for change in found)
     if not all(map(math.isfinite, sizes)):
         return ""

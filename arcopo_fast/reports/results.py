@@ -79,6 +79,7 @@ class Run:
 
     @cached_property
     def changes(self) -> list[Change]:
+        """Changes of its scores from before to after, as `evaluation.changes` gives them."""
         return changes(self.config, self.evaluation)
 
     @property
@@ -88,6 +89,7 @@ class Run:
 
     @property
     def ended(self) -> bool:
+        """True if the run did all its iterations and its last evaluation."""
         return bool(self.changes) and self.iterations >= self.config.train.iterations
 
 

@@ -118,7 +118,7 @@ def _change_table(changes: Sequence[Change]) -> str:
 
 
 def _left_out(change: Change) -> str:
-    """How many videos a score does not count, if any: it failed there."""
+    """Return how many videos a score does not count, if any: it failed there."""
     return f" <small>({change.failed} left out: no score)</small>" if change.failed else ""
 
 

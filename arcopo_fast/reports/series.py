@@ -71,7 +71,7 @@ def _labels(series: Sequence[dict[str, str]]) -> list[str]:
 
 
 def _kinds(series: Sequence[dict[str, str]], keys: Sequence[str]) -> int:
-    """How many series these keys tell apart."""
+    """Return the number of series that these keys tell apart."""
     return len({tuple(own.get(key) for key in keys) for own in series})
 
 

@@ -29,6 +29,7 @@ MIB = 1 << 20
 
 
 def serve_command_line() -> Parser:
+    """Return the parser of `rewards serve`."""
     parser = Parser(f"{PROGRAM} serve", "Serve rewards over HTTP, until Ctrl-C or SIGTERM.")
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"see {PROGRAM} list; a custom reward is named package.module:function")
     parser.add_argument("--port", type=int, default=8123, metavar="N", help="port to listen at; 0: a free port, which is printed")
@@ -55,6 +56,7 @@ def serve_command_line() -> Parser:
 
 
 def serve(argv: list[str]) -> None:
+    """Run `rewards serve`."""
     options = serve_command_line().read(argv)
     if options is None:
         return
@@ -81,6 +83,7 @@ def serve(argv: list[str]) -> None:
 
 
 def show(argv: list[str]) -> None:
+    """Run `rewards list`."""
     if Parser(f"{PROGRAM} list", "Print the rewards of the package.").read(argv) is None:
         return
     for path, names in judges().items():
@@ -96,6 +99,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {"serve": serve, "list": show
 
 
 def main(argv: list[str]) -> None:
+    """Run the command."""
     run_subcommand(PROGRAM, __doc__, COMMANDS, argv)
 
 

@@ -61,6 +61,7 @@ class Job:
     scores: Future[dict[str, Tensor]] = field(default_factory=Future)
 
     def joins(self, other: Job) -> bool:
+        """Return whether two jobs can be scored in one call."""
         return self.rewards == other.rewards and self.frames.dtype == other.frames.dtype and self.frames.shape[1:] == other.frames.shape[1:]
 
 
@@ -228,6 +229,7 @@ class RewardServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
+        """Address of the server."""
         host, port = self.server_address[:2]
         return f"http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}"
 

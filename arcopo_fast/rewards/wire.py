@@ -119,6 +119,7 @@ def to_float32(frames: Tensor) -> Tensor:
 
 
 def pack_scores(scores: dict[str, Tensor]) -> bytes:
+    """Return scores as the body of an answer."""
     return save({name: values.cpu().contiguous() for name, values in scores.items()})
 
 
@@ -138,6 +139,7 @@ def read_scores(content: bytes, rewards: Sequence[str], count: int) -> dict[str,
 
 
 def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -66,7 +66,7 @@ class Interruption(Handler):
 
 
 def ignore() -> None:
-    """From here on signals change nothing. Python gives them back their own meaning while it ends, when the command has its status."""
+    """Ignore signals from here on. Python gives them back their own meaning while it ends, when the command has its status."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -130,6 +130,7 @@ class Progress:
             self._bar.update(iterations)
 
     def close(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 

@@ -128,5 +128,6 @@ class Trace:
             yield
 
     def step(self) -> None:
+        """Mark the end of an iteration."""
         if self._profiler is not None:
             self._profiler.step()

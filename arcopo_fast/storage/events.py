@@ -30,8 +30,10 @@ class Events:
             self._records.write(Event(wall_time=time.time(), step=after + 1, session_log=start).SerializeToString())
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write the scalars of a step."""
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
         self._records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()

@@ -96,6 +96,7 @@ class MetricsWriter:
             self._events.write(step, {name: value for name, value in _numbers(record) if name != "step"})
 
     def close(self) -> None:
+        """Close the files."""
         self._file.close()
         if self._events is not None:
             self._events.close()

@@ -280,7 +280,7 @@ def surrogate(
 
 
 def ratio_statistics(ratio: Tensor, advantages: Tensor, clip: float | None) -> dict[str, float]:
-    """What an update says of its ratios [N, G]."""
+    """Return the statistics of an update's ratios [N, G]."""
     change, radius = ratio - 1, clip or float("inf")
     lost = ((advantages > 0) & (change > radius)) | ((advantages < 0) & (change < -radius))
     return {

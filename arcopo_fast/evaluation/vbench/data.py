@@ -172,6 +172,7 @@ def videos_of(manifest: str, dimensions: Sequence[str]) -> list[Video]:
 
 
 def total_score(quality: float, semantic: float) -> float:
+    """Return VBench's total of the quality and the semantic score."""
     return (4 * quality + semantic) / 5
 
 
@@ -186,6 +187,7 @@ class VBenchScores:
     videos: Mapping[str, int | None]
 
     def normalized(self, name: str) -> float:
+        """Return a dimension's score on the scale from 0 to 1 of the paper."""
         low, high, _ = DIMENSIONS[name]
         return (self.raw[name] - low) / (high - low)
 
@@ -199,7 +201,7 @@ class VBenchScores:
         return sum(dimension.weight * self.normalized(name) for name, dimension in dimensions.items()) / weights
 
     def summary(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the scores for JSON."""
         dimensions = {
             name: {"raw": self.raw[name], "normalised": self.normalized(name), "videos": self.videos[name]} for name in DIMENSIONS
         }

@@ -51,6 +51,7 @@ class Qwen2VLJudge(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.language_model.embed_tokens.weight.device
 
     def forward(self, patches: Tensor, grid: Tensor, ids: Tensor, pad: int, places: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Who computes the attention over one segment: a table of kernels with one interface.
+"""The backends of the attention over one segment: a table of kernels with one interface.
 
 A backend attends queries [B, Tq, H, D] to keys and values [B, Tk, H, D] and returns the output with the scores' log-sum-exp [B, H, Tq]
 (natural logarithm, float32 at least). Its backward is given the output and log-sum-exp over *all* segments of a call. Then
