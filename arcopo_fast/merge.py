@@ -71,8 +71,8 @@ def command_line() -> RecipeParser:
     )
     parser.usage = f"{prog} --semi PATH --on PATH (--scale S | --sweep S,S,...) --out DIR [recipe] [key.sub=value ...] [options]"
     where = "a run's directory, an adapter's directory or a file of weights"
-    whole = f"the semi-on-policy adapter, taken whole: {where}"
-    parser.add_argument("--semi", type=adapter_path, required=True, metavar="PATH", help=whole)
+    semi_help = f"the semi-on-policy adapter, taken whole: {where}"
+    parser.add_argument("--semi", type=adapter_path, required=True, metavar="PATH", help=semi_help)
     parser.add_argument("--on", type=adapter_path, required=True, metavar="PATH", help=f"the on-policy adapter, which is scaled: {where}")
     scales = parser.add_mutually_exclusive_group(required=True)
     scales.add_argument("--scale", type=numbers, metavar="S", help="s in dW_semi + s dW_on; the paper: 0.8 for Self-Forcing")

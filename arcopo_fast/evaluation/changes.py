@@ -75,18 +75,19 @@ def changes(config: Config, evaluation: Mapping[str, Any]) -> list[Change]:
         first, second, spread = number(before.get("mean")), number(after.get("mean")), number(before.get("std"))
         # The same prompt and noise: only the differences vary.
         pairs = [(number(early), number(late)) for early, late in zip(before.get("values") or [], after.get("values") or [])]
-        whole = [pair for pair in pairs if all(map(math.isfinite, pair))]
-        if len(whole) < len(pairs):  # means over other videos before than after would show a change where there is none
+        scored_pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+        if len(scored_pairs) < len(pairs):  # means over other videos before than after would show a change where there is none
             first, second, spread = math.nan, math.nan, math.nan
-            if whole:
-                ones, others = zip(*whole)
-                first, second, spread = statistics.fmean(ones), statistics.fmean(others), statistics.pstdev(ones)
+            if scored_pairs:
+                early_scores, late_scores = zip(*scored_pairs)
+                first, second = statistics.fmean(early_scores), statistics.fmean(late_scores)
+                spread = statistics.pstdev(early_scores)
         error, better = math.nan, None
-        differences = [late - early for early, late in whole]
+        differences = [late - early for early, late in scored_pairs]
         if len(differences) > 1:
             error = deviation(differences) / math.sqrt(len(differences))
             better = sum(difference > 0 for difference in differences) / len(differences)
-        found.append(Change(name, kind, first, second, error, spread, better, len(pairs) - len(whole)))
+        found.append(Change(name, kind, first, second, error, spread, better, len(pairs) - len(scored_pairs)))
     return sorted(found, key=lambda change: KINDS.index(change.kind))
 
 

@@ -126,12 +126,12 @@ def evaluate(
     wanted = {video for part in parts for video in part}
     if known := len(wanted & scores.values.keys()):
         print(f"{known} of {len(wanted)} videos are scored already", file=sys.stderr)
-    mine = [part for part in parts[shard] if not scores.values.keys() >= {*part}]
-    if mine:
-        evaluator.make_room(max(map(len, mine)))
-        new = {video for part in mine for video in part} - scores.values.keys()
+    to_score = [part for part in parts[shard] if not scores.values.keys() >= {*part}]
+    if to_score:
+        evaluator.make_room(max(map(len, to_score)))
+        new = {video for part in to_score for video in part} - scores.values.keys()
         print_size(evaluator, out, len(video_files(out, new, prompts, keep)))
-    score_missing(evaluator, directory, mine, keep)
+    score_missing(evaluator, directory, to_score, keep)
     scores = directory.read()
     if missing := len(wanted - scores.values.keys()):
         print(f"{missing} of {len(wanted)} videos are left to other processes; the last one to end writes the table", file=sys.stderr)
@@ -156,8 +156,8 @@ def merge_scores(directories: Sequence[Path], out: Path) -> ScoreDirectory:
     scores = merged.read()
     known = {(video.prompt, video.number) for video in scores.values}
     for name in scores.adapters:
-        if lacking := len(known) - len(scores.of(name)):
-            print(f"{name} lacks {lacking} of {len(known)} videos", file=sys.stderr)
+        if missing := len(known) - len(scores.of(name)):
+            print(f"{name} lacks {missing} of {len(known)} videos", file=sys.stderr)
     return merged
 
 

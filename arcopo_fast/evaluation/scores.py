@@ -108,8 +108,8 @@ class ScoreDirectory:
         """
         settings = json.loads(json.dumps(settings))  # as they are read back
         if not (path / STAMP).is_file():
-            ours = {STAMP, SCORES, CLAIMS}  # another process may be creating it
-            if path.exists() and any(file.name not in ours and not file.name.startswith(".evaluation.") for file in path.iterdir()):
+            expected = {STAMP, SCORES, CLAIMS}  # another process may be creating it
+            if path.exists() and any(file.name not in expected and not file.name.startswith(".evaluation.") for file in path.iterdir()):
                 raise UserError(f"{path} holds something else than an evaluation (it has no {STAMP}); give another --out")
             (path / SCORES).mkdir(parents=True, exist_ok=True)
             with lock(path / CLAIMS, "evaluation", wait=True, span=_CREATION):
@@ -206,8 +206,8 @@ class ScoreDirectory:
             raise UserError(
                 f"{place}: {video.generator} is another adapter than elsewhere ({_short(adapter)}, {_short(other)}); rename one"
             )
-        if lacking := sorted(self._judges - values.keys()):
-            raise UserError(f"{place}: there is no score {lacking[0]}; restore the file, or delete it to score its videos again")
+        if missing := sorted(self._judges - values.keys()):
+            raise UserError(f"{place}: there is no score {missing[0]}; restore the file, or delete it to score its videos again")
         found.values.setdefault(video, values)
 
     def check(self, scores: Scores, prompts: Sequence[Prompt], adapters: Mapping[str, dict[str, Any] | None]) -> None:
@@ -237,10 +237,10 @@ class ScoreDirectory:
         places = f"in {other.path}", f"in {self.path}"
         require_same("the evaluations have different settings", self.settings, other.settings, "give another --out", places=places)
         for file in sorted((other.path / SCORES).glob("*.jsonl")):
-            here = self.path / SCORES / file.name
+            target = self.path / SCORES / file.name
             # A longer file of the same name is a later state of the same one: files only grow.
-            if not here.exists() or here.stat().st_size < file.stat().st_size:
-                atomic_write(here, file.read_bytes())
+            if not target.exists() or target.stat().st_size < file.stat().st_size:
+                atomic_write(target, file.read_bytes())
 
 
 class ScoreWriter:

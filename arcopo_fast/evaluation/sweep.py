@@ -91,9 +91,9 @@ class Sweep(NamedTuple):
     @classmethod
     def judged(cls, config: Config, pair: Pair, evaluations: Mapping[float | None, Summaries], names: Sequence[str]) -> Sweep:
         """Return the sweep of judged scales; None among the evaluations is the generator without the on-policy adapter."""
-        whole = {scale: with_held_out(scores, names) for scale, scores in evaluations.items()}
-        points = [point_of(config, scale, whole[None], scores) for scale, scores in whole.items() if scale is not None]
-        return cls(pair, names, whole, points, choose_scale(points))
+        with_metrics = {scale: with_held_out(scores, names) for scale, scores in evaluations.items()}
+        points = [point_of(config, scale, with_metrics[None], scores) for scale, scores in with_metrics.items() if scale is not None]
+        return cls(pair, names, with_metrics, points, choose_scale(points))
 
 
 def out_of_domain(config: Config, metrics: Sequence[str], chosen: Sequence[str]) -> list[str]:

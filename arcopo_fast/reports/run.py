@@ -136,18 +136,18 @@ def _videos(directory: Path, videos: Iterable[Mapping[str, Any]]) -> str:
 
 def _timing_table(seconds: Mapping[str, float], floors: Mapping[str, float]) -> str:
     """Seconds per iteration, share and percent of the floor of each stage, and a bar that shows the share."""
-    whole = sum(seconds.values())
+    all_seconds = sum(seconds.values())
 
     def of_floor(floor: float | None, part: float) -> str:
         return f"<td>{100 * floor / part:.0f} %</td>" if floor and part else "<td></td>"
 
     rows = [
-        f'<tr><th scope="row">{escape(name)}</th><td>{part:.3f}</td><td>{100 * part / (whole or 1):.0f} %</td>'
-        f'{of_floor(floors.get(name), part)}<td class="bar"><i style="width:{100 * part / (whole or 1):.1f}%"></i></td></tr>'
+        f'<tr><th scope="row">{escape(name)}</th><td>{part:.3f}</td><td>{100 * part / (all_seconds or 1):.0f} %</td>'
+        f'{of_floor(floors.get(name), part)}<td class="bar"><i style="width:{100 * part / (all_seconds or 1):.1f}%"></i></td></tr>'
         for name, part in sorted(seconds.items(), key=lambda item: -item[1])
     ]
-    total = of_floor(sum(floors.values()), whole)
-    rows.append(f'<tr class="sum"><th scope="row">an iteration</th><td>{whole:.3f}</td><td></td>{total}<td class="bar"></td></tr>')
+    total = of_floor(sum(floors.values()), all_seconds)
+    rows.append(f'<tr class="sum"><th scope="row">an iteration</th><td>{all_seconds:.3f}</td><td></td>{total}<td class="bar"></td></tr>')
     return table(["", "s / iteration", "share", "of floor", ""], rows)
 
 

@@ -42,11 +42,11 @@ def group(runs: Sequence[Run]) -> list[Series]:
     found: list[tuple[dict[str, str], list[Run]]] = []
     for run in runs:
         own = settings(run.config)
-        same = next((members for known, members in found if known == own), None)
-        if same is None:
+        existing = next((members for known, members in found if known == own), None)
+        if existing is None:
             found.append((own, [run]))
         else:
-            same.append(run)
+            existing.append(run)
     labels = _labels([own for own, _ in found]) if len(found) > 1 else [run.config.name for run in runs[:1]]
     return [Series(label, own, sorted(members, key=lambda run: run.config.seed)) for label, (own, members) in zip(labels, found)]
 

@@ -135,9 +135,9 @@ def _read_checkpoint(checkpoint: Path, base: str, rows: int) -> dict[str, Tensor
 
     rows: of the embedding; the base model's has more.
     """
-    whole = checkpoint / "model.pth"
-    if whole.is_file():
-        return qwen2vl.read_tensors(whole)
+    single_file = checkpoint / "model.pth"
+    if single_file.is_file():
+        return qwen2vl.read_tensors(single_file)
     parts = [checkpoint / name for name in ("non_lora_state_dict.pth", "adapter_model.safetensors")]
     if absent := [part.name for part in parts if not part.is_file()]:
         raise UserError(f"{checkpoint} has neither model.pth nor {' and '.join(absent)}; get {SOURCE} again")
@@ -204,6 +204,6 @@ class VideoAlignReward(nn.Module, Reward):
         return {name: self._read(self.readings[name], raw).to(frames.device) for name in names}
 
     def _read(self, reading: Reading, raw: dict[bool, Tensor]) -> Tensor:
-        which = DIMENSIONS.index(reading.dimension)
-        scores = raw[reading.gray][:, which]
-        return scores if reading.raw else (scores - self.model.means[which]) / self.model.stds[which]
+        column = DIMENSIONS.index(reading.dimension)
+        scores = raw[reading.gray][:, column]
+        return scores if reading.raw else (scores - self.model.means[column]) / self.model.stds[column]

@@ -104,17 +104,17 @@ def describe(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_same(
-    problem: str, there: Mapping[str, Any], here: Mapping[str, Any], advice: str, *, places: tuple[str, str] = ("here", "there")
+    problem: str, stored: Mapping[str, Any], current: Mapping[str, Any], advice: str, *, places: tuple[str, str] = ("here", "there")
 ) -> None:
     """Raise `UserError` if two descriptions, possibly nested, differ: "PROBLEM: KEY: 2 here, 1 there; ADVICE".
 
     What one of them lacks is equal to null: an earlier version may not have known the setting.
 
     Args:
-        there: of what lies on the disk.
-        places: the words for where a value is `here`, and `there`.
+        stored: of what lies on the disk.
+        places: the words for where a value is current, and where it is stored.
     """
-    before, now = dict(_flat(there)), dict(_flat(json.loads(json.dumps(here))))
+    before, now = dict(_flat(stored)), dict(_flat(json.loads(json.dumps(current))))
     if keys := _differing(before, now):
         named = [f"{key}: {_shown(now, key)} {places[0]}, {_shown(before, key)} {places[1]}" for key in keys[:MOST_NAMED]]
         more = [f"and {len(keys) - MOST_NAMED} more"] if len(keys) > MOST_NAMED else []
