@@ -102,7 +102,8 @@ def test_state_round_trip_is_strict() -> None:
     changed = {name: tensor + 1 for name, tensor in saved.items() if name != first} | {second: torch.randn(1, 1), "x": torch.randn(1)}
     with pytest.raises(UserError) as error:
         lora.load_adapter_state(other, changed, source="some/file")
-    for part in ("some/file", f"1 missing ({first})", "1 unexpected (x)", f"1 of another shape ({second})"):
+    reshaped = f"1 of another shape ({second} [1, 1] instead of {list(saved[second].shape)})"
+    for part in ("some/file", f"1 missing ({first})", "1 unexpected (x)", reshaped):
         assert part in str(error.value)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in lora.adapter_state(other).items())
 
