@@ -1,4 +1,4 @@
-"""Which noise decides: replace one noise tensor of a chunk, freeze every other draw, and measure the change (AR-CoPO, Figure 6).
+"""Measure which noise decides: replace one noise tensor of a chunk, freeze every other draw, and measure the change (AR-CoPO, Figure 6).
 
     python -m arcopo_fast.entropy [RECIPE] [key=value ...] [--prompts N] [--draws N] [--adapter DIR] [--out DIR]
 

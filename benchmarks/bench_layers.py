@@ -1,4 +1,4 @@
-"""What takes time and is no operator of arcopo_kernels: a linear layer with an adapter, and the VAE's decoder.
+"""Layers that take time and are no operators of arcopo_kernels: a linear layer with an adapter, and the VAE's decoder.
 
 An adapted layer, y = x W^T + b + s x A^T B^T. FLOP: its products, and in a backward pass those for the gradients of x, A and B. The
 yardsticks are the formula written out, peft's own layer, which computes float32 adapters in float32, and the frozen layer alone, which none
@@ -42,7 +42,7 @@ def plain_bench(bench: Bench) -> Bench:
 
 
 class Layer(NamedTuple):
-    """Of `batch` chunks of tokens; sizes in and out, and the adapter's rank."""
+    """The sizes of a layer: `batch` chunks of tokens, inputs and outputs, and the adapter's rank."""
 
     name: str
     batch: int

@@ -117,7 +117,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def _write(config: pytest.Config) -> Path | None:
-    """What was measured so far, where --results names a file: a session that is killed leaves what it had."""
+    """Write what was measured so far, where --results names a file: a session that is killed leaves what it had."""
     if not config.option.results:
         return None
     path = results.folder(shapes.DEVICE) / f"{config.option.results}.json"

@@ -90,9 +90,9 @@ CUTS = {
     80: Cut(4, 1, 1, resident=2 * 2 * 10**9),  # the recipe's own, beside a judge of two billion parameters
     141: Cut(12, 4, 4),
 }
-"""By the GB of a card."""
+"""The cuts by the GB of a card."""
 USABLE = 0.96
-"""Of a card's GB: cards fall short of their names, and CUDA's context takes some."""
+"""The usable share of a card's GB: cards fall short of their names, and CUDA's context takes some."""
 
 
 def cut_for(gigabytes: int, config: Config = FULL) -> Config:
@@ -127,7 +127,7 @@ def full(config: Config | None = None, sizes: GeneratorSizes | None = None, devi
 # Parts -------------------------------------------------------------------------------------------------------------------------------
 
 REFERENCE_BRANCHES = 2
-"""Of the group, run by the reference path; the others are taken to cost the same."""
+"""Members of the group that the reference path runs; the others are taken to cost the same."""
 FIRST, MIDDLE, LAST = 1, FULL.video.count // 2 + 1, FULL.video.count
 COMPARED = (MIDDLE, LAST, FIRST)
 """Pivots, counted from 1, at which the reference path runs too."""
@@ -143,7 +143,7 @@ PARTS = (
     *(f"within-{gigabytes}" for gigabytes in sorted(CUTS, reverse=True)[1:]),
     *(f"sweep-{name}" for name in VARIED),
 )
-"""What tells most comes first: a run that is cut short has measured that."""
+"""The parts; the most telling come first: a run that is cut short has measured that."""
 
 
 def measure_part(name: str, scene: Scene, timer: Timer, ceilings: Ceilings, rounds: int = 2) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _measure_reference(scene: Scene, pivot: int, timer: Timer, ceilings: Ceiling
 
 
 def _measure_within(gigabytes: int, scene: Scene, timer: Timer, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """As a card of so many GB would take it: the first pivot has the most keys and values of its own, the last the longest context.
+    """Return what a card of so many GB takes: the first pivot has the most keys and values of its own, the last the longest context.
 
     Raises:
         OutOfMemoryError: it does not fit, in whatever small pieces.
@@ -225,7 +225,7 @@ def sample(call: Callable[[], object], timer: Timer, rounds: int) -> list[float]
 
 
 KERNELS_KEPT = 25
-"""Of each stage, those that take most."""
+"""How many kernels of each stage are listed: those that take most."""
 PROFILED_GROUP = 4
 """Branches of the group that is profiled: more of the same tell nothing new, and a profiler keeps every launch."""
 

@@ -50,12 +50,12 @@ from benchmarks import results, shapes
 
 REPOSITORY = results.ROOT.parent
 SECONDS = 570.0
-"""That a step may take: ten minutes, less what a start and a last file take."""
+"""Seconds that a step may take: ten minutes, less what a start and a last file take."""
 PASSED, FAILED, LATE, ABSENT = "passed", "failed", "out of time", "not available"
 SANITIZER_FOUND = 86
 """Exit status of compute-sanitizer when it has found something; the program's own statuses are smaller."""
 KEPT_LINES = 60
-"""Of a part's output, in the step's file, when the part does not pass."""
+"""Lines of a part's output, in the step's file, when the part does not pass."""
 ENGINE_TESTS = ("tests/rollout/test_gpu_engine.py", "tests/rollout/test_graphs.py", "tests/rewards/test_clip.py")
 """Beside those of the kernels: every other file that has GPU tests."""
 ENGINE_NEEDS = ("peft", "pydantic", "safetensors", "transformers")
@@ -67,7 +67,7 @@ LONGEST = 180.0
 JOBS = max(1, min(8, (os.cpu_count() or 2) // 2))
 """Processes that run side by side where nothing is timed: a GPU has room for some small tests at once."""
 BENCHMARKS = ("layers", "attention", *(operator for operator in OPERATORS if operator != "attention"))
-"""What an iteration spends most of its time in comes first."""
+"""The operators; those in which an iteration spends most of its time come first."""
 
 
 class Chosen(NamedTuple):
@@ -91,7 +91,7 @@ class Chosen(NamedTuple):
 
 Part = dict[str, Any]
 Parts = Iterator[tuple[Part, Mapping[str, Any]]]
-"""What a step yields: each of its parts, with what it measured, an object as the benchmarks write it, or nothing."""
+"""The yield of a step: each of its parts, with what it measured, an object as the benchmarks write it, or nothing."""
 
 
 class Outcome(NamedTuple):
@@ -102,7 +102,7 @@ class Outcome(NamedTuple):
     seconds: float
 
     def part(self, name: str, verdict: str | None = None, **more: Any) -> Part:
-        """What the step's file says of it."""
+        """Return what the step's file says of it."""
         verdict = LATE if self.status is None else verdict or (FAILED if self.status else PASSED)
         end = {} if verdict == PASSED else {"exit": self.status, "output": self.lines[-KEPT_LINES:]}
         return {"name": name, "status": verdict, "seconds": round(self.seconds, 1), **more, **end}
@@ -275,7 +275,7 @@ def _benchmarks(deadline: float, operators: Sequence[str], *options: str) -> Par
 
 
 def iteration(deadline: float, chosen: Chosen) -> Parts:
-    """What it yields as measured is everything so far: of this run, and of earlier ones with the same sources and settings."""
+    """Yield everything that was measured so far: of this run, and of earlier ones with the same sources and settings."""
     try:
         from benchmarks import full_size  # the other steps need less
     except ModuleNotFoundError as error:
@@ -332,7 +332,7 @@ def _verdict(problems: Sequence[str]) -> Part:
 
 
 def _earlier(fingerprint: str) -> dict[str, Any]:
-    """What earlier runs on such a device measured of the same sources and settings, by part; what lies in $OUT goes first."""
+    """Return what earlier runs on such a device measured of the same sources and settings, by part; what lies in $OUT goes first."""
     measured: dict[str, Any] = {}
     for path in (*results.ROOT.glob("results/*/iteration.json"), results.folder(shapes.DEVICE) / "iteration.json"):
         with suppress(OSError, ValueError, KeyError):

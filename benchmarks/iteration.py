@@ -199,7 +199,7 @@ class Samples:
         return result
 
     def medians(self, rounds: int) -> dict[str, float]:
-        """Of the last `rounds` calls, by stage."""
+        """Return the times of the last `rounds` calls, by stage."""
         taken = self.stages[-rounds:]
         return {name: median(seconds.get(name, 0.0) for seconds in taken) for name in profiling.STAGES if any(name in s for s in taken)}
 
@@ -320,7 +320,7 @@ def problems(path: OurPath) -> list[str]:
 
 
 VARIED = ("group", "steps", "length", "resolution")
-"""What `sweep` varies."""
+"""The settings that `sweep` varies."""
 
 
 def sweep(scene: Scene, what: str) -> list[Scene]:

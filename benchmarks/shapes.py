@@ -37,7 +37,7 @@ class Model(NamedTuple):
 WAN_1_3B = Model("Wan 1.3B", heads=12, head_dim=128, layers=30, grid=(30, 52))
 WAN_14B = Model("Wan 14B", heads=40, head_dim=128, layers=40, grid=(30, 52))
 SMALL = Model("small", heads=2, head_dim=16, layers=2, grid=(4, 6))
-"""Of no use but to run the suite on a CPU."""
+"""Small shapes, only to run the suite on a CPU."""
 
 LATENT = 3 * 16 * 60 * 104
 """Elements of a chunk's latent, [3 frames, 16 channels, 60, 104]."""

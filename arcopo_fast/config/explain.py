@@ -38,7 +38,7 @@ def explain(error: ValidationError, model: type[Config], origins: Mapping[str, s
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in the tree a problem lies. key: it is a single key, not a section; expected: what that takes, in words."""
+    """The place of a problem in the tree of settings. key: it is a single key, not a section; expected: what that takes, in words."""
 
     path: str
     key: bool

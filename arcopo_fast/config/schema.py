@@ -142,7 +142,7 @@ class SamplerConfig(Section):
 
 
 class CacheConfig(Section):
-    """Which finished frames a chunk attends to."""
+    """The finished frames that a chunk attends to."""
 
     variant: CacheVariant = Field("self_forcing", description="the published generator whose cache and positions are used")
     window: Positive | None = Field(None, description="visible latent frames, with those of the chunk that is denoised; null: all")
@@ -167,7 +167,7 @@ class CacheConfig(Section):
 
 
 class RolloutConfig(Section):
-    """How a group of candidates is made."""
+    """The making of a group of candidates."""
 
     group_size: int = Field(12, description="G, the candidates of a group; at least 2")
     noise_strength: float = Field(0.5, gt=0, le=1, description="sigma in eps_i = sqrt(1 - sigma^2) eps* + sigma delta_i")
@@ -200,7 +200,7 @@ class RolloutConfig(Section):
 
 
 class ObjectiveSettings(Section):
-    """What the policy learns from its groups, and how: the part that all objectives share."""
+    """The learning of the policy from its groups: the part that all objectives share."""
 
     kind: str = Field("copo", description="copo: AR-CoPO; sde_grpo: the baseline; or the dotted name of a module with an objective")
     updates: Positive = Field(2, description="optimizer steps of an iteration")
@@ -260,7 +260,7 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    """Where groups come from, how long, and what is kept."""
+    """The source of the groups, the length of a run, and what is kept."""
 
     mode: Literal["on_policy", "semi_on_policy", "off_policy"] = Field(
         "on_policy",
@@ -309,7 +309,7 @@ class EvaluationConfig(Section):
 
 
 class RunConfig(Section):
-    """Where a run leaves what it made."""
+    """The place where a run leaves what it made."""
 
     directory: Place = Field("runs", description="the run is written to <directory>/<name>; if that exists, to <name>-2 and so on")
     overwrite: bool = Field(False, description="replace an earlier run of the same name instead")

@@ -36,13 +36,13 @@ MEASURES = {
     "video": "Latents of the whole video from the pivot on",
     "frames": "Decoded frames from the pivot on, in levels of 0 to 255",
 }
-"""Of what the mean squared change is taken, per element; frames in levels of 0 to 255."""
+"""The things whose mean squared change is measured, per element; frames in levels of 0 to 255."""
 RATIO = "ratio"
 FRAME_COLUMNS, FRAME_SIDE = 12, 128
-"""Of the figures: about so many frames in a row, one of each chunk at least, and pixels of a frame's shorter side."""
+"""The size of the figures: about so many frames in a row, one of each chunk at least, and pixels of a frame's shorter side."""
 
 Record = dict[str, Any]
-"""Of one prompt and pivot: {"prompt": i, "text": ..., "pivot": p, measure: {noise: [change by draw]}}; prompts count from 0, pivots from 1.
+"""One prompt and pivot: {"prompt": i, "text": ..., "pivot": p, measure: {noise: [change by draw]}}; prompts count from 0, pivots from 1.
 The first prompt's videos are shown; its records also have "times", the frames in a row, and "marked", the columns of the pivot chunk."""
 
 

@@ -71,7 +71,7 @@ class Objective(ABC, Generic[S]):
 
     Settings: ClassVar[type[ObjectiveSettings]]
     method: ClassVar[str] = ""
-    """What a model card says of it; empty: its name in the recipe."""
+    """Its name in a model card; empty: its name in the recipe."""
 
     def __init__(self, engine: Engine, settings: S, *, reference: bool = False) -> None:
         from arcopo_fast.objectives.policies import Policies  # loads the adapters' library, which reading a recipe does not need

@@ -55,7 +55,7 @@ class Passes(NamedTuple):
 
 
 PASSES = ("trips of decoder and rewards", "forward passes repeated", "waves of branches", "slices that are decoded", "micro-batches")
-"""What `--dry-run` calls the fields of `Passes`, in its order."""
+"""The names that `--dry-run` gives the fields of `Passes`, in its order."""
 
 
 class Plan(NamedTuple):

@@ -61,7 +61,7 @@ class VideoCache:
     roped: ClassVar[bool] = True
     """Keys are cached roped; else, they are roped at every read."""
     recomputed: ClassVar[bool] = False
-    """What is cached after a chunk takes the place of all that was there, so that only the last one matters."""
+    """Whether what is cached after a chunk replaces everything cached before, so that only the last chunk matters."""
 
     def __init__(self, pool: PagePool, settings: CacheConfig, batch: int, *, chunk_frames: int, reencoder: Reencoder | None = None) -> None:
         self.pool = pool

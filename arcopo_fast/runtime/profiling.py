@@ -22,7 +22,7 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.storage.atomic import atomic_path
 
 STAGES = ("prefix", "fork", "denoise", "clean", "reencode", "decode", "reward", "replay", "optimizer")
-"""Of an iteration, in the order in which they come. fork: the branches' noise and page tables; reencode: the VAE's part in a context."""
+"""The stages of an iteration, in their order. fork: the branches' noise and page tables; reencode: the VAE's part in a context."""
 
 
 class _Recorder:

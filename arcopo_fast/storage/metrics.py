@@ -26,7 +26,7 @@ FILE = "metrics.jsonl"
 TOTAL = "reward"  # the weighted sum of the rewards, in metrics.jsonl and evaluation.json
 LARGEST = 1e150  # its square is a float too
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)] | None
-"""What was measured; null where it was not a finite number."""
+"""A measured number; null where it was not finite."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Candidates:
 
 @dataclass
 class Result:
-    """What an iteration made, to be compared with another's. rewards: by name, [G]; advantages [G] float64."""
+    """The results of an iteration, to be compared with another's. rewards: by name, [G]; advantages [G] float64."""
 
     latents: Tensor
     rewards: dict[str, Tensor]

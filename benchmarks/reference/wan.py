@@ -29,7 +29,7 @@ class DenseCache:
         self.tokens, self.window, self.sink = tokens, window, sink
 
     def extended(self, layer: int, frame: int, key: Tensor, value: Tensor, *, write: bool) -> tuple[Tensor, Tensor]:
-        """What a chunk that starts at `frame` attends to: the visible frames before it, and its own keys and values [1, F * N, H, D].
+        """Return what a chunk from `frame` on attends to: the visible frames before it, and its own keys and values [1, F * N, H, D].
 
         write: put the chunk into the cache. Without it the cache is a constant, and gradient flows into the chunk's own part only.
         """

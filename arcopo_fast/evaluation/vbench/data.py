@@ -25,7 +25,7 @@ VIDEOS_PER_PROMPT = 5
 """VBench looks at -0.mp4 to -4.mp4, and at no more."""
 FLICKERING = "temporal_flickering"
 FLICKERING_VIDEOS = 25
-"""Of each of its prompts: only static videos count, and the first five of them are kept."""
+"""Videos of each of its prompts: only static videos count, and the first five of them are kept."""
 
 _NAME_MAX = 255 - len(".partial")  # bytes of a file's name, and what it has more until it is complete
 

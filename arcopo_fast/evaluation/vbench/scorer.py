@@ -31,7 +31,7 @@ from arcopo_fast.evaluation.vbench.data import (
 from arcopo_fast.storage.atomic import atomic_directory, atomic_write
 
 SHOWN_LINES = 20
-"""Of a scorer that failed; its log has all."""
+"""Lines that are shown of a scorer that failed; its log has all."""
 
 
 class Scorer(NamedTuple):
