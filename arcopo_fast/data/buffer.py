@@ -195,10 +195,8 @@ class Buffer:
                 buffer.write(index, *make(index))
 
         Entries that other processes have claimed are skipped, and waited for at the end: by then an entry exists or, if its process died,
-        is
-        claimed here. When the iteration ends, every entry exists and is intact. A broken one is moved aside, to NNNNNN.broken: it may be a
-        file
-        that somebody put there, and on a failing disk it keeps the bad block from being used again.
+        is claimed here. When the iteration ends, every entry exists and is intact. A broken one is moved aside, to NNNNNN.broken: it may be
+        a file that somebody put there, and on a failing disk it keeps the bad block from being used again.
 
         Args:
             waiting: called once with the entries of other processes, if there are any to wait for.

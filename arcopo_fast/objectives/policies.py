@@ -44,8 +44,8 @@ class Policies:
             yield
         else:
             live = _copy(adapter_state(self.model))
-            load_adapter_state(self.model, self._kept[name])
             try:
+                load_adapter_state(self.model, self._kept[name])  # in here: an interrupt must not leave half of it as the live weights
                 yield
             finally:
                 load_adapter_state(self.model, live)

@@ -125,8 +125,9 @@ class Rollouts:
 
 
 class BufferedGroups:
-    """A source of groups that the generator made before it was trained (semi-on-policy AR-CoPO), in an order drawn anew for every pass over
-    them.
+    """A source of groups that the generator made before it was trained (semi-on-policy AR-CoPO).
+
+    Every pass over them has an order of its own.
 
     Raises:
         UserError: the buffer is of another policy, holds no intact entry, or lacks a reward of the recipe.
@@ -162,9 +163,9 @@ REWARD = "reward/"
 def store(judged: JudgedGroup, shape: VideoShape) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a group as a buffer keeps it: tensors, and the metadata that name them.
 
-    Latents are kept, never keys and values: those are rebuilt from the prefix. The tensors are inputs, predictions [T, G, F, C, h, w], x_t
-    and
-    x0hat_t of the pivot chunk, x_0 being eps_i; initial [F, C, h, w], eps*; and prefix [F0, C, h, w] float32, absent at the first chunk.
+    Latents are kept, never keys and values: those are rebuilt from the prefix. The tensors are inputs, predictions [T, G, F, C, h, w]: x_t
+    and x0hat_t of the pivot chunk, whose first input is eps_i; initial [F, C, h, w]: eps*; and prefix [F0, C, h, w] float32, absent at the
+    first chunk.
     """
     group, (seed, iteration, index) = judged.group, judged.group.id
     initial = KeyedNoise(shape, group.id).initial(group.pivot)[0]

@@ -1,4 +1,4 @@
-"""What several tests of commands share, made once for all of them."""
+"""Fixtures that several tests of commands share, made once for all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arcopo_fast.cli import run_command
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of different rank, alpha and layers; `zero` adds nothing, and `thin` is of another generator."""
+    """Adapters of different rank, alpha and layers; `zero` adds nothing, and `thin` is of another generator."""
     return write_adapters(tmp_path_factory.mktemp("adapters"))
 
 

@@ -157,7 +157,7 @@ def test_an_interrupt_in_code_that_a_library_runs_from_c_has_the_status_of_any(t
 
 
 def command_lines() -> dict[str, Any]:
-    """Of every command, by the function that makes it."""
+    """Return the parser of every command, by the function that makes it."""
     found: dict[str, Any] = {}
     for path in sorted(Path(arcopo_fast.__file__).parent.rglob("*.py")):
         name = ".".join(("arcopo_fast", *path.relative_to(Path(arcopo_fast.__file__).parent).with_suffix("").parts))

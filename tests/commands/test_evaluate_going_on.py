@@ -110,7 +110,7 @@ def test_interrupted_it_finishes_the_batch_and_goes_on_with_more(
 
 
 def hold(out: Path, videos: list[Video], held: Any) -> None:
-    """As another process that is making a batch and never ends."""
+    """Act as another process that is making a batch and never ends."""
     for _ in ScoreDirectory.open(out).unscored([videos], lambda others: None):
         held.set()
         time.sleep(600)

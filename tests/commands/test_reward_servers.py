@@ -155,7 +155,7 @@ def test_evaluation_leaves_failed_scores_out(tmp_path: Path, monkeypatch: pytest
 def test_a_watched_reward_that_fails_costs_no_total_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of weight 0, it is in no total: of an iteration, of the evaluations before and after, or of what is reported."""
+    """A reward of weight 0 is in no total: of an iteration, of the evaluations before and after, or of what is reported."""
     (tmp_path / "watched.py").write_text("def half(frames, prompts):\n    return [None if i % 2 else 0.5 for i in range(len(frames))]\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.warns(UserWarning, match="'watched:half' returned scores that are not finite"):

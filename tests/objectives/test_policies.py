@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.lora import adapter_parameters, adapter_state
+from arcopo_fast.objectives import policies as module
 from arcopo_fast.objectives.policies import Policies
 
 LATENTS, TEXT = (1, 2, 8, 4, 6), (1, 5, 10)
@@ -84,6 +85,26 @@ def test_an_error_inside_a_block_leaves_the_live_policy_and_the_copies(name: str
     with pytest.raises(RuntimeError, match="inside"), policies.as_(name):
         raise RuntimeError("inside")
     assert same(weights(model), live) and torch.equal(output(model), now) and same(policies.state_dict()["old"], was)
+
+
+def test_an_interrupt_while_weights_are_put_in_place_leaves_the_live_policy(model: CausalWan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the old weights must not stay: a checkpoint that is saved on the way out would hold them."""
+    policies = Policies(model)
+    policies.keep("old")
+    live, put = move(model), module.load_adapter_state
+    interrupts = iter([True, False])
+
+    def half(target: nn.Module, state: dict[str, Tensor]) -> None:
+        if next(interrupts):
+            names = list(state)[: len(state) // 2]
+            put(target, live | {name: state[name] for name in names})
+            raise KeyboardInterrupt
+        put(target, state)
+
+    monkeypatch.setattr(module, "load_adapter_state", half)
+    with pytest.raises(KeyboardInterrupt), policies.as_("old"):
+        pytest.fail("the block must not be entered")
+    assert same(weights(model), live)
 
 
 @pytest.mark.parametrize("error", [False, True])

@@ -26,11 +26,10 @@ WEIGHT_GRADIENT_PROGRAMS = 512
 
 
 def block_sizes(heads: int, head_dim: int) -> tuple[int, int, int]:
-    """Return BLOCK_H, BLOCK_D and num_warps: 16 elements a thread, two 16-byte loads in half precision, in at most 256 threads where
-    registers
-    allow it.
+    """Return BLOCK_H, BLOCK_D and num_warps.
 
-    The larger the block of threads, the fewer rows are under way while one waits for its sum.
+    A thread has 16 elements, two 16-byte loads in half precision; a block has at most 256 threads where registers allow it. The
+    larger the block of threads, the fewer rows are under way while one waits for its sum.
     """
     block_h, block_d = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
     block = block_h * block_d
