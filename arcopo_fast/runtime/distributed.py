@@ -1,0 +1,276 @@
+"""The processes of one job: which of them this is, and what they tell each other.
+
+    torchrun --nproc_per_node=8 -m arcopo_fast.train self_forcing        one process for each GPU, a rank
+    srun --ntasks-per-node=8 python -m arcopo_fast.train self_forcing    the same by SLURM
+
+A process that was started alone is a world of one: nothing is set up, and everything here is the identity.
+Numbers and messages go over gloo, so that no GPU waits for them; tensors go the way of their device, on GPUs over NCCL.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from arcopo_fast.errors import UserError
+from arcopo_fast.runtime.profiling import stage
+
+T = TypeVar("T")
+
+TIMEOUT = 1800.0
+"""Seconds that a rank waits for the others before it ends the job."""
+BUCKET = 1 << 26
+"""Bytes that are summed over the ranks at once: fewer calls, and no second copy of everything."""
+
+
+class RankLost(UserError):
+    """Another rank has ended, or does not answer. Its own error is the cause."""
+
+
+class Place(NamedTuple):
+    """The place of a process in its job, as its launcher tells it.
+
+    Attributes:
+        rank, size: number of the process, and how many there are.
+        local_rank: number of the process on its machine: that of its GPU.
+        address, port: where rank 0, or its launcher, can be reached.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def place_of(environment: Mapping[str, str]) -> Place | None:
+    """Return this process's place by torchrun's variables, or by SLURM's for a step with several tasks; None: it was started alone.
+
+    Raises:
+        UserError: variables are missing, or are no numbers.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return _place(environment, {"rank": "RANK", "size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}, environment.get("MASTER_PORT"))
+    if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "SLURM_PROCID" in environment:
+        job = environment.get("SLURM_JOB_ID", "0")
+        nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
+        port = environment.get("MASTER_PORT") or str(20000 + int(re.sub(r"\D", "", job) or 0) % 40000)
+        names = {"rank": "SLURM_PROCID", "size": "SLURM_STEP_NUM_TASKS", "local_rank": "SLURM_LOCALID"}
+        return _place({"MASTER_ADDR": first_host(nodes)} | dict(environment), names, port)
+    return None
+
+
+def _place(environment: Mapping[str, str], names: Mapping[str, str], port: str | None) -> Place | None:
+    values = {field: environment.get(name, "") for field, name in names.items()}
+    if values["size"] == "1":
+        return None
+    needed = {**{names[field]: value for field, value in values.items()}, "MASTER_PORT": port or ""}
+    if wrong := [name for name, value in needed.items() if not value.isdecimal()]:
+        raise UserError(
+            f"{wrong[0]} is {needed[wrong[0]]!r}, which is no number: some of the variables of a launcher are set, and not all; start the "
+            "command with torchrun, or unset RANK and WORLD_SIZE to run one process"
+        )
+    if not environment.get("MASTER_ADDR"):
+        raise UserError("MASTER_ADDR is not set: start the command with torchrun, or set it to the host of rank 0")
+    rank, size, local_rank = (int(values[field]) for field in ("rank", "size", "local_rank"))
+    return Place(rank, size, local_rank, environment["MASTER_ADDR"], int(needed["MASTER_PORT"]))
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a list as SLURM writes it, such as node[03-05,9],gpu1; empty for an empty list."""
+    prefix, bracket, rest = nodes.partition("[")
+    return (
+        prefix.split(",")[0]
+        if not bracket or "," in prefix
+        else prefix + re.split(r"[-,\]]", rest)[0] + rest.partition("]")[2].split(",")[0]
+    )
+
+
+@dataclass(frozen=True)
+class World:
+    """Some processes that work together: all of a job, or a team of them. By default one process alone.
+
+    Every method that has the others do something must be called by all of them, in the same order.
+
+    Attributes:
+        rank, size: number of this process among them, and how many they are.
+        ranks: their numbers in the job.
+        timeout: seconds to wait for one another.
+    """
+
+    rank: int = 0
+    size: int = 1
+    ranks: tuple[int, ...] = (0,)
+    timeout: float = TIMEOUT
+    _control: Any = field(default=None, repr=False)  # process groups: for messages from the host, and for tensors of any device
+    _tensors: Any = field(default=None, repr=False)
+
+    @classmethod
+    @contextmanager
+    def joined(cls, timeout: float = TIMEOUT) -> Iterator[World]:
+        """Join the job that this process belongs to, for as long as the block lasts.
+
+        Raises:
+            UserError: the launcher's variables cannot be used, the others do not come, or this machine has fewer GPUs than processes.
+        """
+        place = place_of(os.environ)
+        if place is None:
+            yield cls()
+            return
+        if torch.cuda.is_available():
+            if place.local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"rank {place.rank} is process {place.local_rank + 1} of {socket.gethostname()}, which has {torch.cuda.device_count()} "
+                    "GPUs; start as many processes as there are GPUs: --nproc_per_node"
+                )
+            torch.cuda.set_device(place.local_rank)
+        os.environ.update({"RANK": str(place.rank), "WORLD_SIZE": str(place.size), "LOCAL_RANK": str(place.local_rank)})
+        os.environ.update({"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)})
+        patience, ranks = timedelta(seconds=timeout), tuple(range(place.size))
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
+            control = dist.new_group(backend="gloo", timeout=patience) if torch.cuda.is_available() else dist.group.WORLD
+        except (RuntimeError, ValueError) as error:
+            where = f"{place.size} ranks at {place.address}:{place.port}"
+            raise UserError(f"rank {place.rank} could not join {where}: {str(error).splitlines()[0]}") from error
+        try:
+            yield cls(place.rank, place.size, ranks, timeout, control, dist.group.WORLD)
+        finally:
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there are no others."""
+        return self.size == 1
+
+    def mine(self, count: int) -> range:
+        """Return this process's share of `count` pieces of work: every `size`-th from `rank` on."""
+        return range(self.rank, count, self.size)
+
+    def team(self, size: int) -> World:
+        """Return the team of `size` consecutive ranks that this process is in."""
+        if size == self.size:
+            return self
+        if self.size % size:
+            raise ValueError(f"{self.size} ranks are not teams of {size}")
+        if size == 1:
+            return World(ranks=(self.ranks[self.rank],), timeout=self.timeout)
+        patience, mine = timedelta(seconds=self.timeout), None
+        for start in range(0, self.size, size):  # everybody takes part in the making of every team
+            ranks = self.ranks[start : start + size]
+            control = dist.new_group(list(ranks), backend="gloo", timeout=patience)
+            tensors = dist.new_group(list(ranks), timeout=patience) if torch.cuda.is_available() else control
+            if self.ranks[self.rank] in ranks:
+                mine = World(self.rank - start, size, ranks, self.timeout, control, tensors)
+        assert mine is not None
+        return mine
+
+    # What they tell each other
+
+    def gathered(self, value: T) -> list[T]:
+        """Return everybody's value, by rank. It is pickled, so it is small and lies on the CPU."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        self._together(lambda: dist.all_gather_object(values, value, group=self._control))
+        return values
+
+    def from_main(self, value: T) -> T:
+        """Return rank 0's value."""
+        return self.gathered(value if self.is_main else None)[0]  # type: ignore[return-value]
+
+    def total(self, number: float) -> float:
+        """Return the sum of everybody's number."""
+        return sum(self.gathered(number))
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set anywhere."""
+        return any(self.gathered(flag))
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one dtype and device by their sums over all ranks."""
+        if self.alone:
+            return
+        with stage("reduce"):
+            for bucket in _buckets(tensors):
+                flat = torch.cat([tensor.flatten() for tensor in bucket])
+                self._together(lambda: dist.all_reduce(flat, group=self._tensors))  # noqa: B023, called at once
+                for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+                    tensor.copy_(part.view_as(tensor))
+
+    def concatenated(self, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+        """Return everybody's tensors side by side along `dim`, where rank r's has `sizes[r]` entries."""
+        if self.alone:
+            return tensor
+        rows = tensor.movedim(dim, 0).contiguous()
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        self._together(lambda: dist.all_gather(parts, padded, group=self._tensors))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)]).movedim(0, dim).contiguous()
+
+    def meet(self, what: str) -> None:
+        """Wait until everybody is here.
+
+        Raises:
+            RankLost: some did not come in time; on rank 0 the message names them.
+        """
+        if not self.alone:
+            patience = timedelta(seconds=self.timeout)
+            self._together(lambda: dist.monitored_barrier(self._control, timeout=patience, wait_all_ranks=True), what)
+
+    def check_same(self, what: str, value: Any) -> None:
+        """Check that everybody has an equal value.
+
+        Raises:
+            UserError: they differ; the message names the ranks.
+        """
+        values = self.gathered(value)
+        if odd := [rank for rank, other in zip(self.ranks, values) if other != values[0]]:
+            raise UserError(
+                f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))} of {self.size} {'have' if len(odd) > 1 else 'has'} another {what} "
+                f"than rank {self.ranks[0]}; start all ranks with the same command, files and versions"
+            )
+
+    def _together(self, work: Callable[[], Any], what: str = "") -> None:
+        try:
+            work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            missing = re.search(r"[Rr]anks? ([\d, ]+) failed to pass monitoredBarrier", reason)
+            lost = f"rank {missing[1].strip(' ,')} did not come" if missing else "another rank has ended or does not answer"
+            within = f" within {self.timeout:g} s" if missing or "timeout" in reason.lower() or "timed out" in reason.lower() else ""
+            raise RankLost(
+                f"{lost}{within}{f' to {what}' if what else ''}; its own error, above or in its log, is the cause ({reason[:160]})"
+            ) from error
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield runs of tensors of at most `BUCKET` bytes together, or a single larger one."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
