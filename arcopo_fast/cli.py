@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +20,10 @@ from typing import Any, NoReturn
 
 from arcopo_fast.config.reading import DEFAULT_RECIPE, keys_help, load_config, recipes, resolved_yaml
 from arcopo_fast.config.schema import Config, expanded
-from arcopo_fast.errors import UserError
-from arcopo_fast.runtime.console import INTERRUPTED, KEPT, Handler, ignore, interrupt
+from arcopo_fast.errors import RankLost, UserError
+from arcopo_fast.runtime.console import INTERRUPTED, KEPT, Handler, ignore, interrupt, last_line
+from arcopo_fast.runtime.place import place_of
+from arcopo_fast.runtime.rank_console import Console
 from arcopo_fast.storage import hub
 
 BAD_INPUT = 2
@@ -38,18 +41,28 @@ _MACHINE_ERRORS = {
 def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 with one line for bad input, a full disk or a lack of permission, 130 when interrupted.
 
-    SIGTERM interrupts it as Ctrl-C does.
+    SIGTERM interrupts it as Ctrl-C does. Of several ranks, those other than 0 keep a log each, see `runtime.rank_console`.
 
     arguments: the command line without the program's name; None: the process's own.
     """
+    try:
+        place = place_of(os.environ)
+    except UserError as error:
+        return _end(Console(None), error)
+    with Console(place) as console:
+        return _run(main, arguments, console)
+
+
+def _run(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None, console: Console) -> int:
     try:
         with Handler(interrupt):
             status = main(list(sys.argv[1:] if arguments is None else arguments))
             sys.stdout.flush()
     except UserError as error:
-        status = _end(f"error: {error}", BAD_INPUT)
+        status = _end(console, error)
     except KeyboardInterrupt as error:
-        status = _end(f"interrupted; {str(error) or f'{KEPT}, and the same command continues'}", INTERRUPTED)
+        last_line(sys.stderr, _line(f"interrupted; {str(error) or f'{KEPT}, and the same command continues'}"))
+        status = INTERRUPTED
         if arguments is None:
             _leave(status)
     except BrokenPipeError:  # the reader of our output left, as in `--help | head`: not an error, but nothing may be printed any more
@@ -57,9 +70,13 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
         status = 1
     except Exception as error:
         problem = machine_problem(error)
-        if problem is None:
+        if problem is not None:
+            status = _end(console, problem)
+        elif console.place is None:
             raise
-        status = _end(f"error: {problem}", BAD_INPUT)
+        else:
+            console.fail(console.kept + traceback.format_exc().rstrip())
+            status = 1
     finally:
         if arguments is None:
             ignore()
@@ -97,9 +114,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _end(line: str, status: int) -> int:
-    print("\n" * sys.stderr.isatty() + " ".join(line.split()), file=sys.stderr)  # a progress line may be standing there
-    return status
+def _end(console: Console, problem: UserError | str) -> int:
+    console.fail(_line(f"error: {problem}"), secondary=isinstance(problem, RankLost))
+    return BAD_INPUT
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 class Parser(argparse.ArgumentParser):

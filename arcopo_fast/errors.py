@@ -12,6 +12,10 @@ class UserError(ValueError):
     """Input that cannot be used: a recipe, an override, a checkpoint, a directory."""
 
 
+class RankLost(UserError):
+    """Another rank has ended, or does not answer. Its own error is the cause."""
+
+
 def shorten(text: str, length: int = 80) -> str:
     """Return at most `length` characters of a text, on one line."""
     text = " ".join(text.split())

@@ -18,6 +18,8 @@ from typing import Any, TextIO
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
 KEPT = "what was complete by then is kept"
+PATIENCE = 15.0
+"""Seconds after a signal in which one of several ranks may finish what it is at: launchers such as torchrun kill it after 30."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -43,7 +45,8 @@ class Handler:
 
 
 class Interruption(Handler):
-    """Within the block the first signal only sets `asked`; a second one interrupts at once.
+    """Within the block the first signal only sets `asked`; a second one interrupts at once, and so do, on one of several ranks, `PATIENCE`
+    seconds.
 
     waiting_for: what is finished first, for the line on stderr.
     """
@@ -61,8 +64,16 @@ class Interruption(Handler):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            self._former[signal.SIGALRM] = signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         with suppress(RuntimeError):  # the signal came while the same stream was being written to
             print(f"\nfinishing {self.waiting_for} first; interrupt again to stop at once", file=sys.stderr, flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if signal.SIGALRM in self._former:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        super().__exit__(kind, error, traceback)
 
 
 def ignore() -> None:
@@ -79,8 +90,15 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 def end(number: int, frame: FrameType | None) -> None:
     """Signal handler for where nothing could catch an exception, such as while modules are imported: one line, and the process ends."""
-    os.write(2, f"interrupted; {KEPT}\n".encode())
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"interrupted; {KEPT}\n".encode())
     os._exit(INTERRUPTED)
+
+
+def last_line(stream: TextIO, text: str) -> None:
+    """Write what a command ends with, below a progress line that may be standing on a terminal."""
+    stream.write("\n" * stream.isatty() + text + "\n")
+    stream.flush()
 
 
 # The progress line -----------------------------------------------------------------------------------------------------------------

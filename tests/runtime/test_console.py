@@ -1,12 +1,17 @@
-"""The progress line: on a terminal and in a log file."""
+"""The progress line, on a terminal and in a log file, and interruptions."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import time
 from io import StringIO
 
-from arcopo_fast.runtime.console import Progress
+import pytest
+
+from arcopo_fast.runtime import console
+from arcopo_fast.runtime.console import Interruption, Progress
 
 
 class Terminal(StringIO):
@@ -51,3 +56,25 @@ def test_what_was_done_elsewhere_counts_as_done_and_not_for_the_pace() -> None:
         last = stream.getvalue().rstrip().splitlines()[-1].rsplit("\r", 1)[-1]
         pace = re.search(r"([0-9.]+) s/it", last)
         assert "1000/1000" in last and pace and float(pace[1]) >= 0.05, last
+
+
+def test_one_of_several_ranks_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its launcher would kill it."""
+    monkeypatch.setattr(console, "PATIENCE", 0.2)
+    former = signal.getsignal(signal.SIGALRM)
+    for size, interrupted in (("1", False), ("2", True)):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with Interruption("the iteration") as interruption:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interruption.asked
+            began = time.monotonic()
+            try:
+                time.sleep(1)
+            except KeyboardInterrupt:
+                assert interrupted and 0.1 < time.monotonic() - began < 0.9
+            else:
+                assert not interrupted
+        with Interruption("the iteration"):
+            os.kill(os.getpid(), signal.SIGTERM)  # and ends in time
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == former
+    assert "finishing the iteration first" in capsys.readouterr().err

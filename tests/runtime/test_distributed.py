@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
-from arcopo_fast.errors import UserError
-from arcopo_fast.runtime.distributed import Place, RankLost, World, first_host, place_of
+from arcopo_fast.errors import RankLost, UserError
+from arcopo_fast.runtime.distributed import World
+from arcopo_fast.runtime.place import Place, first_host, place_of
 from tests.support.ranks import run_ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}

@@ -5,33 +5,68 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed import TCPStore
 
+from arcopo_fast.cli import run_command
 from arcopo_fast.errors import UserError
 from arcopo_fast.runtime.distributed import World
+from support.commands import Ended
 
 
 def run_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout: float = 60.0, within: float = 120.0) -> list[Any]:
     """Return what `work(world, *arguments)` returns on each of `size` ranks, or the UserError that it raises there; any other error fails.
 
-    The processes are forked, so that neither libraries nor what a fixture has built are loaded again.
-
     Args:
         timeout: of the world, in seconds.
         within: seconds in which all must have answered.
     """
+
+    def joined() -> Any:
+        with World.joined(timeout) as world:
+            try:
+                return work(world, *arguments)
+            except UserError as error:
+                return type(error)(str(error))
+
+    return _run(size, joined, within)
+
+
+def run_commands(size: int, main: Callable[[list[str]], int | None], *arguments: object, within: float = 120.0) -> list[Ended]:
+    """Return how a command has ended on each of `size` ranks that were started as torchrun starts them.
+
+    within: seconds in which all must have ended.
+    """
+
+    def show(message: Any, category: type[Warning], file: str, line: int, *unused: Any) -> None:
+        print(warnings.formatwarning(message, category, file, line), end="", file=sys.stderr)
+
+    def command() -> Ended:
+        warnings.showwarning = show  # pytest's records them
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+            status = run_command(main, [str(argument) for argument in arguments])
+        return Ended(status, [line for line in err.getvalue().splitlines() if line.strip()], out.getvalue())
+
+    return _run(size, command, within)
+
+
+def _run(size: int, work: Callable[[], Any], within: float) -> list[Any]:
+    """Run `work` in forked processes, so that neither libraries nor what a fixture has built are loaded again."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     fork = multiprocessing.get_context("fork")
     processes, pipes = [], []
     for rank in range(size):
         receiver, sender = fork.Pipe(duplex=False)
-        process = fork.Process(target=_rank, args=(rank, size, store.port, sender, work, arguments, timeout))
+        process = fork.Process(target=_rank, args=(rank, size, store.port, sender, work))
         process.start()
         sender.close()
         processes.append(process)
@@ -57,17 +92,12 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout: flo
     return results
 
 
-def _rank(rank: int, size: int, port: int, sender: Any, work: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> None:
+def _rank(rank: int, size: int, port: int, sender: Any, work: Callable[[], Any]) -> None:
     torch.set_num_threads(1)
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": "0"})
     try:
-        with World.joined(timeout) as world:
-            try:
-                answer = True, work(world, *arguments)
-            except UserError as error:
-                answer = True, type(error)(str(error))
-            sender.send_bytes(pickle.dumps(answer))
+        sender.send_bytes(pickle.dumps((True, work())))
     except BaseException:
         sender.send_bytes(pickle.dumps((False, f"rank {rank}:\n{traceback.format_exc()}")))
     finally:
