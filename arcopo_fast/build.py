@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.resources
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from arcopo_fast.model.adapter_files import read_adapter
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.checkpoints import infer_config, load_into, read_config, read_state_dict
 from arcopo_fast.model.families import LAYOUTS, OFFICIAL, SIZES, base_files, published, sizes_by_name
-from arcopo_fast.model.lora import fold_adapter
+from arcopo_fast.model.lora import add_lora, fold_adapter
 from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes, VAESizes
 from arcopo_fast.model.text import CachedTextEncoder, TextEncoderFiles
-from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
+from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan, untrained_weights
 from arcopo_fast.model.vae import StreamingDecoder, channels_last, load_vae
 from arcopo_fast.objectives.base import Objective
 from arcopo_fast.rewards import registry
@@ -37,6 +37,7 @@ from arcopo_fast.rollout.cache import pages_for, plan_pages, variant_of
 from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import keyed_rng
+from arcopo_fast.runtime.distributed import World
 from arcopo_fast.runtime.memory import device_of, resident
 from arcopo_fast.storage import hub
 from arcopo_fast.storage.textfiles import read_json
@@ -195,6 +196,20 @@ def vae_path(directory: Path) -> Path:
     return vae
 
 
+def read_model(
+    path: Path, *, weights: Literal["auto", "ema", "generator"] = "auto", lora: Path | None = None
+) -> tuple[CausalWanConfig, Iterator[tuple[str, Tensor]]]:
+    """Return the sizes of a causal Wan in any container of its weights, and its tensors by name, which are read as they are asked for.
+
+    lora: an adapter to fold into the weights.
+    """
+    state = read_state_dict(path, weights=weights)
+    sizes = _text_to_video(infer_config(state, read_config(path), source=path), path)
+    if lora is not None:
+        return sizes, fold_adapter(state, read_adapter(lora), source=lora)
+    return sizes, ((name, state.pop(name)) for name in list(state))
+
+
 def load_model(
     path: Path,
     *,
@@ -210,39 +225,60 @@ def load_model(
     Args:
         lora: an adapter to fold into the weights.
     """
-    state = read_state_dict(path, weights=weights)
-    sizes = _text_to_video(infer_config(state, read_config(path), source=path), path)
-    if lora is not None:
-        state = fold_adapter(state, read_adapter(lora), source=lora)
+    sizes, tensors = read_model(path, weights=weights, lora=lora)
     with torch.device("meta"):
         model = CausalWan(sizes)
-    load_into(model, {name: state.pop(name).to(device, dtype, copy=True) for name in list(state)}, source=path)
+    load_into(model, {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors}, source=path)
     return model.requires_grad_(False)
 
 
-def load_generator(config: Config) -> Generator:
-    """Load transformer, text encoder and VAE: from one directory, from a checkpoint and its base, or untrained, of a published size."""
+def load_generator(config: Config, *, adapted: bool = False, world: World | None = None) -> Generator:
+    """Load transformer, text encoder and VAE: from one directory, from a checkpoint and its base, or untrained, of a published size.
+
+    Args:
+        adapted: give the transformer the recipe's adapter, as it is before training.
+        world: the processes among which `generator.shard` divides an adapted transformer; None: this one alone.
+    """
     check_fits(config)
     settings = config.generator
     device = device_of(settings.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # events, streams and graphs are the current device's
-    dtype, vae_dtype = getattr(torch, settings.dtype), getattr(torch, settings.vae_dtype)
+    vae_dtype = getattr(torch, settings.vae_dtype)
     waits_on = torch.device("cpu") if settings.offload else device  # the decoder, for its turn
     if settings.checkpoint.startswith(UNTRAINED):
         sizes = generator_sizes(settings.checkpoint)
-        model = untrained_wan(sizes.transformer, dtype=dtype, device=device, seed=config.seed)
+        model = _load_transformer(config, device, adapted, world)
         vae = channels_last(untrained_vae(sizes.vae, dtype=vae_dtype, device=device, seed=config.seed)).to(waits_on)
         stand_in = HashedText(sizes.transformer.text_len, sizes.transformer.text_dim)
         return Generator(model, stand_in, StreamingDecoder(vae, config.video.decode_frames), None)
-    path = checkpoint_path(settings.checkpoint)
-    base = hub.find(settings.base, base_files(settings.base)) if settings.base else path
+    base = hub.find(settings.base, base_files(settings.base)) if settings.base else checkpoint_path(settings.checkpoint)
     vae_file = vae_path(base)
-    lora = hub.find(settings.lora) if settings.lora else None
-    model = load_model(path, dtype=dtype, device=device, weights=settings.weights, lora=lora)
+    model = _load_transformer(config, device, adapted, world)
     vae = channels_last(load_vae(vae_file, vae_dtype)).to(waits_on)
     text = load_text(base, model.config.text_len, device)
     return Generator(model, text, StreamingDecoder(vae, config.video.decode_frames), base)
+
+
+def _load_transformer(config: Config, device: torch.device, adapted: bool, world: World | None) -> CausalWan:
+    settings, dtype, lora = config.generator, getattr(torch, config.generator.dtype), config.lora
+    untrained = settings.checkpoint.startswith(UNTRAINED)
+    folded = hub.find(settings.lora) if settings.lora and not untrained else None
+    adapt = partial(add_lora, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed, device=device)
+    if adapted and settings.shard and world is not None and not world.alone:
+        from arcopo_fast.model.sharding import load_sharded  # loads a part of PyTorch that nothing else needs
+
+        if untrained:
+            sizes = generator_sizes(settings.checkpoint).transformer
+            tensors = untrained_weights(sizes, dtype=dtype, device=device, seed=config.seed)
+        else:
+            sizes, tensors = read_model(checkpoint_path(settings.checkpoint), weights=settings.weights, lora=folded)
+        return load_sharded(sizes, tensors, adapt, world, dtype=dtype, device=device, source=settings.checkpoint)
+    if untrained:
+        model = untrained_wan(generator_sizes(settings.checkpoint).transformer, dtype=dtype, device=device, seed=config.seed)
+    else:
+        model = load_model(checkpoint_path(settings.checkpoint), dtype=dtype, device=device, weights=settings.weights, lora=folded)
+    return adapt(model) if adapted else model
 
 
 def load_text(directory: Path, text_len: int, device: torch.device) -> TextEncoder:

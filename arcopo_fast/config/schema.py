@@ -86,6 +86,10 @@ class GeneratorConfig(Section):
     )
     vae_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the decoder; bfloat16 is fast on a GPU")
     offload: bool = Field(False, description="keep decoder and rewards in host memory until they are needed: less GPU memory, more time")
+    shard: bool = Field(
+        False,
+        description="divide the frozen weights among all ranks (FSDP2), for a base that no GPU holds; for training under torchrun only",
+    )
     device: str = Field("auto", description='"auto": the GPU if there is one; else cpu, cuda or cuda:N')
 
     @field_validator("device")

@@ -166,16 +166,28 @@ class Block(nn.Module):
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
+    def text(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prompt's keys and values [B, text_len, H, D] for the cross-attention, of its embedding [B, text_len, E]."""
+        return self.attn2.key(embedding), self.attn2.value(embedding)
+
     def forward(
-        self, x: Tensor, modulation: Tensor, layer: int, grid: tuple[int, int, int], text: TextContext, context: ChunkContext, stop: bool
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        layer: int,
+        grid: tuple[int, int, int],
+        text: tuple[Tensor, Tensor],
+        context: ChunkContext,
+        stop: bool,
     ) -> Tensor | None:
         """Run the block on one chunk.
 
         Args:
             x: [B, F, T, E].
             modulation: adaLN shifts, scales and gates, [1 or B, 1 or F, 6, E].
-            layer: the block's index, by which `text` and `context` are read.
+            layer: the block's index, by which `context` is read.
             grid: frames, rows and columns of the chunk's tokens.
+            text: what the method of this name returned.
             stop: return None as soon as the keys and values are stored; nobody reads the last block's output in a clean pass.
 
         Returns:
@@ -206,7 +218,7 @@ class Block(nn.Module):
         affine = {"weight": self.norm2.weight, "bias": self.norm2.bias}
         x, normed = gated_residual_layer_norm_modulate(x, attended, gate1, **affine, eps=self.eps)
         query = self.attn2.query(normed.flatten(1, 2))
-        attended = self.attn2.output(segment_attention(query, [Segment(text.keys[layer], text.values[layer])])).view_as(x)
+        attended = self.attn2.output(segment_attention(query, [Segment(*text)])).view_as(x)
         x, normed = gated_residual_layer_norm_modulate(x, attended, scale=scale2, shift=shift2, eps=self.eps)
         return gated_residual(x, self.ffn(normed), gate2)
 
@@ -248,7 +260,12 @@ class CausalWan(nn.Module):
     """A network that predicts the flow (noise - clean) of one chunk.
 
     Sources: Self-Forcing's CausalWanModel for the computation, diffusers' WanTransformer3DModel for the names.
+
+    Attributes:
+        ranks: processes among which the weights are divided, see `sharding`.
     """
+
+    ranks: int = 1
 
     def __init__(self, config: CausalWanConfig) -> None:
         super().__init__()
@@ -280,8 +297,9 @@ class CausalWan(nn.Module):
             expected = f"[B, at most {self.config.text_len}, {self.config.text_dim}]"
             raise ValueError(f"text embeddings have shape {tuple(text.shape)}; expected {expected}")
         text = F.pad(text.to(self.device, self.dtype), (0, 0, 0, self.config.text_len - text.shape[1]))
-        text = self.condition_embedder.text_embedder(text)
-        return TextContext([block.attn2.key(text) for block in self.blocks], [block.attn2.value(text) for block in self.blocks])
+        embedding = self.condition_embedder.text_embedder(text)
+        pairs = [block.text(embedding) for block in self.blocks]
+        return TextContext([key for key, _ in pairs], [value for _, value in pairs])
 
     def forward(
         self,
@@ -317,7 +335,7 @@ class CausalWan(nn.Module):
         grid = (frames, rows, columns)
         for layer, block in enumerate(self.blocks):
             stop = store_only and layer == len(self.blocks) - 1
-            arguments = hidden, modulation, layer, grid, text, context, stop
+            arguments = hidden, modulation, layer, grid, (text.keys[layer], text.values[layer]), context, stop
             hidden = activation_checkpoint(block, *arguments, use_reentrant=False) if checkpoint else block(*arguments)
         if store_only:
             return None

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -236,12 +236,16 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], *, source: str | P
         UserError: names are missing or unexpected, or shapes differ, and the message lists them; or a value is not finite.
     """
     current = module.state_dict()
-    given, needed = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (state, current))
-    if problems := misfit(given, needed):
-        advice = "check that the checkpoint and the configured sizes belong together"
-        raise UserError(f"{source} does not fit {type(module).__name__}: {problems}; {advice}")
+    check_fit({name: tensor.shape for name, tensor in state.items()}, current, type(module).__name__, source)
     check_finite(state, source)
     module.load_state_dict(state, strict=True, assign=any(tensor.is_meta for tensor in current.values()))
+
+
+def check_fit(given: Mapping[str, Sequence[int]], needed: Mapping[str, Tensor], kind: str, source: str | Path) -> None:
+    """Raise `UserError`, which lists what differs, unless names and shapes are those of the tensors that a network of a `kind` needs."""
+    if problems := misfit(given, {name: tensor.shape for name, tensor in needed.items()}):
+        advice = "check that the checkpoint and the configured sizes belong together"
+        raise UserError(f"{source} does not fit {kind}: {problems}; {advice}")
 
 
 def _choose_weights(container: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, Any]:

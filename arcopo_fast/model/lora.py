@@ -119,6 +119,7 @@ def add_lora(
     targets: Sequence[str] = BLOCK_TARGETS,
     seed: int,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> Module:
     """Freeze a module and give its targeted linear layers trainable adapters: W x + (alpha / rank) B A x. Returns the same module.
 
@@ -128,6 +129,7 @@ def add_lora(
     Args:
         targets: names of linear layers, whole or from some dot on: "to_q" is to_q of both attentions of every block.
         dtype: of the adapters, whatever the base has.
+        device: of the adapters; None: that of the base.
 
     Raises:
         UserError: a target names no linear layer, or rank or alpha is not positive.
@@ -151,14 +153,14 @@ def add_lora(
     # Freezes the module, and makes the adapter on the meta device: nothing is drawn.
     inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
     for name, layer in _layers(module):
-        device = cast(nn.Linear, layer.get_base_layer()).weight.device
+        base_device = cast(nn.Linear, layer.get_base_layer()).weight.device
         down, up = _pair(layer)
         key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
         bound = down.in_features**-0.5
         weight = torch.empty(rank, down.in_features).uniform_(-bound, bound, generator=generator)
-        down.weight = nn.Parameter(weight.to(device, dtype))
-        up.weight = nn.Parameter(torch.zeros(up.out_features, rank, device=device, dtype=dtype))
+        down.weight = nn.Parameter(weight.to(device or base_device, dtype))
+        up.weight = nn.Parameter(torch.zeros(up.out_features, rank, device=device or base_device, dtype=dtype))
     return module
 
 
@@ -174,6 +176,16 @@ def adapter_state(module: nn.Module) -> dict[str, Tensor]:
         down, up = _pair(layer)
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = down.weight.detach(), up.weight.detach()
     return state
+
+
+def frozen_name(name: str) -> str | None:
+    """Return the name that a tensor of the base has without an adapter, given its name in an adapted module; None: it is the adapter's."""
+    return None if ".lora_" in name else name.replace(".base_layer.", ".")
+
+
+def frozen_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the base's tensors, detached but not copied, under the names that they have without an adapter."""
+    return {plain: tensor for name, tensor in module.state_dict().items() if (plain := frozen_name(name)) is not None}
 
 
 def load_adapter_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str | Path = "the adapter") -> None:
@@ -353,23 +365,24 @@ def check_layers(adapter: Adapter, layers: Mapping[str, tuple[int, int]], source
             raise UserError(f"{source}: the adapter of {name} goes from {sizes}; use its own base model")
 
 
-def fold_adapter(state: Mapping[str, Tensor], adapter: Adapter, *, source: str | Path = "the adapter") -> dict[str, Tensor]:
-    """Return a state dict under diffusers names with the adapter in its weights: W + (alpha / r) B A, computed and left in float32.
+def fold_adapter(state: dict[str, Tensor], adapter: Adapter, *, source: str | Path = "the adapter") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a state dict under diffusers names, which are taken out of it, with the adapter in the weights.
 
-    The adapter is folded before the weights are rounded to the dtype they are used in, which is closer to what it was trained as than three
-    half-precision products.
+    That is W + (alpha / r) B A, computed and left in float32, one tensor at a time: the adapter is folded before the weights are rounded to
+    the dtype they are used in, which is closer to what it was trained as than three half-precision products.
 
     Raises:
         UserError: the adapter has layers or shapes that the model lacks.
     """
-    folded = dict(state)
     layers = {name.removesuffix(".weight"): tensor.shape for name, tensor in state.items() if tensor.dim() == 2}
     check_layers(adapter, {name: (inputs, outputs) for name, (outputs, inputs) in layers.items()}, source)
-    for name in adapter.modules:
-        down, up = adapter.state[f"{name}.lora_A.weight"], adapter.state[f"{name}.lora_B.weight"]
-        weight = state[f"{name}.weight"]
-        folded[f"{name}.weight"] = torch.addmm(weight.float(), up.float(), down.float(), alpha=adapter.alpha / adapter.rank)
-    return folded
+    adapted = {f"{name}.weight": name for name in adapter.modules}
+    for name in list(state):
+        tensor = state.pop(name)
+        if name in adapted:
+            down, up = (adapter.state[f"{adapted[name]}.lora_{part}.weight"].float() for part in "AB")
+            tensor = torch.addmm(tensor.float(), up, down, alpha=adapter.alpha / adapter.rank)
+        yield name, tensor
 
 
 def load_adapter(module: Module, path: str | Path, *, scale: float = 1.0) -> Module:

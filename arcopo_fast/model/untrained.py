@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,12 +28,18 @@ def untrained_wan(config: CausalWanConfig, *, dtype: torch.dtype, device: torch.
     """Return a frozen causal Wan with random weights. The same seed gives the same weights on the same kind of device."""
     with torch.device("meta"):
         model = CausalWan(config)
-    branch = (3 * config.num_layers) ** -0.5  # a block adds three times to the residual stream
+    return _drawn(model, _gain(config), dtype, device, seed)
 
-    def gain(name: str) -> float:
-        return branch if name.endswith(("to_out.0.weight", "ffn.net.2.weight")) else 1.0
 
-    return _drawn(model, gain, dtype, device, seed)
+def untrained_weights(
+    config: CausalWanConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that `untrained_wan` has, by name, one at a time."""
+    with torch.device("meta"):
+        model = CausalWan(config)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        yield name, _draw(name, torch.empty(parameter.shape, dtype=dtype, device=device), _gain(config), generator)
 
 
 def untrained_vae(sizes: VAESizes, *, dtype: torch.dtype, device: torch.device | str, seed: int) -> AutoencoderKLWan:
@@ -79,18 +85,27 @@ class HashedText:
         return embeddings
 
 
+def _gain(config: CausalWanConfig) -> Callable[[str], float]:
+    branch = (3 * config.num_layers) ** -0.5  # a block adds three times to the residual stream
+    return lambda name: branch if name.endswith(("to_out.0.weight", "ffn.net.2.weight")) else 1.0
+
+
 def _drawn(module: Module, gain: Callable[[str], float], dtype: torch.dtype, device: torch.device | str, seed: int) -> Module:
-    """Give a module on the meta device random weights: matrices and kernels `gain` / sqrt(fan-in), norms about 1, the rest small."""
+    """Give a module on the meta device random weights."""
     nn.Module.to(module, dtype)  # diffusers' own `to` warns of modules to be kept in float32, of which there are none
     module.to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():
-        if name.endswith("scale_shift_table"):
-            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-        elif name.endswith("bias"):
-            parameter.normal_(0, 0.02, generator=generator)
-        elif "norm" in name.split(".")[-2] or name.endswith("gamma"):
-            parameter.normal_(1, 0.1, generator=generator)
-        else:
-            parameter.normal_(0, gain(name) * math.prod(parameter.shape[1:]) ** -0.5, generator=generator)
+        _draw(name, parameter, gain, generator)
     return module
+
+
+def _draw(name: str, weight: Tensor, gain: Callable[[str], float], generator: torch.Generator) -> Tensor:
+    """Fill a weight with random values: matrices and kernels `gain` / sqrt(fan-in), norms about 1, the rest small."""
+    if name.endswith("scale_shift_table"):
+        return weight.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
+    if name.endswith("bias"):
+        return weight.normal_(0, 0.02, generator=generator)
+    if "norm" in name.split(".")[-2] or name.endswith("gamma"):
+        return weight.normal_(1, 0.1, generator=generator)
+    return weight.normal_(0, gain(name) * math.prod(weight.shape[1:]) ** -0.5, generator=generator)

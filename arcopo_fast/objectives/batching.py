@@ -24,10 +24,14 @@ class Batching:
     Attributes:
         micro_batch: samples of one backward pass; None: all of an update.
         checkpoint: activation checkpointing.
+
+    Args:
+        divided: other ranks take part in every pass, so that this one cannot start again.
     """
 
-    def __init__(self, micro_batch: int | None, checkpoint: bool) -> None:
+    def __init__(self, micro_batch: int | None, checkpoint: bool, *, divided: bool = False) -> None:
         self.micro_batch, self.checkpoint = micro_batch, checkpoint
+        self._divided = divided
         self._recipe = self.state()
 
     def state(self) -> dict[str, Any]:
@@ -50,7 +54,7 @@ class Batching:
             samples: the most that can be in a micro-batch.
 
         Raises:
-            UserError: not even one sample at a time, with checkpointing, fits.
+            UserError: not even one sample at a time, with checkpointing, fits; or the weights are divided among ranks.
         """
         before, reason = self.state(), ""
         while True:
@@ -61,12 +65,21 @@ class Batching:
                 reason = str(error).partition("\n")[0]
             # Out here the error is gone, and with it the frames that held the activations.
             self._shrink(min(self.micro_batch or samples, samples), reason)
+            if self._divided:
+                raise UserError(
+                    f"the replay ran out of memory ({reason}); with generator.shard one rank alone cannot start it again: set "
+                    f"{self._since(before)}"
+                )
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if self.state() != before:
-            values = " ".join(f"objective.{name}={str(value).lower()}" for name, value in self.state().items() if value != before[name])
-            warnings.warn(f"the replay ran out of memory ({reason}); continuing with {values}: set this in the recipe", stacklevel=3)
+            advice = f"continuing with {self._since(before)}: set this in the recipe"
+            warnings.warn(f"the replay ran out of memory ({reason}); {advice}", stacklevel=3)
         return result
+
+    def _since(self, before: dict[str, Any]) -> str:
+        """Return the values that were others before, as settings."""
+        return " ".join(f"objective.{name}={str(value).lower()}" for name, value in self.state().items() if value != before[name])
 
     def _shrink(self, size: int, reason: str) -> None:
         """Take micro-batches of half of `size`, then checkpointing."""

@@ -19,6 +19,7 @@ from arcopo_kernels.paging import GroupPlan, PagePool
 from torch import Tensor
 
 from arcopo_fast.config.schema import CacheConfig, SamplerConfig, VideoConfig
+from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import plan_pages, variant_of
 from arcopo_fast.rollout.decode import Reencoder
@@ -306,13 +307,19 @@ class Engine:
     def _try_finish(self, fork: _Fork) -> tuple[Tensor, Tensor, Tensor] | None:
         """Finish a wave as `_finish` does; return None if a wave of several branches ran out of memory, which is then free again."""
         members = len(fork.noise.members)
+        half = (members + 1) // 2
         try:
             return self._finish(fork)
         except torch.OutOfMemoryError as error:
+            message = str(error).splitlines()[0]
+            if self.model.ranks > 1:  # the other ranks wait in the middle of this pass
+                advice = f"rollout.branches_per_wave={half}" if half < members else "generator.offload=true, or take a smaller video"
+                raise UserError(
+                    f"a wave of {members} branches ran out of memory ({message}); with generator.shard one rank alone cannot make it "
+                    f"smaller: set {advice}"
+                ) from error
             if members == 1:
                 raise
-            message = str(error).splitlines()[0]
-        half = (members + 1) // 2
         warnings.warn(
             f"a wave of {members} branches ran out of memory ({message}); continuing with waves of {half}: "
             f"set rollout.branches_per_wave={half}",

@@ -132,6 +132,8 @@ class ChunkGraphs:
             return f"the generator is on {model.device.type}, not on a GPU"
         if torch.is_grad_enabled():
             return "gradients are recorded"
+        if model.ranks > 1:
+            return "the weights are divided among ranks"
         if addresses is None:
             return "the context cannot say which addresses it reads"
         batch, frames, _, height, width = noise.shape

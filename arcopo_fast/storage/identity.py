@@ -59,7 +59,7 @@ def weights_digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        found.update(_whole(tensor).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -74,11 +74,17 @@ def sampled_digest(tensors: Iterable[tuple[str, Tensor]], about: bytes = b"") ->
 
     found = hashlib.sha256(about)
     for name, tensor in tensors:
-        flat = tensor.detach().reshape(-1)
+        flat = _whole(tensor).reshape(-1)
         samples = flat[:: max(1, flat.numel() // SAMPLES)].cpu().contiguous()
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         found.update(samples.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor without gradient; one that is divided among ranks, all of which must be here, is gathered."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def version_of(package: str) -> str | None:
