@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.checkpoints import check_fit
-from arcopo_fast.model.lora import adapter_parameters, frozen_name, frozen_state
+from arcopo_fast.model.lora import adapter_parameters, adapter_state, frozen_name, frozen_state
 from arcopo_fast.model.sizes import CausalWanConfig
 from arcopo_fast.model.tensors import check_finite
 from arcopo_fast.runtime.distributed import World
@@ -78,7 +78,8 @@ def shard(model: CausalWan, world: World, device: torch.device) -> None:
         register_fsdp_forward_method(block, "text")
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "encode_text")  # the first to run must be the whole model, not a block
-    model.condition_embedder.text_embedder.register_forward_hook(_with_gradient)
+    if any(".attn2.to_k." in name or ".attn2.to_v." in name for name in adapter_state(model)):
+        model.condition_embedder.text_embedder.register_forward_hook(_with_gradient)
     model.ranks = world.size
     # A block's keys of the text are a view. The warning is about writing to it, which nothing does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -87,7 +88,7 @@ def shard(model: CausalWan, world: World, device: torch.device) -> None:
 def _with_gradient(module: nn.Module, inputs: object, embedding: Tensor) -> None:
     """Let the prompt's embedding take a gradient, whether needed or not: its arrival is the sign to let go of a block's weights.
 
-    Without it the backward pass of the keys and values of the text would gather the blocks one by one and keep them all to its end.
+    Without it the backward pass of the adapted keys and values of the text would gather the blocks one by one and keep them all to its end.
     """
     if torch.is_grad_enabled():
         embedding.requires_grad_()

@@ -72,6 +72,15 @@ def test_what_never_fits_and_what_is_no_lack_of_memory_is_an_error() -> None:
     assert batching.changed() == {}
 
 
+@pytest.mark.parametrize(("batching", "advice"), [((None, False), "objective.micro_batch=5"), ((1, False), "objective.checkpoint=true")])
+def test_nothing_starts_again_where_other_ranks_take_part(batching: tuple[int | None, bool], advice: str) -> None:
+    divided = Batching(*batching, divided=True)
+    card = Card(divided, 0)
+    with pytest.raises(UserError, match=rf"ran out of memory \(out of memory\); with generator.shard .*: set {advice}$"):
+        divided.until_it_fits(card, 9)
+    assert card.tried == [batching]
+
+
 @pytest.mark.parametrize("changed", [{}, {"micro_batch": 1}, {"micro_batch": 1, "checkpoint": True}])
 def test_what_changed_is_restored_over_the_recipes_values(changed: dict[str, Any]) -> None:
     batching = Batching(4, False)

@@ -226,6 +226,9 @@ def test_reasons_for_going_without() -> None:
         graphed.graphs = one
         rollout(graphed, random_text(), 0, 1)
         assert one.reason is not None and said in one.reason
+    graphed.graphs, graphed.model.ranks = ChunkGraphs("on", capture=captures), 2
+    rollout(graphed, random_text(), 0, 1)
+    assert graphed.graphs.reason == "the weights are divided among ranks"
 
 
 def test_small_models_are_launch_bound_and_large_ones_are_not() -> None:

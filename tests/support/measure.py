@@ -9,6 +9,7 @@ from typing import Any, Callable, Iterable, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,16 +34,22 @@ def kept_for_backward(function: Callable[[], T], constants: Iterable[Tensor]) ->
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts storages from the operation that makes them until they are freed. `constants` are there anyway."""
+    """While active, counts storages from the operation that makes them until they are freed. `constants` are there anyway.
 
-    def __init__(self, constants: Iterable[Tensor]) -> None:
+    real: do not count what takes no memory: tensors on the meta device, and those that stand for others.
+    """
+
+    def __init__(self, constants: Iterable[Tensor], *, real: bool = False) -> None:
         super().__init__()
+        self.real = real
         self.now = self.peak = self.largest = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in constants}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
+            if self.real and (type(tensor) not in (Tensor, Parameter) or tensor.is_meta):
+                continue
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._sizes:
                 storage = tensor.untyped_storage()
                 self._sizes[storage._cdata] = storage.nbytes()
