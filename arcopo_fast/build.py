@@ -37,7 +37,7 @@ from arcopo_fast.rollout.cache import pages_for, plan_pages, variant_of
 from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import keyed_rng
-from arcopo_fast.runtime.distributed import World
+from arcopo_fast.runtime.distributed import ALONE, World
 from arcopo_fast.runtime.memory import device_of, resident
 from arcopo_fast.storage import hub
 from arcopo_fast.storage.textfiles import read_json
@@ -288,10 +288,14 @@ def load_text(directory: Path, text_len: int, device: torch.device) -> TextEncod
     return CachedTextEncoder.from_pretrained(directory, text_len=text_len, device=device)
 
 
-def encode_ahead(encode_text: TextEncoder, prompts: Iterable[str]) -> None:
-    """Encode what a command will need before it takes memory for anything else: UMT5 is loaded once, and gone when videos are made."""
+def encode_ahead(encode_text: TextEncoder, prompts: Iterable[str], world: World = ALONE) -> None:
+    """Encode what a command will need before it takes memory for anything else: UMT5 is loaded once, and gone when videos are made.
+
+    world: the ranks that need the same prompts; a single one of those that share a disk encodes them.
+    """
     if isinstance(encode_text, CachedTextEncoder):
-        encode_text.encode_all(list(prompts))
+        with world.in_turn("encode the prompts"):
+            encode_text.encode_all(list(prompts))
 
 
 def pool_pages(config: Config, *, videos: int | None = None) -> int:

@@ -129,10 +129,12 @@ class Parser(argparse.ArgumentParser):
     Args:
         prog: the command as it is called, such as "python -m arcopo_fast.merge".
         description: what it does, for `--help`.
+        one_process: the command is refused where several ranks run it, which would all do the same.
     """
 
-    def __init__(self, prog: str, description: str, **options: Any) -> None:
+    def __init__(self, prog: str, description: str, *, one_process: bool = False, **options: Any) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Formatter, **options)
+        self.one_process = one_process
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` instead of printing the usage and exiting."""
@@ -151,6 +153,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
             raise UserError(f"unknown option {unknown[0]}: the options are {', '.join(known)}{self.hint}")
+        if self.one_process and place_of(os.environ):
+            raise UserError(f"{self.prog} is one process's work; start it without torchrun")
         return parsed
 
     hint = ""
@@ -179,8 +183,8 @@ class RecipeParser(Parser):
 
     hint = "; settings are written key.sub=value"
 
-    def __init__(self, prog: str, description: str, *, default: str = DEFAULT_RECIPE) -> None:
-        super().__init__(prog, description, usage=f"{prog} [recipe] [key.sub=value ...] [options]")
+    def __init__(self, prog: str, description: str, *, default: str = DEFAULT_RECIPE, one_process: bool = False) -> None:
+        super().__init__(prog, description, usage=f"{prog} [recipe] [key.sub=value ...] [options]", one_process=one_process)
         self.add_argument(
             "settings",
             nargs="*",

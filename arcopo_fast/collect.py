@@ -2,8 +2,8 @@
 
     python -m arcopo_fast.collect [RECIPE] [key=value ...] --buffer DIR [--groups N]
 
-Any number of processes may fill one buffer at once, on any number of machines; a collection that was stopped goes on where it was, by the
-same command. Group i is a function of (recipe, seed, i), whoever makes it.
+Any number of processes may fill one buffer at once, on any number of machines, started by torchrun or one by one; a collection that was
+stopped goes on where it was, by the same command. Group i is a function of (recipe, seed, i), whoever makes it.
 """
 
 from __future__ import annotations
@@ -15,29 +15,42 @@ from arcopo_fast.cli import RecipeParser, positive_int, run_command
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.objectives.advantage import weighted_total
+from arcopo_fast.planning.needs import fetch
 from arcopo_fast.runtime.console import Progress
+from arcopo_fast.runtime.distributed import ALONE, World
 from arcopo_fast.runtime.memory import tune_for_cpu
+from arcopo_fast.runtime.rank_console import log_to
 from arcopo_fast.training.groups import JudgedGroup, Rollouts, policy_of, prompt_of, recipe_of, store
 
 
-def collect(config: Config, path: str, groups: int) -> Buffer:
+def collect(config: Config, path: str, groups: int, world: World = ALONE) -> Buffer:
     """Make what is missing of a buffer of `groups` groups, and wait for what other processes are making of it.
+
+    world: the ranks that begin the buffer together; each one is a process like any other after that.
 
     Raises:
         UserError: the recipe cannot be used, or the directory holds a buffer of another policy or recipe.
     """
+    fetch(config, world)
     rewards, prompts, generator = load_rewards(config), load_prompts(config), load_generator(config)
-    encode_ahead(generator.encode_text, (prompt_of(config.seed, prompts.training, index, 0).for_generator for index in range(groups)))
+    ahead = (prompt_of(config.seed, prompts.training, index, 0).for_generator for index in range(groups))
+    encode_ahead(generator.encode_text, ahead, world)
     engine = build_engine(config, generator.model, vae=generator.decoder.vae)
     objective = build_objective(config, engine)
-    buffer = Buffer.create(path, policy_of(config, generator, objective), recipe_of(config, prompts, rewards), groups=groups)
+    with world.in_turn("begin the buffer"):
+        buffer = Buffer.create(path, policy_of(config, generator, objective), recipe_of(config, prompts, rewards), groups=groups)
+    log_to(buffer.path)
     source = Rollouts(config, generator, engine, objective, prompts, rewards)
 
     def waiting(others: list[int]) -> None:
         print(f"waiting for {len(others)} groups that other processes are making", file=sys.stderr)
 
-    with Progress(groups, sum(index < groups for index in buffer.indices)) as progress:
+    def done() -> int:
+        return sum(index < groups for index in buffer.indices)
+
+    with Progress(groups, done(), ranks=world.size) as progress:
         for index in buffer.missing(groups, waiting):
+            progress.skip(done() - progress.done)
             prompt = source.prompt(index, 0)
             with source.roll_out(source.encode(prompt), index, 0) as group:
                 judged = JudgedGroup(group, prompt, source.judge(source.decode(group), prompt))
@@ -64,7 +77,9 @@ def main(argv: list[str]) -> None:
     if options.buffer is None:
         parser.error("--buffer is missing: name the directory to collect into, as in --buffer buffers/toy")
     tune_for_cpu(config.train.threads)
-    buffer = collect(config, options.buffer, options.groups)
+    with World.joined() as world:
+        buffer = collect(config, options.buffer, options.groups, world)
+        world.meet_after_work("finish the buffer")
     print(f"{len(buffer)} groups in {buffer.path}; train on them: --mode semi_on_policy --buffer {buffer.path}")
 
 

@@ -24,7 +24,9 @@ from arcopo_fast.runtime.memory import tune_for_cpu
 
 def command_line() -> RecipeParser:
     """Return the parser of the command line."""
-    parser = RecipeParser("python -m arcopo_fast.entropy", "Which noise decides what a generator shows (AR-CoPO, Figure 6).")
+    parser = RecipeParser(
+        "python -m arcopo_fast.entropy", "Which noise decides what a generator shows (AR-CoPO, Figure 6).", one_process=True
+    )
     parser.add_argument(
         "--prompts",
         type=positive_int,

@@ -11,8 +11,9 @@ The generator without an adapter comes first; then every adapter at every scale 
 A video's noise is a function of the seed, its prompt's place and its own number: whatever adapter, batch or process makes it. It is that of
 the same video in the evaluations before and after a training run, whose prompts, seed and number of videos are the defaults: the base model
 then has the numbers of the run's `before`.
-The same command continues where an earlier one ended, also with more adapters or prompts. Processes that share a directory share its work,
-batch by batch, and each waits for the rest; what one that ended has left is made by another (see `evaluation.scores`).
+The same command continues where an earlier one ended, also with more adapters or prompts. Processes that share a directory, such as the
+ranks of torchrun, share its work, batch by batch, and each waits for the rest; what one that ended has left is made by another (see
+`evaluation.scores`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.adapters import AdapterOption, adapted_generators
 from arcopo_fast.evaluation.evaluator import evaluate, merge_scores
 from arcopo_fast.evaluation.scores import BASE
+from arcopo_fast.planning.needs import fetch
 from arcopo_fast.reports.evaluation import write_results
+from arcopo_fast.runtime.distributed import World
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.storage.atomic import check_out
 from arcopo_fast.toy import data as toy_data
@@ -119,7 +122,9 @@ def command_line() -> RecipeParser:
 def merge_command_line() -> Parser:
     """Return the parser of `evaluate merge`."""
     parser = Parser(
-        f"{PROGRAM} merge", "Make one evaluation, and its table, of several with the same settings. Videos stay where they are."
+        f"{PROGRAM} merge",
+        "Make one evaluation, and its table, of several with the same settings. Videos stay where they are.",
+        one_process=True,
     )
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="the --out directory of an evaluation, finished or not")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for all their scores; it may be one of them")
@@ -173,11 +178,14 @@ def main(argv: list[str]) -> None:
     prompts = prompts_of(config, options)
     check_out(options.out)
     tune_for_cpu(config.train.threads)
-    keep = options.keep_videos
-    found = evaluate(config, prompts, generators, options.out, batch=options.batch, shard=options.shard, keep=keep)
-    if found is not None:
-        print(write_results(*found))
-        print(f"results: {options.out / 'results.json'}")
+    with World.joined() as world:
+        fetch(config, world, "generator.", "rewards.")
+        settings = {"batch": options.batch, "shard": options.shard, "keep": options.keep_videos}
+        found = evaluate(config, prompts, generators, options.out, **settings, world=world)
+        world.meet_after_work("finish the evaluation")
+        if found is not None and world.is_main:
+            print(write_results(*found))
+            print(f"results: {options.out / 'results.json'}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Frames are counted in pixels, not in latents: the first latent frame is one of t
 prompt to what is in the file; loading and the text encoder come before.
 
 The same settings, seed and place in the list of prompts give the same video. Prompt i has the noise of video i of an evaluation, so
---seed with the value of evaluation.seed shows what was judged.
+--seed with the value of evaluation.seed shows what was judged. The ranks of torchrun share the list, batch by batch.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from arcopo_fast.data.prompts import check_prompt, read_prompts
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.videos import Switch, generate, output_files
 from arcopo_fast.model.lora import load_adapter
+from arcopo_fast.planning.needs import fetch
 from arcopo_fast.runtime.console import Interrupted
+from arcopo_fast.runtime.distributed import World
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.storage.atomic import check_out
+from arcopo_fast.storage.identity import values_digest
 
 
 def switch(text: str) -> Switch:
@@ -106,19 +109,23 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{existing[0]}{others} there already; give another --out, or replace them with --overwrite")
     tune_for_cpu(config.train.threads)
     try:
-        generator = load_generator(config)
-        if options.lora:
-            load_adapter(generator.model, options.lora, scale=scale)
-        generate(
-            config,
-            generator,
-            prompts,
-            files,
-            seed=config.seed if options.seed is None else options.seed,
-            frames=options.frames,
-            switches=options.switch,
-            batch=options.batch,
-        )
+        with World.joined() as world:
+            world.check_same("recipe or list of prompts", values_digest({"recipe": config.model_dump(mode="json"), "prompts": prompts}))
+            fetch(config, world, "generator.")
+            generator = load_generator(config)
+            if options.lora:
+                load_adapter(generator.model, options.lora, scale=scale)
+            generate(
+                config,
+                generator,
+                dict(zip(files, prompts)),
+                seed=config.seed if options.seed is None else options.seed,
+                frames=options.frames,
+                switches=options.switch,
+                batch=options.batch,
+                world=world,
+            )
+            world.meet_after_work("finish the videos")
     except KeyboardInterrupt as error:
         again = "the same command with --overwrite" if any(file.exists() for file in files) else "the same command"
         raise Interrupted(f"{error or 'the videos that were complete by then are kept'}; {again} starts again") from None

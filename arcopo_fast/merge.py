@@ -68,6 +68,7 @@ def command_line() -> RecipeParser:
         "Merge a semi-on-policy and an on-policy adapter, W + dW_semi + s dW_on: at one scale, or at the best of several. A recipe and "
         "settings say how --sweep evaluates.",
         default="the config.yaml of the --on run",
+        one_process=True,
     )
     parser.usage = f"{prog} --semi PATH --on PATH (--scale S | --sweep S,S,...) --out DIR [recipe] [key.sub=value ...] [options]"
     where = "a run's directory, an adapter's directory or a file of weights"

@@ -30,7 +30,9 @@ def html_file(text: str) -> Path:
 
 def command_line() -> Parser:
     """Return the parser of the command line."""
-    parser = Parser("python -m arcopo_fast.report", "Write the report of a run again, or one page that compares several runs.")
+    parser = Parser(
+        "python -m arcopo_fast.report", "Write the report of a run again, or one page that compares several runs.", one_process=True
+    )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="the directory of a run, as in runs/toy; with several, the page compares them"
     )

@@ -13,7 +13,8 @@
     DIR/results_static/  the videos that temporal flickering is scored on
 
 `sample` and `score` go on where they were when they are called again. A video is a function of (seed, prompt, index), so any number of
-processes may share the work; `generate --prompt EXTENDED --seed SEED` with a seed of the manifest makes the same one.
+processes may share the work, by --shard or as the ranks of torchrun; `generate --prompt EXTENDED --seed SEED` with a seed of the manifest
+makes the same one.
 """
 
 from __future__ import annotations
@@ -41,8 +42,11 @@ from arcopo_fast.evaluation.vbench.data import (
 from arcopo_fast.evaluation.vbench.sampling import begin, make_videos, sampling_of, source_of
 from arcopo_fast.evaluation.vbench.scorer import Scorer, score_dimensions
 from arcopo_fast.model.lora import load_adapter
+from arcopo_fast.planning.needs import fetch
 from arcopo_fast.reports.vbench import write_total
+from arcopo_fast.runtime.distributed import World
 from arcopo_fast.runtime.memory import tune_for_cpu
+from arcopo_fast.runtime.rank_console import log_to
 from arcopo_fast.storage.atomic import check_out
 from arcopo_fast.storage.hub import find
 
@@ -67,9 +71,6 @@ def sample(argv: list[str]) -> None:
     prompts = manifest(info, extended, seed, options.videos)
     check_out(options.out)
     tune_for_cpu(config.train.threads)
-    generator = load_generator(config)
-    if options.lora:
-        load_adapter(generator.model, options.lora, scale=scale)
     sources = {
         "checkpoint": config.generator.checkpoint,
         "adapter": {"path": str(options.lora), "scale": scale} if options.lora else None,
@@ -77,9 +78,17 @@ def sample(argv: list[str]) -> None:
         "prompts": source_of(path),
         "extended": source_of(extension) if extension else None,
     }
-    directory = begin(options.out, prompts, sampling_of(config, generator, prompts), sources)
-    videos = videos_of(prompts, options.dimensions)[options.shard]
-    make_videos(config, generator, videos, directory, batch=options.batch)
+    with World.joined() as world:
+        fetch(config, world, "generator.")
+        generator = load_generator(config)
+        if options.lora:
+            load_adapter(generator.model, options.lora, scale=scale)
+        with world.in_turn("begin the videos"):
+            directory = begin(options.out, prompts, sampling_of(config, generator, prompts), sources)
+        log_to(options.out)
+        videos = videos_of(prompts, options.dimensions)[options.shard]
+        make_videos(config, generator, videos, directory, batch=options.batch, world=world)
+        world.meet_after_work("finish the videos")
     print(directory)
 
 
@@ -172,7 +181,7 @@ def sample_command_line() -> RecipeParser:
 
 def score_command_line() -> Parser:
     """Return the parser of `vbench score`."""
-    parser = Parser(f"{PROGRAM} score", "Score videos with VBench's own scorer.")
+    parser = Parser(f"{PROGRAM} score", "Score videos with VBench's own scorer.", one_process=True)
     parser.add_argument("--python", type=Path, required=True, metavar="PATH", help="interpreter of the environment that has vbench")
     parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="the directory of the mp4s")
     parser.add_argument("--info", type=Path, metavar="FILE", help="VBench_full_info.json (default: that of the environment)")
@@ -185,7 +194,7 @@ def score_command_line() -> Parser:
 
 def total_command_line() -> Parser:
     """Return the parser of `vbench total`."""
-    parser = Parser(f"{PROGRAM} total", "Quality, semantic and total score.")
+    parser = Parser(f"{PROGRAM} total", "Quality, semantic and total score.", one_process=True)
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="a directory of results, two to compare, or files")
     parser.add_argument(
         "--out",

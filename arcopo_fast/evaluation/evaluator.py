@@ -27,6 +27,8 @@ from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError
 from arcopo_fast.rollout.engine import VideoShape
 from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
+from arcopo_fast.runtime.distributed import ALONE, World
+from arcopo_fast.runtime.rank_console import log_to
 from arcopo_fast.storage.identity import describe, weights_digest
 from arcopo_fast.storage.metrics import TOTAL
 from arcopo_fast.storage.video import write_mp4
@@ -46,9 +48,12 @@ class Evaluated(NamedTuple):
 
 
 class Evaluator:
-    """Makes and scores videos: the generator, which takes one adapter after the other, and what judges it."""
+    """Makes and scores videos: the generator, which takes one adapter after the other, and what judges it.
 
-    def __init__(self, config: Config, prompts: Sequence[Prompt], generators: Sequence[Adapted]) -> None:
+    world: the ranks that are to have the same.
+    """
+
+    def __init__(self, config: Config, prompts: Sequence[Prompt], generators: Sequence[Adapted], world: World = ALONE) -> None:
         self.config = config
         self.prompts = prompts
         self.generators = {adapted.name: adapted for adapted in generators}
@@ -60,7 +65,7 @@ class Evaluator:
         self.adapters = {adapted.name: adapted.identity for adapted in generators}
         self._current: str | None = None
         prepare_adapters(self.generator.model, [adapted.source for adapted in generators if adapted.source])
-        prepare_text(self.generator, prompts)
+        prepare_text(self.generator, prompts, world)
 
     def make_room(self, videos: int) -> None:
         """Make an engine for so many videos at once; before `score`."""
@@ -99,6 +104,7 @@ def evaluate(
     batch: int | None = None,
     shard: slice = slice(None),
     keep: int | None = None,
+    world: World = ALONE,
 ) -> Evaluated | None:
     """Score what is not scored yet and what no other process is scoring; returns all that is scored, once all of it is there.
 
@@ -112,13 +118,16 @@ def evaluate(
         batch: videos that are made at once; None: as an evaluation of a training run does.
         shard: the batches that are this process's.
         keep: prompts, from the first, of which videos are written; None: of all.
+        world: the ranks that begin the evaluation together; each one is a process like any other after that.
 
     Raises:
         UserError: the input cannot be used, or `out` holds something else; nothing was made.
         Interrupted: the user asked to stop; what is scored is kept.
     """
-    evaluator = Evaluator(config, prompts, generators)
-    directory = ScoreDirectory.create(out, evaluator.settings)
+    evaluator = Evaluator(config, prompts, generators, world)
+    with world.in_turn("begin the evaluation"):
+        directory = ScoreDirectory.create(out, evaluator.settings)
+    log_to(out)
     scores = directory.read()
     directory.check(scores, prompts, evaluator.adapters)
     batch = batch or videos_at_once(config)
@@ -131,7 +140,7 @@ def evaluate(
         evaluator.make_room(max(map(len, to_score)))
         new = {video for part in to_score for video in part} - scores.values.keys()
         print_size(evaluator, out, len(video_files(out, new, prompts, keep)))
-    score_missing(evaluator, directory, to_score, keep)
+    score_missing(evaluator, directory, to_score, keep, world)
     scores = directory.read()
     if missing := len(wanted - scores.values.keys()):
         print(f"{missing} of {len(wanted)} videos are left to other processes; the last one to end writes the table", file=sys.stderr)
@@ -161,7 +170,7 @@ def merge_scores(directories: Sequence[Path], out: Path) -> ScoreDirectory:
     return merged
 
 
-def score_missing(evaluator: Evaluator, directory: ScoreDirectory, batches: Sequence[list[Video]], keep: int | None) -> None:
+def score_missing(evaluator: Evaluator, directory: ScoreDirectory, batches: Sequence[list[Video]], keep: int | None, world: World) -> None:
     """Score the batches that no other process scores, wait for the others, and score what one that ended has left.
 
     Raises:
@@ -181,7 +190,7 @@ def score_missing(evaluator: Evaluator, directory: ScoreDirectory, batches: Sequ
         waiting = True
         time.sleep(POLL)
 
-    with Interruption("the batch") as interruption, ScoreWriter(directory) as writer, Progress(len(batches)) as progress:
+    with Interruption("the batch") as interruption, ScoreWriter(directory) as writer, Progress(len(batches), ranks=world.size) as progress:
         for part, scores in directory.unscored(batches, pause):
             check()
             progress.skip(sum(scores.values.keys() >= {*batch} for batch in batches) - progress.done)
@@ -202,10 +211,10 @@ def score_missing(evaluator: Evaluator, directory: ScoreDirectory, batches: Sequ
             progress.update(torch.tensor(totals).nanmean().item())
 
 
-def prepare_text(generator: Generator, prompts: Sequence[Prompt]) -> None:
+def prepare_text(generator: Generator, prompts: Sequence[Prompt], world: World) -> None:
     """Encode every prompt before the first video is made, so that the text encoder is gone by then, and what it cannot read is said now."""
     texts = list(dict.fromkeys(prompt.for_generator for prompt in prompts))
-    encode_ahead(generator.encode_text, texts)
+    encode_ahead(generator.encode_text, texts, world)
     for text in texts:
         generator.encode_text([text])
 

@@ -22,7 +22,9 @@ from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoiseSource, StackedNoise
 from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
+from arcopo_fast.runtime.distributed import ALONE, World
 from arcopo_fast.runtime.memory import resident
+from arcopo_fast.runtime.rank_console import log_to
 from arcopo_fast.storage.video import NOT_FINITE, Mp4Writer
 
 
@@ -71,26 +73,29 @@ def stream_frames(
 def generate(
     config: Config,
     generator: Generator,
-    prompts: Sequence[str],
-    files: Sequence[Path],
+    videos: Mapping[Path, str],
     *,
     seed: int,
     frames: int | None = None,
     switches: Sequence[Switch] = (),
     batch: int = 1,
+    world: World = ALONE,
 ) -> None:
-    """Write a video of each prompt to the file in its place. Their sizes and times go to stderr.
+    """Write a video of each prompt to its file. Their sizes and times go to stderr.
 
     Args:
+        videos: a prompt for each file.
         seed: of the noise.
         frames: of each video, rounded up to whole chunks; None: as the recipe says.
         switches: of every video.
         batch: videos that are made at once.
+        world: the ranks that share the batches.
 
     Raises:
         UserError: the input cannot be used; no video was begun.
         Interrupted: the user asked to stop; what was made of the videos at hand is kept.
     """
+    files, prompts = list(videos), list(videos.values())
     vae = VAESizes.from_config(generator.decoder.vae.config)
     usual = config.video.chunks
     if frames is not None:
@@ -100,19 +105,23 @@ def generate(
     if frames not in (None, total):
         print(f"{frames} frames are not whole chunks of {config.video.chunk_frames} latent frames: making {total}", file=sys.stderr)
     placed = place_switches(switches, shape, vae)
-    encode_ahead(generator.encode_text, [*prompts, *placed.values()])
+    encode_ahead(generator.encode_text, [*prompts, *placed.values()], world)
     latent_switches = {frame: generator.encode_text([prompt]) for frame, prompt in placed.items()}
-    text = generator.encode_text(prompts)
+    for prompt in prompts:
+        generator.encode_text([prompt])  # what it cannot read is said before a video is begun
     engine = sized_engine(config, generator, batch, longer=config.video.chunks > usual)
     files[0].parent.mkdir(parents=True, exist_ok=True)
+    log_to(files[0].parent)
+    parts = [slice(start, start + batch) for start in range(0, len(prompts), batch)[world.rank :: world.size]]
     with Interruption("the chunk") as interruption:
-        for start in range(0, len(prompts), batch):
+        for number, part in enumerate(parts):
             if interruption.asked:
-                raise Interrupted(f"{start} of {len(prompts)} videos are made")
-            part = slice(start, start + batch)
+                by = "" if world.alone else f" by rank {world.rank}"
+                raise Interrupted(f"{number * batch} of {sum(len(prompts[part]) for part in parts)} videos are made{by}")
             noise = StackedNoise([KeyedNoise(shape, GroupId(seed, group=index)) for index in range(len(prompts))[part]])
-            videos = stream_frames(generator, engine, text[part], noise, switches=latent_switches, offload=config.generator.offload)
-            write_videos(videos, files[part], interruption, chunks=shape.chunks, frames=total, fps=config.video.fps)
+            text = generator.encode_text(prompts[part])
+            stream = stream_frames(generator, engine, text, noise, switches=latent_switches, offload=config.generator.offload)
+            write_videos(stream, files[part], interruption, chunks=shape.chunks, frames=total, fps=config.video.fps)
 
 
 def write_videos(

@@ -14,6 +14,7 @@ from arcopo_fast.data.prompts import BENCH
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.checkpoints import UnreadableFile
 from arcopo_fast.rewards.registry import reward_files
+from arcopo_fast.runtime.distributed import World
 from arcopo_fast.storage import hub
 from arcopo_fast.storage.identity import version_of
 
@@ -52,6 +53,22 @@ def needs(config: Config) -> list[Need]:
         if name not in config.reward_servers.addresses:
             files_needed += [Need(f"rewards.{name}", source, list(files)) for source, files in reward_files(name)]
     return files_needed
+
+
+def fetch(config: Config, world: World, *keys: str) -> None:
+    """Download what is missing of a recipe's published files, once for all ranks that share a disk. A process alone does it as it loads.
+
+    keys: beginnings of the keys whose files are needed; none: all.
+
+    Raises:
+        UserError: a file cannot be downloaded, or is not whole.
+    """
+    if world.alone:
+        return
+    with world.in_turn("download what the recipe needs"):
+        for need in needs(config):
+            if hub.is_published(need.source) and need.key.startswith(keys or ""):
+                hub.find(need.source, need.files)
 
 
 def environment() -> list[str]:

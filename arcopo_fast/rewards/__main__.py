@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 def serve_command_line() -> Parser:
     """Return the parser of `rewards serve`."""
-    parser = Parser(f"{PROGRAM} serve", "Serve rewards over HTTP, until Ctrl-C or SIGTERM.")
+    parser = Parser(f"{PROGRAM} serve", "Serve rewards over HTTP, until Ctrl-C or SIGTERM.", one_process=True)
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"see {PROGRAM} list; a custom reward is named package.module:function")
     parser.add_argument("--port", type=int, default=8123, metavar="N", help="port to listen at; 0: a free port, which is printed")
     parser.add_argument(

@@ -110,12 +110,14 @@ class Progress:
     Args:
         iterations: how many there will be.
         done: how many of them an earlier part of the run did.
+        ranks: that share the iterations, for the time that is left.
         seconds: between lines of a log file.
         stream: where to write.
     """
 
-    def __init__(self, iterations: int, done: int = 0, *, seconds: float = 15.0, stream: TextIO | None = None) -> None:
+    def __init__(self, iterations: int, done: int = 0, *, ranks: int = 1, seconds: float = 15.0, stream: TextIO | None = None) -> None:
         self.iterations = iterations
+        self.ranks = ranks
         self.seconds = seconds
         self.stream = stream or sys.stderr
         self.done = self._before = done
@@ -137,7 +139,7 @@ class Progress:
             self._bar.update()
         elif now - self._last >= self.seconds or self.done == self.iterations:
             self._last = now
-            left = pace * (self.iterations - self.done)
+            left = pace * (self.iterations - self.done) / self.ranks
             print(f"{self.done}/{self.iterations}  {_join(shown)}  {pace:.2f} s/it  {_minutes(left)} left", file=self.stream, flush=True)
 
     def skip(self, iterations: int) -> None:

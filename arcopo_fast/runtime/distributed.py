@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 TIMEOUT = 1800.0
 """Seconds that a rank waits for the others before it ends the job."""
+WORK = 86400.0
+"""The same where the others may be at work. A rank that ends is noticed before."""
 BUCKET = 1 << 26
 """Bytes that are summed over the ranks at once: fewer calls, and no second copy of everything."""
 
@@ -44,14 +46,17 @@ class World:
         rank, size: number of this process among them, and how many they are.
         ranks: their numbers in the job.
         timeout: seconds to wait for one another.
+        local_rank: number of this process on its machine.
     """
 
     rank: int = 0
     size: int = 1
     ranks: tuple[int, ...] = (0,)
     timeout: float = TIMEOUT
+    local_rank: int = 0
     _control: Any = field(default=None, repr=False)  # process groups: for messages from the host, and for tensors of any device
     _tensors: Any = field(default=None, repr=False)
+    _patient: Any = field(default=None, repr=False)  # of a whole job, for waiting long
 
     @classmethod
     @contextmanager
@@ -78,11 +83,12 @@ class World:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
             control = dist.new_group(backend="gloo", timeout=patience) if torch.cuda.is_available() else dist.group.WORLD
+            patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=WORK))
         except (RuntimeError, ValueError) as error:
             where = f"{place.size} ranks at {place.address}:{place.port}"
             raise UserError(f"rank {place.rank} could not join {where}: {str(error).splitlines()[0]}") from error
         try:
-            yield cls(place.rank, place.size, ranks, timeout, control, dist.group.WORLD)
+            yield cls(place.rank, place.size, ranks, timeout, place.local_rank, control, dist.group.WORLD, patient)
         finally:
             dist.destroy_process_group()
 
@@ -107,14 +113,14 @@ class World:
         if self.size % size:
             raise ValueError(f"{self.size} ranks are not teams of {size}")
         if size == 1:
-            return World(ranks=(self.ranks[self.rank],), timeout=self.timeout)
+            return World(ranks=(self.ranks[self.rank],), timeout=self.timeout, local_rank=self.local_rank)
         patience, mine = timedelta(seconds=self.timeout), None
         for start in range(0, self.size, size):  # everybody takes part in the making of every team
             ranks = self.ranks[start : start + size]
             control = dist.new_group(list(ranks), backend="gloo", timeout=patience)
             tensors = dist.new_group(list(ranks), timeout=patience) if torch.cuda.is_available() else control
             if self.ranks[self.rank] in ranks:
-                mine = World(self.rank - start, size, ranks, self.timeout, control, tensors)
+                mine = World(self.rank - start, size, ranks, self.timeout, self.local_rank, control, tensors)
         assert mine is not None
         return mine
 
@@ -168,9 +174,33 @@ class World:
         Raises:
             RankLost: some did not come in time; on rank 0 the message names them.
         """
+        self._meet(self._control, what, self.timeout)
+
+    def meet_after_work(self, what: str) -> None:
+        """Wait until everybody in the job is here, however long the others' work takes: a download, or their share of the videos.
+
+        Raises:
+            RankLost: another rank has ended.
+        """
+        self._meet(self._patient, what, WORK)
+
+    def _meet(self, group: Any, what: str, timeout: float) -> None:
         if not self.alone:
-            patience = timedelta(seconds=self.timeout)
-            self._together(lambda: dist.monitored_barrier(self._control, timeout=patience, wait_all_ranks=True), what)
+            patience = timedelta(seconds=timeout)
+            self._together(lambda: dist.monitored_barrier(group, timeout=patience, wait_all_ranks=True), what, timeout)
+
+    @contextmanager
+    def in_turn(self, what: str) -> Iterator[None]:
+        """Let rank 0 go through the block first, then a rank of each machine, then the others: what one leaves on the disk the next finds.
+
+        A rank that fails in the block ends the others.
+        """
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
+            self.meet_after_work(what)
+        yield
+        for _ in range(2 - turn):
+            self.meet_after_work(what)
 
     def check_same(self, what: str, value: Any) -> None:
         """Check that everybody has an equal value.
@@ -185,7 +215,7 @@ class World:
                 f"than rank {self.ranks[0]}; start all ranks with the same command, files and versions"
             )
 
-    def _together(self, work: Callable[[], Any], what: str = "") -> None:
+    def _together(self, work: Callable[[], Any], what: str = "", timeout: float | None = None) -> None:
         try:
             work()
         except torch.OutOfMemoryError:
@@ -194,10 +224,15 @@ class World:
             reason = " ".join(str(error).split())
             missing = re.search(r"[Rr]anks? ([\d, ]+) failed to pass monitoredBarrier", reason)
             lost = f"rank {missing[1].strip(' ,')} did not come" if missing else "another rank has ended or does not answer"
-            within = f" within {self.timeout:g} s" if missing or "timeout" in reason.lower() or "timed out" in reason.lower() else ""
+            late = missing or "timeout" in reason.lower() or "timed out" in reason.lower()
+            within = f" within {self.timeout if timeout is None else timeout:g} s" if late else ""
             raise RankLost(
                 f"{lost}{within}{f' to {what}' if what else ''}; its own error, above or in its log, is the cause ({reason[:160]})"
             ) from error
+
+
+ALONE = World()
+"""The world of a process that was started alone."""
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from arcopo_fast.errors import UserError
@@ -35,12 +36,12 @@ def tune_for_cpu(threads: int | None = None) -> None:
 
 
 def device_of(name: str, key: str = "generator.device") -> torch.device:
-    """Return the device of a name; "auto" takes a GPU where there is one.
+    """Return the device of a name; "auto" takes a GPU where there is one. Of several ranks each has its own, the current device.
 
     key: the setting or the option that says the name.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: there is no such device here, or it is one of several ranks that would share it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,6 +49,8 @@ def device_of(name: str, key: str = "generator.device") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"{key} is {name!r}; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and device.index is not None and dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
+        raise UserError(f"{key} is {name!r}, and each of the {ranks} ranks has a GPU of its own; use {key}=auto")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{key} is {name!r}, but PyTorch sees no GPU here; use {key}=cpu")
     if device.type == "cuda" and device.index is not None and device.index >= (count := torch.cuda.device_count()):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import outcome
 
 import arcopo_fast
 from arcopo_fast import train
@@ -191,3 +192,26 @@ def test_every_option_that_is_a_path_expands_a_home_directory(tmp_path: Path, mo
 def test_the_buffer_of_an_option_is_a_text() -> None:
     parsed = train.command_line().read(["--buffer", "my # 1: {x}", "--mode", "semi_on_policy"])
     assert load_config("toy", train.settings_of(parsed)).train.buffer == "my # 1: {x}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "merge --semi A --on B --scale 1 --out C",
+        "entropy",
+        "report RUN",
+        "evaluate merge A --out B",
+        "vbench total A",
+        "rewards.__main__ serve x",
+    ]
+    + ["vbench score --python P --videos V"],
+)
+def test_what_is_one_process_s_work_is_refused_on_several_ranks(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *arguments = command.split()
+    for variable, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    status, (line,), out = outcome(importlib.import_module(f"arcopo_fast.{name}").main, capsys, *arguments)
+    assert status == 2 and not out and line.startswith("rank 1: error: python -m arcopo_fast.")
+    assert line.endswith(" is one process's work; start it without torchrun"), line

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,3 +151,33 @@ def test_a_rank_that_hangs_is_named_within_the_timeout() -> None:
     assert "rank 2 did not come within 3 s to take the step" in first
     assert "ended or does not answer" in second or "did not come" in second
     assert third == "awake"
+
+
+def _in_turn(world: World, folder: Path) -> list[str]:
+    """Machines of two processes each; the world's time-out is shorter than what rank 0 does."""
+    world = replace(world, local_rank=world.rank % 2)
+    with world.in_turn("download"):
+        found = sorted(path.name for path in folder.iterdir())
+        time.sleep(1.8 if world.is_main else 0.05 * (4 - world.rank))
+        (folder / str(world.rank)).touch()
+    world.meet_after_work("end")
+    assert len(list(folder.iterdir())) == 4
+    return found
+
+
+def test_rank_0_comes_first_then_one_of_each_machine(tmp_path: Path) -> None:
+    main, second, first_of_another, last = run_ranks(4, _in_turn, tmp_path, timeout=1.0)
+    assert main == [] and first_of_another == ["0"] and second[:2] == last[:2] == ["0", "2"]
+
+
+def _main_fails_in_its_turn(world: World) -> None:
+    with world.in_turn("download"):
+        time.sleep(0.5)
+        raise UserError("offline" if world.is_main else "not reached")
+
+
+def test_nobody_waits_for_a_turn_that_does_not_come() -> None:
+    began = time.monotonic()
+    main, *others = run_ranks(3, _main_fails_in_its_turn)
+    assert str(main) == "offline" and all(isinstance(error, RankLost) for error in others)
+    assert time.monotonic() - began < 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from arcopo_fast.evaluation.vbench.data import Video
 from arcopo_fast.evaluation.videos import stream_frames
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, StackedNoise
 from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
+from arcopo_fast.runtime.distributed import ALONE, World
 from arcopo_fast.storage.atomic import atomic_write
 from arcopo_fast.storage.identity import digest, file_digest, require_same, weights_digest
 from arcopo_fast.storage.video import Mp4Writer
@@ -52,24 +54,32 @@ def begin(out: Path, prompts: str, sampling: Mapping[str, Any], sources: Mapping
     return out / "videos"
 
 
-def make_videos(config: Config, generator: Generator, videos: Sequence[Video], directory: Path, *, batch: int) -> None:
+def make_videos(
+    config: Config, generator: Generator, videos: Sequence[Video], directory: Path, *, batch: int, world: World = ALONE
+) -> None:
     """Make those videos that are not in the directory yet. A video's noise depends on its seed alone.
 
     batch: videos that are made at once.
+    world: the ranks that share the batches.
 
     Raises:
         Interrupted: the user asked to stop; the videos at hand were finished.
     """
-    missing = [video for video in videos if not (directory / video.file).exists()]
-    if not missing:
-        return
-    encode_ahead(generator.encode_text, [video.text for video in missing])
+
+    def made() -> int:
+        return len({video.file for video in videos} & set(os.listdir(directory)))
+
+    missing = world.from_main([video for video in videos if not (directory / video.file).exists()])  # before anybody makes one
+    encode_ahead(generator.encode_text, [video.text for video in missing], world)
     batch = min(batch, len(missing))
+    if not (starts := range(0, len(missing), max(batch, 1))[world.rank :: world.size]):
+        return
     engine = sized_engine(config, generator, batch, longer=False)
-    with Interruption("the videos at hand") as interruption, Progress(len(videos), len(videos) - len(missing)) as progress:
-        for start in range(0, len(missing), batch):
+    with Interruption("the videos at hand") as interruption, Progress(len(videos), made(), ranks=world.size) as progress:
+        for start in starts:
             if interruption.asked:
-                raise Interrupted(f"{progress.done} of {len(videos)} videos are made; the same command makes the others")
+                raise Interrupted(f"{made()} of {len(videos)} videos are made; the same command makes the others")
+            progress.skip(made() - progress.done)
             part = missing[start : start + batch]
             text = generator.encode_text([video.text for video in part])
             noise = StackedNoise([KeyedNoise(engine.shape, GroupId(video.seed)) for video in part])
