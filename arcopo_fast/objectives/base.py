@@ -1,4 +1,4 @@
-"""The contract of an objective, and the policy updates that all of them share.
+"""The contract of an objective.
 
 An objective says, each in one place,
 
@@ -7,26 +7,22 @@ An objective says, each in one place,
 * which policies the live one is compared with: `compared`, and when they move: `begin`, `end`;
 * the loss of the samples, with its own statistics and charts: `target`, `loss`, `summary`, `charts`.
 
-The update is the same for all: draw the samples, predict them under the policies that are compared (without gradient) and under the live
-one, take the loss, step. Nothing is kept from one update of an iteration to the next but the policies.
+The update is the same for all (`objectives.updates`): draw the samples, predict them under the policies that are compared (without gradient)
+and under the live one, take the loss, step. Nothing is kept from one update of an iteration to the next but the policies.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from arcopo_fast.config.schema import ObjectiveSettings
 from arcopo_fast.objectives.batching import Batching
-from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
+from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.rollout.noise import NoisePlan
-from arcopo_fast.runtime.profiling import stage
 from arcopo_fast.storage.metrics import Chart
 
 if TYPE_CHECKING:  # a recipe is read without the engine
@@ -46,18 +42,6 @@ class Loss(NamedTuple):
 
     loss: Tensor
     statistics: Mapping[str, Tensor]
-
-
-class Lesson(NamedTuple):
-    """A group to learn from.
-
-    Attributes:
-        group: has a reward that varies.
-        target: what `Objective.target` returned for it.
-    """
-
-    group: Group
-    target: Any
 
 
 class Objective(ABC, Generic[S]):
@@ -113,7 +97,7 @@ class Objective(ABC, Generic[S]):
 
     @abstractmethod
     def target(self, group: Group, advantages: Tensor) -> Any:
-        """Return what `loss` needs of a group with advantages [G], computed once for all its updates."""
+        """Return what `loss` needs of a group with advantages [G]; the same for every update."""
 
     @abstractmethod
     def loss(self, group: Group, target: Any, samples: Samples, new: Tensor, compared: Mapping[str, Tensor]) -> Loss:
@@ -143,116 +127,22 @@ class Objective(ABC, Generic[S]):
     # Common to all objectives
 
     def update(
-        self,
-        groups: Sequence[tuple[Group, Tensor]],
-        stepper: Stepper,
-        *,
-        draw: tuple[int | str, ...] = (),
+        self, groups: Sequence[tuple[Group, Tensor]], stepper: Stepper, *, draw: tuple[int | str, ...] = ()
     ) -> dict[str, float]:
-        """Do all policy updates of an iteration over (group, advantages [G]) pairs; return statistics.
+        """Do all policy updates of an iteration over (group, advantages [G]) pairs that are there already; return statistics.
 
-        Groups without variance contribute nothing. If no group has any, or the gradient is exactly zero, no step is taken.
-
-        Raises:
-            GradientNotFinite: the step of that update and those after it were not taken.
-            UserError: not even one sample at a time, with checkpointing, fits the device's memory.
+        For what it raises, and for groups that are made one after the other, see `Updates`.
         """
-        statistics = dict[str, list[float]]()
-        lessons = [Lesson(group, self.target(group, advantages)) for group, advantages in groups if advantages.abs().any()]
-        if lessons:
-            if not self.reference:
-                self.policies.keep("rollout")
-            self.begin()
-            try:
-                for update in range(self.settings.updates):
-                    for name, value in self._one_update(lessons, update, stepper, draw):
-                        statistics.setdefault(name, []).append(value)
-            finally:
-                self.policies.drop("rollout")
-            self.end()
-        stepper.optimizer.zero_grad(set_to_none=True)
-        means = {name: sum(values) / len(values) for name, values in statistics.items()}
-        means["steps"] = sum(statistics.get("steps", []), 0.0)
-        return means | {"zero_variance_groups": float(len(groups) - len(lessons))}
+        from arcopo_fast.objectives.updates import Updates
 
-    def _one_update(self, lessons: Sequence[Lesson], update: int, stepper: Stepper, draw: tuple[int | str, ...]) -> list[tuple[str, float]]:
-        """Take the gradient of one update and step; return what is logged."""
-        trained = [self.samples(lesson.group, update, draw) for lesson in lessons]
-        largest = max(len(samples) for chunks in trained for samples in chunks)
-        with stage("replay"):
-            results = self.batching.until_it_fits(partial(self._gradient, lessons, trained, stepper.optimizer), largest)
-        logged = [(f"update{update + 1}/{name}", value) for statistics in results for name, value in self.summary(statistics).items()]
-        with stage("optimizer"):
-            try:
-                step = stepper.take()
-            except GradientNotFinite as error:
-                raise GradientNotFinite(
-                    f"the gradient of update {update + 1} of {self.settings.updates} {error}: no step was taken. Try a smaller "
-                    "optimizer.lr, in case the weights have gone too far, or generator.dtype=float32, in case a number was too large"
-                ) from None
-        about = {"gradient_norm": step.norm, "clipped": step.clipped, "below_eps": step.below_eps, "steps": step.taken}
-        return [*logged, *((name, float(value)) for name, value in about.items())]
-
-    def _gradient(
-        self, lessons: Sequence[Lesson], trained: Sequence[list[Samples]], optimizer: torch.optim.Optimizer
-    ) -> list[dict[str, Tensor]]:
-        """Zero the gradients, then accumulate those of one update; return each group's statistics."""
-        optimizer.zero_grad(set_to_none=True)
-        unmoved = [name for name in self.compared() if self.policies.is_live(name)]
-        statistics = []
-        for lesson, chunks in zip(lessons, trained):
-            weight = 1 / (sum(map(len, chunks)) * len(lessons))
-            parts = [part for samples in chunks for part in self._backward(lesson, samples, unmoved, weight)]
-            statistics.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        return statistics
-
-    def _backward(self, lesson: Lesson, samples: Samples, unmoved: Sequence[str], weight: float) -> list[Mapping[str, Tensor]]:
-        """Accumulate the gradient of one chunk's samples, micro-batch by micro-batch; return the statistics of each."""
-        group, parts = lesson.group, self._micro_batches(lesson.group, samples)
-        moved = {name: self._predictions(name, group, parts) for name in self.compared() if name == "reference" or name not in unmoved}
-        statistics = []
-        with self._prefix(group) as prefix:
-            for index, part in enumerate(parts):
-                with self._context(group, part, prefix) as context:
-                    live = self.engine.predict(group, part, context=context, checkpoint=self.batching.checkpoint)
-                    compared = {name: moved[name][index] if name in moved else live.detach() for name in self.compared()}
-                    loss = self.loss(group, lesson.target, part, live, compared)
-                    if unmoved and len(unmoved) == len(compared):
-                        self.check_unmoved(loss.statistics)
-                    (loss.loss.sum() * weight).backward()
-                statistics.append(loss.statistics)
-        return statistics
-
-    def _micro_batches(self, group: Group, samples: Samples) -> list[Samples]:
-        size = min(self.batching.micro_batch or len(samples), self.engine.at_once(group, samples.chunk) or len(samples))
-        return samples.split(size)
-
-    @torch.no_grad()
-    def _predictions(self, policy: str, group: Group, parts: Sequence[Samples]) -> list[Tensor]:
-        """Return x0hat of each part under a policy that is compared."""
-        predictions = []
-        with self.policies.as_(policy), self._prefix(group) as prefix:
-            for part in parts:
-                with self._context(group, part, prefix) as context:
-                    predictions.append(self.predict_known(policy, group, part, context))
-        return predictions
+        with Updates(self, stepper, draw=draw) as updates:
+            for group, advantages in groups:
+                updates.learn(group, advantages)
+            return updates.finish()
 
     def predict_known(self, policy: str, group: Group, samples: Samples, context: Stream) -> Tensor:
         """Return x0hat of samples under a policy that is compared, which is in place; an objective may know it already."""
         return self.engine.predict(group, samples, context=context)
-
-    def _prefix(self, group: Group) -> AbstractContextManager[Stream | None]:
-        """Give the context of the pivot chunk: the rollout's (None), or recomputed from its latents under the present weights."""
-        return self.engine.recomputed_prefix(group, self.settings.context == "recompute")
-
-    @contextmanager
-    def _context(self, group: Group, samples: Samples, prefix: Stream | None) -> Iterator[Stream]:
-        """Give the context that samples were made in: what members made of their own is cached anew under the policy that made it."""
-        rebuilt = samples.chunk > group.pivot and self.settings.context == "rollout"
-        with ExitStack() as stack:
-            with self.policies.as_(self.maker) if rebuilt else nullcontext():
-                context = stack.enter_context(self.engine.context(group, samples.chunk, samples.members, prefix=prefix))
-            yield context
 
     # What a checkpoint keeps
 

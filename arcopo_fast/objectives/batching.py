@@ -1,8 +1,8 @@
 """The number of samples in one backward pass, and how it shrinks when they do not fit.
 
-An update that runs out of memory is computed again, from no gradient on, in micro-batches of half the size, and at last with checkpointing;
-these settings stay in force for the rest of the run. That update, and all after it, are bit for bit what these settings give; an earlier
-update of the same iteration was made in larger micro-batches, which round differently.
+A group's gradient that runs out of memory is computed again, from nothing on, in micro-batches of half the size, and at last with
+checkpointing; these settings stay in force for the rest of the run. That gradient, and all after it, are bit for bit what these settings
+give; those before it were made in larger micro-batches, which round differently.
 """
 
 from __future__ import annotations

@@ -368,6 +368,12 @@ class Engine:
         stream.cache.finish()
         return stream
 
+    @torch.no_grad()
+    def bring_back(self, group: Group) -> None:
+        """Move a group that was put away to the device, and make its context anew under the weights as they are."""
+        group.move(self.model.device)
+        group.prefix = self.rebuild_prefix(group.text, group.prefix_latents)
+
     # Prediction
 
     @contextmanager
@@ -398,6 +404,7 @@ class Engine:
             prefix: instead of the group's own.
         """
         prefix = prefix or group.prefix
+        assert prefix is not None, "the group has no context: see bring_back"
         stream = replace(prefix, cache=prefix.cache.fork(len(members)), latents=list(prefix.latents))
         try:
             for number, latents in group.own_chunks(self.shape.chunk_frames).items():

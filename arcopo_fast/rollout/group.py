@@ -60,33 +60,28 @@ class Samples:
         sigma = sigmas.view(-1, 1, 1, 1, 1)
         return cls(chunk, torch.arange(len(clean)), (1 - sigma) * clean + sigma * noise.to(clean), timesteps, sigmas)
 
+    def part(self, cut: slice) -> Samples:
+        """Return the samples of a slice."""
+        steps = None if self.steps is None else self.steps[cut]
+        return Samples(self.chunk, self.members[cut], self.x[cut], self.timesteps[cut], self.sigmas[cut], steps)
+
     def split(self, size: int) -> list[Samples]:
         """Return parts of at most `size` samples."""
-        cuts = [slice(start, start + size) for start in range(0, len(self), size)]
-        return [
-            Samples(
-                self.chunk,
-                self.members[cut],
-                self.x[cut],
-                self.timesteps[cut],
-                self.sigmas[cut],
-                None if self.steps is None else self.steps[cut],
-            )
-            for cut in cuts
-        ]
+        return [self.part(slice(start, start + size)) for start in range(0, len(self), size)]
 
 
 @dataclass
 class Group:
     """G videos that share their chunks before the pivot, and from there on differ in the noises that a plan names.
 
-    It holds the prefix's pages: release it, or use it as a context manager.
+    It holds the prefix's pages: release it, or use it as a context manager. It can also
+    wait in host memory without them, see `put_away`.
 
     Attributes:
         id: the name of the group, which keys its draws.
         text: embedding of the prompt, [1, length, text_dim].
         pivot: the first chunk that is not shared, counted from 0.
-        prefix: the context of the pivot chunk.
+        prefix: the context of the pivot chunk; None where its pages were given back.
         prefix_latents: [1, F0, C, h, w] float32, before the pivot.
         tails: [G, F1, C, h, w] float32, from the pivot on; in a group out of a buffer the pivot chunk's alone.
         inputs, predictions: x_t and x0hat_t of the pivot chunk at its T steps, [T, G, F, C, h, w] float32.
@@ -97,7 +92,7 @@ class Group:
     id: GroupId
     text: Tensor
     pivot: int
-    prefix: Stream
+    prefix: Stream | None
     prefix_latents: Tensor
     tails: Tensor
     inputs: Tensor
@@ -130,8 +125,20 @@ class Group:
         return torch.cat([self.prefix_latents.expand(self.size, *self.prefix_latents.shape[1:]), self.tails], dim=1)
 
     def release(self) -> None:
-        """Give the prefix's pages back."""
-        self.prefix.cache.release()
+        """Give the prefix's pages back; once is enough."""
+        if self.prefix is not None:
+            self.prefix.cache.release()
+            self.prefix = None
+
+    def put_away(self) -> None:
+        """Give the prefix's pages back, and wait in host memory until `Engine.bring_back`."""
+        self.release()
+        self.move("cpu")
+
+    def move(self, device: torch.device | str) -> None:
+        """Move the tensors to a device."""
+        for name in ("text", "prefix_latents", "tails", "inputs", "predictions"):
+            setattr(self, name, getattr(self, name).to(device))
 
     def __enter__(self) -> Group:
         return self

@@ -116,7 +116,7 @@ def world() -> Iterator[Callable[..., World]]:
     ("moment", "done"), [("old predictions", 0), ("old predictions", 2), ("forward", 0), ("forward", 1), ("backward", 1), ("backward", 2)]
 )
 def test_it_is_the_update_with_the_smaller_micro_batch(world: Callable[..., World], moment: str, done: int, reference: bool) -> None:
-    """Bit for bit, whichever replay of the first update fails: that of the first micro-batch, the second, or the next group's first.
+    """Bit for bit, if a replay of the first group fails, its first micro-batch or its second; up to rounding, if the next group's first.
 
     On-policy the old policy is asked in the second update: the first one had the larger micro-batches, which round differently.
     """
@@ -129,15 +129,18 @@ def test_it_is_the_update_with_the_smaller_micro_batch(world: Callable[..., Worl
     assert [str(warning.message) for warning in warned] == [
         f"the replay ran out of memory ({SAID}); continuing with objective.micro_batch=2: set this in the recipe"
     ]
-    assert {size for _, size in card.calls} == {6, 3, 2, 1}, "halved twice, and everything before the first step made anew"
+    assert {size for _, size in card.calls} == {6, 3, 2, 1}, "halved twice, and everything of this group made anew"
     assert statistics["update1/ratio_max"] == 0 < statistics["update2/ratio_max"]
-    if moment == "old predictions" and not reference:
+    if done == 2 or (moment == "old predictions" and not reference):
         assert recorded == pytest.approx(statistics, rel=1e-3, abs=1e-7)
         for ours, theirs in zip(again, adapters, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     else:
         assert recorded == statistics
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, adapters, strict=True))
+
+    if reference and done == 2:
+        return  # the reference's predictions of the first group are known by now, with the rounding of the second update's micro-batches
 
     # It stays at that, without a word.
     del card.calls[:]
@@ -176,7 +179,7 @@ def test_a_recomputed_context_is_made_anew(world: Callable[..., World], monkeypa
     one = world()
     adapters, statistics = one.update(one.objective(micro_batch=3, context="recompute"))
     held = one.engine.pool.pages_in_use
-    Small(one.engine, "backward", pairs=3, after=1)
+    Small(one.engine, "backward", pairs=3)
     with pytest.warns(UserWarning, match="objective.micro_batch=3: set this in the recipe"):
         again, recorded = one.update(one.objective(context="recompute"))
     assert recorded == statistics and one.engine.pool.pages_in_use == held

@@ -81,7 +81,10 @@ def test_parts_of_samples_are_the_samples(size: int, noised: bool) -> None:
 
 def test_a_group_gives_its_prefix_back_whatever_happens() -> None:
     group: Any = group_of(6)
+    prefix = group.prefix
     with pytest.raises(RuntimeError), group as entered:
-        assert entered is group and not group.prefix.released
+        assert entered is group and not prefix.released
         raise RuntimeError
-    assert group.prefix.released == [1]
+    assert prefix.released == [1] and group.prefix is None
+    group.release()
+    assert prefix.released == [1], "pages are given back once"
