@@ -299,14 +299,13 @@ def encode_ahead(encode_text: TextEncoder, prompts: Iterable[str], world: World 
 
 
 def pool_pages(config: Config, *, videos: int | None = None) -> int:
-    """Return the pages that the groups of an iteration need at the worst pivot, or `videos` independent videos."""
+    """Return the pages that a group needs at the worst pivot, or `videos` independent videos."""
     chunks = config.video.chunk_sizes
     visible = plan_pages(config.cache, chunks, len(chunks) - 1, 1).prefix  # what one whole video holds at most
     if videos:
         return max(1, videos * visible)
-    # Every group of an iteration holds its prefix until the update; a context that is recomputed stands beside the rollout's own.
-    prefixes = config.rollout.prompts_per_iteration - 1 + (config.objective.context == "recompute")
-    return pages_for(config.cache, chunks, config.rollout.wave_size) + prefixes * visible
+    recomputed = visible if config.objective.context == "recompute" else 0  # it stands beside the rollout's own
+    return pages_for(config.cache, chunks, config.rollout.wave_size) + recomputed
 
 
 def build_engine(

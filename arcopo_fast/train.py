@@ -2,6 +2,7 @@
 
     python -m arcopo_fast.train [RECIPE] [key=value ...] [--mode M --buffer DIR] [--dry-run] [--profile N]
     python -m arcopo_fast.train --resume RUN
+    torchrun --nproc_per_node=8 -m arcopo_fast.train ...        on several GPUs, see docs/scaling.md
 
 The loop, top to bottom: `one_iteration` is the method, `iterations` what surrounds it, `train` a whole run. Everything a run makes lies in
 its run directory.
@@ -11,10 +12,9 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
-from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from arcopo_fast.cli import RecipeParser, numbers, positive_int, run_command
@@ -26,54 +26,49 @@ from arcopo_fast.model.lora import adapter_disabled
 from arcopo_fast.planning.plan import dry_run
 from arcopo_fast.reports.results import DEVICE
 from arcopo_fast.reports.run import write_report
-from arcopo_fast.reports.stall import PATIENCE, notice, stalled_since
 from arcopo_fast.rewards.base import RewardError
 from arcopo_fast.runtime import profiling
-from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
+from arcopo_fast.runtime.console import Interrupted, Interruption
+from arcopo_fast.runtime.distributed import World
 from arcopo_fast.runtime.memory import tune_for_cpu
+from arcopo_fast.runtime.place import job, started_again
 from arcopo_fast.runtime.profiling import Trace
+from arcopo_fast.runtime.rank_console import log_to
 from arcopo_fast.storage.identity import check_inputs, check_settings
-from arcopo_fast.storage.metrics import MetricsWriter
 from arcopo_fast.storage.run_dir import RunDirectory
 from arcopo_fast.training.finish import finish, how_to_go_on, resumption
-from arcopo_fast.training.groups import JudgedGroup
 from arcopo_fast.training.lessons import LearningWatch, reward_record
+from arcopo_fast.training.recorder import Recorder
 from arcopo_fast.training.trainer import Trainer, check_trainable
 
 # The loop --------------------------------------------------------------------------------------------------------------------------
 
 
-def judged_group(trainer: Trainer, iteration: int, index: int, stack: ExitStack) -> JudgedGroup:
-    """Return a group of videos with their rewards; its pages are given back with `stack`."""
-    if trainer.buffer is not None:
-        judged = trainer.buffer.draw(iteration, index)
-        stack.enter_context(judged.group)
-        return judged
-    rollouts = trainer.rollouts
-    prompt = rollouts.prompt(iteration, index)
-    text = rollouts.encode(prompt)
-    group = stack.enter_context(rollouts.roll_out(text, iteration, index))
-    frames = rollouts.decode(group)  # a slice after the other, as they are judged
-    rewards = rollouts.judge(frames, prompt)
-    return JudgedGroup(group, prompt, rewards)
-
-
 def one_iteration(trainer: Trainer, watch: LearningWatch, iteration: int) -> dict[str, Any]:
     """Roll out, decode, judge, take advantages, update; return what metrics.jsonl keeps (AR-CoPO, one iteration).
+
+    Every rank does it with groups of its own, or with branches of its own, and all return the same, times aside.
 
     Raises:
         RewardError: a reward failed, see `score`; or, as in the iterations before, the rewards gave nothing to learn from.
     """
-    config = trainer.config
+    config, own = trainer.config, []
+    lr = trainer.set_learning_rate(iteration)
     with profiling.record(trainer.generator.model.device) as seconds, ExitStack() as stack:
-        groups = [judged_group(trainer, iteration, index, stack) for index in range(config.rollout.prompts_per_iteration)]
-        advantages = [judged.advantages(config) for judged in groups]
-        watch.check(groups, advantages)
-        lr = trainer.set_learning_rate(iteration)
-        draw = () if trainer.buffer is None else (config.seed, iteration)
-        lessons = [(judged.group, values) for judged, values in zip(groups, advantages)]
-        statistics = trainer.objective.update(lessons, trainer.stepper, draw=draw)
-    return reward_record(config, groups) | statistics | {"lr": lr, "time": seconds}
+        updates = stack.enter_context(trainer.updates(iteration))
+        for index in trainer.own_groups:
+            judged = trainer.groups.judged(iteration, index)
+            stack.enter_context(judged.group)
+            own.append(judged.outcome(index, config))
+            updates.learn(index, judged.group, own[-1].advantages)
+            if len(trainer.own_groups) > 1:
+                judged.group.put_away()  # memory is that of one group
+        outcomes = trainer.everybodys(own)
+        watch.check(outcomes)
+        trainer.agree()
+        statistics = updates.finish()
+    trainer.check_adapters(iteration)
+    return reward_record(config, outcomes) | statistics | {"lr": lr, "time": seconds}
 
 
 def iterations(trainer: Trainer, run: RunDirectory, trace: Trace) -> Evaluation:
@@ -82,79 +77,98 @@ def iterations(trainer: Trainer, run: RunDirectory, trace: Trace) -> Evaluation:
     Raises:
         Interrupted: the user asked to stop; a checkpoint was saved after the iteration at hand.
     """
-    config, watch = trainer.config, LearningWatch(trainer.config)
-    done = saved = run.restore(trainer.restore)
-    if done > config.train.iterations:
-        raise UserError(f"{run.path} has done {done} iterations, and train.iterations is {config.train.iterations}; give at least {done}")
-    check_inputs(run.path, config, trainer.input_digests, trainer.judges, done=done)
-    run.write(DEVICE, json.dumps(trainer.device(), indent=2) + "\n")
-    recent: deque[dict[str, Any]] = deque(maxlen=PATIENCE)
+    config, world, watch = trainer.config, trainer.world, LearningWatch(trainer.config)
+    done = saved = restored(trainer, run)
     with adapter_disabled(trainer.generator.model):  # bit for bit what the fresh adapter, which adds zeros, gives
         before = trainer.evaluate()
-    with (
-        MetricsWriter(run.path, after=done, tensorboard=config.run.tensorboard) as metrics,
-        Progress(config.train.iterations, done) as progress,
-        trace.to(run.path / "profile" / "trace.json.gz"),
-        Interruption("the iteration") as interruption,
-    ):
+    with Recorder(trainer, run, trace, done) as recorder, Interruption("the iteration") as interruption:
         for iteration in range(done + 1, config.train.iterations + 1):
             steps = trainer.stepper.begun
             try:
                 record = one_iteration(trainer, watch, iteration)
             except BaseException as error:
                 if iteration - 1 > saved and trainer.stepper.begun == steps:  # the weights are still those of the iteration before
-                    trainer.save(run, iteration - 1)
+                    recorder.save(iteration - 1)
                 if isinstance(error, RewardError):
                     error.args = (f"{error}; {resumption(run)}",)
                 raise
-            trace.step()
-            metrics.write(iteration, record)
-            recent.append({"step": iteration} | record)
-            if len(recent) == recent.maxlen and (since := stalled_since(recent)) is not None:
-                warnings.warn(notice(since), stacklevel=1)
-                recent.clear()  # say it again only after as many more
-            progress.update(record.get("reward"), **trainer.objective.headline(record))
-            last = iteration == config.train.iterations
-            if (last or iteration == 1) and (over := trainer.over_plan()):
-                warnings.warn(over, stacklevel=1)
-            if last or interruption.asked or (config.train.save_every and iteration % config.train.save_every == 0):
-                trainer.save(run, iteration)
-                saved = iteration
-            if interruption.asked:
+            recorder.write(iteration, record)
+            due = iteration == config.train.iterations or (config.train.save_every and iteration % config.train.save_every == 0)
+            asked = world.any(interruption.asked)
+            if due or asked:
+                recorder.save(iteration)
+                saved, asked = iteration, world.any(interruption.asked)
+            if asked:
                 raise Interrupted(f"stopped after iteration {iteration}; {resumption(run)}")
     return before
 
 
-def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 0) -> Path:
+def restored(trainer: Trainer, run: RunDirectory) -> int:
+    """Restore the newest whole checkpoint on every rank; return its iteration. Rank 0 looks for it, and holds the run to its inputs."""
+    config, world, done = trainer.config, trainer.world, 0
+    if world.is_main:
+        done = run.restore(trainer.restore)
+        if done > config.train.iterations:
+            raise UserError(
+                f"{run.path} has done {done} iterations, and train.iterations is {config.train.iterations}; give at least {done}"
+            )
+        check_inputs(run.path, config, trainer.input_digests, trainer.judges, done=done)
+        run.write(DEVICE, json.dumps(trainer.device(), indent=2) + "\n")
+    done = world.from_main(done)
+    if done and not world.is_main:
+        trainer.restore(run.checkpoint_path(done))
+    trainer.check_adapters(done)
+    return done
+
+
+def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 0, world: World | None = None) -> Path:
     """Do the whole run; return its directory.
 
     Args:
         resume: go on with this run, whose configuration `config` is, from its last checkpoint.
         profile: iterations of which a PyTorch trace is written, `profile/trace.json.gz`.
+        world: all ranks of the job, each of which calls this. Rank 0 owns the directory and writes.
 
     Raises:
         Interrupted: the user asked to stop; the message says what is kept and how to go on.
     """
-    run = resume
+    world, run = world or World(), resume
     with ExitStack() as stack:
         try:
-            if resume is None:
+            if world.is_main and resume is None:
                 RunDirectory.check(config)
-            else:
+            elif world.is_main and resume is not None:
                 run = stack.enter_context(resume.owned())
                 check_settings(run.path, config)
-            if run is None or not run.evaluated:
-                trainer = Trainer(config)
+            evaluated = world.from_main(run is not None and run.evaluated)
+            if not evaluated:
+                trainer = Trainer(config, world)
                 trace = Trace(profile, of=config.train.iterations)
-                if run is None:
-                    run = stack.enter_context(RunDirectory.create(config).owned())
-                before = iterations(trainer, run, trace)
-                finish(trainer, run, before)
-            write_report(run.path)
+                if world.is_main and run is None:
+                    run = stack.enter_context(RunDirectory.create(config, job()).owned())
+            run = seen_by_all(world, run)
+            if not evaluated:
+                finish(trainer, run, iterations(trainer, run, trace))
+            if world.is_main:
+                write_report(run.path)
         except KeyboardInterrupt as error:
             raise error if isinstance(error, Interrupted) else Interrupted(how_to_go_on(run)) from None
     print(f"report: {run.path / 'report.html'}")
     return run.path
+
+
+def seen_by_all(world: World, run: RunDirectory | None) -> RunDirectory:
+    """Return rank 0's run directory; on the other ranks it is only read.
+
+    Raises:
+        UserError: a rank does not see it: the machines have no disk in common.
+    """
+    path = world.from_main(None if run is None else run.path.absolute())
+    assert path is not None
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"rank {world.rank}, on {gethostname()}, does not see {path}; set run.directory to a disk that all machines share")
+    log_to(path)
+    return run if run is not None and world.is_main else RunDirectory(path)
 
 
 # The command -----------------------------------------------------------------------------------------------------------------------
@@ -202,6 +216,12 @@ def run_to_resume(options: Any) -> RunDirectory | None:
     return RunDirectory.open(options.resume)
 
 
+def begun_by_this_job(config: Config) -> RunDirectory | None:
+    """Return the run that this job began before its launcher started it again, if it did."""
+    name = job()
+    return RunDirectory.begun_by(name, config) if name is not None and started_again() else None
+
+
 def main(argv: list[str]) -> None:
     """Run the command."""
     command = command_line().read_config(argv, settings_of, lambda options: run.path if (run := run_to_resume(options)) else None)
@@ -220,7 +240,10 @@ def main(argv: list[str]) -> None:
         print(dry_run(config, options.device_memory))
         return
     tune_for_cpu()
-    train(config, resume=run, profile=options.profile)
+    with World.joined(config.train.rank_timeout) as world:
+        if run is None and world.is_main:
+            run = begun_by_this_job(config)
+        train(config, resume=run, profile=options.profile, world=world)
 
 
 if __name__ == "__main__":

@@ -272,6 +272,14 @@ class TrainConfig(Section):
     )
     buffer: Place | None = Field(None, description="directory that `python -m arcopo_fast.collect` filled; null for on_policy")
     iterations: Positive = Field(100, description="iterations, each of rollout, reward and update")
+    spread: Literal["auto", "groups", "branches"] = Field(
+        "auto",
+        description="how ranks share an iteration; groups: each has its own; branches: teams of ranks share the branches of each group; "
+        "auto: by the numbers of ranks, groups and branches",
+    )
+    rank_timeout: PositiveFloat = Field(
+        1800.0, description="seconds that a rank waits for the others, as for one whose judge is slow, before the job ends"
+    )
     save_every: int = Field(50, ge=0, description="iterations between checkpoints; 0: only one, at the end")
     keep_checkpoints: Positive = Field(2, description="how many of the newest checkpoints are kept")
     threads: Positive | None = Field(None, description="CPU threads of PyTorch; null: PyTorch's own choice")

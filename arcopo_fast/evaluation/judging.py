@@ -24,6 +24,7 @@ from arcopo_fast.rollout.decode import decode_branches
 from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, StackedNoise
 from arcopo_fast.runtime import profiling
+from arcopo_fast.runtime.distributed import World
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.storage.metrics import TOTAL
 
@@ -155,22 +156,35 @@ def evaluate(
     prompts: Sequence[Prompt],
     rewards: dict[str, Reward],
     held_out: dict[str, Reward],
+    world: World | None = None,
 ) -> Evaluation:
     """Score `evaluation.videos_per_prompt` videos of every prompt. Equal configurations give equal noises, whatever the weights.
 
-    engine: of the generator, between two iterations; as many videos are made at once as its pages hold, at most `BATCH`.
+    Args:
+        engine: of the generator, between two iterations; as many videos are made at once as its pages hold, at most `BATCH`.
+        world: the ranks that share the work, batch by batch, so that numbers are those of one. All get the scores; rank 0 has the frames.
     """
+    world = world or World()
     wanted = [prompt for prompt in prompts for _ in range(config.evaluation.videos_per_prompt)]
     batch = videos_at_once(config)
-    parts: list[dict[str, Tensor]] = []
+    own: dict[int, dict[str, Tensor]] = {}
     shown: list[Tensor] = []
-    for start in range(0, len(wanted), batch):
-        part = wanted[start : start + batch]
-        groups = range(start, start + len(part))
+    for number in shares(math.ceil(len(wanted) / batch), math.ceil(config.evaluation.sample_videos / batch), world):
+        part = wanted[number * batch : (number + 1) * batch]
+        groups = range(number * batch, number * batch + len(part))
+        parts: list[dict[str, Tensor]] = []
         for frames, scores in judge(config, generator, engine, part, groups, {**rewards, **held_out}):
             parts.append(scores)
             shown.append(frames[: max(0, config.evaluation.sample_videos - sum(map(len, shown)))].to("cpu", copy=True))
             del frames
-    judged = joined(parts)
+        own[number] = joined(parts)
+    everybodys = {number: scores for rank in world.gathered(own) for number, scores in rank.items()}
+    judged = joined([everybodys[number] for number in sorted(everybodys)])
     total = weighted_total(judged, config.rewards)
-    return Evaluation({TOTAL: total} | judged, [prompt.text for prompt in wanted], torch.cat(shown)[: config.evaluation.sample_videos])
+    frames = torch.cat(shown)[: config.evaluation.sample_videos] if shown and world.is_main else torch.empty(0)
+    return Evaluation({TOTAL: total} | judged, [prompt.text for prompt in wanted], frames)
+
+
+def shares(batches: int, shown: int, world: World) -> list[int]:
+    """Return this rank's of the batches: rank 0 has the first `shown`, whose frames it writes; the others are dealt, from rank 1 on."""
+    return [number for number in range(batches) if (max(0, number - shown + 1) % world.size) == world.rank]

@@ -7,8 +7,8 @@ An objective says, each in one place,
 * which policies the live one is compared with: `compared`, and when they move: `begin`, `end`;
 * the loss of the samples, with its own statistics and charts: `target`, `loss`, `summary`, `charts`.
 
-The update is the same for all (`objectives.updates`): draw the samples, predict them under the policies that are compared (without gradient)
-and under the live one, take the loss, step. Nothing is kept from one update of an iteration to the next but the policies.
+The update is the same for all, see `objectives.updates`: draw the samples, predict them under the policies that are compared (without
+gradient) and under the live one, take the loss, step. Nothing is kept from one update of an iteration to the next but the policies.
 """
 
 from __future__ import annotations
@@ -126,9 +126,7 @@ class Objective(ABC, Generic[S]):
 
     # Common to all objectives
 
-    def update(
-        self, groups: Sequence[tuple[Group, Tensor]], stepper: Stepper, *, draw: tuple[int | str, ...] = ()
-    ) -> dict[str, float]:
+    def update(self, groups: Sequence[tuple[Group, Tensor]], stepper: Stepper, *, draw: tuple[int | str, ...] = ()) -> dict[str, float]:
         """Do all policy updates of an iteration over (group, advantages [G]) pairs that are there already; return statistics.
 
         For what it raises, and for groups that are made one after the other, see `Updates`.
@@ -136,8 +134,8 @@ class Objective(ABC, Generic[S]):
         from arcopo_fast.objectives.updates import Updates
 
         with Updates(self, stepper, draw=draw) as updates:
-            for group, advantages in groups:
-                updates.learn(group, advantages)
+            for number, (group, advantages) in enumerate(groups):
+                updates.learn(number, group, advantages)
             return updates.finish()
 
     def predict_known(self, policy: str, group: Group, samples: Samples, context: Stream) -> Tensor:

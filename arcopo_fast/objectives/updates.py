@@ -69,11 +69,13 @@ class Lesson(NamedTuple):
     """A group to learn from, and what its updates need besides.
 
     Attributes:
+        number: of the group in its iteration.
         group: may be put away.
         advantages: [G] float64.
         counts: a reward of it varies.
     """
 
+    number: int
     group: Group
     advantages: Tensor
     counts: bool
@@ -93,9 +95,9 @@ class Updates:
 
         with Updates(objective, stepper) as updates:
             for ...:
-                updates.learn(group, advantages)     the gradient of the first update
-                group.put_away()                     where the next one needs the room
-            statistics = updates.finish()            its step, then the later updates
+                updates.learn(number, group, advantages)     the gradient of the first update
+                group.put_away()                             where the next one needs the room
+            statistics = updates.finish()                    its step, then the later updates
 
     Groups stay their owner's, who releases them.
 
@@ -136,8 +138,12 @@ class Updates:
         self.policies.drop("rollout")
         self.stepper.optimizer.zero_grad(set_to_none=True)
 
-    def learn(self, group: Group, advantages: Tensor) -> None:
+    def learn(self, number: int, group: Group, advantages: Tensor) -> None:
         """Take a group's gradient for the first update. A group whose members all have the advantage 0 contributes nothing.
+
+        Args:
+            number: of the group among those of all ranks; it orders what is logged.
+            advantages: [G].
 
         Raises:
             UserError: not even one sample at a time, with checkpointing, fits the device's memory.
@@ -145,7 +151,7 @@ class Updates:
         counts = bool(advantages.any())
         self.without_variance += not counts
         if counts or self.lockstep:
-            self.lessons.append(Lesson(group, advantages, counts))
+            self.lessons.append(Lesson(number, group, advantages, counts))
             with stage("replay"):
                 self._learn(self.lessons[-1], 0)
 
@@ -217,7 +223,7 @@ class Updates:
         if lesson.counts:
             self.sum.add()
             for samples, values in zip(own, statistics):
-                self._statistics.append(_Statistics(update, group.id.group, samples.chunk, values))
+                self._statistics.append(_Statistics(update, lesson.number, samples.chunk, values))
         else:
             self.stepper.optimizer.zero_grad(set_to_none=True)
 
@@ -232,9 +238,7 @@ class Updates:
             statistics.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         return statistics
 
-    def _backward(
-        self, group: Group, target: Any, samples: Samples, unmoved: Sequence[str], weight: float
-    ) -> list[Mapping[str, Tensor]]:
+    def _backward(self, group: Group, target: Any, samples: Samples, unmoved: Sequence[str], weight: float) -> list[Mapping[str, Tensor]]:
         """Accumulate the gradient of one chunk's samples, micro-batch by micro-batch; return the statistics of each."""
         objective, parts = self.objective, self._micro_batches(group, samples)
         compared = objective.compared()

@@ -131,13 +131,14 @@ def _kept(config: Config, sizes: GeneratorSizes) -> Estimate:
     """
     model, branches = sizes.transformer, config.rollout.wave_size
     shape, buffered = _shape(config, sizes), config.train.buffer is not None
-    group, prompts, updates = config.rollout.group_size, config.rollout.prompts_per_iteration, config.objective.updates
+    group, updates = config.rollout.group_size, config.objective.updates
     adapters = ADAPTER * lora_parameters(config, model)
+    summed = config.rollout.prompts_per_iteration > 1
 
     # The pool is there all the time. What a run on a buffer does not need of it for prefixes, only the evaluations use.
     pages, full_video = pool_pages(config), pool_pages(config, videos=1)
     worst = _worst_plan(config, sizes)
-    tails = pages - (prompts + (config.objective.context == "recompute")) * full_video if buffered else branches * worst.tail
+    tails = pages - (1 + (config.objective.context == "recompute")) * full_video if buffered else branches * worst.tail
     copies, old_predictions = (1, 1) if buffered else (2, int(updates > 1))
     stored = copies * group * 2 * _steps(config) + (1 if buffered else group) * shape.chunks
     return Estimate(
@@ -145,11 +146,12 @@ def _kept(config: Config, sizes: GeneratorSizes) -> Estimate:
             "generator weights": itemsize(config.generator.dtype) * transformer_parameters(model),
             "adapters, float32": adapters,
             "optimizer and gradients": 3 * adapters,  # two moments
+            **({"sum of the groups' gradients, float64": 2 * adapters} if summed else {}),
             **({} if buffered else {"the old policy": 2 * adapters}),
             "keys and values of the prefix": (pages - tails) * _page_bytes(config, sizes),
             f"keys and values of {'evaluations' if buffered else 'the branches'}": tails * _page_bytes(config, sizes),
             "keys and values of the text": _text_bytes(config, sizes),
-            "latents of the group": (prompts * stored + old_predictions * pairs_of(config)) * _chunk(shape),
+            "latents of the group": (stored + old_predictions * pairs_of(config)) * _chunk(shape),
             "decoder weights": itemsize(config.generator.vae_dtype) * vae_parameters(sizes.vae),
             "rewards": reward_bytes(name for name in config.rewards if name not in config.reward_servers.addresses),
             "copies while judging": 2 * _video(config, sizes),  # of the one video that is looked at

@@ -253,7 +253,15 @@ class Engine:
 
     @torch.no_grad()
     def rollout(
-        self, text: Tensor, group: GroupId, *, pivot: int, members: int, plan: NoisePlan, branches_per_wave: int | None = None
+        self,
+        text: Tensor,
+        group: GroupId,
+        *,
+        pivot: int,
+        members: int,
+        plan: NoisePlan,
+        part: range | None = None,
+        branches_per_wave: int | None = None,
     ) -> Group:
         """Make a group of G = `members` videos for one prompt (AR-CoPO, one iteration, steps 2 to 4).
 
@@ -262,13 +270,14 @@ class Engine:
             group: names every draw.
             pivot: the chunk to fork at, counted from 0.
             plan: the noises that the members do not share.
+            part: make only these members; None: all.
             branches_per_wave: finish at most so many branches at once; less K/V memory, the same result within rounding.
         """
         if not 0 <= pivot < self.shape.chunks:
             raise ValueError(f"pivot {pivot} is not a chunk of this video; it has {self.shape.chunks}, counted from 0")
         text = text.to(self.model.device)  # once, and not for every replay
-        noise = KeyedNoise(self.shape, group)
-        wave_size = min(branches_per_wave or members, self.largest_wave or members, members)
+        noise, part = KeyedNoise(self.shape, group), part or range(members)
+        wave_size = min(branches_per_wave or members, self.largest_wave or members, len(part))
         pages = self.plan(pivot, wave_size)
         prefix = self.start(text)
         reserved = self.pool.reserve(pages)  # a group that does not fit fails here, before a frame is computed
@@ -278,15 +287,14 @@ class Engine:
                 for chunk in range(pivot):
                     self.extend(prefix, chunk, noise.initial(chunk), noise, last=False)
             waves: list[tuple[Tensor, Tensor, Tensor]] = []
-            finished = 0
-            while finished < members:
-                wave_noise = MemberNoise(noise, plan, pivot, range(finished, min(finished + wave_size, members)))
+            while part:
+                wave_noise = MemberNoise(noise, plan, pivot, part[:wave_size])
                 wave = self._try_finish(_Fork(prefix, pivot, wave_noise, reserved.tails, pages.tail))
                 if wave is None:
                     wave_size = self.largest_wave = (wave_size + 1) // 2
                     continue
                 waves.append(wave)
-                finished += len(wave_noise.members)
+                part = part[len(wave_noise.members) :]
         except BaseException:
             prefix.cache.release()
             reserved.release()

@@ -202,8 +202,12 @@ class World:
         for _ in range(2 - turn):
             self.meet_after_work(what)
 
-    def check_same(self, what: str, value: Any) -> None:
+    def check_same(self, what: str, value: Any, advice: str = "start all ranks with the same command, files and versions") -> None:
         """Check that everybody has an equal value.
+
+        Args:
+            what: the name of the value.
+            advice: ends the message.
 
         Raises:
             UserError: they differ; the message names the ranks.
@@ -212,7 +216,7 @@ class World:
         if odd := [rank for rank, other in zip(self.ranks, values) if other != values[0]]:
             raise UserError(
                 f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))} of {self.size} {'have' if len(odd) > 1 else 'has'} another {what} "
-                f"than rank {self.ranks[0]}; start all ranks with the same command, files and versions"
+                f"than rank {self.ranks[0]}; {advice}"
             )
 
     def _together(self, work: Callable[[], Any], what: str = "", timeout: float | None = None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -66,3 +68,23 @@ def first_host(nodes: str) -> str:
         if not bracket or "," in prefix
         else prefix + re.split(r"[-,\]]", rest)[0] + rest.partition("]")[2].split(",")[0]
     )
+
+
+def launcher() -> str:
+    """Return how a command line begins that starts as many processes as this one's did."""
+    place = place_of(os.environ)
+    if place is None:
+        return "python"
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return f"torchrun --nproc_per_node={local}" if local == str(place.size) else "the launcher of all ranks, and"
+
+
+def job() -> str | None:
+    """Return a name of the torchrun that started this process, the same when it starts it again; None where there is none."""
+    agent = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if agent is None else f"{socket.gethostname()} {os.getppid()} {agent}"
+
+
+def started_again() -> bool:
+    """Return whether torchrun has started this job before (`--max-restarts`)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"

@@ -1,7 +1,7 @@
 """The directory a run leaves behind, which one process at a time works on.
 
     runs/<name>/  config.yaml  inputs.json  device.json  metrics.jsonl  tensorboard/  samples/  checkpoints/step-N/
-                  adapter/  evaluation.json  report.html
+                  adapter/  evaluation.json  report.html  logs/rank-N.log  job
 
 A checkpoint holds SHA256SUMS, which `sha256sum -c SHA256SUMS` reads too.
 """
@@ -34,6 +34,8 @@ from arcopo_fast.storage.identity import file_digest
 from arcopo_fast.storage.locks import Owner
 
 SUMS = "SHA256SUMS"
+JOB = "job"
+"""Names the launcher of a job of several ranks, so that it goes on with the run when it starts the ranks again."""
 
 
 # Names, without their endings, of what a run writes: what a killed process left of them is removed.
@@ -58,11 +60,14 @@ class RunDirectory:
             earlier.release()
 
     @classmethod
-    def create(cls, config: Config) -> RunDirectory:
+    def create(cls, config: Config, job: str | None = None) -> RunDirectory:
         """Make the directory of a new run, with its resolved config.yaml, complete or absent; this process owns it.
 
         The name is `run.directory`/`name`; if that is taken, -2, -3 and so on is added and said on stderr, or, with `run.overwrite`, the
         earlier run is replaced.
+
+        Args:
+            job: names the launcher that started this process, which may start it again: see `begun_by`.
 
         Raises:
             UserError: the directory cannot be made, or what would be overwritten is not a run, or is one that is still going on.
@@ -77,6 +82,8 @@ class RunDirectory:
                     try:
                         (partial / "samples").mkdir()
                         atomic_write(partial / "config.yaml", resolved_yaml(config))
+                        if job is not None:
+                            atomic_write(partial / JOB, job)
                         path = _replace(partial, wanted) if config.run.overwrite else _take_free_place(partial, wanted)
                     except BaseException:
                         owner.release()
@@ -103,6 +110,17 @@ class RunDirectory:
         run = cls(path, load_config(str(path / "config.yaml")).train.keep_checkpoints)
         run.check_incomplete()
         return run
+
+    @classmethod
+    def begun_by(cls, job: str, config: Config) -> RunDirectory | None:
+        """Return the run that a job began in an earlier attempt, to go on with; None: it did not come to that."""
+        wanted = Path(config.run.directory) / config.name
+        runs = [path.parent for path in wanted.parent.glob(f"{wanted.name}*/{JOB}") if path.read_text(encoding="utf-8") == job]
+        return cls.open(max(runs, key=lambda path: path.stat().st_mtime)) if runs else None
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Return where the checkpoint of a step lies."""
+        return self.path / "checkpoints" / f"step-{step}"
 
     def check_incomplete(self) -> None:
         """Raise `UserError` if there is nothing to go on with. A run whose report is missing has that to write."""
@@ -139,7 +157,7 @@ class RunDirectory:
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:
         """A directory to fill, which becomes checkpoints/step-<step> at the end of the block; then the oldest are removed."""
-        with atomic_directory(self.path / "checkpoints" / f"step-{step}") as directory:
+        with atomic_directory(self.checkpoint_path(step)) as directory:
             yield directory
             lines = (f"{digest}  {name}\n" for name, digest in _digests(directory).items())  # as sha256sum writes them
             (directory / SUMS).write_text("".join(lines), encoding="utf-8")

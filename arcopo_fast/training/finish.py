@@ -12,6 +12,7 @@ from arcopo_fast.evaluation.changes import Change, changes
 from arcopo_fast.evaluation.judging import Evaluation
 from arcopo_fast.model.lora import save_adapter
 from arcopo_fast.reports.model_card import model_card
+from arcopo_fast.runtime.place import launcher
 from arcopo_fast.storage.metrics import TOTAL
 from arcopo_fast.storage.run_dir import RunDirectory, step_of
 from arcopo_fast.storage.video import write_mp4
@@ -19,9 +20,11 @@ from arcopo_fast.training.trainer import Trainer
 
 
 def finish(trainer: Trainer, run: RunDirectory, before: Evaluation) -> None:
-    """Evaluate, and write the run's adapter, samples and evaluation. evaluation.json is the last: with it the run is complete but for its
-    report."""
+    """Evaluate, and, on rank 0, write the run's adapter, samples and evaluation. evaluation.json is the last: with it the run is complete
+    but for its report."""
     config, after = trainer.config, trainer.evaluate()
+    if not trainer.world.is_main:
+        return
     document = {"before": before.summary(), "after": after.summary(), "videos": write_samples(run, config, before, after)}
     card = {"README.md": model_card(config, document)}
     save_adapter(run.path / "adapter", trainer.generator.model, base_model=config.generator.checkpoint, more=card)
@@ -69,4 +72,4 @@ def how_to_go_on(run: RunDirectory | None) -> str:
 
 def resumption(run: RunDirectory) -> str:
     """Return how to go on with a run."""
-    return f"continue with python -m arcopo_fast.train --resume {run.path}"
+    return f"continue with {launcher()} -m arcopo_fast.train --resume {run.path}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +20,13 @@ from arcopo_fast.evaluation.judging import Judging, joined
 from arcopo_fast.model.lora import adapter_disabled
 from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.objectives.base import Objective
+from arcopo_fast.planning.spread import Spread
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.cache import variant_of
 from arcopo_fast.rollout.engine import Engine, VideoShape
 from arcopo_fast.rollout.group import Group
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, keyed_rng
+from arcopo_fast.runtime.distributed import World
 from arcopo_fast.storage.identity import weights_digest
 
 
@@ -41,6 +44,10 @@ class JudgedGroup:
     prompt: Prompt
     rewards: dict[str, Tensor]
 
+    def outcome(self, number: int, config: Config) -> Outcome:
+        """Return what its iteration, in which it has a `number`, keeps of it."""
+        return Outcome(number, self.group.pivot, self.rewards, self.advantages(config))
+
     def advantages(self, config: Config) -> Tensor:
         """Return A_i of the members [G] float64."""
         objective = config.objective
@@ -54,6 +61,22 @@ class JudgedGroup:
             std=objective.advantage_std,
             largest=objective.advantage_max,
         )
+
+
+class Outcome(NamedTuple):
+    """What an iteration keeps of a group when its videos are gone.
+
+    Attributes:
+        number: of the group in its iteration.
+        pivot: the chunk at which it forked, counted from 0.
+        rewards: scores [G] by the reward's name; NaN where a reward failed.
+        advantages: [G] float64.
+    """
+
+    number: int
+    pivot: int
+    rewards: dict[str, Tensor]
+    advantages: Tensor
 
 
 def prompt_of(seed: int, prompts: Sequence[Prompt], iteration: int, index: int) -> Prompt:
@@ -70,10 +93,21 @@ def training_prompts(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 class Rollouts:
-    """A source of groups of the policy as it is. Prompt, pivot and every noise are functions of (seed, iteration, index)."""
+    """A source of groups of the policy as it is. Prompt, pivot and every noise are functions of (seed, iteration, index).
+
+    Args:
+        team: the ranks that share every group: each makes the prefix, and finishes, decodes and judges branches of its own.
+    """
 
     def __init__(
-        self, config: Config, generator: Generator, engine: Engine, objective: Objective[Any], prompts: Prompts, rewards: dict[str, Reward]
+        self,
+        config: Config,
+        generator: Generator,
+        engine: Engine,
+        objective: Objective[Any],
+        prompts: Prompts,
+        rewards: dict[str, Reward],
+        team: World | None = None,
     ) -> None:
         self.config = config
         self.generator = generator
@@ -81,6 +115,25 @@ class Rollouts:
         self.objective = objective
         self.prompts = prompts.training
         self.rewards = rewards
+        self.team = team or World()
+        self.branches = Spread(1, self.team.size).branches(config.rollout.group_size)
+
+    def judged(self, iteration: int, index: int) -> JudgedGroup:
+        """Return a group of videos with their rewards. Who takes it releases it."""
+        prompt = self.prompt(iteration, index)
+        with ExitStack() as undo:
+            group = undo.enter_context(self.roll_out(self.encode(prompt), iteration, index))
+            rewards = self.judge(self.decode(group), prompt)
+            if not self.team.alone:
+                rewards = joined(self.team.gathered(rewards))
+                self._join(group)
+            undo.pop_all()
+        return JudgedGroup(group, prompt, rewards)
+
+    def _join(self, group: Group) -> None:
+        """Give a group the branches of all ranks of the team, in their order."""
+        for name, dim in (("inputs", 1), ("predictions", 1), ("tails", 0)):
+            setattr(group, name, self.team.concatenated(getattr(group, name), dim, self.branches))
 
     def prompt(self, iteration: int, index: int) -> Prompt:
         """Return the prompt of the group `index` of an iteration."""
@@ -99,13 +152,15 @@ class Rollouts:
         return int(keyed_rng(self.config.seed, iteration, *key).integers(self.engine.shape.chunks))
 
     def roll_out(self, text: Tensor, iteration: int, index: int) -> Group:
-        """Return a group of videos of the policy as it is, not yet judged."""
+        """Return a group of videos of the policy as it is, this rank's branches of it, not yet judged."""
         rollout = self.config.rollout
+        first = sum(self.branches[: self.team.rank])
         return self.engine.rollout(
             text,
             GroupId(self.config.seed, iteration, index),
             pivot=self.pivot(iteration, index),
             members=rollout.group_size,
+            part=range(first, first + self.branches[self.team.rank]),
             plan=self.objective.noise_plan(rollout.noise_strength),
             branches_per_wave=rollout.branches_per_wave,
         )
@@ -116,7 +171,7 @@ class Rollouts:
 
     def judge(self, slices: Iterable[Tensor], prompt: Prompt) -> dict[str, Tensor]:
         """Return every reward's scores [G] of a group's frames, on the CPU; NaN where a reward failed."""
-        prompts = [prompt.text] * self.config.rollout.group_size
+        prompts = [prompt.text] * self.branches[self.team.rank]
         parts: list[dict[str, Tensor]] = []
         for frames, scores in Judging.of(self.config, self.generator).judge(self.rewards, slices, prompts):
             del frames  # the next ones need the memory
@@ -147,8 +202,8 @@ class BufferedGroups:
                 "or collect a buffer with the others"
             )
 
-    def draw(self, iteration: int, index: int) -> JudgedGroup:
-        """Return the group `index` of an iteration."""
+    def judged(self, iteration: int, index: int) -> JudgedGroup:
+        """Return the group `index` of an iteration, with the rewards that it was stored with. Who takes it releases it."""
         drawn_before = (iteration - 1) * self.config.rollout.prompts_per_iteration + index
         turn, place = divmod(drawn_before, len(self.indices))
         order = keyed_rng(self.config.seed, "buffer", turn).permutation(self.indices).tolist()

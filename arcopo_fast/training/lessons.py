@@ -10,7 +10,7 @@ from torch import Tensor
 from arcopo_fast.config.schema import Config
 from arcopo_fast.objectives.advantage import weighted_total, zscore
 from arcopo_fast.rewards.base import RewardError
-from arcopo_fast.training.groups import JudgedGroup
+from arcopo_fast.training.groups import Outcome
 
 UNSCORED = 3
 """Iterations in a row without one score that end a run: of one, its prompts alone may be to blame."""
@@ -18,27 +18,27 @@ ALIKE = 10
 """Iterations in a row without a group whose members differ that end a run: scores in whole numbers may agree by chance for a while."""
 
 
-def reward_record(config: Config, groups: Sequence[JudgedGroup]) -> dict[str, float]:
+def reward_record(config: Config, outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Return what metrics.jsonl says of an iteration's rewards: mean and spread within a group, averaged over the groups that have scores.
 
     What the groups of a buffer were rewarded says nothing of the policy: then the names begin with "buffer/".
     """
     prefix = "" if config.train.buffer is None else "buffer/"
     logged: dict[str, list[float]] = {}
-    for judged in groups:
-        for name, scores in _scores(config, judged).items():
+    for outcome in outcomes:
+        for name, scores in _scores(config, outcome).items():
             scores = scores[scores.isfinite()].double()
             if len(scores):
                 logged.setdefault(prefix + name, []).append(scores.mean().item())
                 logged.setdefault(f"{prefix}{name}_std", []).append(scores.std(correction=0).item())
-        logged.setdefault("pivot", []).append(judged.group.pivot + 1)
-    failed = sum(int(scores.isnan().sum()) for judged in groups for scores in judged.rewards.values())
+        logged.setdefault("pivot", []).append(outcome.pivot + 1)
+    failed = sum(int(scores.isnan().sum()) for outcome in outcomes for scores in outcome.rewards.values())
     return {name: sum(values) / len(values) for name, values in logged.items()} | {"failed_scores": failed}
 
 
-def _scores(config: Config, judged: JudgedGroup) -> dict[str, Tensor]:
-    total = weighted_total(judged.rewards, config.rewards)
-    return {"reward": total} | {f"reward/{name}": scores for name, scores in judged.rewards.items()}
+def _scores(config: Config, outcome: Outcome) -> dict[str, Tensor]:
+    total = weighted_total(outcome.rewards, config.rewards)
+    return {"reward": total} | {f"reward/{name}": scores for name, scores in outcome.rewards.items()}
 
 
 class LearningWatch:
@@ -48,18 +48,18 @@ class LearningWatch:
         self.config = config
         self.unscored = self.alike = 0  # iterations in a row without one score, and without a group whose members differ
 
-    def check(self, groups: Sequence[JudgedGroup], advantages: Sequence[Tensor]) -> None:
-        """Take an iteration's groups, each with its members' advantages, into account.
+    def check(self, outcomes: Sequence[Outcome]) -> None:
+        """Take an iteration's groups into account, those of all ranks.
 
         Raises:
             RewardError: the rewards teach the run nothing, by all signs; the message names them.
         """
-        config, scores = self.config, [_scores(self.config, judged) for judged in groups]
+        config, scores = self.config, [_scores(self.config, outcome) for outcome in outcomes]
         self.unscored = 0 if any(scored["reward"].isfinite().any() for scored in scores) else self.unscored + 1
-        self.alike = 0 if any(group.any() for group in advantages) else self.alike + 1
+        self.alike = 0 if any(outcome.advantages.any() for outcome in outcomes) else self.alike + 1
         unscored = Counter[str]()  # videos by the reward that failed
-        for judged in groups:
-            unscored.update({name: int(values.isnan().sum()) for name, values in judged.rewards.items()})
+        for outcome in outcomes:
+            unscored.update({name: int(values.isnan().sum()) for name, values in outcome.rewards.items()})
         failed = ", ".join(f"{name!r} failed for {number}" for name, number in unscored.items() if number)
         videos = f"of the last one's {config.rollout.prompts_per_iteration * config.rollout.group_size}, {failed}"
         if self.unscored == min(UNSCORED, config.train.iterations):

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 import platform
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,17 @@ from arcopo_fast.evaluation.judging import Evaluation, evaluate
 from arcopo_fast.model.lora import adapter_parameters, add_lora, load_adapter, save_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.optimizer import Stepper
+from arcopo_fast.objectives.updates import Updates
 from arcopo_fast.planning.ceilings import measure_ceilings
 from arcopo_fast.planning.plan import over_plan
+from arcopo_fast.planning.spread import spread
 from arcopo_fast.planning.work import floors
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.engine import Engine
-from arcopo_fast.storage.identity import sampled_digest, version_of
+from arcopo_fast.runtime.distributed import World
+from arcopo_fast.storage.identity import checksum, sampled_digest, version_of
 from arcopo_fast.storage.run_dir import RunDirectory, step_of
-from arcopo_fast.training.groups import BufferedGroups, Rollouts, policy_of, training_prompts
+from arcopo_fast.training.groups import BufferedGroups, Outcome, Rollouts, policy_of, training_prompts
 
 
 def check_trainable(config: Config) -> None:
@@ -56,15 +61,21 @@ class Trainer:
         prompts: disjoint sets for training and evaluation.
         generator, engine: its model has the adapter that learns.
         objective, stepper: do the policy updates and their optimizer steps.
+        world: all ranks of the job; every rank has a trainer, and they do everything together.
+        spread: the way an iteration is spread over them.
+        team: the ranks that share every group of this one.
         rollouts: makes groups of the policy as it is.
-        buffer: gives the groups instead; None where rollouts do.
+        groups: gives the groups of an iteration: `rollouts`, or a buffer's.
         input_digests: of everything that all videos depend on, see `check_inputs`.
         judges: fingerprints of rewards and held-out metrics.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, world: World | None = None) -> None:
         check_trainable(config)
         self.config = config
+        self.world = world = world or World()
+        self.spread = spread(config, world.size)
+        self.team = world.team(self.spread.ranks)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.rewards: dict[str, Reward] = load_rewards(config)
@@ -76,11 +87,11 @@ class Trainer:
         self.engine: Engine = build_engine(config, self.generator.model, vae=self.generator.decoder.vae)
         self.shape = self.engine.shape
         self.objective = build_objective(config, self.engine)
-        self.rollouts = Rollouts(config, self.generator, self.engine, self.objective, self.prompts, self.rewards)
-        self.buffer: BufferedGroups | None = None
+        self.rollouts = Rollouts(config, self.generator, self.engine, self.objective, self.prompts, self.rewards, self.team)
+        self.groups: Rollouts | BufferedGroups = self.rollouts
         if config.train.buffer is not None:
             buffer = Buffer.open(config.train.buffer, policy_of(config, self.generator, self.objective))
-            self.buffer = BufferedGroups(config, self.generator, self.engine, self.objective, buffer)
+            self.groups = BufferedGroups(config, self.generator, self.engine, self.objective, buffer)
         self.input_digests = self._input_digests()
         self.judges = {name: judge.fingerprint(name) for name, judge in {**self.rewards, **self.held_out}.items()}
         lora = config.lora
@@ -91,6 +102,66 @@ class Trainer:
         self.stepper = Stepper(
             self.optimizer, eps=optimizer.eps, gradient_clip=optimizer.gradient_clip, relative_clip=optimizer.relative_clip
         )
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        """Check that all ranks have the same to work with.
+
+        Raises:
+            UserError: some have not; the message names them.
+        """
+        same = {
+            "recipe": self.config.model_dump_json(),
+            "version of torch or arcopo_fast": [version_of(package) for package in ("torch", "arcopo_fast")],
+            **self.input_digests,
+            "judge": self.judges,
+            "fresh adapter": self.checksum(),
+        }
+        for what, value in same.items():
+            self.world.check_same(what, value)
+
+    def checksum(self) -> int:
+        """Return a checksum of the adapter's weights."""
+        return checksum(self.parameters)
+
+    def check_adapters(self, iteration: int) -> None:
+        """Check that all ranks have the same adapter after an iteration.
+
+        Raises:
+            UserError: some have not; the message names them.
+        """
+        self.world.check_same(
+            f"adapter after iteration {iteration}",
+            self.checksum(),
+            "their gradients were not summed, or one of their devices computes wrongly. Every checkpoint is from before",
+        )
+
+    def updates(self, iteration: int) -> Updates:
+        """Return the policy updates of an iteration. A buffered group is used again and again, each time with new draws."""
+        draw = () if self.groups is self.rollouts else (self.config.seed, iteration)
+        return Updates(self.objective, self.stepper, draw=draw, world=self.world, team=self.team)
+
+    @property
+    def own_groups(self) -> range:
+        """Numbers of this rank's groups of an iteration."""
+        return self.spread.groups(self.world.rank, self.config.rollout.prompts_per_iteration)
+
+    def everybodys(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Return the outcomes of an iteration's groups on all ranks, in their order."""
+        found = self.world.gathered(list(outcomes) if self.team.is_main else [])
+        return sorted((outcome for rank in found for outcome in rank), key=lambda outcome: outcome.number)
+
+    def agree(self) -> None:
+        """Let all ranks take the waves and micro-batches of the one that has least memory left."""
+        batching, before = self.objective.batching, (self.engine.largest_wave, self.objective.batching.state())
+        waves, states = zip(*self.world.gathered(before))
+        self.engine.largest_wave = min((wave for wave in waves if wave), default=None)
+        sizes = [state["micro_batch"] for state in states if state["micro_batch"]]
+        batching.restore({"micro_batch": min(sizes, default=None), "checkpoint": any(state["checkpoint"] for state in states)})
+        if (now := (self.engine.largest_wave, batching.state())) != before:
+            values = {"rollout.branches_per_wave": now[0]} | {f"objective.{name}": value for name, value in now[1].items()}
+            told = " ".join(f"{name}={str(value).lower()}" for name, value in values.items() if value is not None)
+            warnings.warn(f"another rank ran out of memory; all continue with {told}: set this in the recipe", stacklevel=2)
 
     def _input_digests(self) -> dict[str, str]:
         """Return digests of everything that all videos depend on. The generator has no adapter yet."""
@@ -104,7 +175,7 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """Make and judge the evaluation videos under the weights as they are."""
-        return evaluate(self.config, self.generator, self.engine, self.prompts.evaluation, self.rewards, self.held_out)
+        return evaluate(self.config, self.generator, self.engine, self.prompts.evaluation, self.rewards, self.held_out, self.world)
 
     def set_learning_rate(self, iteration: int) -> float:
         """Set and return the learning rate of an iteration, a function of its number alone."""

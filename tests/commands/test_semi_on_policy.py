@@ -93,7 +93,7 @@ def test_training_on_a_buffer(buffer: Path, mode: str, tmp_path: Path) -> None:
 def test_a_run_whose_every_ratio_is_clipped_says_so(buffer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A step far beyond the clip, and groups that come back: from then on no favourable ratio has a gradient."""
     monkeypatch.setattr("arcopo_fast.reports.stall.PATIENCE", 2)
-    monkeypatch.setattr("arcopo_fast.train.PATIENCE", 2)
+    monkeypatch.setattr("arcopo_fast.training.recorder.PATIENCE", 2)
     settings = ["train.iterations=4", "objective.clip=1.0e-12", "objective.reward_combine=sum", f"run.directory={tmp_path}"]
     monkeypatch.setattr("arcopo_fast.reports.stall.LIVE", 0.9)  # about half of the ratios move the unfavourable way, and stay live
     with pytest.warns(UserWarning, match=r"has learned nothing since iteration \d: .* objective.clip"):
@@ -107,12 +107,12 @@ def test_the_old_policy_is_the_generator_without_adapter_asked_once(buffer: Path
     original = engine.predict
     monkeypatch.setattr(engine, "predict", lambda *given, **named: (asked.append(1), original(*given, **named))[1])
     base = Trainer(load_config("toy", SMALL_COPO))  # its fresh adapter adds zeros
-    assert trained.buffer is not None and objective.compared() == ("reference",)
-    with trained.buffer.draw(1, 0).group as group:
+    assert trained.groups is not trained.rollouts and objective.compared() == ("reference",)
+    with trained.groups.judged(1, 0).group as group:
         samples = objective.samples(group, 0)
         assert samples[0].steps is not None
         for expected in (1, 1):  # the second time they are known
-            (old,) = objective._predictions("reference", group, samples)
+            (old,) = trained.updates(1)._predictions("reference", group, samples)
             assert len(asked) == expected
         rollouts, iteration = base.rollouts, group.id.iteration
         with rollouts.roll_out(rollouts.encode(rollouts.prompt(iteration, 0)), iteration, 0) as theirs, torch.no_grad():
@@ -121,11 +121,11 @@ def test_the_old_policy_is_the_generator_without_adapter_asked_once(buffer: Path
 
 
 def test_every_entry_is_drawn_once_in_a_pass(buffer: Path) -> None:
-    source = trainer(buffer).buffer
+    source = trainer(buffer).groups
     assert source is not None
     seen = []
     for iteration in range(1, 2 * GROUPS + 1):
-        with source.draw(iteration, 0).group as group:
+        with source.judged(iteration, 0).group as group:
             seen.append(group.id.iteration)
     assert sorted(seen[:GROUPS]) == sorted(seen[GROUPS:]) == list(range(GROUPS))
 

@@ -273,12 +273,12 @@ def test_what_a_run_on_a_buffer_holds(tmp_path: Path) -> None:
     needs, page = estimate(config, sizes).components, footprint._page_bytes(config, sizes)
     pool = trainer.engine.pool
     assert needs["keys and values of the prefix"] + needs["keys and values of evaluations"] == pool.keys.nbytes + pool.values.nbytes
-    objective, source = trainer.objective, trainer.buffer
+    objective, source = trainer.objective, trainer.groups
     assert isinstance(objective, CopoObjective) and source is not None
-    with source.draw(1, 0).group as group:
+    with source.judged(1, 0).group as group:
         assert needs["keys and values of the prefix"] == pool.pages_in_use * page, "the last pivot's prefix is the longest"
         held = group.inputs.nbytes + group.predictions.nbytes + group.prefix_latents.nbytes  # the pivot's latents are its last predictions
-        asked = [objective._predictions("reference", group, objective.samples(group, update)) for update in range(2)]
+        asked = [trainer.updates(1)._predictions("reference", group, objective.samples(group, update)) for update in range(2)]
         held += max(sum(part.nbytes for part in parts) for parts in asked)  # those of one update at a time
         chunk = group.predictions[0, 0].nbytes
         assert needs["latents of the group"] == held + chunk, "one chunk more: the prefix is counted as a whole video"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import Config
 from arcopo_fast.model.vae import StreamingDecoder, VAECache
 from arcopo_fast.rollout.decode import decode_branches
-from arcopo_fast.train import judged_group
 from arcopo_fast.training.trainer import Trainer
 
 SMALL = ["video.chunks=2", "sampler.steps=[1000, 350]", "rollout.group_size=3", "rollout.decode_branches=1", "rollout.pivot=1"]
@@ -57,8 +55,7 @@ def test_branches(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_group_is_judged(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(trainer.generator.decoder, monkeypatch)
-    with ExitStack() as stack:
-        judged_group(trainer, 1, 0, stack)
+    with trainer.groups.judged(1, 0).group:
         assert watched.held == [0, 0, 0]
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.data.prompts import Prompt
+from arcopo_fast.planning.spread import spread
 from arcopo_fast.rewards.base import RewardError
+from arcopo_fast.runtime.distributed import World
 from arcopo_fast.train import one_iteration
-from arcopo_fast.training.groups import JudgedGroup
+from arcopo_fast.training.groups import JudgedGroup, Outcome
 from arcopo_fast.training.lessons import LearningWatch, reward_record
 from arcopo_fast.training.trainer import Trainer
 
@@ -29,6 +31,22 @@ class NoVideos(nullcontext[Any]):
     """A group of which only its pivot is asked."""
 
     pivot = 0
+
+    def put_away(self) -> None:
+        """Keep nothing."""
+
+
+class NoUpdates(nullcontext[Any]):
+    """Updates that change nothing."""
+
+    def __enter__(self) -> NoUpdates:
+        return self
+
+    def learn(self, number: int, group: object, advantages: Tensor) -> None:
+        """Take no gradient."""
+
+    def finish(self) -> dict[str, float]:
+        return {}
 
 
 BUFFER = ["train.mode=semi_on_policy", "train.buffer=nowhere"]
@@ -42,10 +60,12 @@ def trainer_of(scores: Iterable[dict[str, Tensor]], iterations: int, *settings: 
     made.generator = SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu")))
     groups = iter(scores)
     group: Any = NoVideos()
-    made.buffer = SimpleNamespace(draw=lambda iteration, index: JudgedGroup(group, Prompt("a boat"), next(groups)))
-    made.objective = SimpleNamespace(update=lambda *unused, **more: {})
+    made.groups = SimpleNamespace(judged=lambda iteration, index: JudgedGroup(group, Prompt("a boat"), next(groups)))
     made.optimizer = SimpleNamespace(param_groups=[{}])
-    made.stepper = None
+    made.world = made.team = World()
+    made.spread = spread(made.config, 1)
+    made.updates = lambda iteration: NoUpdates()
+    made.parameters, made.agree = [], lambda: None
     return made
 
 
@@ -142,8 +162,7 @@ def test_what_is_logged_of_rewards(settings: list[str]) -> None:
     """In float64, group by group: a score that failed is in no mean, a group without one score in none of its reward."""
     config = trainer_of([], 1, *settings).config
     scores = [varied() | {"toy_mq": torch.rand(GROUP)}, dull() | {"toy_vq": torch.tensor([math.nan, 0.5, 1.5, math.nan])}, failed()]
-    groups = [JudgedGroup(cast(Any, SimpleNamespace(pivot=pivot)), Prompt("a boat"), part) for pivot, part in enumerate(scores)]
-    record = reward_record(config, groups)
+    record = reward_record(config, [Outcome(number, number, part, torch.zeros(GROUP)) for number, part in enumerate(scores)])
     columns = {f"reward/{name}": [part[name].double().numpy() for part in scores] for name in scores[0]}
     columns["reward"] = [vq + mq for vq, mq in zip(columns["reward/toy_vq"], columns["reward/toy_mq"])]  # toy_ta's weight is 0
     prefix = "buffer/" if settings else ""

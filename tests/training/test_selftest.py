@@ -17,6 +17,7 @@ from arcopo_fast.cli import run_command
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.objectives.copo import CopoObjective
 from arcopo_fast.objectives.policies import Policies
+from arcopo_fast.objectives.updates import Updates
 from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.toy.rewards import MotionQuality, TextAlignment
@@ -94,16 +95,16 @@ def test_a_ratio_that_is_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gradient_of_the_wrong_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    update = CopoObjective._backward
+    update = Updates._backward
 
-    def wrong(self: CopoObjective, *given: Any) -> Any:
+    def wrong(self: Updates, *given: Any) -> Any:
         result = update(self, *given)
         for parameter in self.engine.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.neg_()
         return result
 
-    monkeypatch.setattr(CopoObjective, "_backward", wrong)
+    monkeypatch.setattr(Updates, "_backward", wrong)
     assert failures() == {"the objective"}
 
 
