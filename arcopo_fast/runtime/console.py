@@ -15,6 +15,8 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
+from arcopo_fast.errors import RankLost
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
 KEPT = "what was complete by then is kept"
@@ -45,14 +47,17 @@ class Handler:
 
 
 class Interruption(Handler):
-    """Within the block the first signal only sets `asked`; a second one interrupts at once, and so do, on one of several ranks, `PATIENCE`
-    seconds.
+    """Within the block the first signal only sets `asked`; a second one interrupts at once.
+
+    One of several ranks, which its launcher kills soon after the signal, is interrupted also after `PATIENCE` seconds, by the end of the
+    block, and where another rank has ended.
 
     waiting_for: what is finished first, for the line on stderr.
     """
 
     def __init__(self, waiting_for: str) -> None:
         super().__init__(self._ask)
+        self._hurried = os.environ.get("WORLD_SIZE", "1") != "1"
         self.waiting_for = waiting_for
         self.asked = False
 
@@ -64,7 +69,7 @@ class Interruption(Handler):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if self._hurried:
             self._former[signal.SIGALRM] = signal.signal(signal.SIGALRM, interrupt)
             signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         with suppress(RuntimeError):  # the signal came while the same stream was being written to
@@ -74,6 +79,8 @@ class Interruption(Handler):
         if signal.SIGALRM in self._former:
             signal.setitimer(signal.ITIMER_REAL, 0)
         super().__exit__(kind, error, traceback)
+        if self.asked and self._hurried and (kind is None or issubclass(kind, RankLost)):
+            raise KeyboardInterrupt
 
 
 def ignore() -> None:

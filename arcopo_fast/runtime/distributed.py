@@ -227,12 +227,14 @@ class World:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             missing = re.search(r"[Rr]anks? ([\d, ]+) failed to pass monitoredBarrier", reason)
-            lost = f"rank {missing[1].strip(' ,')} did not come" if missing else "another rank has ended or does not answer"
             late = missing or "timeout" in reason.lower() or "timed out" in reason.lower()
             within = f" within {self.timeout if timeout is None else timeout:g} s" if late else ""
-            raise RankLost(
-                f"{lost}{within}{f' to {what}' if what else ''}; its own error, above or in its log, is the cause ({reason[:160]})"
-            ) from error
+            if missing:
+                lost = f"rank {missing[1].strip(' ,')} did not come{within} to {what}"
+            else:
+                lost = f"another rank has ended or does not answer{within}{f', where all were to {what}' if what else ''}"
+            more = "" if missing or "Connection closed by peer" in reason else f" ({reason[:160]})"
+            raise RankLost(f"{lost}; its own error, above or in its log, is the cause{more}") from error
 
 
 ALONE = World()

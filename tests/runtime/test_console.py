@@ -10,6 +10,7 @@ from io import StringIO
 
 import pytest
 
+from arcopo_fast.errors import RankLost, UserError
 from arcopo_fast.runtime import console
 from arcopo_fast.runtime.console import Interruption, Progress
 
@@ -58,23 +59,31 @@ def test_what_was_done_elsewhere_counts_as_done_and_not_for_the_pace() -> None:
         assert "1000/1000" in last and pace and float(pace[1]) >= 0.05, last
 
 
-def test_one_of_several_ranks_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its launcher would kill it."""
-    monkeypatch.setattr(console, "PATIENCE", 0.2)
-    former = signal.getsignal(signal.SIGALRM)
-    for size, interrupted in (("1", False), ("2", True)):
-        monkeypatch.setenv("WORLD_SIZE", size)
+def interrupted(error: Exception | None = None, sleep: float = 0) -> tuple[type[BaseException] | None, float]:
+    """How a block ends in which a signal came, and after how many seconds."""
+    began = time.monotonic()
+    try:
         with Interruption("the iteration") as interruption:
             os.kill(os.getpid(), signal.SIGTERM)
             assert interruption.asked
-            began = time.monotonic()
-            try:
-                time.sleep(1)
-            except KeyboardInterrupt:
-                assert interrupted and 0.1 < time.monotonic() - began < 0.9
-            else:
-                assert not interrupted
-        with Interruption("the iteration"):
-            os.kill(os.getpid(), signal.SIGTERM)  # and ends in time
-        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == former
-    assert "finishing the iteration first" in capsys.readouterr().err
+            time.sleep(sleep)
+            if error:
+                raise error
+    except BaseException as ended:
+        return type(ended), time.monotonic() - began
+    return None, time.monotonic() - began
+
+
+def test_one_of_several_ranks_stops_before_its_launcher_kills_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "PATIENCE", 0.2)
+    former = signal.getsignal(signal.SIGALRM)
+    lost = RankLost("another rank has ended")
+    assert interrupted(sleep=0.5)[0] is None and interrupted(lost)[0] is RankLost
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    kind, seconds = interrupted(sleep=1)
+    assert kind is KeyboardInterrupt and 0.1 < seconds < 0.9
+    assert interrupted()[0] is interrupted(lost)[0] is KeyboardInterrupt and interrupted(UserError("no"))[0] is UserError
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == former
+    assert capsys.readouterr().err.count("finishing the iteration first") == 6
