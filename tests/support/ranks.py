@@ -61,12 +61,16 @@ def run_commands(size: int, main: Callable[[list[str]], int | None], *arguments:
 
 def _run(size: int, work: Callable[[], Any], within: float) -> list[Any]:
     """Run `work` in forked processes, so that neither libraries nor what a fixture has built are loaded again."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     fork = multiprocessing.get_context("fork")
+    there, here = fork.Pipe()
+    # In a process of its own: in a forked rank, the end of a store that lives here would wait for a thread that is not there.
+    store = fork.Process(target=_store, args=(there,), daemon=True)
+    store.start()
+    port = here.recv()
     processes, pipes = [], []
     for rank in range(size):
         receiver, sender = fork.Pipe(duplex=False)
-        process = fork.Process(target=_rank, args=(rank, size, store.port, sender, work))
+        process = fork.Process(target=_rank, args=(rank, size, port, sender, work))
         process.start()
         sender.close()
         processes.append(process)
@@ -87,9 +91,18 @@ def _run(size: int, work: Callable[[], Any], within: float) -> list[Any]:
             process.join(0 if failures else 20)
             process.kill()
             process.join()
+        store.kill()
+        store.join()
     if failures:
         pytest.fail("\n".join(failures))
     return results
+
+
+def _store(pipe: Any) -> None:
+    """Hold the store through which ranks find one another, until killed."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    pipe.recv()
 
 
 def _rank(rank: int, size: int, port: int, sender: Any, work: Callable[[], Any]) -> None:
