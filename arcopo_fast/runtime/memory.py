@@ -49,7 +49,8 @@ def device_of(name: str, key: str = "generator.device") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"{key} is {name!r}; expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and device.index is not None and dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if device.type == "cuda" and device.index is not None and ranks > 1:
         raise UserError(f"{key} is {name!r}, and each of the {ranks} ranks has a GPU of its own; use {key}=auto")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{key} is {name!r}, but PyTorch sees no GPU here; use {key}=cpu")

@@ -22,6 +22,9 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.runtime.distributed import World
 from support.commands import Ended
 
+# c10d asks for the name of every address, and where a name server does not answer each question takes 5 s by default.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
 
 def run_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout: float = 60.0, within: float = 120.0) -> list[Any]:
     """Return what `work(world, *arguments)` returns on each of `size` ranks, or the UserError that it raises there; any other error fails.
