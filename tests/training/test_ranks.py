@@ -1,0 +1,139 @@
+"""Training on several ranks is training on one: the same groups, rewards and advantages, and the same adapter up to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from support.ranks import run_ranks
+
+from arcopo_fast import collect
+from arcopo_fast.config.reading import load_config
+from arcopo_fast.model.lora import adapter_state
+from arcopo_fast.runtime.distributed import World
+from arcopo_fast.train import one_iteration
+from arcopo_fast.training.groups import JudgedGroup, Outcome
+from arcopo_fast.training.lessons import LearningWatch
+from arcopo_fast.training.trainer import Trainer
+
+ITERATIONS, GROUPS, GROUP = 5, 4, 4
+SMALL = [
+    "video.chunks=2",
+    "sampler.steps=[1000, 350]",
+    f"rollout.group_size={GROUP}",
+    f"rollout.prompts_per_iteration={GROUPS}",
+    "rollout.pivot=per_group",
+    "objective.anchors_per_update=2",
+    "objective.clip=1.0e-3",
+    "lora.rank=4",
+    f"train.iterations={ITERATIONS}",
+]
+
+
+def trained(world: World, *settings: str) -> dict[str, Any]:
+    """What a rank has seen and learned after all iterations."""
+    trainer = Trainer(load_config("toy", [*SMALL, *settings]), world)
+    watch, seen, source = LearningWatch(trainer.config), dict[tuple[int, int], Any](), trainer.groups.judged
+    outcomes, records = dict[tuple[int, int], Any](), []
+
+    def judged(iteration: int, index: int) -> JudgedGroup:
+        made = source(iteration, index)
+        seen[iteration, index] = (made.prompt.text, made.group.pivot, made.group.inputs[0].clone(), made.group.predictions.clone())
+        return made
+
+    everybodys = trainer.everybodys
+
+    def gathered(own: Any) -> Any:
+        found = everybodys(own)
+        outcomes.update({(len(records), outcome.number): outcome for outcome in found})
+        return found
+
+    trainer.groups.judged, trainer.everybodys = judged, gathered  # type: ignore[method-assign]
+    for iteration in range(1, ITERATIONS + 1):
+        records.append(one_iteration(trainer, watch, iteration))
+    assert trainer.engine.pool.pages_in_use == 0
+    return {
+        "seen": seen,
+        "outcomes": outcomes,
+        "records": [{name: value for name, value in record.items() if name != "time"} for record in records],
+        "times": [record["time"] for record in records],
+        "adapter": {name: tensor.clone() for name, tensor in adapter_state(trainer.generator.model).items()},
+        "steps": {int(state["step"]) for state in trainer.optimizer.state.values()},
+        "spread": trainer.spread,
+    }
+
+
+@pytest.fixture(scope="module")
+def buffer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("buffers") / "groups")
+    collect.main(["toy", *SMALL, "--buffer", path, "--groups", "7"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(buffer: str) -> Callable[..., dict[str, Any]]:
+    """One process's run, in waves of so many branches."""
+
+    @cache
+    def made(mode: str, wave: int = GROUP) -> dict[str, Any]:
+        waves = [f"rollout.branches_per_wave={wave}", f"rollout.decode_branches={wave}"]
+        return trained(World(), *settings_of(mode, buffer), *waves)
+
+    return made
+
+
+def settings_of(mode: str, buffer: str) -> list[str]:
+    return [] if mode == "on_policy" else [f"train.mode={mode}", f"train.buffer={buffer}"]
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], part: str = "") -> float:
+    """Relative, over all matrices, or those of a part."""
+    ours, theirs = (torch.cat([value.flatten().double() for name, value in state.items() if part in name]) for state in (found, expected))
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("mode", ["on_policy", "semi_on_policy"])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("spread", ["groups", "branches"])
+def test_training_is_that_of_one_process(spread: str, ranks: int, mode: str, alone: Callable[..., dict[str, Any]], buffer: str) -> None:
+    """Bit for bit where groups are spread: the same calls with the same shapes, and sums in float64.
+
+    Where branches are, a rank makes fewer at once, and rounds as one process does that makes them in such waves: then groups are equal bit
+    for bit while the adapters are, and everything is equal up to rounding to what one process does in one wave.
+    """
+    expected = alone(mode)
+    results = run_ranks(ranks, trained, *settings_of(mode, buffer), f"train.spread={spread}")
+    for found in results:
+        assert found["steps"] == {2 * ITERATIONS} == expected["steps"], "every rank takes every step once"
+        assert found["records"] == results[0]["records"], "all ranks log the same"
+        assert all(torch.equal(found["adapter"][name], tensor) for name, tensor in results[0]["adapter"].items())
+        assert (found["spread"].ranks > 1) == (spread == "branches")
+        assert all("reduce" in seconds for seconds in found["times"])
+    seen = {key: value for found in results for key, value in found["seen"].items()}
+    assert seen.keys() == expected["seen"].keys() and len(seen) == ITERATIONS * GROUPS
+    assert all(seen[key][:2] == values[:2] and torch.equal(seen[key][2], values[2]) for key, values in expected["seen"].items())
+    gap, of_b = (distance(results[0]["adapter"], expected["adapter"], part) for part in ("", "lora_B"))
+    worst = [differences(results[0]["outcomes"], expected["outcomes"], part) for part in ("rewards", "advantages")]
+    print(f"{spread}, {ranks} ranks, {mode}: adapters {gap:.2g}, B {of_b:.2g}, rewards {worst[0]:.2g}, advantages {worst[1]:.2g}")
+    if spread == "groups":
+        assert gap == 0 and worst == [0, 0] and results[0]["records"] == expected["records"]
+        assert all(torch.equal(seen[key][3], values[3]) for key, values in expected["seen"].items())
+    else:
+        assert gap <= 1e-5 and worst[0] <= 1e-5 and worst[1] <= 1e-3
+        in_waves = alone(mode, max(results[0]["spread"].branches(GROUP)))
+        first = [key for key in seen if key[0] == 1]
+        assert all(torch.equal(seen[key][3], in_waves["seen"][key][3]) for key in first)
+        own = {key: value for key, value in results[0]["outcomes"].items() if key[0] == 0}
+        assert [differences(own, in_waves["outcomes"], part) for part in ("rewards", "advantages")] == [0, 0]
+
+
+def differences(found: dict[Any, Outcome], expected: dict[Any, Outcome], part: str) -> float:
+    """The largest difference of rewards, or of advantages."""
+
+    def values(outcome: Outcome) -> torch.Tensor:
+        return torch.cat([*outcome.rewards.values()]).double() if part == "rewards" else outcome.advantages
+
+    return max((values(outcome) - values(expected[key])).abs().max().item() for key, outcome in found.items())
