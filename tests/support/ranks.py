@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
@@ -44,10 +45,14 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout: flo
     return _run(size, joined, within)
 
 
-def run_commands(size: int, main: Callable[[list[str]], int | None], *arguments: object, within: float = 120.0) -> list[Ended]:
+def run_commands(
+    size: int, main: Callable[[list[str]], int | None], *arguments: object, within: float = 120.0, killed: int | None = None
+) -> list[Ended]:
     """Return how a command has ended on each of `size` ranks that were started as torchrun starts them.
 
-    within: seconds in which all must have ended.
+    Args:
+        within: seconds in which all must have ended.
+        killed: a rank that does not live to say so; its place is taken by the status of a kill.
     """
 
     def show(message: Any, category: type[Warning], file: str, line: int, *unused: Any) -> None:
@@ -59,10 +64,10 @@ def run_commands(size: int, main: Callable[[list[str]], int | None], *arguments:
             status = run_command(main, [str(argument) for argument in arguments])
         return Ended(status, [line for line in err.getvalue().splitlines() if line.strip()], out.getvalue())
 
-    return _run(size, command, within)
+    return _run(size, command, within, {} if killed is None else {killed: Ended(-signal.SIGKILL, [], "")})
 
 
-def _run(size: int, work: Callable[[], Any], within: float) -> list[Any]:
+def _run(size: int, work: Callable[[], Any], within: float, silent: Mapping[int, Any] | None = None) -> list[Any]:
     """Run `work` in forked processes, so that neither libraries nor what a fixture has built are loaded again."""
     fork = multiprocessing.get_context("fork")
     there, here = fork.Pipe()
@@ -88,6 +93,8 @@ def _run(size: int, work: Callable[[], Any], within: float) -> list[Any]:
                 good, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 good, value = False, f"rank {rank} ended without an answer"
+                if silent and rank in silent:
+                    good, value = True, silent[rank]
             (results if good else failures).append(value)
     finally:
         for process in processes:
