@@ -172,7 +172,6 @@ class Updates:
                     for lesson in self.lessons:
                         with self._brought_back(lesson.group):
                             self._learn(lesson, update)
-            self.world.meet(f"take the step of update {update + 1}")
             self.sum.give(self.world, groups)
             for name, value in self._step(update).items():
                 logged.setdefault(name, []).append(float(value))

@@ -82,7 +82,11 @@ class World:
         os.environ.update({"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)})
         patience, ranks = timedelta(seconds=timeout), tuple(range(place.size))
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
+            store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+            # torchrun's store outlives the ranks: what those of an earlier attempt left there would lead these to processes that are gone.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
             control = dist.new_group(backend="gloo", timeout=patience) if torch.cuda.is_available() else dist.group.WORLD
             patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=WORK))
         except (RuntimeError, ValueError) as error:
@@ -123,12 +127,13 @@ class World:
         assert mine is not None
         return mine
 
-    # What they tell each other
+    # What they tell each other. They meet first, so that a rank that does not come is named.
 
     def gathered(self, value: T) -> list[T]:
         """Return everybody's value, by rank. It is pickled, so it is small and lies on the CPU."""
         if self.alone:
             return [value]
+        self.meet("tell how it stands")
         values: list[Any] = [None] * self.size
         self._together(lambda: dist.all_gather_object(values, value, group=self._control))
         return values
@@ -149,6 +154,7 @@ class World:
         """Replace tensors of one dtype and device by their sums over all ranks."""
         if self.alone:
             return
+        self.meet("sum up")
         with stage("reduce"):
             for bucket in _buckets(tensors):
                 flat = torch.cat([tensor.flatten() for tensor in bucket])
@@ -160,6 +166,7 @@ class World:
         """Return everybody's tensors side by side along `dim`, where rank r's has `sizes[r]` entries."""
         if self.alone:
             return tensor
+        self.meet("share what it made")
         rows = tensor.movedim(dim, 0).contiguous()
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
