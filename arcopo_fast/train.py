@@ -68,7 +68,7 @@ def one_iteration(trainer: Trainer, watch: LearningWatch, iteration: int) -> dic
         trainer.agree()
         statistics = updates.finish()
     trainer.check_adapters(iteration)
-    return reward_record(config, outcomes) | statistics | {"lr": lr, "time": seconds}
+    return reward_record(config, outcomes) | statistics | {"lr": lr, "time": trainer.world.mean(seconds)}
 
 
 def iterations(trainer: Trainer, run: RunDirectory, trace: Trace) -> Evaluation:

@@ -25,6 +25,8 @@ _CHANGE_NOTE = (
     "in standard deviations of a single video before training. Held-out metrics are never trained on: if they fall while the rewards "
     "rise, the rewards are being exploited."
 )
+_STAGES = {"wait": "wait for other ranks", "reduce": "reduce: sum over ranks"}
+"""Stages whose name alone does not say what they are, and what the timing table calls them."""
 _VIDEO_NOTE = "Left before, right after, from the same prompt and the same noise."
 _SETTINGS_NOTE = "Everything the run was told. Saved as a file, it repeats the run: <code>python -m arcopo_fast.train config.yaml</code>"
 
@@ -142,7 +144,7 @@ def _timing_table(seconds: Mapping[str, float], floors: Mapping[str, float]) -> 
         return f"<td>{100 * floor / part:.0f} %</td>" if floor and part else "<td></td>"
 
     rows = [
-        f'<tr><th scope="row">{escape(name)}</th><td>{part:.3f}</td><td>{100 * part / (all_seconds or 1):.0f} %</td>'
+        f'<tr><th scope="row">{escape(_STAGES.get(name, name))}</th><td>{part:.3f}</td><td>{100 * part / (all_seconds or 1):.0f} %</td>'
         f'{of_floor(floors.get(name), part)}<td class="bar"><i style="width:{100 * part / (all_seconds or 1):.1f}%"></i></td></tr>'
         for name, part in sorted(seconds.items(), key=lambda item: -item[1])
     ]

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -135,7 +135,8 @@ class World:
             return [value]
         self.meet("tell how it stands")
         values: list[Any] = [None] * self.size
-        self._together(lambda: dist.all_gather_object(values, value, group=self._control))
+        with stage("wait"):
+            self._together(lambda: dist.all_gather_object(values, value, group=self._control))
         return values
 
     def from_main(self, value: T) -> T:
@@ -145,6 +146,12 @@ class World:
     def total(self, number: float) -> float:
         """Return the sum of everybody's number."""
         return sum(self.gathered(number))
+
+    def mean(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Return the mean of everybody's numbers by name; one who lacks a name has 0."""
+        everybodys = self.gathered(dict(numbers))
+        names = dict.fromkeys(name for rank in everybodys for name in rank)
+        return {name: sum(rank.get(name, 0.0) for rank in everybodys) / self.size for name in names}
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set anywhere."""
@@ -171,7 +178,8 @@ class World:
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
-        self._together(lambda: dist.all_gather(parts, padded, group=self._tensors))
+        with stage("wait"):
+            self._together(lambda: dist.all_gather(parts, padded, group=self._tensors))
         return torch.cat([part[:size] for part, size in zip(parts, sizes)]).movedim(0, dim).contiguous()
 
     def meet(self, what: str) -> None:
@@ -193,7 +201,10 @@ class World:
     def _meet(self, group: Any, what: str, timeout: float) -> None:
         if not self.alone:
             patience = timedelta(seconds=timeout)
-            self._together(lambda: dist.monitored_barrier(group, timeout=patience, wait_all_ranks=True), what, timeout)
+            with stage("wait"):
+                if self._tensors is not self._control:
+                    torch.cuda.synchronize()  # the others wait for this rank's device, too
+                self._together(lambda: dist.monitored_barrier(group, timeout=patience, wait_all_ranks=True), what, timeout)
 
     @contextmanager
     def in_turn(self, what: str) -> Iterator[None]:

@@ -21,8 +21,12 @@ import torch
 from arcopo_fast.errors import UserError
 from arcopo_fast.storage.atomic import atomic_path
 
-STAGES = ("prefix", "fork", "denoise", "clean", "reencode", "decode", "reward", "replay", "optimizer")
-"""The stages of an iteration, in their order. fork: the branches' noise and page tables; reencode: the VAE's part in a context."""
+STAGES = ("prefix", "fork", "denoise", "clean", "reencode", "decode", "reward", "replay", "wait", "reduce", "optimizer")
+"""The stages of an iteration, in their order.
+
+fork: the branches' noise and page tables; reencode: the VAE's part in a context; wait: for slower ranks, and the small messages among them;
+reduce: sums over all ranks.
+"""
 
 
 class _Recorder:

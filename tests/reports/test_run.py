@@ -72,6 +72,14 @@ def test_a_run_that_was_cut_short_still_gets_a_report(tmp_path: Path) -> None:
     assert "Not here yet: before and after, videos." in page.text and "held-out" not in page.text
 
 
+def test_the_time_of_many_ranks_together(tmp_path: Path) -> None:
+    run = RunDirectory.create(settings(tmp_path))
+    with MetricsWriter(run.path, tensorboard=False) as writer:
+        for step in (1, 2):
+            writer.write(step, {"reward": 1.0, "time": {"replay": 6.0, "wait": 3.0 - step, "reduce": 0.5}})
+    assert "replay 6.000 75 % wait for other ranks 1.500 19 % reduce: sum over ranks 0.500 6 %" in Page(write_report(run.path)).text
+
+
 def test_what_is_not_known_is_a_dash(tmp_path: Path) -> None:
     document = evaluation()
     videos = len(document["before"]["toy_vq"]["values"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from arcopo_fast.errors import RankLost, UserError
+from arcopo_fast.runtime import profiling
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.runtime.place import Place, first_host, place_of
 from tests.support.ranks import run_ranks
@@ -72,6 +73,27 @@ def test_one_process_is_a_world() -> None:
     assert world.gathered("a") == ["a"] and world.total(2) == 2 and world.any(True) and not world.any(False)
     world.meet("end")
     world.check_same("seed", 1)
+    assert world.mean({"a": 1.0}) == {"a": 1.0}
+
+
+def test_waiting_is_a_stage_of_its_own() -> None:
+    """So an imbalance shows, whichever rank it slows down; work that others wait for and sums are not counted with it."""
+
+    def uneven(world: World) -> dict[str, float]:
+        with profiling.record(torch.device("cpu")) as seconds:
+            with profiling.stage("denoise"):
+                time.sleep(0.3 * world.rank)
+            world.gathered("early")
+            with profiling.stage("denoise"):
+                time.sleep(0.3 * (1 - world.rank))
+            world.meet("go on")
+            world.sum_([torch.zeros(3)])
+        assert seconds["wait"] > 0.25 and 0 < seconds["reduce"] < 0.2
+        return world.mean(seconds)
+
+    first, second = run_ranks(2, uneven)
+    assert first == second and list(first) == ["denoise", "wait", "reduce"]
+    assert 0.3 <= first["denoise"] < 0.4 and 0.25 < first["wait"] < 0.4
 
 
 def _everything(world: World) -> dict[str, object]:
