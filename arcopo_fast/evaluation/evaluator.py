@@ -228,8 +228,8 @@ def settings_of(config: Config, generator: Generator, judges: Mapping[str, Rewar
         {
             "seed": config.evaluation.seed,
             "videos_per_prompt": config.evaluation.videos_per_prompt,  # a video's noise depends on it
-            "weights": weights_digest(generator.model),
-            "vae_weights": weights_digest(generator.decoder.vae),
+            "weights": weights_digest(generator.model.state_dict()),
+            "vae_weights": weights_digest(generator.decoder.vae.state_dict()),
             "text_encoder": generator.encode_text.fingerprint,
             "reward_servers.frames": config.reward_servers.frames,
             "video": config.video.model_dump(mode="json", exclude={"decode_frames"}),  # says how, not what

@@ -169,7 +169,9 @@ def evaluate(
     batch = videos_at_once(config)
     own: dict[int, dict[str, Tensor]] = {}
     shown: list[Tensor] = []
-    for number in shares(math.ceil(len(wanted) / batch), math.ceil(config.evaluation.sample_videos / batch), world):
+    numbers = shares(math.ceil(len(wanted) / batch), math.ceil(config.evaluation.sample_videos / batch), world)
+    rounds = max(world.gathered(len(numbers))) if generator.model.ranks > 1 else len(numbers)
+    for number in numbers:
         part = wanted[number * batch : (number + 1) * batch]
         groups = range(number * batch, number * batch + len(part))
         parts: list[dict[str, Tensor]] = []
@@ -178,6 +180,8 @@ def evaluate(
             shown.append(frames[: max(0, config.evaluation.sample_videos - sum(map(len, shown)))].to("cpu", copy=True))
             del frames
         own[number] = joined(parts)
+    for _ in range(rounds - len(numbers)):  # the others cannot gather weights without this rank, which makes videos for nothing
+        judge(config, generator, engine, wanted[:batch], range(batch), {})
     everybodys = {number: scores for rank in world.gathered(own) for number, scores in rank.items()}
     judged = joined([everybodys[number] for number in sorted(everybodys)])
     total = weighted_total(judged, config.rewards)

@@ -10,11 +10,12 @@ the others waiting.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -27,6 +28,8 @@ from arcopo_fast.model.lora import adapter_parameters, adapter_state, frozen_nam
 from arcopo_fast.model.sizes import CausalWanConfig
 from arcopo_fast.model.tensors import check_finite
 from arcopo_fast.runtime.distributed import World
+
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.13
 
 
 def load_sharded(
@@ -73,16 +76,30 @@ def shard(model: CausalWan, world: World, device: torch.device) -> None:
         "reshard_after_forward": True,
         "ignored_params": set(adapter_parameters(model)),
     }
+    gather: Any = _Gather(world)  # PyTorch has no public name for its type
     for block in model.blocks:
-        fully_shard(block, **options)
+        fully_shard(block, **options).set_custom_all_gather(gather)
         register_fsdp_forward_method(block, "text")
-    fully_shard(model, **options)
+    fully_shard(model, **options).set_custom_all_gather(gather)
     register_fsdp_forward_method(model, "encode_text")  # the first to run must be the whole model, not a block
     if any(".attn2.to_k." in name or ".attn2.to_v." in name for name in adapter_state(model)):
         model.condition_embedder.text_embedder.register_forward_hook(_with_gradient)
     model.ranks = world.size
     # A block's keys of the text are a view. The warning is about writing to it, which nothing does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+class _Gather:
+    """Gathers a unit's weights, as PyTorch does by default; where it fails, another rank is lost."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        return self.world.together(lambda: _all_gather(output_tensor, input_tensor, group=group, async_op=async_op))
 
 
 def _with_gradient(module: nn.Module, inputs: object, embedding: Tensor) -> None:

@@ -64,7 +64,7 @@ class Objective(ABC, Generic[S]):
         self.settings = settings
         self.reference = reference
         self.policies = Policies(engine.model)
-        self.batching = Batching(settings.micro_batch, settings.checkpoint)
+        self.batching = Batching(settings.micro_batch, settings.checkpoint, divided=engine.model.ranks > 1)
 
     @property
     def maker(self) -> str:

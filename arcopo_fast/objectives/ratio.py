@@ -153,7 +153,7 @@ class RatioObjective(Objective[S]):
         return Items(*torch.tensor(pairs).unbind(1))
 
     def predict_known(self, policy: str, group: Group, samples: Samples, context: Stream) -> Tensor:
-        if policy != "reference":
+        if policy != "reference" or self.engine.model.ranks > 1:  # ranks that know other predictions would make other passes
             return super().predict_known(policy, group, samples, context)
         if self._kept_from != self.batching.state():  # other micro-batches round differently
             self._kept.clear()

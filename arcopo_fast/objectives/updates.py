@@ -106,7 +106,8 @@ class Updates:
         draw: extra key of the random draws, see `Objective.samples`.
         world: all ranks; each has groups of its own.
         team: the ranks that share every group of this one: each trains a part of its samples.
-        lockstep: every rank makes the same passes, so a group without variance is computed, too, and then left out.
+
+    Where the weights are divided among ranks, all make the same passes: a group without variance is computed, too, and then left out.
     """
 
     def __init__(
@@ -117,12 +118,12 @@ class Updates:
         draw: tuple[int | str, ...] = (),
         world: World | None = None,
         team: World | None = None,
-        lockstep: bool = False,
     ) -> None:
         self.objective, self.stepper, self.draw = objective, stepper, draw
-        self.world, self.team, self.lockstep = world or World(), team or World(), lockstep
+        self.world, self.team = world or World(), team or World()
         self.engine, self.policies, self.batching = objective.engine, objective.policies, objective.batching
         self.sum = GradientSum([parameter for group in stepper.optimizer.param_groups for parameter in group["params"]])
+        self.lockstep = self.engine.model.ranks > 1
         self.lessons: list[Lesson] = []
         self.without_variance = 0
         self._statistics: list[_Statistics] = []
@@ -214,11 +215,15 @@ class Updates:
         chunks = self.objective.samples(group, update, self.draw)
         weight = 1 / sum(map(len, chunks))
         own = [part for samples in chunks if len(part := samples.part(slice(self.team.rank, None, self.team.size)))]
+        if self.lockstep:
+            passes = [(part.chunk, len(self._micro_batches(group, part))) for part in own]
+            advice = "generator.shard asks for equally many: let each rank of a team have as many samples of an update as the others"
+            self.world.check_same("number of passes", passes, advice)
         if not own:
             return
         target = self.objective.target(group, lesson.advantages)
         gradient = partial(self._gradient, group, target, own, weight)
-        statistics = self.batching.until_it_fits(gradient, max(map(len, own))) if not self.lockstep else gradient()
+        statistics = self.batching.until_it_fits(gradient, max(map(len, own)))
         if lesson.counts:
             self.sum.add()
             for samples, values in zip(own, statistics):

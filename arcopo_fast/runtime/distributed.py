@@ -136,7 +136,7 @@ class World:
         self.meet("tell how it stands")
         values: list[Any] = [None] * self.size
         with stage("wait"):
-            self._together(lambda: dist.all_gather_object(values, value, group=self._control))
+            self.together(lambda: dist.all_gather_object(values, value, group=self._control))
         return values
 
     def from_main(self, value: T) -> T:
@@ -165,7 +165,7 @@ class World:
         with stage("reduce"):
             for bucket in _buckets(tensors):
                 flat = torch.cat([tensor.flatten() for tensor in bucket])
-                self._together(lambda: dist.all_reduce(flat, group=self._tensors))  # noqa: B023, called at once
+                self.together(lambda: dist.all_reduce(flat, group=self._tensors))  # noqa: B023, called at once
                 for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
                     tensor.copy_(part.view_as(tensor))
 
@@ -179,7 +179,7 @@ class World:
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in sizes]
         with stage("wait"):
-            self._together(lambda: dist.all_gather(parts, padded, group=self._tensors))
+            self.together(lambda: dist.all_gather(parts, padded, group=self._tensors))
         return torch.cat([part[:size] for part, size in zip(parts, sizes)]).movedim(0, dim).contiguous()
 
     def meet(self, what: str) -> None:
@@ -204,7 +204,7 @@ class World:
             with stage("wait"):
                 if self._tensors is not self._control:
                     torch.cuda.synchronize()  # the others wait for this rank's device, too
-                self._together(lambda: dist.monitored_barrier(group, timeout=patience, wait_all_ranks=True), what, timeout)
+                self.together(lambda: dist.monitored_barrier(group, timeout=patience, wait_all_ranks=True), what, timeout)
 
     @contextmanager
     def in_turn(self, what: str) -> Iterator[None]:
@@ -236,10 +236,19 @@ class World:
                 f"than rank {self.ranks[0]}; {advice}"
             )
 
-    def _together(self, work: Callable[[], Any], what: str = "", timeout: float | None = None) -> None:
+    def together(self, work: Callable[[], T], what: str = "", timeout: float | None = None) -> T:
+        """Return what `work` returns, in which everybody takes part.
+
+        Args:
+            what: the work, in words, for the message.
+            timeout: seconds after which it fails, if not `self.timeout`.
+
+        Raises:
+            RankLost: it failed, so another rank has ended or does not answer.
+        """
         began, timeout = time.monotonic(), timeout or self.timeout
         try:
-            work()
+            return work()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -21,7 +21,7 @@ from arcopo_fast.errors import UserError, shorten
 from arcopo_fast.storage.atomic import atomic_write
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import, and a report is written without it
-    from torch import Tensor, nn
+    from torch import Tensor
 
 INPUTS = "inputs.json"
 SAMPLES = 64
@@ -52,12 +52,12 @@ def values_digest(values: Mapping[str, Any]) -> str:
     return digest(json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False))[:16]
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's weights, names and dtypes included. The model must have no adapter."""
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a whole model's tensors, names and dtypes included."""
     import torch
 
     found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         found.update(_whole(tensor).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

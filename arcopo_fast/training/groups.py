@@ -17,7 +17,7 @@ from arcopo_fast.data.buffer import Buffer, Entry, all_metadata
 from arcopo_fast.data.prompts import Prompt, Prompts, digest
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.judging import Judging, joined
-from arcopo_fast.model.lora import adapter_disabled
+from arcopo_fast.model.lora import adapter_disabled, frozen_state
 from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.objectives.base import Objective
 from arcopo_fast.planning.spread import Spread
@@ -266,12 +266,11 @@ def _prompt_in(about: Mapping[str, Any]) -> Prompt:
 
 
 def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -> dict[str, Any]:
-    """Return everything that the groups of a buffer were drawn from; training must agree with every value. The generator must have no
-    adapter."""
+    """Return everything that the groups of a buffer were drawn from; training must agree with every value."""
     plan = objective.noise_plan(config.rollout.noise_strength)
     reencoded = {"vae_dtype": config.generator.vae_dtype} if variant_of(config.cache).reencodes(config.cache) else {}
     return reencoded | {
-        "weights": weights_digest(generator.model),
+        "weights": weights_digest(frozen_state(generator.model)),
         "text_encoder": generator.encode_text.fingerprint,
         "video": config.video.model_dump(exclude={"fps", "decode_frames"}),
         "sampler": config.sampler.model_dump(),

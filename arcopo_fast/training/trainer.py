@@ -27,11 +27,12 @@ from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.data.prompts import digest
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.judging import Evaluation, evaluate
-from arcopo_fast.model.lora import adapter_parameters, add_lora, load_adapter, save_adapter
+from arcopo_fast.model.lora import adapter_parameters, frozen_state, load_adapter, save_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.updates import Updates
 from arcopo_fast.planning.ceilings import measure_ceilings
+from arcopo_fast.planning.lockstep import check_lockstep
 from arcopo_fast.planning.plan import over_plan
 from arcopo_fast.planning.spread import spread
 from arcopo_fast.planning.work import floors
@@ -75,12 +76,14 @@ class Trainer:
         self.config = config
         self.world = world = world or World()
         self.spread = spread(config, world.size)
+        if config.generator.shard and not world.alone:
+            check_lockstep(config, self.spread)
         self.team = world.team(self.spread.ranks)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.rewards: dict[str, Reward] = load_rewards(config)
         self.prompts = load_prompts(config)
-        self.generator: Generator = load_generator(config)
+        self.generator: Generator = load_generator(config, adapted=True, world=world)
         ahead = [*training_prompts(config, self.prompts.training), *self.prompts.evaluation]
         encode_ahead(self.generator.encode_text, (prompt.for_generator for prompt in ahead))
         self.held_out = load_held_out(self.generator)
@@ -94,8 +97,6 @@ class Trainer:
             self.groups = BufferedGroups(config, self.generator, self.engine, self.objective, buffer)
         self.input_digests = self._input_digests()
         self.judges = {name: judge.fingerprint(name) for name, judge in {**self.rewards, **self.held_out}.items()}
-        lora = config.lora
-        add_lora(self.generator.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=config.seed)
         self.parameters = adapter_parameters(self.generator.model)
         optimizer = config.optimizer
         self.optimizer = torch.optim.AdamW(self.parameters, lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay)
@@ -164,10 +165,10 @@ class Trainer:
             warnings.warn(f"another rank ran out of memory; all continue with {told}: set this in the recipe", stacklevel=2)
 
     def _input_digests(self) -> dict[str, str]:
-        """Return digests of everything that all videos depend on. The generator has no adapter yet."""
+        """Return digests of everything that all videos depend on."""
         generator = self.generator
         return {
-            "transformer": sampled_digest(generator.model.state_dict().items()),
+            "transformer": sampled_digest(frozen_state(generator.model).items()),
             "VAE": sampled_digest(generator.decoder.vae.state_dict().items()),
             "text encoder": generator.encode_text.fingerprint,
             "set of prompts": digest([*self.prompts.training, *self.prompts.evaluation]),

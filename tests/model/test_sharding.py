@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from arcopo_fast.build import load_generator, load_model, read_model
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.errors import UserError
+from arcopo_fast.errors import RankLost, UserError
 from arcopo_fast.model.adapter_files import Adapter
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.checkpoints import read_state_dict, save_transformer
@@ -295,3 +295,15 @@ def test_every_rank_says_what_one_has_found(two: list[dict[str, Any]]) -> None:
         assert said["3 branches"].startswith("a wave of 3 branches ran out of memory (CUDA out of memory. Tried to allocate 3.00 GiB.); ")
         assert "generator.shard" in said["3 branches"] and said["3 branches"].endswith("set rollout.branches_per_wave=2")
         assert "generator.offload=true" in said["1 branches"]
+
+
+def left(world: World) -> None:
+    """Rank 1 leaves where rank 0 begins a pass."""
+    model = divided(world, small_model(**SIZES).state_dict().items())
+    if world.is_main:
+        model.encode_text(random_text())
+
+
+def test_a_rank_that_is_lost_is_the_cause() -> None:
+    lost, _ = run_ranks(2, left)
+    assert isinstance(lost, RankLost) and str(lost).startswith("another rank has ended or does not answer; its own error, ")

@@ -24,8 +24,8 @@ from arcopo_fast.storage.video import Mp4Writer
 def sampling_of(config: Config, generator: Generator, prompts: str) -> dict[str, Any]:
     """Return what the videos depend on. prompts: the manifest. The adapter, if any, is loaded."""
     return {
-        "weights": weights_digest(generator.model),
-        "vae_weights": weights_digest(generator.decoder.vae),
+        "weights": weights_digest(generator.model.state_dict()),
+        "vae_weights": weights_digest(generator.decoder.vae.state_dict()),
         "text_encoder": generator.encode_text.fingerprint,
         "manifest": digest(prompts),
         "video": config.video.model_dump(exclude={"decode_frames"}),
