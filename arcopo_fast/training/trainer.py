@@ -34,7 +34,7 @@ from arcopo_fast.objectives.updates import Updates
 from arcopo_fast.planning.ceilings import measure_ceilings
 from arcopo_fast.planning.lockstep import check_lockstep
 from arcopo_fast.planning.plan import over_plan
-from arcopo_fast.planning.spread import spread
+from arcopo_fast.planning.spread import idle, spread
 from arcopo_fast.planning.work import floors
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.engine import Engine
@@ -79,6 +79,8 @@ class Trainer:
         if config.generator.shard and not world.alone:
             check_lockstep(config, self.spread)
         self.team = world.team(self.spread.ranks)
+        if warning := idle(config, world.size):
+            warnings.warn(warning, stacklevel=2)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.rewards: dict[str, Reward] = load_rewards(config)

@@ -18,6 +18,7 @@ from support.ranks import run_commands
 
 from arcopo_fast import train
 from arcopo_fast.objectives.base import Objective
+from arcopo_fast.objectives.optimizer import Step, Stepper
 from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.storage.metrics import read_metrics
@@ -150,6 +151,27 @@ def test_all_ranks_take_what_one_has_memory_for(undisturbed: dict[str, Any], tmp
     assert state["halved"] == {"largest_wave": 2, "micro_batch": 2}
     for found, expected in zip(results(run)["metrics"], undisturbed["metrics"]):
         assert found["reward"] == pytest.approx(expected["reward"], abs=1e-3)
+
+
+def test_adapters_that_drift_apart_stop_the_run(tmp_path: Path) -> None:
+    def command(arguments: list[str]) -> None:
+        take, calls = Stepper.take, iter(range(1, 100))
+
+        def drifting(stepper: Stepper) -> Step:
+            step = take(stepper)
+            if next(calls) == 3:  # the second iteration's first update
+                with torch.no_grad():
+                    stepper.optimizer.param_groups[0]["params"][0][0, 0] += 1e-6
+            return step
+
+        if os.environ["RANK"] == "1":
+            Stepper.take = drifting  # type: ignore[method-assign]
+        train.main(arguments)
+
+    ends = run_commands(2, command, *SMALL, f"run.directory={tmp_path}")
+    assert [end.status for end in ends] == [2, 2]
+    assert "rank 1 of 2 has another adapter after iteration 2 than rank 0" in ends[0].lines[-1]
+    assert [path.name for path in (tmp_path / "toy" / "checkpoints").iterdir()] == ["step-1"], "what is wrong is not kept"
 
 
 KILLER = """
