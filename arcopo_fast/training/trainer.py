@@ -33,6 +33,7 @@ from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.updates import Updates
 from arcopo_fast.planning.ceilings import measure_ceilings
 from arcopo_fast.planning.lockstep import check_lockstep
+from arcopo_fast.planning.needs import fetch
 from arcopo_fast.planning.plan import over_plan
 from arcopo_fast.planning.spread import idle, spread
 from arcopo_fast.planning.work import floors
@@ -83,11 +84,12 @@ class Trainer:
             warnings.warn(warning, stacklevel=2)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
+        fetch(config, world)
         self.rewards: dict[str, Reward] = load_rewards(config)
         self.prompts = load_prompts(config)
         self.generator: Generator = load_generator(config, adapted=True, world=world)
         ahead = [*training_prompts(config, self.prompts.training), *self.prompts.evaluation]
-        encode_ahead(self.generator.encode_text, (prompt.for_generator for prompt in ahead))
+        encode_ahead(self.generator.encode_text, (prompt.for_generator for prompt in ahead), world)
         self.held_out = load_held_out(self.generator)
         self.engine: Engine = build_engine(config, self.generator.model, vae=self.generator.decoder.vae)
         self.shape = self.engine.shape
