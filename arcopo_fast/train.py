@@ -190,6 +190,9 @@ def command_line() -> RecipeParser:
         help="with --dry-run: sizes of devices in GB (default: the GPU of this machine, else these four)",
     )
     parser.add_argument(
+        "--ranks", type=positive_int, metavar="N", help="with --dry-run: plan for each of N ranks, which torchrun would start (default: 1)"
+    )
+    parser.add_argument(
         "--profile", type=positive_int, metavar="N", default=0, help="write a PyTorch trace of N iterations into the run's directory"
     )
     parser.add_argument("--mode", choices=["on_policy", "semi_on_policy", "off_policy"], help="the same as train.mode=...")
@@ -231,13 +234,17 @@ def main(argv: list[str]) -> None:
     run = run_to_resume(options)
     if options.device_memory and not options.dry_run:
         raise UserError("--device-memory is for --dry-run only; add --dry-run, or leave --device-memory out")
+    if options.ranks and not options.dry_run:
+        raise UserError(
+            f"--ranks is for --dry-run only; torchrun starts the ranks of a run: torchrun --nproc_per_node={options.ranks} -m ..."
+        )
     if 0 in options.device_memory:
         raise UserError("--device-memory takes sizes above 0 GB")
     if options.profile and options.dry_run:
         raise UserError("--profile traces a run, and --dry-run starts none; leave one out")
     if options.dry_run:
         check_trainable(config)
-        print(dry_run(config, options.device_memory))
+        print(dry_run(config, options.device_memory, options.ranks or 1))
         return
     tune_for_cpu()
     with World.joined(config.train.rank_timeout) as world:

@@ -12,12 +12,12 @@ from arcopo_fast.planning.spread import Spread
 
 def check_lockstep(config: Config, spread: Spread) -> None:
     """Raise `UserError` if some ranks would make other passes than others: a rank that does not come keeps the others waiting."""
-    for problem, advice in _problems(config, spread):
+    for problem, advice in uneven(config, spread):
         raise UserError(f"generator.shard asks for equally many passes on all ranks, but {problem}; {advice}")
 
 
-def _problems(config: Config, spread: Spread) -> list[tuple[str, str]]:
-    """Return what differs between ranks, each with what to do about it."""
+def uneven(config: Config, spread: Spread) -> list[tuple[str, str]]:
+    """Return what makes ranks differ in their passes, each with what to do about it."""
     rollout, (teams, ranks), problems = config.rollout, spread, []
     if rollout.prompts_per_iteration % teams:
         counts = f"rollout.prompts_per_iteration={rollout.prompts_per_iteration} does not divide evenly over {teams} teams of {ranks}"

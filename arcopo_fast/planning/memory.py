@@ -5,10 +5,12 @@ as on a CPU, keeps all scores and needs far more). 1 GB is 2^30 bytes, as cards 
 gone before anything else is there.
 
 A run on a buffer rebuilds prefixes instead of rolling out, and neither decodes nor judges but in its evaluations, before and after.
+With several ranks the memory is that of one: of a team that shares its groups each rank has a part of the branches and of the samples.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from math import ceil
 from typing import NamedTuple
@@ -18,8 +20,9 @@ from arcopo_kernels.paging import GroupPlan
 from arcopo_fast.build import pool_pages
 from arcopo_fast.config.schema import Config, objective_class
 from arcopo_fast.evaluation.judging import videos_at_once
-from arcopo_fast.model.sizes import GeneratorSizes
+from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes
 from arcopo_fast.planning.layers import decoder_convolutions, transformer_parameters, vae_parameters
+from arcopo_fast.planning.spread import spread
 from arcopo_fast.planning.work import adapted_linears, frame_tokens, itemsize, lora_parameters
 from arcopo_fast.rewards.registry import reward_bytes
 from arcopo_fast.rollout.cache import plan_pages, variant_of
@@ -37,6 +40,24 @@ DECODING = 3.6
 """Bytes that live at once inside a decoder call, in units of the largest window that a causal convolution reads. Measured: 3.4 to 3.6."""
 
 
+class Share(NamedTuple):
+    """A rank's part of a group, or that of the rank which has most.
+
+    Attributes:
+        branches: that it makes.
+        pairs: samples of an update that it trains.
+    """
+
+    branches: int
+    pairs: int
+
+    @classmethod
+    def of(cls, config: Config, ranks: int) -> Share:
+        """Return the share of one of so many ranks."""
+        team = spread(config, ranks).ranks
+        return cls(ceil(config.rollout.group_size / team), ceil(pairs_of(config) / team))
+
+
 class Settings(NamedTuple):
     """The settings that trade memory for time and change no result; see `SETTINGS`."""
 
@@ -47,17 +68,18 @@ class Settings(NamedTuple):
     offload: bool
 
     @classmethod
-    def of(cls, config: Config) -> Settings:
-        """Return a configuration's own settings, with its nulls resolved."""
-        group, pairs = config.rollout.group_size, pairs_of(config)
-        decode, micro = config.rollout.decode_branches or group, config.objective.micro_batch or pairs
-        return cls(config.rollout.wave_size, min(decode, group), min(micro, pairs), config.objective.checkpoint, config.generator.offload)
+    def of(cls, config: Config, ranks: int = 1) -> Settings:
+        """Return a configuration's own settings on one of so many ranks, with its nulls resolved."""
+        branches, pairs = Share.of(config, ranks)
+        wave, decode = (min(size or branches, branches) for size in (config.rollout.wave_size, config.rollout.decode_branches))
+        micro = min(config.objective.micro_batch or pairs, pairs)
+        return cls(wave, decode, micro, config.objective.checkpoint, config.generator.offload)
 
     @classmethod
-    def choices(cls, config: Config) -> list[Settings]:
+    def choices(cls, config: Config, ranks: int = 1) -> list[Settings]:
         """Return all settings worth trying: of numbers that lead to equally many parts, the smallest."""
-        group, pairs = _part_sizes(config.rollout.group_size), _part_sizes(pairs_of(config))
-        return [cls(*values) for values in product(group, group, pairs, (False, True), (False, True))]
+        branches, pairs = (_part_sizes(total) for total in Share.of(config, ranks))
+        return [cls(*values) for values in product(branches, branches, pairs, (False, True), (False, True))]
 
     def apply(self, config: Config) -> Config:
         """Return the configuration with these settings."""
@@ -109,10 +131,11 @@ class Estimate(NamedTuple):
         return self.total(self.peak_stage)
 
 
-def estimate(config: Config, sizes: GeneratorSizes) -> Estimate:
-    """Return the bytes of a run at its worst pivot."""
-    making = _rebuilding if config.train.buffer is not None else _rolling_out
-    parts = [_kept(config, sizes), making(config, sizes), _updating(config, sizes), _evaluating(config, sizes)]
+def estimate(config: Config, sizes: GeneratorSizes, ranks: int = 1) -> Estimate:
+    """Return the bytes of a run at its worst pivot, on one of so many ranks."""
+    settings = Settings.of(config, ranks)
+    making = _rebuilding(config, sizes) if config.train.buffer is not None else _rolling_out(config, sizes, settings)
+    parts = [_kept(config, sizes, ranks), making, _updating(config, sizes, settings), _evaluating(config, sizes)]
     components = {name: size for part in parts for name, size in part.components.items()}
     return Estimate(components, {stage: names for part in parts for stage, names in part.stages.items()})
 
@@ -122,7 +145,7 @@ def _at_work(config: Config, *working: str) -> tuple[str, ...]:
     return working if config.generator.offload else ("decoder weights", "rewards")
 
 
-def _kept(config: Config, sizes: GeneratorSizes) -> Estimate:
+def _kept(config: Config, sizes: GeneratorSizes, ranks: int) -> Estimate:
     """Count what outlives a stage: weights, adapters, the pool, and what a group keeps from its rollout to its update.
 
     A group keeps the inputs and predictions of the pivot's T steps, 2 T chunks a member (twice while its waves are joined), and all its
@@ -133,7 +156,7 @@ def _kept(config: Config, sizes: GeneratorSizes) -> Estimate:
     shape, buffered = _shape(config, sizes), config.train.buffer is not None
     group, updates = config.rollout.group_size, config.objective.updates
     adapters = ADAPTER * lora_parameters(config, model)
-    summed = config.rollout.prompts_per_iteration > 1
+    summed = config.rollout.prompts_per_iteration > 1 or ranks > 1
 
     # The pool is there all the time. What a run on a buffer does not need of it for prefixes, only the evaluations use.
     pages, full_video = pool_pages(config), pool_pages(config, videos=1)
@@ -143,7 +166,7 @@ def _kept(config: Config, sizes: GeneratorSizes) -> Estimate:
     stored = copies * group * 2 * _steps(config) + (1 if buffered else group) * shape.chunks
     return Estimate(
         {
-            "generator weights": itemsize(config.generator.dtype) * transformer_parameters(model),
+            **_weights(config, model, ranks),
             "adapters, float32": adapters,
             "optimizer and gradients": 3 * adapters,  # two moments
             **({"sum of the groups' gradients, float64": 2 * adapters} if summed else {}),
@@ -158,6 +181,16 @@ def _kept(config: Config, sizes: GeneratorSizes) -> Estimate:
         },
         {},
     )
+
+
+def _weights(config: Config, model: CausalWanConfig, ranks: int) -> dict[str, int]:
+    """Count the weights, or a rank's part of them and what it gathers: the block at work, the next one, and what is of no block."""
+    width, weights = itemsize(config.generator.dtype), transformer_parameters(model)
+    if ranks == 1 or not config.generator.shard:
+        return {"generator weights": width * weights}
+    block = weights - transformer_parameters(replace(model, num_layers=model.num_layers - 1))
+    gathered = 2 * block + weights - model.num_layers * block
+    return {f"generator weights, 1 / {ranks}": width * ceil(weights / ranks), "weights gathered to work": width * gathered}
 
 
 def _worst_plan(config: Config, sizes: GeneratorSizes) -> GroupPlan:
@@ -185,12 +218,12 @@ def _rebuilding(config: Config, sizes: GeneratorSizes) -> Estimate:
     return Estimate(reencoding | needs, {"prefix": (*making, *needs)})
 
 
-def _rolling_out(config: Config, sizes: GeneratorSizes) -> Estimate:
+def _rolling_out(config: Config, sizes: GeneratorSizes, settings: Settings) -> Estimate:
     """Count the making of a group: waves of branches, decoded and judged in slices.
 
     The prefix's frames and its place in the decoder stay until the last slice is judged; a slice's frames hold the shared ones again.
     """
-    branches, slices = Settings.of(config)[:2]
+    branches, slices = settings[:2]
     cache, video = _decoder_cache(config, sizes), _video(config, sizes)
     worst, (reencoding, making) = _worst_plan(config, sizes), _making(config, sizes, "re-encoding", 1 + branches)
     needs = {
@@ -209,15 +242,15 @@ def _rolling_out(config: Config, sizes: GeneratorSizes) -> Estimate:
     return Estimate(reencoding | needs, stages)
 
 
-def _updating(config: Config, sizes: GeneratorSizes) -> Estimate:
-    needs = {"replay and its gradient": _replay(config, sizes)}
+def _updating(config: Config, sizes: GeneratorSizes, settings: Settings) -> Estimate:
+    needs = {"replay and its gradient": _replay(config, sizes, settings)}
     return Estimate(needs, {"update": (*_at_work(config), *needs)})
 
 
 def _evaluating(config: Config, sizes: GeneratorSizes) -> Estimate:
     """Count the evaluations before and after a run: some videos at once in the run's pool, each with a prompt of its own."""
     videos, video = videos_at_once(config), _video(config, sizes)
-    at_once = min(videos, Settings.of(config).decode_branches)
+    at_once = min(videos, config.rollout.decode_branches or videos)
     reencoding, making = _making(config, sizes, "evaluation: re-encoding", videos)
     needs = {
         "evaluation: keys and values of the texts": (videos - 1) * _text_bytes(config, sizes),
@@ -310,7 +343,7 @@ def kept_by_block(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
     return token, row
 
 
-def _replay(config: Config, sizes: GeneratorSizes) -> int:
+def _replay(config: Config, sizes: GeneratorSizes, settings: Settings) -> int:
     """Return the bytes of a micro-batch's activations and of its backward's working set.
 
     Kept is what every block keeps and the head's input; checkpointed, the inputs of all blocks and of the head, and what one block keeps.
@@ -318,7 +351,7 @@ def _replay(config: Config, sizes: GeneratorSizes) -> int:
     of q, k and v, float32 sums of the first, and the dropped gradients of the prefix, when what GELU kept is free again.
     """
     model, width, frame = sizes.transformer, itemsize(config.generator.dtype), frame_tokens(config, sizes.transformer)
-    settings, shape = Settings.of(config), _shape(config, sizes)
+    shape = _shape(config, sizes)
     tokens, visible = settings.micro_batch * max(shape.chunk_frames) * frame, pool_pages(config, videos=1)
     token, row = kept_by_block(config, sizes)
     hidden = tokens * model.dim * width

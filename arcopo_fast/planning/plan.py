@@ -18,7 +18,9 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.judging import videos_at_once
 from arcopo_fast.model.sizes import GeneratorSizes
 from arcopo_fast.planning.layers import transformer_parameters
-from arcopo_fast.planning.memory import CONTEXT, GB, SETTINGS, SLACK, Estimate, Settings, estimate, host_bytes, pairs_of
+from arcopo_fast.planning.lockstep import check_lockstep, uneven
+from arcopo_fast.planning.memory import CONTEXT, GB, SETTINGS, SLACK, Estimate, Settings, Share, estimate, host_bytes
+from arcopo_fast.planning.spread import spread
 from arcopo_fast.rollout.engine import VideoShape
 
 DEVICES = (24.0, 40.0, 80.0, 141.0)
@@ -73,23 +75,26 @@ class Plan(NamedTuple):
     cost: tuple[int, ...]
 
 
-def plan(config: Config, sizes: GeneratorSizes, device_bytes: int) -> Plan:
+def plan(config: Config, sizes: GeneratorSizes, device_bytes: int, ranks: int = 1) -> Plan:
     """Return the settings with the fewest passes that fit a device of `device_bytes`; of equals, those that need least memory.
 
     Raises:
         UserError: nothing fits.
     """
-    return _best(_plans(config, sizes), device_bytes)
+    return _best(_plans(config, sizes, ranks), device_bytes)
 
 
-def _plan_of(config: Config, sizes: GeneratorSizes) -> Plan:
+def _plan_of(config: Config, sizes: GeneratorSizes, ranks: int) -> Plan:
     """Return the plan of the configuration's own settings."""
-    needs, repeats = estimate(config, sizes), passes(config, sizes)
-    return Plan(Settings.of(config), needs, repeats, repeats.cost(buffered=config.train.buffer is not None))
+    needs, repeats = estimate(config, sizes, ranks), passes(config, sizes, ranks)
+    return Plan(Settings.of(config, ranks), needs, repeats, repeats.cost(buffered=config.train.buffer is not None))
 
 
-def _plans(config: Config, sizes: GeneratorSizes) -> list[Plan]:
-    return [_plan_of(settings.apply(config), sizes) for settings in Settings.choices(config)]
+def _plans(config: Config, sizes: GeneratorSizes, ranks: int) -> list[Plan]:
+    choices = [settings.apply(config) for settings in Settings.choices(config, ranks)]
+    if config.generator.shard and ranks > 1:
+        choices = [choice for choice in choices if not uneven(choice, spread(config, ranks))]
+    return [_plan_of(choice, sizes, ranks) for choice in choices]
 
 
 def _best(plans: Sequence[Plan], device_bytes: int) -> Plan:
@@ -106,50 +111,56 @@ def _best(plans: Sequence[Plan], device_bytes: int) -> Plan:
     )
 
 
-def passes(config: Config, sizes: GeneratorSizes) -> Passes:
-    """Count how often a recipe does what memory for everything at once would let it do once."""
-    settings, updates = Settings.of(config), config.objective.updates
-    videos, wave, finished = config.rollout.group_size, settings.branches_per_wave, config.rollout.group_size
+def passes(config: Config, sizes: GeneratorSizes, ranks: int = 1) -> Passes:
+    """Count how often one of so many ranks does what memory for everything at once would let it do once."""
+    settings, updates, (videos, pairs) = Settings.of(config, ranks), config.objective.updates, Share.of(config, ranks)
+    wave, finished = settings.branches_per_wave, videos
     if config.train.buffer is not None:
         videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
         wave = finished = videos_at_once(config)
     slices = ceil(videos / min(finished, settings.decode_branches))
     return Passes(
         trips=slices if settings.offload else 0,
-        repeated=updates * pairs_of(config) if settings.checkpoint else 0,
+        repeated=updates * pairs if settings.checkpoint else 0,
         waves=ceil(videos / wave),
         slices=slices,
-        micro_batches=updates * ceil(pairs_of(config) / settings.micro_batch),
+        micro_batches=updates * ceil(pairs / settings.micro_batch),
     )
 
 
 # The table -------------------------------------------------------------------------------------------------------------------------
 
 
-def dry_run(config: Config, devices: Sequence[float] = ()) -> str:
+def dry_run(config: Config, devices: Sequence[float] = (), ranks: int = 1) -> str:
     """Return the text of `--dry-run`: the recipe as it stands, and the plan for each device.
 
     Args:
         devices: their GB; none: the GPU that is here, else `DEVICES`.
+        ranks: processes that share the run, each with a device of its own.
+
+    Raises:
+        UserError: the recipe's parts do not go together, or so many ranks cannot share it.
     """
     check_fits(config)
+    if config.generator.shard and ranks > 1:
+        check_lockstep(config, spread(config, ranks))
     sizes = generator_sizes(config.generator.checkpoint, config.generator.base)
     if not devices and torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(0).total_memory / GB / (1 - SHORTFALL)]
-    plans = _plans(config, sizes)
-    columns: dict[str, Plan | str] = {"as it stands": _plan_of(config, sizes)}
+    plans = _plans(config, sizes, ranks)
+    columns: dict[str, Plan | str] = {"as it stands": _plan_of(config, sizes, ranks)}
     for device in devices or DEVICES:
         name = f"{device:.3g} GB"
         try:
             columns[name] = _best(plans, int(device * GB))
         except UserError as error:
             columns[name] = str(error)
-    return "\n".join([*_heading(config, sizes), "", *_table(columns), "", *_advice(columns)])
+    return "\n".join([*_heading(config, sizes, ranks), "", *_table(columns), "", *_advice(columns)])
 
 
-def over_plan(config: Config, allocated: int) -> str | None:
-    """Return a warning if a run's peak of `allocated` bytes exceeds the estimate, else None."""
-    needs = estimate(config, generator_sizes(config.generator.checkpoint, config.generator.base))
+def over_plan(config: Config, allocated: int, ranks: int = 1) -> str | None:
+    """Return a warning if the peak of `allocated` bytes on one of so many ranks exceeds the estimate, else None."""
+    needs = estimate(config, generator_sizes(config.generator.checkpoint, config.generator.base), ranks)
     predicted = needs.peak - CONTEXT
     if allocated <= predicted:
         return None
@@ -158,7 +169,7 @@ def over_plan(config: Config, allocated: int) -> str | None:
     return f"the run has allocated {allocated / GB:.1f} GB at its peak, {excess}; {advice}"
 
 
-def _heading(config: Config, sizes: GeneratorSizes) -> list[str]:
+def _heading(config: Config, sizes: GeneratorSizes, ranks: int) -> list[str]:
     factor, shape = sizes.vae.spatial_factor, VideoShape.of(config.video, sizes.transformer.in_channels)
     pixels = f"{config.video.latent_height * factor}x{config.video.latent_width * factor}"
     parameters = transformer_parameters(sizes.transformer)
@@ -171,6 +182,12 @@ def _heading(config: Config, sizes: GeneratorSizes) -> list[str]:
     if config.train.buffer is not None:
         group, run = (_gigabytes(size) for size in host_bytes(config, sizes))
         lines.insert(1, f"Groups from a buffer; of the old predictions the host keeps {group} GB a group, {run} GB in the run, at most.")
+    if ranks > 1:
+        teams, team = spread(config, ranks)
+        shared = f"; {team} of them share each group" if team > 1 else ""
+        lines.insert(1, f"{ranks} ranks in {teams} team{'s' * (teams > 1)}{shared}: everything below is of one rank, of one device.")
+    elif config.generator.shard:
+        lines.insert(1, "generator.shard divides the weights among the ranks of a job: give their number with --ranks. One rank has all.")
     return lines
 
 
@@ -179,9 +196,9 @@ def _table(columns: dict[str, Plan | str]) -> list[str]:
     fitting = [plan for plan in plans if plan is not None]
 
     def row(label: str, cell: Callable[[Plan], str]) -> str:
-        return f"{label:34}" + "".join(f"{'-' if plan is None else cell(plan):>14}" for plan in plans)
+        return f"{label:40}" + "".join(f"{'-' if plan is None else cell(plan):>14}" for plan in plans)
 
-    lines = [f"{'':34}" + "".join(f"{name:>14}" for name in columns)]
+    lines = [f"{'':40}" + "".join(f"{name:>14}" for name in columns)]
     for index, key in enumerate(SETTINGS):
         lines.append(row(key, lambda plan: str(plan.settings[index]).lower()))  # noqa: B023, called at once
     lines += ["", "Passes, each over a part of the work"]

@@ -203,7 +203,9 @@ class Trainer:
     def over_plan(self) -> str | None:
         """Return what to say if the run has taken more of the device's memory than was planned."""
         device = self.generator.model.device
-        return over_plan(self.config, torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+        if device.type != "cuda":
+            return None
+        return over_plan(self.config, torch.cuda.max_memory_allocated(device), self.world.size)
 
     def save(self, run: RunDirectory, iteration: int) -> None:
         """Write checkpoints/step-N: the adapter and the optimizer's state; complete or absent. Everything else follows from N.

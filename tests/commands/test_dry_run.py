@@ -41,9 +41,12 @@ def test_options_anywhere_on_the_line() -> None:
         (["--device-memory=-1", "--dry-run"], "given '-1'"),
         (["--device-memory", "0", "--dry-run"], "above 0"),
         (["--device-memory", "24"], "add --dry-run"),
+        (["--ranks", "0", "--dry-run"], "at least 1; given '0'"),
+        (["--ranks", "8"], "torchrun --nproc_per_node=8"),
+        (["--ranks", "13", "--dry-run", "train.spread=branches"], "train.spread=branches cannot spread the 12 branches of a group over 13"),
         (["--profile", "2", "--dry-run"], "leave one out"),
         (["generator.dtype=float16", "--dry-run"], "cannot be trained"),
-        (["--dryrun"], "the options are --help, --print-config, --dry-run, --device-memory, --profile"),
+        (["--dryrun"], "the options are --help, --print-config, --dry-run, --device-memory, --ranks, --profile"),
         (["--dry-run=yes"], "--dry-run: ignored explicit argument 'yes'"),
     ],
 )
@@ -85,7 +88,7 @@ def test_a_dry_run_prints_and_starts_nothing(tmp_path: Path, monkeypatch: pytest
 
 def test_the_number_of_iterations_to_profile_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Config, int]] = []
-    monkeypatch.setattr(train_module, "train", lambda config, *, resume, profile: seen.append((config, profile)))
+    monkeypatch.setattr(train_module, "train", lambda config, *, resume, profile, world: seen.append((config, profile)))
     main(["toy", "--profile", "2"])
     main(["toy"])
     assert seen == [(load_config("toy"), 2), (load_config("toy"), 0)]

@@ -27,7 +27,7 @@ from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.objectives.copo import CopoObjective
 from arcopo_fast.planning import memory as footprint
 from arcopo_fast.planning.layers import transformer_parameters, vae_parameters
-from arcopo_fast.planning.memory import GB, SLACK, estimate, host_bytes
+from arcopo_fast.planning.memory import GB, SLACK, Settings, estimate, host_bytes
 from arcopo_fast.planning.work import frame_tokens, itemsize
 from arcopo_fast.rewards import simple
 from arcopo_fast.rewards.registry import reward_bytes
@@ -185,10 +185,41 @@ def test_the_most_that_a_replay_needs(checkpoint: bool) -> None:
     live = LiveBytes(replay.constants)
     with arcopo_kernels.use("triton"), live:
         replay(checkpoint).sum().backward()
-    predicted = footprint._replay(config, sizes)
+    predicted = footprint._replay(config, sizes, Settings.of(config))
     # What a kernel allocates inside itself shows in no count, and of a block that is computed again some is free before the rest is there:
     # the planner counts more than is seen here.
     assert (0.85 if checkpoint else 0.95) * predicted <= live.peak - gradients <= 1.01 * predicted, (live.peak - gradients, predicted)
+
+
+# Several ranks
+
+
+def test_a_rank_of_divided_weights_holds_its_part_and_two_blocks() -> None:
+    """And what is of no block; of bfloat16. As long as it is not divided, every rank holds all weights."""
+    config, sizes = bench("rollout.prompts_per_iteration=8", "generator.shard=true"), SIZES["14b"]
+    with torch.device("meta"):
+        model = CausalWan(sizes.transformer)
+    whole, block = (sum(2 * parameter.numel() for parameter in module.parameters()) for module in (model, model.blocks[0]))
+    alone, divided = estimate(config, sizes).components, estimate(config, sizes, 8).components
+    assert (
+        alone["generator weights"] == estimate(bench("rollout.prompts_per_iteration=8"), sizes, 8).components["generator weights"] == whole
+    )
+    assert divided["generator weights, 1 / 8"] == whole / 8
+    assert divided["weights gathered to work"] == 2 * block + whole - len(model.blocks) * block
+    assert {name: size for name, size in divided.items() if "weights" not in name or "decoder" in name} == {
+        name: size for name, size in alone.items() if name != "generator weights"
+    }, "groups of its own take what they take alone"
+
+
+def test_a_rank_of_a_team_has_a_part_of_each_group() -> None:
+    config = bench("rollout.branches_per_wave=null", "rollout.decode_branches=null", "objective.micro_batch=null")
+    alone, shared = estimate(config, FULL).components, estimate(config, FULL, 4).components
+    for name in ("denoising a wave", "decoding", "decoder caches of a slice"):
+        assert close(shared[name], alone[name] / 4, 0.02), name
+    assert Settings.of(config, 4)[:3] == (3, 3, 4), "of 12 branches and 16 samples"
+    assert shared["replay and its gradient"] < 0.3 * alone["replay and its gradient"]
+    assert shared["latents of the group"] == alone["latents of the group"], "every rank keeps those of all members"
+    assert shared["sum of the groups' gradients, float64"] == 2 * alone["adapters, float32"], "which one group alone has not"
 
 
 def build_vae(sizes: VAESizes, device: str) -> AutoencoderKLWan:

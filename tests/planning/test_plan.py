@@ -11,8 +11,10 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.families import SIZES
 from arcopo_fast.planning import plan as planner
+from arcopo_fast.planning.lockstep import check_lockstep
 from arcopo_fast.planning.memory import CONTEXT, GB, Settings, estimate
 from arcopo_fast.planning.plan import DEVICES, dry_run, passes, plan
+from arcopo_fast.planning.spread import spread
 
 FULL = SIZES["1.3b"]
 JUDGE = "rewards.videoalign_vq=1.0"
@@ -68,7 +70,7 @@ def test_a_run_on_a_buffer_is_cut_in_its_evaluations_first() -> None:
 
 @cache
 def all_plans(*overrides: str) -> list[planner.Plan]:
-    return planner._plans(bench(*overrides), FULL)
+    return planner._plans(bench(*overrides), FULL, 1)
 
 
 @pytest.mark.parametrize("gigabytes", DEVICES)
@@ -135,6 +137,20 @@ def test_the_table() -> None:
     for part in ("generator weights", "Predicted", "waves of branches", "peak", "update", "As it stands, it needs a device of"):
         assert part in text
     assert "toy: 1." in dry_run(load_config("toy"))
+
+
+def test_the_table_of_one_of_several_ranks() -> None:
+    """Whatever fits can be run: with divided weights all ranks make equally many passes."""
+    config = bench("generator.shard=true", "rollout.group_size=10")
+    text = dry_run(config, [24, 40], 8)
+    assert "8 ranks in 1 team; 8 of them share each group: everything below is of one rank" in text
+    assert "  generator weights, 1 / 8 " in text and "  weights gathered to work " in text
+    small = planner.plan(config, FULL, 24 * GB, 8).settings.apply(config)
+    check_lockstep(small, spread(small, 8))
+    assert "generator.shard divides the weights among the ranks of a job: give their number with --ranks" in dry_run(config, [40])
+    assert "4 ranks in 4 teams: everything" in dry_run(bench("rollout.prompts_per_iteration=4"), [40], 4)
+    with pytest.raises(UserError, match="=3 does not divide evenly over 2 teams"):
+        dry_run(bench("generator.shard=true", "rollout.prompts_per_iteration=3", "train.spread=groups"), [40], 2)
 
 
 def test_the_table_of_a_run_on_a_buffer() -> None:
