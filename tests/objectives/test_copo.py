@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,30 @@ def test_gradient_identity(tau: float | str) -> None:
         ascent = 2 / (target.tau * GROUP * size) * torch.einsum("g,tg...->t...", advantages, group.predictions.double())
         expected = ascent[items.steps]
         torch.testing.assert_close(-prediction.grad.double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+def test_where_ranks_share_weights_every_pass_is_made() -> None:
+    """The reference is asked again for what it said before, and a group without variance is replayed, but not learned from."""
+    engine, passes = adapted_engine(), 0
+    predict = engine.predict
+
+    def counted(*arguments: Any, **named: Any) -> Tensor:
+        nonlocal passes
+        passes += 1
+        return predict(*arguments, **named)
+
+    engine.predict = counted  # type: ignore[method-assign]
+    made: list[tuple[int, int, float]] = []
+    with make_group(engine) as group:
+        for engine.model.ranks in (1, 2):
+            objective = CopoObjective(engine, CopoSettings(anchors="same"), reference=True)
+            stepper = Stepper(torch.optim.AdamW(adapter_parameters(engine.model)))
+            for advantages in (zscore(torch.randn(GROUP)), torch.zeros(GROUP)):
+                passes = 0
+                statistics = objective.update([(group, advantages)], stepper)
+                made.append((passes, int(statistics["steps"]), statistics["zero_variance_groups"]))
+    # Two updates; without variance on all ranks there is no second one.
+    assert made == [(2 + 1, 2, 0), (0, 0, 1), (2 + 2, 2, 0), (1 + 1, 0, 1)]
 
 
 def test_only_the_adapter_changes() -> None:
