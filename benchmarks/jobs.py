@@ -10,11 +10,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch.distributed import TCPStore
 
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.runtime.distributed import World
+from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.train import one_iteration
 from arcopo_fast.training.lessons import LearningWatch
 from arcopo_fast.training.trainer import Trainer
@@ -105,7 +105,7 @@ class _Rank:
 
 
 def _work(rank: int, ranks: int, threads: int, port: int, pipe: Connection, settings: Sequence[str]) -> None:
-    torch.set_num_threads(threads)
+    tune_for_cpu(threads)  # as `train` does
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     with World.joined(600) as world:
