@@ -143,6 +143,7 @@ def train(config: Config, *, resume: RunDirectory | None = None, profile: int = 
             evaluated = world.from_main(run is not None and run.evaluated)
             if not evaluated:
                 trainer = Trainer(config, world)
+                trainer.check_ranks()
                 trace = Trace(profile, of=config.train.iterations)
                 if world.is_main and run is None:
                     run = stack.enter_context(RunDirectory.create(config, job()).owned())

@@ -105,25 +105,34 @@ class World:
         """Whether there are no others."""
         return self.size == 1
 
+    @property
+    def backend(self) -> str:
+        """Name of what sums tensors over the ranks."""
+        return "gloo" if self._tensors is self._control else "nccl"
+
     def mine(self, count: int) -> range:
         """Return this process's share of `count` pieces of work: every `size`-th from `rank` on."""
         return range(self.rank, count, self.size)
 
-    def team(self, size: int) -> World:
-        """Return the team of `size` consecutive ranks that this process is in."""
-        if size == self.size:
+    def team(self, size: int, timeout: float | None = None) -> World:
+        """Return the team of `size` consecutive ranks that this process is in.
+
+        timeout: of that team, which then has channels of its own, whatever its size.
+        """
+        if size == self.size and timeout is None:
             return self
         if self.size % size:
             raise ValueError(f"{self.size} ranks are not teams of {size}")
+        timeout = self.timeout if timeout is None else timeout
         if size == 1:
-            return World(ranks=(self.ranks[self.rank],), timeout=self.timeout, local_rank=self.local_rank)
-        patience, mine = timedelta(seconds=self.timeout), None
+            return World(ranks=(self.ranks[self.rank],), timeout=timeout, local_rank=self.local_rank)
+        patience, mine = timedelta(seconds=timeout), None
         for start in range(0, self.size, size):  # everybody takes part in the making of every team
             ranks = self.ranks[start : start + size]
             control = dist.new_group(list(ranks), backend="gloo", timeout=patience)
             tensors = dist.new_group(list(ranks), timeout=patience) if torch.cuda.is_available() else control
             if self.ranks[self.rank] in ranks:
-                mine = World(self.rank - start, size, ranks, self.timeout, self.local_rank, control, tensors)
+                mine = World(self.rank - start, size, ranks, timeout, self.local_rank, control, tensors)
         assert mine is not None
         return mine
 

@@ -107,9 +107,12 @@ class Trainer:
         self.stepper = Stepper(
             self.optimizer, eps=optimizer.eps, gradient_clip=optimizer.gradient_clip, relative_clip=optimizer.relative_clip
         )
-        self._check_ranks()
 
-    def _check_ranks(self) -> None:
+    def inputs(self) -> dict[str, Any]:
+        """Return what a run is made from besides its recipe, by name: the same on all ranks, or they train apart."""
+        return {**self.input_digests, "set of judges": self.judges}
+
+    def check_ranks(self) -> None:
         """Check that all ranks have the same to work with.
 
         Raises:
@@ -118,8 +121,7 @@ class Trainer:
         same = {
             "recipe": self.config.model_dump_json(),
             "version of torch or arcopo_fast": [version_of(package) for package in ("torch", "arcopo_fast")],
-            **self.input_digests,
-            "judge": self.judges,
+            **self.inputs(),
             "fresh adapter": self.checksum(),
         }
         for what, value in same.items():

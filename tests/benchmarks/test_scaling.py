@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.ranks import load_libraries
 
 from benchmarks import bench_scaling, results
 from benchmarks.bench_iteration import SMALL
@@ -16,6 +17,7 @@ from benchmarks.timing import Ceilings
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="reads the CPU time of all processes")
 def test_the_benchmark_runs_and_says_everything() -> None:
+    load_libraries()
     with ExitStack() as stack:
         jobs = bench_scaling.jobs(SMALL, "fork")
         race = Race({name: stack.enter_context(jobs[name]) for name in (OURS, ONE)})

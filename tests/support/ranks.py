@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from io import StringIO
 from typing import Any
 
@@ -19,8 +20,10 @@ import torch
 from torch.distributed import TCPStore
 
 from arcopo_fast.cli import run_command
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
 from arcopo_fast.runtime.distributed import World
+from arcopo_fast.training.trainer import Trainer
 from support.commands import Ended
 
 # c10d asks for the name of every address, and where a name server does not answer each question takes 5 s by default.
@@ -65,6 +68,12 @@ def run_commands(
         return Ended(status, [line for line in err.getvalue().splitlines() if line.strip()], out.getvalue())
 
     return _run(size, command, within, {} if killed is None else {killed: Ended(-signal.SIGKILL, [], "")})
+
+
+@cache
+def load_libraries() -> None:
+    """Load what a trainer needs, seconds of imports, before ranks are forked, so that they need not."""
+    Trainer(load_config("toy"))
 
 
 def _run(size: int, work: Callable[[], Any], within: float, silent: Mapping[int, Any] | None = None) -> list[Any]:
