@@ -106,7 +106,9 @@ def diagnose(config: Config, options: Any, world: World) -> bool:
     tune_for_cpu(config.train.threads)
     if well and not world.alone:
         well = run_rank_test(config, world, update=options.self_test)
-    if well and options.self_test:
+    if well and options.self_test and config.generator.shard and not world.alone:
+        print("\nIts method was not tried: no rank has the whole generator. Try it with generator.shard=false where there is room.")
+    elif well and options.self_test:
         well = run_self_test(config, world)
     return well
 

@@ -38,9 +38,8 @@ NAMES = {
     OURS: "two ranks, groups spread",
     ONE: "one process",
     "branches": "two ranks, branches spread",
-    "threads": "one process of two threads",
 }
-"""The jobs. All but the last have one thread a process."""
+"""The jobs. Every process has one thread."""
 
 
 def jobs(settings: Sequence[str], start: Literal["spawn", "fork"] = "spawn") -> dict[str, Job]:
@@ -48,10 +47,9 @@ def jobs(settings: Sequence[str], start: Literal["spawn", "fork"] = "spawn") -> 
     settings = [f"rollout.prompts_per_iteration={GROUPS}", *settings]
     spread = {kind: [*settings, f"train.spread={kind}"] for kind in ("groups", "branches")}
     return {
-        OURS: Job(2, 1, spread["groups"], start),
-        ONE: Job(1, 1, settings, start),
-        "branches": Job(2, 1, spread["branches"], start),
-        "threads": Job(1, 2, settings, start),
+        OURS: Job(2, spread["groups"], start),
+        ONE: Job(1, settings, start),
+        "branches": Job(2, spread["branches"], start),
     }
 
 
@@ -155,8 +153,8 @@ def markdown(environment: Mapping[str, Any], case: Mapping[str, Any]) -> str:
         "",
         f"{environment['device']}, {os.cpu_count()} cores, torch {environment['torch']}, commit {environment['commit']}, "
         f"{environment['date']}. The same groups, {len(scaling)} rounds in",
-        "turn, medians. A process has one thread, where the table does not say otherwise. Start-up is not counted. Other programs of the",
-        f"machine had {median(case['others']):.1%} of the cores in the meantime, {max(case['others']):.1%} in the worst round.",
+        "turn, medians. Every process has one thread. Start-up is not counted. Other programs of the machine had "
+        f"{median(case['others']):.1%} of the cores in the meantime, {max(case['others']):.1%} in the worst round.",
         "",
         "| | s / group | groups / minute | times one process |",
         "|---|---|---|---|",

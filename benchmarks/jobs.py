@@ -24,13 +24,12 @@ class Job:
     """The processes of one job, as a context manager. They are ready when it begins, and idle until they are asked.
 
     Args:
-        ranks: processes.
-        threads: of each.
+        ranks: processes, of one thread each.
         settings: of the toy recipe.
-        start: the way its processes are started. A forked one is ready sooner, but hangs in OpenMP if it has several threads.
+        start: the way its processes are started. A forked one is ready sooner, where libraries are loaded.
     """
 
-    def __init__(self, ranks: int, threads: int, settings: Sequence[str], start: Literal["spawn", "fork"] = "spawn") -> None:
+    def __init__(self, ranks: int, settings: Sequence[str], start: Literal["spawn", "fork"] = "spawn") -> None:
         self.stages: list[dict[str, float]] = []
         context: Any = multiprocessing.get_context(start)
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -38,7 +37,7 @@ class Job:
         self.processes: list[Any] = []
         for rank in range(ranks):
             here, there = context.Pipe()
-            arguments = (rank, ranks, threads, self._store.port, there, [*settings, f"train.threads={threads}"])
+            arguments = (rank, ranks, self._store.port, there, [*settings, "train.threads=1"])
             self.processes.append(context.Process(target=_work, args=arguments, daemon=True))
             self._pipes.append(here)
 
@@ -104,8 +103,8 @@ class _Rank:
         return sums
 
 
-def _work(rank: int, ranks: int, threads: int, port: int, pipe: Connection, settings: Sequence[str]) -> None:
-    tune_for_cpu(threads)  # as `train` does
+def _work(rank: int, ranks: int, port: int, pipe: Connection, settings: Sequence[str]) -> None:
+    tune_for_cpu(1)  # as `train` does
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     with World.joined(600) as world:

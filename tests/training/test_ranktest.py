@@ -39,9 +39,17 @@ def failures(ranks: int, *settings: str, update: bool = False, seed: Any = lambd
     return {finding.subject: finding.detail for finding in found[0] if finding.holds is False}
 
 
-@pytest.mark.parametrize(("ranks", "settings"), [(3, ["rollout.prompts_per_iteration=3"]), (2, []), (2, ["generator.dtype=bfloat16"])])
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (3, ["rollout.prompts_per_iteration=3"]),
+        (2, []),
+        (2, ["generator.dtype=bfloat16"]),
+        (2, ["rollout.prompts_per_iteration=2", "generator.shard=true"]),
+    ],
+    ids=["groups spread", "branches spread", "half precision", "weights divided"],
+)
 def test_it_holds(ranks: int, settings: list[str]) -> None:
-    """Groups spread, branches spread, and in half precision."""
     assert failures(ranks, *settings, update=True) == {}
 
 
