@@ -21,6 +21,7 @@ from arcopo_fast.cli import RecipeParser, numbers, positive_int, run_command
 from arcopo_fast.config.reading import setting
 from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
+from arcopo_fast.evaluation.filters import FILTERS
 from arcopo_fast.evaluation.judging import Evaluation
 from arcopo_fast.model.lora import adapter_disabled
 from arcopo_fast.planning.plan import dry_run
@@ -80,7 +81,7 @@ def iterations(trainer: Trainer, run: RunDirectory, trace: Trace) -> Evaluation:
     config, world, watch = trainer.config, trainer.world, LearningWatch(trainer.config)
     done = saved = restored(trainer, run)
     with adapter_disabled(trainer.generator.model):  # bit for bit what the fresh adapter, which adds zeros, gives
-        before = trainer.evaluate()
+        before = trainer.evaluate(FILTERS if config.evaluation.filters else None)
     with Recorder(trainer, run, trace, done) as recorder, Interruption("the iteration") as interruption:
         for iteration in range(done + 1, config.train.iterations + 1):
             steps = trainer.stepper.begun

@@ -308,6 +308,9 @@ class EvaluationConfig(Section):
     prompts: Positive = Field(8, description="number of evaluation prompts, which are not trained on")
     videos_per_prompt: Positive = Field(4, description="videos of each prompt")
     seed: int = Field(1234, ge=0, le=2**32 - 1, description="seed of the noise; never used in training")
+    filters: bool = Field(
+        False, description="score the untrained videos after fixed filters, too, with ten times the judges' work: filters have learned nothing"
+    )
     sample_videos: int = Field(4, ge=0, description="pairs of videos, before and after, that are written as mp4")
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from arcopo_fast.build import Generator, pool_pages
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt
+from arcopo_fast.evaluation.filters import Filter
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.objectives.advantage import weighted_total
 from arcopo_fast.rewards.base import Reward, score
@@ -99,16 +100,22 @@ def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 class Evaluation:
     """scores: each reward's and metric's values [N] by name, and "reward", the weighted sum that is trained on.
 
-    frames: the first videos, to be looked at.
+    frames: the first videos, to be looked at. filtered: by the name of a filter, the scores of the same videos after it.
     """
 
     scores: dict[str, Tensor]
     prompts: list[str]
     frames: Tensor
+    filtered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Return each score's mean and standard deviation over the videos that have it (null if none has), values, and how many failed."""
-        return {name: _summary(values) for name, values in self.scores.items()}
+        return summary(self.scores)
+
+
+def summary(scores: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Return what a file keeps of each score [N], see `Evaluation.summary`."""
+    return {name: _summary(values) for name, values in scores.items()}
 
 
 def _summary(values: Tensor) -> dict[str, Any]:
@@ -157,36 +164,45 @@ def evaluate(
     rewards: dict[str, Reward],
     held_out: dict[str, Reward],
     world: World | None = None,
+    filters: Mapping[str, Filter] | None = None,
 ) -> Evaluation:
     """Score `evaluation.videos_per_prompt` videos of every prompt. Equal configurations give equal noises, whatever the weights.
 
     Args:
         engine: of the generator, between two iterations; as many videos are made at once as its pages hold, at most `BATCH`.
         world: the ranks that share the work, batch by batch, so that numbers are those of one. All get the scores; rank 0 has the frames.
+        filters: the videos are scored after each of these, too.
     """
     world = world or World()
     wanted = [prompt for prompt in prompts for _ in range(config.evaluation.videos_per_prompt)]
     batch = videos_at_once(config)
-    own: dict[int, dict[str, Tensor]] = {}
+    judges, variants = {**rewards, **held_out}, {"": None} | dict(filters or {})
+    own: dict[tuple[int, str], dict[str, Tensor]] = {}
     shown: list[Tensor] = []
     numbers = shares(math.ceil(len(wanted) / batch), math.ceil(config.evaluation.sample_videos / batch), world)
     rounds = max(world.gathered(len(numbers))) if generator.model.ranks > 1 else len(numbers)
     for number in numbers:
         part = wanted[number * batch : (number + 1) * batch]
         groups = range(number * batch, number * batch + len(part))
-        parts: list[dict[str, Tensor]] = []
-        for frames, scores in judge(config, generator, engine, part, groups, {**rewards, **held_out}):
-            parts.append(scores)
+        parts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in variants}
+        for frames, scores in judge(config, generator, engine, part, groups, judges):
+            texts = [prompt.text for prompt in part[sum(len(next(iter(done.values()))) for done in parts[""]) :][: len(frames)]]
+            parts[""].append(scores)
+            for name, filtered in (filters or {}).items():
+                ((_, scores),) = Judging.of(config, generator).judge(judges, [filtered(frames)], texts)
+                parts[name].append(scores)
             shown.append(frames[: max(0, config.evaluation.sample_videos - sum(map(len, shown)))].to("cpu", copy=True))
             del frames
-        own[number] = joined(parts)
+        own |= {(number, name): joined(scored) for name, scored in parts.items()}
     for _ in range(rounds - len(numbers)):  # the others cannot gather weights without this rank, which makes videos for nothing
         judge(config, generator, engine, wanted[:batch], range(batch), {})
-    everybodys = {number: scores for rank in world.gathered(own) for number, scores in rank.items()}
-    judged = joined([everybodys[number] for number in sorted(everybodys)])
-    total = weighted_total(judged, config.rewards)
+    everybodys = {key: scores for rank in world.gathered(own) for key, scores in rank.items()}
+    judged = {}
+    for name in variants:
+        scores = joined([everybodys[key] for key in sorted(everybodys) if key[1] == name])
+        judged[name] = {TOTAL: weighted_total(scores, config.rewards)} | scores
     frames = torch.cat(shown)[: config.evaluation.sample_videos] if shown and world.is_main else torch.empty(0)
-    return Evaluation({TOTAL: total} | judged, [prompt.text for prompt in wanted], frames)
+    return Evaluation(judged.pop(""), [prompt.text for prompt in wanted], frames, judged)
 
 
 def shares(batches: int, shown: int, world: World) -> list[int]:

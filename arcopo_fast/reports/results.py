@@ -3,6 +3,7 @@
 evaluation.json of a run directory is
 
     {"before": {name: {"mean": m, "std": s, "values": [...]}}, "after": {...},
+     "filters": {filter: {name: ...}},
      "videos": [{"prompt": text, "seed": n, "before": "samples/before-00.mp4", "after": ..., "reward_before": r, "reward_after": r}]}
 
 with "reward" among the names for the weighted sum that is trained on, and the values of one video at the same place before and after; null
@@ -50,6 +51,7 @@ class _Evaluation(Document):
     before: dict[str, Summary] = {}
     after: dict[str, Summary] = {}
     videos: list[Sample] = []
+    filters: dict[str, dict[str, Summary]] = {}
 
 
 _Amount = Annotated[float, Field(ge=0, le=LARGEST)]

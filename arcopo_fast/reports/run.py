@@ -9,7 +9,9 @@ from typing import Any
 
 from arcopo_fast.config.reading import resolved_yaml
 from arcopo_fast.config.schema import Config
+from arcopo_fast.evaluation.baselines import baselines
 from arcopo_fast.evaluation.changes import Change
+from arcopo_fast.reports.baselines import baseline_section, filter_warning
 from arcopo_fast.reports.charts import line_chart
 from arcopo_fast.reports.curves import REWARD, health, reward_statistics, updates
 from arcopo_fast.reports.hacking import verdict
@@ -40,12 +42,15 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
     run = read_run(directory)
     videos = _videos(run.directory, run.evaluation.get("videos") or [])
     seconds, floors = stage_seconds(run.records), stage_floors(run.records, run.device)
+    found = baselines(run.config, run.evaluation) if run.changes else []
     settings = f"<details><summary>config.yaml</summary><pre>{escape(resolved_yaml(run.config))}</pre></details>"
     parts = [
         _headline(run, bool(videos)),
         _stall(run),
         verdict({"": [run]}) if run.changes else "",
+        filter_warning(run.changes, found),
         section("Before and after", _change_table(run.changes), _CHANGE_NOTE) if run.changes else "",
+        baseline_section(run.changes, found),
         section("Videos", videos, _VIDEO_NOTE) if videos else "",
         section("Training", _charts(run.config, run.records)) if run.records else "",
         section("Where the time went", _timing_table(seconds, floors), _floor_note(run.device) if floors else "") if seconds else "",

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from arcopo_fast.config.schema import Config
+from arcopo_fast.evaluation.baselines import FILTERED, Baseline, baselines
 from arcopo_fast.evaluation.changes import Change, changes
-from arcopo_fast.evaluation.judging import Evaluation
+from arcopo_fast.evaluation.judging import Evaluation, summary
 from arcopo_fast.model.lora import save_adapter
 from arcopo_fast.reports.model_card import model_card
 from arcopo_fast.runtime.place import launcher
@@ -25,11 +26,14 @@ def finish(trainer: Trainer, run: RunDirectory, before: Evaluation) -> None:
     config, after = trainer.config, trainer.evaluate()
     if not trainer.world.is_main:
         return
-    document = {"before": before.summary(), "after": after.summary(), "videos": write_samples(run, config, before, after)}
+    document: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "videos": write_samples(run, config, before, after)}
+    if before.filtered:
+        document[FILTERED] = {name: summary(scores) for name, scores in before.filtered.items()}
     card = {"README.md": model_card(config, document)}
     save_adapter(run.path / "adapter", trainer.generator.model, base_model=config.generator.checkpoint, more=card)
     run.write("evaluation.json", json.dumps(document, indent=2) + "\n")
     print(comparison(changes(config, document), len(before.prompts)))
+    print(without_learning(baselines(config, document)), end="")
 
 
 def write_samples(run: RunDirectory, config: Config, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
@@ -57,6 +61,15 @@ def comparison(changes: Sequence[Change], videos: int) -> str:
         left_out = f"  {change.failed} left out: no score" if change.failed else ""
         lines.append(f"{label:{width}}  {change.before:6.3f}  {change.after:6.3f}  {change.change:+6.3f}  {in_spreads}{left_out}")
     return "\n".join([*lines, f"{videos} videos on fixed prompts and noises; metrics in (brackets) are never trained on"])
+
+
+def without_learning(found: Sequence[Baseline]) -> str:
+    """Return a line on what is had without learning: the best filter and the best of several videos; empty where nothing was tried."""
+    best = max((each for each in found if each.filter and each.gain), key=lambda each: each.gain.change if each.gain else 0, default=None)
+    shown = [*([best] if best else []), *(each for each in found if not each.filter)]
+    gains = [(each.name, each.gain.in_spreads) for each in shown if each.gain and math.isfinite(each.gain.in_spreads)]
+    names = [f"{'the best filter, ' * (best is not None and name == best.name)}{name}: {gain:+.2f}" for name, gain in gains]
+    return f"without learning, in std of a video: {'; '.join(names)}\n" if names else ""
 
 
 def how_to_go_on(run: RunDirectory | None) -> str:

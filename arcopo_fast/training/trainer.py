@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.data.prompts import digest
 from arcopo_fast.errors import UserError
+from arcopo_fast.evaluation.filters import Filter
 from arcopo_fast.evaluation.judging import Evaluation, evaluate
 from arcopo_fast.model.lora import adapter_parameters, frozen_state, load_adapter, save_adapter
 from arcopo_fast.model.sizes import VAESizes
@@ -180,9 +181,10 @@ class Trainer:
             "set of prompts": digest([*self.prompts.training, *self.prompts.evaluation]),
         }
 
-    def evaluate(self) -> Evaluation:
-        """Make and judge the evaluation videos under the weights as they are."""
-        return evaluate(self.config, self.generator, self.engine, self.prompts.evaluation, self.rewards, self.held_out, self.world)
+    def evaluate(self, filters: Mapping[str, Filter] | None = None) -> Evaluation:
+        """Make and judge the evaluation videos under the weights as they are, also after `filters`."""
+        judges = self.rewards, self.held_out
+        return evaluate(self.config, self.generator, self.engine, self.prompts.evaluation, *judges, self.world, filters)
 
     def set_learning_rate(self, iteration: int) -> float:
         """Set and return the learning rate of an iteration, a function of its number alone."""
