@@ -309,7 +309,7 @@ class EvaluationConfig(Section):
     videos_per_prompt: Positive = Field(4, description="videos of each prompt")
     seed: int = Field(1234, ge=0, le=2**32 - 1, description="seed of the noise; never used in training")
     filters: bool = Field(
-        False, description="score the untrained videos after fixed filters, too, with ten times the judges' work: filters have learned nothing"
+        False, description="score the untrained videos after fixed filters, too: filters have learned nothing. Ten times the judging"
     )
     sample_videos: int = Field(4, ge=0, description="pairs of videos, before and after, that are written as mp4")
 

@@ -11,8 +11,8 @@ from arcopo_fast.reports.html import section, table, warning
 from arcopo_fast.reports.table import signed
 
 _NOTE = (
-    "Changes against the untrained videos, in standard deviations of a video. Fixed filters have learned nothing, nor has the choice of the "
-    "best of several untrained videos: a gain is believed where they do not reach it."
+    "Changes against the untrained videos, in standard deviations of a video. Fixed filters have learned nothing, nor has the choice of "
+    "the best of several untrained videos: a gain is believed where they do not reach it."
 )
 
 
