@@ -275,6 +275,18 @@ def host_bytes(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
     return config.rollout.group_size * _steps(config) * chunk, run_pairs * chunk
 
 
+def waiting_bytes(config: Config, sizes: GeneratorSizes, ranks: int = 1) -> int:
+    """Return the most host memory in which one of so many ranks keeps the groups of an iteration until its end; 0 if it has only one.
+
+    They wait without keys and values: texts, latents, and the inputs and predictions of the pivot's steps.
+    """
+    groups, members = ceil(config.rollout.prompts_per_iteration / spread(config, ranks).teams), config.rollout.group_size
+    shape, model = _shape(config, sizes), sizes.transformer
+    videos = 1 if config.train.buffer is not None else members
+    group = (2 * _steps(config) * members + videos * shape.chunks) * _chunk(shape) + 4 * model.text_len * model.text_dim
+    return groups * group if groups > 1 else 0
+
+
 def _chunk(shape: VideoShape) -> int:
     """Return the bytes of the longest chunk of one video's latents, float32."""
     return 4 * max(shape.chunk_frames) * shape.channels * shape.height * shape.width

@@ -19,7 +19,7 @@ from arcopo_fast.evaluation.judging import videos_at_once
 from arcopo_fast.model.sizes import GeneratorSizes
 from arcopo_fast.planning.layers import transformer_parameters
 from arcopo_fast.planning.lockstep import check_lockstep, uneven
-from arcopo_fast.planning.memory import CONTEXT, GB, SETTINGS, SLACK, Estimate, Settings, Share, estimate, host_bytes
+from arcopo_fast.planning.memory import CONTEXT, GB, SETTINGS, SLACK, Estimate, Settings, Share, estimate, host_bytes, waiting_bytes
 from arcopo_fast.planning.spread import spread
 from arcopo_fast.rollout.engine import VideoShape
 
@@ -182,6 +182,11 @@ def _heading(config: Config, sizes: GeneratorSizes, ranks: int) -> list[str]:
     if config.train.buffer is not None:
         group, run = (_gigabytes(size) for size in host_bytes(config, sizes))
         lines.insert(1, f"Groups from a buffer; of the old predictions the host keeps {group} GB a group, {run} GB in the run, at most.")
+    if waiting := waiting_bytes(config, sizes, ranks):
+        groups = ceil(config.rollout.prompts_per_iteration / spread(config, ranks).teams)
+        lines.insert(
+            1, f"{groups} groups of an iteration, one after the other; they wait for its end in {_gigabytes(waiting)} GB of host memory."
+        )
     if ranks > 1:
         teams, team = spread(config, ranks)
         shared = f"; {team} of them share each group" if team > 1 else ""

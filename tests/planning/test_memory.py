@@ -27,7 +27,7 @@ from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.objectives.copo import CopoObjective
 from arcopo_fast.planning import memory as footprint
 from arcopo_fast.planning.layers import transformer_parameters, vae_parameters
-from arcopo_fast.planning.memory import GB, SLACK, Settings, estimate, host_bytes
+from arcopo_fast.planning.memory import GB, SLACK, Settings, estimate, host_bytes, waiting_bytes
 from arcopo_fast.planning.work import frame_tokens, itemsize
 from arcopo_fast.rewards import simple
 from arcopo_fast.rewards.registry import reward_bytes
@@ -346,3 +346,16 @@ def test_the_stages_of_a_run_on_a_buffer(offload: bool) -> None:
     assert "re-encoding" in again.stages["prefix"] and "decoder weights" in again.stages["prefix"]
     states = again.components["re-encoding"] - footprint._decoding(config, FULL) - footprint._video(config, FULL)
     assert states == 2 * footprint._decoder_cache(config, FULL)
+
+
+def test_groups_that_wait_in_host_memory() -> None:
+    small = ["video.chunks=3", "sampler.steps=[1000, 350]", "rollout.group_size=4", "rollout.pivot=1", "rollout.prompts_per_iteration=4"]
+    config, sizes = load_config("toy", small), generator_sizes("toy")
+    trainer = Trainer(config)
+    with trainer.groups.judged(1, 0).group as group:
+        group.put_away()
+        held = sum(getattr(group, name).nbytes for name in ("prefix_latents", "tails", "inputs", "predictions"))
+        room = 4 * sizes.transformer.text_len * sizes.transformer.text_dim
+        assert group.text.nbytes <= room and waiting_bytes(config, sizes) == 4 * (held + room)
+    assert waiting_bytes(config, sizes, ranks=2) == 2 * (held + room) and waiting_bytes(config, sizes, ranks=4) == 0
+    assert waiting_bytes(load_config("toy"), sizes) == 0

@@ -153,6 +153,17 @@ def test_the_table_of_one_of_several_ranks() -> None:
         dry_run(bench("generator.shard=true", "rollout.prompts_per_iteration=3", "train.spread=groups"), [40], 2)
 
 
+def test_many_groups_of_an_iteration_wait_in_host_memory() -> None:
+    """They change the plan by nothing but the sum of their gradients."""
+    one, many = (dry_run(bench(f"rollout.prompts_per_iteration={count}"), [80]) for count in (1, 24))
+    told = "24 groups of an iteration, one after the other; they wait for its end in 5.0 GB of host memory."
+    assert told in many.splitlines() and "host memory" not in one
+    assert "sum of the groups' gradients, float64" in many and "keys and values of the branches" in many
+    rows = [dict(line.rsplit(maxsplit=2)[::2] for line in text.splitlines() if line.startswith("  keys")) for text in (one, many)]
+    assert rows[0] == rows[1]
+    assert "host memory" not in dry_run(bench("rollout.prompts_per_iteration=24"), [80], ranks=24)
+
+
 def test_the_table_of_a_run_on_a_buffer() -> None:
     config = bench(*BUFFERED, "train.iterations=1000")
     text = dry_run(config, [24])
