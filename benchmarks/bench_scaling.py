@@ -28,11 +28,11 @@ from benchmarks import results, shapes
 from benchmarks.jobs import Job
 from benchmarks.measure import Bench
 from benchmarks.results import OURS
-from benchmarks.timing import Ceilings, Timing
+from benchmarks.timing import Ceilings, Timing, measure_ceilings
 
 GROUPS = 2
 """Of an iteration: one for each rank."""
-ROUNDS = 8
+ROUNDS = 6
 ONE = "reference"
 NAMES = {
     OURS: "two ranks, groups spread",
@@ -152,8 +152,8 @@ def markdown(environment: Mapping[str, Any], case: Mapping[str, Any]) -> str:
         "# Two ranks against one process, toy",
         "",
         f"{environment['device']}, {os.cpu_count()} cores, torch {environment['torch']}, commit {environment['commit']}, "
-        f"{environment['date']}. The same groups, {len(scaling)} rounds in",
-        "turn, medians. Every process has one thread. Start-up is not counted. Other programs of the machine had "
+        f"{environment['date']}. The same groups,",
+        f"{len(scaling)} rounds in turn, medians. Every process has one thread. Start-up is not counted. Other programs of the machine had",
         f"{median(case['others']):.1%} of the cores in the meantime, {max(case['others']):.1%} in the worst round.",
         "",
         "| | s / group | groups / minute | times one process |",
@@ -209,7 +209,9 @@ def test_scaling(bench: Bench, ceilings: Ceilings, request: pytest.FixtureReques
         race = Race({name: stack.enter_context(job) for name, job in jobs([]).items()})
         bench.benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
         assert race.agree(), "two ranks have made another adapter than one process"
-    bench.figures |= figures(race, [], ceilings, ROUNDS)
+    again = measure_ceilings(bench.timer)  # what else a CPU has to do must not lower them
+    best = Ceilings(*(max(rates) for rates in zip(ceilings, again)))
+    bench.figures |= figures(race, [], best, ROUNDS)
     text = markdown(results.environment(shapes.DEVICE), bench.figures)
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():  # type: ignore[union-attr]
         print(f"\n{text}")

@@ -1,9 +1,9 @@
 """`pytest benchmarks/ --benchmark-only`: collects bench_*.py, measures the ceilings once, prints the table, writes the results.
 
-    --results NAME    write NAME.json to $OUT, else to benchmarks/results/<device>/
-    --seconds S       of samples for each implementation of each case
-    --compiled WHEN   auto (on a GPU), always, never: measure torch.compile of the references too
-    --sweep           other block sizes of the Triton kernels, not other implementations, for one case of each model
+--results NAME    write NAME.json to $OUT, else to benchmarks/results/<device>/
+--seconds S       of samples for each implementation of each case
+--compiled WHEN   auto (on a GPU), always, never: measure torch.compile of the references too
+--sweep           other block sizes of the Triton kernels, not other implementations, for one case of each model
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.ranks import load_libraries, run_commands
 
 from arcopo_fast.config.reading import recipes
 from arcopo_fast.config.schema import Config
@@ -24,12 +25,16 @@ PARSERS = {
 """Of commands with commands of their own."""
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The words of every command line `python -m arcopo_fast...` in the page's blocks of shell, comments left out."""
+def lines(page: Path) -> list[list[str]]:
+    """The words of every command line with `-m arcopo_fast` in the page's blocks of shell, comments left out."""
     blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines if "-m arcopo_fast" in line]
-    return [line[line.index("-m") + 1 :] for line in words]
+    found = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in found if "-m arcopo_fast" in line]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The same from the module's name on."""
+    return [line[line.index("-m") + 1 :] for line in lines(page)]
 
 
 EVERY = [pytest.param(words, id=f"{page.stem}-{index}-{words[0]}") for page in PAGES for index, words in enumerate(commands(page))]
@@ -82,3 +87,21 @@ def test_what_is_told_can_be_typed(words: list[str]) -> None:
                 here = here.model_fields[part].annotation
         else:
             assert word in (*recipes(), "RECIPE") or word.endswith(".yaml"), f"there is no recipe {word}"
+
+
+def test_ranks_on_a_laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of docs/scaling.md that need no GPU do what the page says."""
+    load_libraries()
+    monkeypatch.chdir(tmp_path)
+    runs, toy = [], [line for line in lines(ROOT / "docs" / "scaling.md") if line[0] == "torchrun" and "toy" in line]
+    for line in toy:
+        launcher, (module, *arguments) = line[: line.index("-m")], line[line.index("-m") + 1 :]
+        main = importlib.import_module(module).main
+        first, *others = run_commands(int(launcher[-1].removeprefix("--nproc_per_node=")), main, *arguments)
+        assert (first.status, [other.status for other in others]) == (0, [0]), (first, others)
+        runs += [word.removeprefix("name=") for word in arguments if word.startswith("name=")]
+    assert len(toy) == 3 and runs == ["groups", "branches"] == sorted((path.name for path in (tmp_path / "runs").iterdir()), reverse=True)
+    for run in runs:
+        assert {"report.html", "adapter", "logs"} <= {path.name for path in (tmp_path / "runs" / run).iterdir()}
+        assert [path.name for path in (tmp_path / "runs" / run / "logs").iterdir()] == ["rank-1.log"]
+        assert "wait for other ranks" in (tmp_path / "runs" / run / "report.html").read_text(encoding="utf-8")
