@@ -64,35 +64,34 @@ class Race:
 
     Attributes:
         rounds: seconds of a sample, by job, for each round.
-        others: for each round, the share of the machine's cores that others had in the meantime.
+        others: the share of the machine's cores that other programs had in the meantime, likewise.
         numbers: the iterations of a sample.
     """
 
     def __init__(self, started: Mapping[str, Job]) -> None:
         self.started = started
         self.rounds: list[dict[str, float]] = []
-        self.others: list[float] = []
+        self.others: list[dict[str, float]] = []
         self.numbers: list[int] = next(iter(started.values())).ask("each_pivot")
 
     def round(self) -> float:
         """Take one more sample of each; return the seconds of ours."""
         names, shift = list(self.started), len(self.rounds) % len(self.started)
-        began, busy, own, taken = perf_counter(), busy_seconds(), self._own(), dict[str, float]()
+        taken, others = dict[str, float](), dict[str, float]()
         for name in names[shift:] + names[:shift]:
-            start = perf_counter()
-            self.started[name].iterate(self.numbers)
+            job = self.started[name]
+            start, away = perf_counter(), busy_seconds() - job.cpu_seconds()
+            job.iterate(self.numbers)
             taken[name] = perf_counter() - start
-        away = busy_seconds() - busy - (self._own() - own)
-        self.others.append(max(0.0, away / (perf_counter() - began) / (os.cpu_count() or 1)))
+            away = busy_seconds() - job.cpu_seconds() - away
+            others[name] = max(0.0, away / taken[name] / (os.cpu_count() or 1))
+        self.others.append(others)
         self.rounds.append(taken)
         return taken[OURS]
 
     def agree(self) -> bool:
         """Return whether groups spread over two ranks have made the adapter of one process, bit for bit."""
         return self.started[OURS].ask("checksum") == self.started[ONE].ask("checksum")
-
-    def _own(self) -> float:
-        return sum(job.cpu_seconds() for job in self.started.values())
 
 
 def figures(race: Race, settings: Sequence[str], ceilings: Ceilings, rounds: int) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def figures(race: Race, settings: Sequence[str], ceilings: Ceilings, rounds: int
             "bytes": summed,
             "floor": 2 * summed / ceilings.bandwidth,  # read and written once
         },
-        "others": race.others[-rounds:],
+        "others": {name: median(shares[name] for shares in race.others[-rounds:]) for name in taken[0]},
     }
 
 
@@ -147,14 +146,14 @@ def _medians(taken: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def markdown(environment: Mapping[str, Any], case: Mapping[str, Any]) -> str:
     """Return the tables for people."""
-    reduce, scaling, stages = case["reduce"], case["scaling"], case["stages"]
+    reduce, scaling, stages, busy = case["reduce"], case["scaling"], case["stages"], case["others"]
     lines = [
         "# Two ranks against one process, toy",
         "",
         f"{environment['device']}, {os.cpu_count()} cores, torch {environment['torch']}, commit {environment['commit']}, "
         f"{environment['date']}. The same groups,",
         f"{len(scaling)} rounds in turn, medians. Every process has one thread. Start-up is not counted. Other programs of the machine had",
-        f"{median(case['others']):.1%} of the cores in the meantime, {max(case['others']):.1%} in the worst round.",
+        f"{busy[OURS]:.1%} of the cores while two ranks worked, and {busy[ONE]:.1%} while one process did, which leaves a core to them.",
         "",
         "| | s / group | groups / minute | times one process |",
         "|---|---|---|---|",
