@@ -36,7 +36,8 @@ def command_line() -> RecipeParser:
     parser.add_argument(
         "--self-test",
         action="store_true",
-        help="try the method on one group of the recipe's generator and rewards, at its sizes, on its device; nothing is written",
+        help="try the method on one group of the recipe's generator and rewards, at its sizes, on its device, and where there are several "
+        "ranks one update of all of them; nothing is written",
     )
     return parser
 

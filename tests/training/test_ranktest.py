@@ -70,6 +70,15 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Its method" not in first.out
 
 
+def test_files_that_only_another_rank_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    examine = doctor.examine
+    lacks = (["missing  generator.checkpoint: a.pt"], False)
+    monkeypatch.setattr(doctor, "examine", lambda *given, **named: lacks if os.environ["RANK"] == "1" else examine(*given, **named))
+    first, second = run_commands(2, doctor.main, "toy", *FAST)
+    assert (first.status, second.status) == (1, 1) and "Its ranks" not in first.out
+    assert first.out.splitlines()[-2:] == ["every file is here", "rank 1: missing  generator.checkpoint: a.pt"]
+
+
 def test_a_rank_that_takes_no_part_in_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     sum_ = World.sum_
     monkeypatch.setattr(World, "sum_", lambda self, tensors: None if os.environ["RANK"] == "1" else sum_(self, tensors))
