@@ -29,8 +29,8 @@ def blurred(frames: Tensor) -> Tensor:
     return F.conv2d(F.conv2d(images, kernel.view(1, 1, 1, 5)), kernel.view(1, 1, 5, 1)).view(frames.shape)
 
 
-def unsharp(frames: Tensor, amount: float = 1.0) -> Tensor:
-    """Return frames with the difference to their blurred selves added once more."""
+def unsharp(frames: Tensor, amount: float) -> Tensor:
+    """Return frames with `amount` times the difference to their blurred selves added."""
     return (frames + amount * (frames - blurred(frames))).clamp(0, 1)
 
 
@@ -53,8 +53,10 @@ def slower(frames: Tensor) -> Tensor:
 FILTERS: dict[str, Filter] = {
     "mean of 3 frames": lambda frames: temporal_mean(frames, 3),
     "mean of 7 frames": lambda frames: temporal_mean(frames, 7),
-    "mean of 7 frames, sharpened": lambda frames: unsharp(temporal_mean(frames, 7)),
-    "sharpened": unsharp,
+    "mean of 3 frames, sharpened": lambda frames: unsharp(temporal_mean(frames, 3), 3),
+    "mean of 7 frames, sharpened, more contrast": lambda frames: contrast(unsharp(temporal_mean(frames, 7), 2), 1.5),
+    "sharpened a little": lambda frames: unsharp(frames, 1),
+    "sharpened": lambda frames: unsharp(frames, 3),
     "blurred": blurred,
     "brighter": lambda frames: (1.2 * frames).clamp(0, 1),
     "more contrast": lambda frames: contrast(frames, 1.5),
