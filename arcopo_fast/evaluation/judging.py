@@ -18,6 +18,7 @@ from arcopo_fast.build import Generator, pool_pages
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.evaluation.filters import Filter
+from arcopo_fast.evaluation.looks import DIVERSITY, diversity, motion_and_detail, thumbnails
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.objectives.advantage import weighted_total
 from arcopo_fast.rewards.base import Reward, score
@@ -175,9 +176,9 @@ def evaluate(
     """
     world = world or World()
     wanted = [prompt for prompt in prompts for _ in range(config.evaluation.videos_per_prompt)]
-    batch = videos_at_once(config)
+    texts, batch = [prompt.text for prompt in wanted], videos_at_once(config)
     judges, variants = {**rewards, **held_out}, {"": None} | dict(filters or {})
-    own: dict[tuple[int, str], dict[str, Tensor]] = {}
+    own: dict[tuple[int, str], dict[str, Tensor]] = {}  # also _SMALL, by which videos of a prompt are compared at the end
     shown: list[Tensor] = []
     numbers = shares(math.ceil(len(wanted) / batch), math.ceil(config.evaluation.sample_videos / batch), world)
     rounds = max(world.gathered(len(numbers))) if generator.model.ranks > 1 else len(numbers)
@@ -186,11 +187,12 @@ def evaluate(
         groups = range(number * batch, number * batch + len(part))
         parts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in variants}
         for frames, scores in judge(config, generator, engine, part, groups, judges):
-            texts = [prompt.text for prompt in part[sum(len(next(iter(done.values()))) for done in parts[""]) :][: len(frames)]]
-            parts[""].append(scores)
+            first = number * batch + sum(len(done[_SMALL]) for done in parts[""])
+            parts[""].append(scores | _looks(frames))
             for name, filtered in (filters or {}).items():
-                ((_, scores),) = Judging.of(config, generator).judge(judges, [filtered(frames)], texts)
-                parts[name].append(scores)
+                ((changed, scores),) = Judging.of(config, generator).judge(judges, [filtered(frames)], texts[first:])
+                parts[name].append(scores | _looks(changed))
+                del changed
             shown.append(frames[: max(0, config.evaluation.sample_videos - sum(map(len, shown)))].to("cpu", copy=True))
             del frames
         own |= {(number, name): joined(scored) for name, scored in parts.items()}
@@ -200,9 +202,18 @@ def evaluate(
     judged = {}
     for name in variants:
         scores = joined([everybodys[key] for key in sorted(everybodys) if key[1] == name])
-        judged[name] = {TOTAL: weighted_total(scores, config.rewards)} | scores
+        scores[DIVERSITY] = diversity(scores.pop(_SMALL), texts)
+        measured = {name: values for name, values in scores.items() if name in judges or not values.isnan().all()}
+        judged[name] = {TOTAL: weighted_total(scores, config.rewards)} | measured
     frames = torch.cat(shown)[: config.evaluation.sample_videos] if shown and world.is_main else torch.empty(0)
-    return Evaluation(judged.pop(""), [prompt.text for prompt in wanted], frames, judged)
+    return Evaluation(judged.pop(""), texts, frames, judged)
+
+
+_SMALL = "thumbnails"
+
+
+def _looks(frames: Tensor) -> dict[str, Tensor]:
+    return motion_and_detail(frames) | {_SMALL: thumbnails(frames)}
 
 
 def shares(batches: int, shown: int, world: World) -> list[int]:

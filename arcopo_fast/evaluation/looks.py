@@ -1,0 +1,48 @@
+"""The looks of videos, whatever made them: how much they move, how much detail they have, how different those of one prompt are.
+
+They are measured before and after every run and never trained on: a policy that blurs, freezes or repeats itself to please a judge shows it
+here, for generators that have no held-out judge, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MOTION, DETAIL, DIVERSITY = "motion", "detail", "diversity"
+FRAMES, SIDE = 8, 16
+"""Frames of a thumbnail, spread evenly over the video, and their height and width."""
+
+
+def motion_and_detail(frames: Tensor) -> dict[str, Tensor]:
+    """Return two measures [N] fp32 on the CPU of frames [N, F, 3, H, W] in [0, 1]; one video at a time: at full size each is large.
+
+    motion: the root mean square of the change of luminance from frame to frame; NaN for a single frame.
+    detail: the standard deviation of its Laplacian within a frame, mean over frames.
+    """
+    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]], device=frames.device).view(1, 1, 3, 3)
+    motion, detail = [], []
+    for video in frames:
+        luminance = video.float().mean(1)  # [F, H, W]
+        motion.append(luminance.diff(dim=0).square().mean().sqrt())
+        detail.append(F.conv2d(luminance[:, None], kernel).std((1, 2, 3), correction=0).mean())
+    return {MOTION: torch.stack(motion).cpu(), DETAIL: torch.stack(detail).cpu()}
+
+
+def thumbnails(frames: Tensor) -> Tensor:
+    """Return [N, D] fp32 on the CPU of frames [N, F, 3, H, W]: `FRAMES` of each video, `SIDE` pixels high and wide."""
+    chosen = torch.linspace(0, frames.shape[1] - 1, FRAMES).round().long()
+    return torch.stack([F.adaptive_avg_pool2d(video[chosen].float(), SIDE).flatten() for video in frames]).cpu()
+
+
+def diversity(small: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Return [N]: the mean over the prompt's other videos of the root mean square distance between thumbnails [N, D].
+
+    NaN for the only video of its prompt.
+    """
+    distances = torch.cdist(small.double(), small.double()) / small.shape[1] ** 0.5
+    together = torch.tensor([[one == other for other in prompts] for one in prompts]) & ~torch.eye(len(prompts), dtype=torch.bool)
+    return ((distances * together).sum(1) / together.sum(1)).float()
