@@ -190,7 +190,7 @@ def evaluate(
             first = number * batch + sum(len(done[_SMALL]) for done in parts[""])
             parts[""].append(scores | _looks(frames))
             for name, filtered in (filters or {}).items():
-                ((changed, scores),) = Judging.of(config, generator).judge(judges, [filtered(frames)], texts[first:])
+                ((changed, scores),) = Judging.of(config, generator).judge(judges, [filtered(frames).contiguous()], texts[first:])
                 parts[name].append(scores | _looks(changed))
                 del changed
             shown.append(frames[: max(0, config.evaluation.sample_videos - sum(map(len, shown)))].to("cpu", copy=True))

@@ -50,8 +50,12 @@ def test_the_gpu_tests() -> None:
     run(collect, ABSENT - {"tqdm", "yaml"})  # transformers, whose CLIP one of the files tests, requires these two
 
 
+TRAINING = ("bench_iteration", "bench_layers", "bench_scaling")
+"""Benchmarks of more than the kernels."""
+
+
 def test_the_kernels_steps_need_no_more_than_kernels_do() -> None:
-    names = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py") if path.stem not in ("bench_iteration", "bench_layers"))
+    names = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py") if path.stem not in TRAINING)
     imports = ", ".join(f"benchmarks.{name}" for name in ["gpu", "every_kernel", "sweep", *names])
     said = f"""
 import {imports}

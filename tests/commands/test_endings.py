@@ -47,7 +47,7 @@ def made_up(patch: pytest.MonkeyPatch) -> None:
         trainer.optimizer.step()
         return {"reward": trainer.parameters[0].sum().item(), "pivot": 1.0, "time": {"update": 1.0}}
 
-    def evaluate(self: Trainer) -> Evaluation:
+    def evaluate(self: Trainer, filters: object = None) -> Evaluation:
         values = torch.stack([parameter.detach().sum() for parameter in self.parameters[:2]]).double()
         values = values if adapter_enabled(self.generator.model) else torch.zeros(2)
         return Evaluation({"reward": values, "toy_vq": values}, ["a", "b"], torch.full((1, 3, 3, 16, 16), 0.5))

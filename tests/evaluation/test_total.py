@@ -27,11 +27,12 @@ def by_evaluation(components: Components, monkeypatch: pytest.MonkeyPatch) -> Te
         rewards=WEIGHTS, evaluation=SimpleNamespace(videos_per_prompt=1, sample_videos=0), rollout=SimpleNamespace(decode_branches=None)
     )
     halves = [slice(0, count // 2), slice(count // 2, count)]
-    parts = iter([(torch.empty(0), {name: values[half] for name, values in components.items()}) for half in halves])
+    scored = ({name: values[half] for name, values in components.items()} for half in halves)
+    parts = iter([(torch.rand(len(scores["first"]), 2, 3, 16, 16), scores) for scores in scored])
     monkeypatch.setattr(evaluation, "videos_at_once", lambda config: count // 2)
     monkeypatch.setattr(evaluation, "judge", lambda *unused: [next(parts)])
     prompts: Any = [SimpleNamespace(text="a")] * count
-    nothing: Any = SimpleNamespace(shape=None)
+    nothing: Any = SimpleNamespace(shape=None, model=SimpleNamespace(ranks=1))
     judges: Any = dict.fromkeys(WEIGHTS)
     return evaluation.evaluate(config, nothing, nothing, prompts, judges, {}).scores[TOTAL]
 
