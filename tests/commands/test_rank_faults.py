@@ -27,6 +27,7 @@ from arcopo_fast.storage.run_dir import damage
 SMALL = [
     "toy",
     "video.chunks=2",
+    "video.chunk_frames=1",
     "sampler.steps=[1000, 350]",
     "rollout.group_size=4",
     "rollout.prompts_per_iteration=4",
