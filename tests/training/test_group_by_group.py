@@ -14,7 +14,8 @@ from arcopo_fast.train import one_iteration
 from arcopo_fast.training.lessons import LearningWatch
 from arcopo_fast.training.trainer import Trainer
 
-SMALL = ["video.chunks=3", "video.chunk_frames=1", "sampler.steps=[1000, 350]", "rollout.group_size=3", "objective.anchors_per_update=2", "lora.rank=4"]
+VIDEO = ["video.chunks=3", "video.chunk_frames=1", "sampler.steps=[1000, 350]"]
+SMALL = [*VIDEO, "rollout.group_size=3", "objective.anchors_per_update=2", "lora.rank=4"]
 GROUPS = (1, 4, 24)
 
 
