@@ -18,7 +18,7 @@ from arcopo_fast.build import Generator, pool_pages
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.evaluation.filters import Filter
-from arcopo_fast.evaluation.looks import DIVERSITY, diversity, motion_and_detail, thumbnails
+from arcopo_fast.evaluation.looks import DETAIL, DIVERSITY, MOTION, diversity, motion_and_detail, thumbnails
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.objectives.advantage import weighted_total
 from arcopo_fast.rewards.base import Reward, score
@@ -101,12 +101,14 @@ def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 class Evaluation:
     """scores: each reward's and metric's values [N] by name, and "reward", the weighted sum that is trained on.
 
-    frames: the first videos, to be looked at. filtered: by the name of a filter, the scores of the same videos after it.
+    frames: the first videos, to be looked at. looks: values [N] by name, see `evaluation.looks`. filtered: by the name of a filter, all of
+    them for the same videos after it.
     """
 
     scores: dict[str, Tensor]
     prompts: list[str]
     frames: Tensor
+    looks: dict[str, Tensor] = field(default_factory=dict)
     filtered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, dict[str, Any]]:
@@ -199,14 +201,14 @@ def evaluate(
     for _ in range(rounds - len(numbers)):  # the others cannot gather weights without this rank, which makes videos for nothing
         judge(config, generator, engine, wanted[:batch], range(batch), {})
     everybodys = {key: scores for rank in world.gathered(own) for key, scores in rank.items()}
-    judged = {}
+    judged, looks = {}, {}
     for name in variants:
         scores = joined([everybodys[key] for key in sorted(everybodys) if key[1] == name])
-        scores[DIVERSITY] = diversity(scores.pop(_SMALL), texts)
-        measured = {name: values for name, values in scores.items() if name in judges or not values.isnan().all()}
-        judged[name] = {TOTAL: weighted_total(scores, config.rewards)} | measured
+        seen = {kind: scores.pop(kind) for kind in (MOTION, DETAIL)} | {DIVERSITY: diversity(scores.pop(_SMALL), texts)}
+        looks[name] = {kind: values for kind, values in seen.items() if not values.isnan().all()}
+        judged[name] = {TOTAL: weighted_total(scores, config.rewards)} | scores
     frames = torch.cat(shown)[: config.evaluation.sample_videos] if shown and world.is_main else torch.empty(0)
-    return Evaluation(judged.pop(""), texts, frames, judged)
+    return Evaluation(judged[""], texts, frames, looks[""], {name: judged[name] | looks[name] for name in filters or {}})
 
 
 _SMALL = "thumbnails"

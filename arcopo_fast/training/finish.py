@@ -26,7 +26,11 @@ def finish(trainer: Trainer, run: RunDirectory, before: Evaluation) -> None:
     config, after = trainer.config, trainer.evaluate()
     if not trainer.world.is_main:
         return
-    document: dict[str, Any] = {"before": before.summary(), "after": after.summary(), "videos": write_samples(run, config, before, after)}
+    document: dict[str, Any] = {
+        "before": summary(before.scores | before.looks),
+        "after": summary(after.scores | after.looks),
+        "videos": write_samples(run, config, before, after),
+    }
     if before.filtered:
         document[FILTERED] = {name: summary(scores) for name, scores in before.filtered.items()}
     card = {"README.md": model_card(config, document)}

@@ -4,8 +4,8 @@
     python -m arcopo_fast.train toy name=erring train.iterations=150 \
         "rewards={erring:VisualQuality: 2, erring:MotionQuality: 1, erring:TextAlignment: 0.5, toy_vq: 0, toy_mq: 0, toy_ta: 0}"
 
-The same with toy_sde_grpo. Learned rewards err, too, but smoothly: similar videos get similar errors, and an optimizer can follow them. This
-error has no slope. The toy's own rewards are exact, so that even the smallest difference has the right sign.
+The same with toy_sde_grpo. Learned rewards err, too, but smoothly: similar videos get similar errors, and an optimizer can follow them.
+This error has no slope. The toy's own rewards are exact, so that even the smallest difference has the right sign.
 """
 
 from __future__ import annotations
