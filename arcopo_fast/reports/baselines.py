@@ -39,7 +39,7 @@ def baseline_section(policy: Sequence[Change], found: Sequence[Baseline]) -> str
         return ""
     names = [change.name for change in policy if change.kind == "held out"]
     rows = [_row("the policy", policy, names), *(_row(each.name, each.changes, names) for each in found)]
-    return section("Without learning", table(["", "reward", *names], rows), _NOTE)
+    return section("Without learning", table(["", "reward", *names], rows, style="series"), _NOTE)
 
 
 def _row(label: str, found: Sequence[Change], names: Sequence[str]) -> str:
