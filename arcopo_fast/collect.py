@@ -20,7 +20,7 @@ from arcopo_fast.runtime.console import Progress
 from arcopo_fast.runtime.distributed import ALONE, World
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.rank_console import log_to
-from arcopo_fast.training.groups import JudgedGroup, Rollouts, policy_of, prompt_of, recipe_of, store
+from arcopo_fast.training.groups import Rollouts, policy_of, prompt_of, recipe_of, store
 
 
 def collect(config: Config, path: str, groups: int, world: World = ALONE) -> Buffer:
@@ -51,9 +51,8 @@ def collect(config: Config, path: str, groups: int, world: World = ALONE) -> Buf
     with Progress(groups, done(), ranks=world.size) as progress:
         for index in buffer.missing(groups, waiting):
             progress.skip(done() - progress.done)
-            prompt = source.prompt(index, 0)
-            with source.roll_out(source.encode(prompt), index, 0) as group:
-                judged = JudgedGroup(group, prompt, source.judge(source.decode(group), prompt))
+            judged = source.judged(index, 0)
+            with judged.group:
                 buffer.write(index, *store(judged, engine.shape))
             progress.update(weighted_total(judged.rewards, config.rewards).nanmean().item())
     return buffer
