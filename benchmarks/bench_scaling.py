@@ -1,4 +1,4 @@
-"""What a second rank brings: two processes of one thread against one, on the same groups of the shipped toy recipe.
+"""The gain of a second rank: two processes of one thread against one, on the same groups of the shipped toy recipe.
 
 On a CPU of two cores or more, asked for by name; some minutes:
 
@@ -31,7 +31,7 @@ from benchmarks.results import OURS
 from benchmarks.timing import Ceilings, Timing, measure_ceilings
 
 GROUPS = 2
-"""Of an iteration: one for each rank."""
+"""Groups of an iteration, one for each rank."""
 ROUNDS = 6
 ONE = "reference"
 NAMES = {

@@ -36,10 +36,10 @@ class Job:
         self._pipes: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(ranks):
-            here, there = context.Pipe()
-            arguments = (rank, ranks, self._store.port, there, [*settings, "train.threads=1"])
+            connection, remote = context.Pipe()
+            arguments = (rank, ranks, self._store.port, remote, [*settings, "train.threads=1"])
             self.processes.append(context.Process(target=_work, args=arguments, daemon=True))
-            self._pipes.append(here)
+            self._pipes.append(connection)
 
     def __enter__(self) -> Job:
         for process in self.processes:

@@ -1,4 +1,4 @@
-"""What is had without learning: fixed filters on the untrained videos, and the best of several untrained videos.
+"""Gains without learning: of fixed filters on the untrained videos, and of the best of several untrained videos.
 
 A gain is believed when these do not reach it. Changes are against the untrained videos, as the policy's are.
 """

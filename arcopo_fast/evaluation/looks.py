@@ -44,5 +44,6 @@ def diversity(small: Tensor, prompts: Sequence[str]) -> Tensor:
     NaN for the only video of its prompt.
     """
     distances = torch.cdist(small.double(), small.double()) / small.shape[1] ** 0.5
-    together = torch.tensor([[one == other for other in prompts] for one in prompts]) & ~torch.eye(len(prompts), dtype=torch.bool)
-    return ((distances * together).sum(1) / together.sum(1)).float()
+    same_prompt = torch.tensor([[row == column for column in prompts] for row in prompts])
+    compared = same_prompt & ~torch.eye(len(prompts), dtype=torch.bool)  # no video with itself
+    return ((distances * compared).sum(1) / compared.sum(1)).float()

@@ -1,4 +1,4 @@
-"""What is had without learning, beside what a run has learned: a table, and a warning where a fixed filter earns much of the gain."""
+"""Gains without learning beside the policy's gain: a table, and a warning where a fixed filter earns much of it."""
 
 from __future__ import annotations
 

@@ -150,7 +150,8 @@ class World:
 
     def from_main(self, value: T) -> T:
         """Return rank 0's value."""
-        return self.gathered(value if self.is_main else None)[0]  # type: ignore[return-value]
+        values: list[Any] = self.gathered(value if self.is_main else None)
+        return values[0]
 
     def total(self, number: float) -> float:
         """Return the sum of everybody's number."""

@@ -99,8 +99,8 @@ class Console:
         secondary: it follows from what has ended another rank.
         """
         terminal, place = self._streams[1], self.place
-        said = text if place is None else "\n".join(f"rank {place.rank}: {line}" for line in text.splitlines())
-        last_line(terminal, said)
+        lines = text if place is None else "\n".join(f"rank {place.rank}: {line}" for line in text.splitlines())
+        last_line(terminal, lines)
         if self._log:
             with suppress(OSError):  # a full disk may be what is said
                 self._log.write(text + "\n")

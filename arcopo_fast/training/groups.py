@@ -64,7 +64,7 @@ class JudgedGroup:
 
 
 class Outcome(NamedTuple):
-    """What an iteration keeps of a group when its videos are gone.
+    """The result of a group, which an iteration keeps when the videos are gone.
 
     Attributes:
         number: of the group in its iteration.

@@ -1,4 +1,4 @@
-"""What a run writes while it goes on. On other ranks than 0 it writes nothing."""
+"""The records of a run: metrics, checkpoints, trace and progress. Only rank 0 writes them."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def alone(main: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str],
 
 
 def together(size: int, main: Callable[[list[str]], None], *arguments: object) -> str:
-    """What rank 0 printed; the others print nothing, and all end well."""
+    """Return what rank 0 printed. The other ranks print nothing, and all end well."""
     first, *others = run_commands(size, main, *arguments)
     assert first.status == 0 and others == [(0, [], "")] * (size - 1), (first, others)
     return first.out
@@ -92,17 +92,17 @@ def test_vbench_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     arguments = ["sample", *TINY, "--info", write_info(tmp_path / "info.json"), "--videos", 1, "--out"]
     alone(vbench.main, capsys, *arguments, tmp_path / "one", "--batch", 2)
     assert together(2, vbench.main, *arguments, tmp_path / "two", "--batch", 2) == f"{tmp_path / 'two' / 'videos'}\n"
-    one = files(tmp_path / "one")
-    assert files(tmp_path / "two") == one and len([name for name in one if name.endswith(".mp4")]) == 7
+    expected = files(tmp_path / "one")
+    assert files(tmp_path / "two") == expected and len([name for name in expected if name.endswith(".mp4")]) == 7
     together(3, vbench.main, *arguments, tmp_path / "parts", "--shard", "1/2")
     assert len(list((tmp_path / "parts" / "videos").iterdir())) == 3
     for _ in range(2):
         together(2, vbench.main, *arguments, tmp_path / "parts")
-    assert files(tmp_path / "parts").keys() == one.keys()
+    assert files(tmp_path / "parts").keys() == expected.keys()
 
 
 def test_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a user starts it: with a list of prompts, of which one cannot be read in a second try."""
+    """Ranks that torchrun starts, as a user does, leave the files of one process, and rank 0 alone prints."""
     call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "arcopo_fast.generate"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     alone(generate.main, capsys, *TINY, *PROMPTS, "--out", tmp_path / "one")
