@@ -28,7 +28,13 @@ else:  # its examples follow from each test's name too, but for new seeds
     settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        definitions = item._fixtureinfo.name2fixturedefs.values()
+        if any(definition[-1].scope == "module" for definition in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))  # on one worker, so that they are made once
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -50,8 +56,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
-    """Seed every test with its own name."""
-    seed_everything(request.node.nodeid)
+    """Seed every test with its own name, to which pytest-xdist adds that of its group."""
+    group = request.node.get_closest_marker("xdist_group")
+    seed_everything(request.node.nodeid.removesuffix(f"@{group.args[0]}" if group else ""))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from support.ranks import run_ranks
 
 from arcopo_fast import collect
+from arcopo_fast.build import Generator, load_generator
 from arcopo_fast.config.reading import load_config
+from arcopo_fast.evaluation import judging
 from arcopo_fast.model.lora import adapter_state
+from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.train import one_iteration
+from arcopo_fast.training import trainer as training
 from arcopo_fast.training.groups import JudgedGroup, Outcome
 from arcopo_fast.training.lessons import LearningWatch
 from arcopo_fast.training.trainer import Trainer
@@ -52,7 +57,7 @@ def trained(world: World, *settings: str) -> dict[str, Any]:
         return found
 
     trainer.groups.judged, trainer.everybodys = judged, gathered  # type: ignore[method-assign]
-    for iteration in range(1, ITERATIONS + 1):
+    for iteration in range(1, trainer.config.train.iterations + 1):
         records.append(one_iteration(trainer, watch, iteration))
     assert trainer.engine.pool.pages_in_use == 0
     return {
@@ -75,11 +80,11 @@ def buffer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(buffer: str) -> Callable[..., dict[str, Any]]:
-    """One process's run, in waves of so many branches."""
+    """One process's run, or its first iteration, in waves of so many branches."""
 
     @cache
-    def made(mode: str, wave: int = GROUP) -> dict[str, Any]:
-        waves = [f"rollout.branches_per_wave={wave}", f"rollout.decode_branches={wave}"]
+    def made(mode: str, wave: int = GROUP, iterations: int = ITERATIONS) -> dict[str, Any]:
+        waves = [f"rollout.branches_per_wave={wave}", f"rollout.decode_branches={wave}", f"train.iterations={iterations}"]
         return trained(World(), *settings_of(mode, buffer), *waves)
 
     return made
@@ -102,7 +107,8 @@ def test_training_is_that_of_one_process(spread: str, ranks: int, mode: str, alo
     """Bit for bit where groups are spread: the same calls with the same shapes, and sums in float64.
 
     Where branches are, a rank makes fewer at once, and rounds as one process does that makes them in such waves: then groups are equal bit
-    for bit while the adapters are, and everything is equal up to rounding to what one process does in one wave.
+    for bit while the adapters are, and everything is equal up to rounding to what one process does in one wave. That it is rounding and
+    nothing else, the test in float64 shows.
     """
     expected = alone(mode)
     results = run_ranks(ranks, trained, *settings_of(mode, buffer), f"train.spread={spread}")
@@ -123,11 +129,49 @@ def test_training_is_that_of_one_process(spread: str, ranks: int, mode: str, alo
         assert all(torch.equal(seen[key][3], values[3]) for key, values in expected["seen"].items())
     else:
         assert gap <= 1e-5 and worst[0] <= 1e-5 and worst[1] <= 1e-3
-        in_waves = alone(mode, max(results[0]["spread"].branches(GROUP)))
+        in_waves = alone(mode, max(results[0]["spread"].branches(GROUP)), iterations=1)
         first = [key for key in seen if key[0] == 1]
         assert all(torch.equal(seen[key][3], in_waves["seen"][key][3]) for key in first)
         own = {key: value for key, value in results[0]["outcomes"].items() if key[0] == 0}
         assert [differences(own, in_waves["outcomes"], part) for part in ("rewards", "advantages")] == [0, 0]
+
+
+def trained_in_float64(world: World, *settings: str) -> dict[str, Any]:
+    """The same, but weights, adapters, frames and scores are all float64."""
+
+    def load(*arguments: Any, **options: Any) -> Generator:
+        generator = load_generator(*arguments, **options)
+        generator.model.double()
+        generator.decoder = StreamingDecoder(generator.decoder.vae.double(), generator.decoder.frames_per_call)
+        return generator
+
+    def score(rewards: dict[str, Any], frames: torch.Tensor, prompts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+        assert frames.dtype == torch.float64
+        torch.set_default_dtype(torch.float64)
+        try:
+            return {name: reward(frames, prompts) for name, reward in rewards.items()}
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    with patch.object(training, "load_generator", load), patch.object(judging, "score", score):
+        return trained(world, *settings)
+
+
+@pytest.fixture(scope="module")
+def alone_in_float64() -> dict[str, Any]:
+    return trained_in_float64(World(), f"rollout.branches_per_wave={GROUP}", f"rollout.decode_branches={GROUP}")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_branches_on_ranks_differ_by_rounding_alone(ranks: int, alone_in_float64: dict[str, Any]) -> None:
+    """In float64 the rewards, advantages and adapter of five iterations are those of one process that makes all branches at once."""
+    found = run_ranks(ranks, trained_in_float64, "train.spread=branches")[0]
+    assert {tensor.dtype for tensor in found["adapter"].values()} == {torch.float64}
+    worst = [differences(found["outcomes"], alone_in_float64["outcomes"], part) for part in ("rewards", "advantages")]
+    gap = distance(found["adapter"], alone_in_float64["adapter"])
+    print(f"branches, {ranks} ranks, float64: adapters {gap:.2g}, rewards {worst[0]:.2g}, advantages {worst[1]:.2g}")
+    assert len(found["outcomes"]) == ITERATIONS * GROUPS and len({tuple(o.advantages.tolist()) for o in found["outcomes"].values()}) > 10
+    assert max(worst) <= 1e-12 and gap <= 1e-12
 
 
 def differences(found: dict[Any, Outcome], expected: dict[Any, Outcome], part: str) -> float:
