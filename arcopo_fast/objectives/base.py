@@ -75,7 +75,12 @@ class Objective(ABC, Generic[S]):
 
     def noise_plan(self, strength: float) -> NoisePlan:
         """Return the noises that members do not share, given the recipe's `rollout.noise_strength`."""
-        return NoisePlan(strength)
+        return NoisePlan(strength, chunks=self.explored_chunks(self.settings))
+
+    @classmethod
+    def explored_chunks(cls, settings: Any) -> int | None:
+        """Return the number of chunks, from the pivot on, in which members have noises of their own; None: all to the video's end."""
+        return 1
 
     @abstractmethod
     def samples(self, group: Group, update: int, draw: tuple[int | str, ...] = ()) -> list[Samples]:
@@ -121,7 +126,7 @@ class Objective(ABC, Generic[S]):
 
     @classmethod
     def samples_per_update(cls, settings: Any, steps: int, group_size: int) -> int:
-        """Return the most samples of a group that one update trains, for a sampler of `steps` steps; the planner asks."""
+        """Return the most samples of a group's chunk that one update trains, for a sampler of `steps` steps; the planner asks."""
         return steps * group_size
 
     # Common to all objectives

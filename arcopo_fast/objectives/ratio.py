@@ -1,7 +1,7 @@
 """The common part of the methods that maximize a clipped ratio of the new policy to the old one: AR-CoPO, SDE-GRPO, Neighbor GRPO.
 
-They replay the pivot chunk of some members, the anchors, at some of the sampler's steps, from the inputs that the rollout had there. Before
-the first update new and old policy are the same, so the ratio is exactly 1; this is asserted at run time.
+They replay the pivot chunk of some members, the anchors, and the later chunks in which members have noises of their own, if there are any,
+at some of the sampler's steps, from the inputs that the rollout had there. Before the first update new and old policy are the same, so the ratio is exactly 1; this is asserted at run time.
 
 Where the old policy is the one that made the group (on-policy), it is a copy of the live adapter that is taken before the iteration's first
 step. In the first update it is the live one, and its prediction is the replay itself, detached. Where groups come from a buffer
@@ -27,6 +27,7 @@ from arcopo_fast.storage.metrics import Chart
 if TYPE_CHECKING:
     from arcopo_fast.rollout.engine import Engine
     from arcopo_fast.rollout.group import Group, Samples, Stream
+    from arcopo_fast.rollout.sampler import Steps
 
 
 class RatioSettings(ObjectiveSettings):
@@ -109,14 +110,16 @@ class RatioObjective(Objective[S]):
 
     def __init__(self, engine: Engine, settings: S, *, reference: bool = False) -> None:
         super().__init__(engine, settings, reference=reference)
-        self._kept: dict[tuple[Any, ...], Tensor] = {}  # the reference's predictions of (group, step, anchor), [F, C, h, w] on the host
+        self._kept: dict[
+            tuple[Any, ...], Tensor
+        ] = {}  # the reference's predictions of (group, chunk, step, anchor), [F, C, h, w] on the host
         self._kept_from: dict[str, Any] = {}  # the micro-batches that they were made in
 
     # What a ratio method decides
 
-    def trainable_steps(self, group: Group) -> int:
-        """Return how many denoising steps, from the first on, can be trained."""
-        return len(group.steps)
+    def trainable_steps(self, steps: Steps) -> int:
+        """Return how many of a chunk's denoising steps, from the first on, can be trained."""
+        return len(steps)
 
     @abstractmethod
     def ratio(self, group: Group, target: Any, samples: Samples, new: Tensor, old: Tensor) -> Ratio:
@@ -129,19 +132,26 @@ class RatioObjective(Objective[S]):
         return (self.maker,)
 
     def samples(self, group: Group, update: int, draw: tuple[int | str, ...] = ()) -> list[Samples]:
-        """Return the pivot chunk's anchors of one update, at their steps."""
-        return [group.samples(*self.draw_items(group, update, draw))]
+        """Return the explored chunks' anchors of one update, the same members in each, at their steps."""
+        return [group.samples(*self.draw_items(group, update, draw, chunk), chunk) for chunk in group.explored]
 
-    def draw_items(self, group: Group, update: int, draw: tuple[int | str, ...] = ()) -> Items:
+    def draw_items(self, group: Group, update: int, draw: tuple[int | str, ...] = (), chunk: int | None = None) -> Items:
         """Draw the anchors of one update by key, without replacement, each with all its steps (or a random fraction of them).
 
         `settings.anchors` says how those of an iteration's updates belong together: see there.
+
+        Args:
+            chunk: an explored one, whose steps are drawn; None: the pivot.
         """
+        chunk = group.pivot if chunk is None else chunk
         settings = self.settings
         drawn_for = update if settings.anchors == "fresh" else 0
         random = keyed_rng(*group.id, *draw, "anchors", drawn_for)
         anchors = random.choice(group.size, size=min(settings.anchors_per_update, group.size), replace=False)
-        available = min(self.trainable_steps(group), max(1, len(group.steps) - settings.skip_last_step))
+        if chunk != group.pivot:
+            random = keyed_rng(*group.id, *draw, "steps", drawn_for, chunk)
+        steps = group.explored[chunk].steps
+        available = min(self.trainable_steps(steps), max(1, len(steps) - settings.skip_last_step))
         pairs: list[tuple[int, int]] = []
         for index, anchor in enumerate(anchors.tolist()):
             chosen = list(range(available))
@@ -159,7 +169,7 @@ class RatioObjective(Objective[S]):
             self._kept.clear()
             self._kept_from = self.batching.state()
         assert samples.steps is not None
-        names = [(group.id, *pair) for pair in zip(samples.steps.tolist(), samples.members.tolist())]
+        names = [(group.id, samples.chunk, *pair) for pair in zip(samples.steps.tolist(), samples.members.tolist())]
         if any(name not in self._kept for name in names):
             for name, prediction in zip(names, super().predict_known(policy, group, samples, context)):
                 self._kept.setdefault(name, prediction.cpu())

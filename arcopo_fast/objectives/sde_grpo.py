@@ -1,12 +1,13 @@
 """SDE-GRPO: explore through the noise of the denoising steps, and maximize the clipped ratio of their transition probabilities.
 
 The baseline that AR-CoPO is compared with (DanceGRPO 2505.07818, Flow-GRPO 2505.05470, CM-GRPO of RAVEN 2605.15190), on the same groups:
-members share the prefix and everything after the pivot chunk, and differ in the noise that each draws at the pivot's steps. With
+members share the prefix and everything after the pivot chunk, and differ in the noise that each draws at the pivot's steps. As published,
+all chunks explore at once and share the advantage of the whole video: `explore: all` with `rollout.pivot: 1`. With
 x' the state that a member went to, drawn from N(mu_old, std^2 I),
 
     log rho = log N(x'; mu, std^2 I) - log N(x'; mu_old, std^2 I), a mean over the D elements
             = <mu - mu_old, 2 x' - mu - mu_old> / (2 std^2 D)
-    J       = mean over (member, step) of min(rho A, clip(rho, 1 - eps, 1 + eps) A)
+    J       = mean over (member, chunk, step) of min(rho A, clip(rho, 1 - eps, 1 + eps) A)
 
 The difference is taken before the squares, in float64: the clip is 1e-4. Steps without noise have no probability and are left out: the last
 one, and all of an ODE. Source: ALGORITHM.md 4.
@@ -24,7 +25,7 @@ from arcopo_fast.config.schema import PositiveFloat
 from arcopo_fast.errors import UserError
 from arcopo_fast.objectives.ratio import Ratio, RatioObjective, RatioSettings
 from arcopo_fast.rollout.noise import NoisePlan
-from arcopo_fast.rollout.sampler import StepRule
+from arcopo_fast.rollout.sampler import StepRule, Steps
 
 if TYPE_CHECKING:
     from arcopo_fast.rollout.engine import Engine
@@ -46,6 +47,11 @@ class SdeGrpoSettings(RatioSettings):
     init_noise: Literal["shared", "fresh"] = Field(
         "shared", description="initial noise of the pivot chunk; shared: one for all members; fresh: one for each member"
     )
+    explore: Literal["pivot", "all"] = Field(
+        "pivot",
+        description="chunks in which members draw noises of their own, and which are trained; pivot: that one; all: also those after it, "
+        "as published with rollout.pivot 1",
+    )
     steps: Annotated[float, Field(gt=0, le=1)] | Literal["all"] = Field(
         0.6, description="steps with noise that are trained: all, or a random fraction of them"
     )
@@ -62,7 +68,7 @@ class SdeGrpoSettings(RatioSettings):
 
 
 class SdeGrpoObjective(RatioObjective[SdeGrpoSettings]):
-    """SDE-GRPO: the ratio of the probabilities of the pivot's steps."""
+    """SDE-GRPO: the ratio of the probabilities of the steps of the chunks that explore."""
 
     Settings = SdeGrpoSettings
     method = "SDE-GRPO"
@@ -73,8 +79,13 @@ class SdeGrpoObjective(RatioObjective[SdeGrpoSettings]):
             raise UserError("SDE-GRPO explores through the noise between steps; a sampler of one step has none: use objective.kind=copo")
 
     def noise_plan(self, strength: float) -> NoisePlan:
-        """Return a plan with noise of the members' own at the pivot's steps, and at its start if the settings say so."""
-        return NoisePlan(0.0 if self.settings.init_noise == "shared" else 1.0, self.rule)
+        """Return a plan with noise of the members' own at the steps of chunks that explore, and at their start if the settings say so."""
+        settings = self.settings
+        return NoisePlan(0.0 if settings.init_noise == "shared" else 1.0, self.rule, self.explored_chunks(settings))
+
+    @classmethod
+    def explored_chunks(cls, settings: Any) -> int | None:
+        return 1 if settings.explore == "pivot" else None
 
     @property
     def rule(self) -> StepRule:
@@ -82,9 +93,9 @@ class SdeGrpoObjective(RatioObjective[SdeGrpoSettings]):
         noise = self.settings.kernel_noise
         return StepRule(self.settings.kernel, DEFAULT_NOISE[self.settings.kernel] if noise is None else noise)
 
-    def trainable_steps(self, group: Group) -> int:
+    def trainable_steps(self, steps: Steps) -> int:
         """Return the number of steps with noise: all but the last."""
-        return len(group.steps) - 1
+        return len(steps) - 1
 
     def target(self, group: Group, advantages: Tensor) -> Tensor:
         """Return the advantages [G]."""
@@ -92,9 +103,10 @@ class SdeGrpoObjective(RatioObjective[SdeGrpoSettings]):
 
     def ratio(self, group: Group, target: Any, samples: Samples, new: Tensor, old: Tensor) -> Ratio:
         assert samples.steps is not None
-        transition = group.rule.transitions(group.steps, samples.steps.to(new.device), dim=new.dim())
-        std = group.rule.transitions(group.steps, samples.steps.to(new.device), dim=1).std
-        reached = group.inputs[samples.steps + 1, samples.members]
+        explored, steps = group.explored[samples.chunk], samples.steps.to(new.device)
+        transition = group.rule.transitions(explored.steps, steps, dim=new.dim())
+        std = group.rule.transitions(explored.steps, steps, dim=1).std
+        reached = explored.inputs[samples.steps + 1, samples.members]
         mean, old_mean = transition.mean(samples.x, new), transition.mean(samples.x, old)
         log_ratio = log_probability_ratio(reached, mean, old_mean, torch.as_tensor(std))
         ratio_minus_one = torch.expm1(log_ratio)

@@ -278,12 +278,13 @@ def host_bytes(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
 def waiting_bytes(config: Config, sizes: GeneratorSizes, ranks: int = 1) -> int:
     """Return the most host memory in which one of so many ranks keeps the groups of an iteration until its end; 0 if it has only one.
 
-    They wait without keys and values: texts, latents, and the inputs and predictions of the pivot's steps.
+    They wait without keys and values: texts, latents, and the inputs and predictions of the explored chunks' steps.
     """
     groups, members = ceil(config.rollout.prompts_per_iteration / spread(config, ranks).teams), config.rollout.group_size
     shape, model = _shape(config, sizes), sizes.transformer
     videos = 1 if config.train.buffer is not None else members
-    group = (2 * _steps(config) * members + videos * shape.chunks) * _chunk(shape) + 4 * model.text_len * model.text_dim
+    explored = min(objective_class(config.objective.kind).explored_chunks(config.objective) or shape.chunks, shape.chunks)
+    group = (2 * _steps(config) * members * explored + videos * shape.chunks) * _chunk(shape) + 4 * model.text_len * model.text_dim
     return groups * group if groups > 1 else 0
 
 

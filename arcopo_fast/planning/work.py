@@ -178,11 +178,14 @@ def iteration(config: Config, model: CausalWanConfig, vae: VAESizes | None, pivo
             total += once * (1 if clean else steps_of(config, chunk))
         return total
 
-    frames, visible = shape.chunk_frames[pivot], visible_frames(config, model, pivot)
-    items = objective_class(objective.kind).samples_per_update(objective, steps_of(config, pivot), group)
-    prompts = -(-items // (objective.micro_batch or items))  # the prompt is encoded once for each micro-batch
-    train = replay(config, model, frames, visible) * items + text(config, model, backward=True) * prompts
-    old_policy = forward(config, model, frames, visible) * items + text(config, model) * prompts
+    kind = objective_class(objective.kind)
+    train, old_policy = Work(), Work()
+    for chunk in range(pivot, min(pivot + (kind.explored_chunks(objective) or shape.chunks), shape.chunks)):
+        frames, visible = shape.chunk_frames[chunk], visible_frames(config, model, chunk)
+        items = kind.samples_per_update(objective, steps_of(config, chunk), group)
+        prompts = -(-items // (objective.micro_batch or items))  # the prompt is encoded once for each micro-batch
+        train += replay(config, model, frames, visible) * items + text(config, model, backward=True) * prompts
+        old_policy += forward(config, model, frames, visible) * items + text(config, model) * prompts
     stages = {
         "prefix": chunks(0, pivot, False) + chunks(0, pivot, True),
         "denoise": chunks(pivot, shape.chunks, False) * group,

@@ -138,9 +138,13 @@ class VideoCache:
         """Return `branches` caches over the pages of this one video (batch 1), copying nothing."""
         if len(self.tables) != 1:
             raise ValueError(f"a cache of {len(self.tables)} videos cannot be forked; fork one video at a time")
+        return self.of([0] * branches)
+
+    def of(self, videos: Sequence[int]) -> VideoCache:
+        """Return a cache over the pages of some of these videos, each as often as it is named, copying nothing."""
         child = copy(self)
-        child.tables = [self.tables[0].fork() for _ in range(branches)]
-        child.reserved = [[] for _ in range(branches)]
+        child.tables = [self.tables[video].fork() for video in videos]
+        child.reserved = [[] for _ in videos]
         return child
 
     def reserve(self, frames: int) -> None:

@@ -8,7 +8,7 @@ AR-CoPO; `replay` predicts anchors of the group's pivot chunk again, with gradie
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -24,7 +24,7 @@ from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import plan_pages, variant_of
 from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.graphs import ChunkGraphs
-from arcopo_fast.rollout.group import Group, Samples, Stream
+from arcopo_fast.rollout.group import Explored, Group, Samples, Stream
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise, NoisePlan, NoiseSource
 from arcopo_fast.rollout.sampler import StepRule, Steps, Trajectory, predict
 from arcopo_fast.rollout.scheduler import Schedule
@@ -81,6 +81,18 @@ class _Fork(NamedTuple):
     noise: MemberNoise
     tails: list[list[int]]
     tail_pages: int
+
+
+class _Wave(NamedTuple):
+    """Branches that were finished together.
+
+    Attributes:
+        trajectories: of the chunks with noises of their own, by number.
+        tails: latents from the pivot on, [g, F1, C, h, w].
+    """
+
+    trajectories: dict[int, Trajectory]
+    tails: Tensor
 
 
 class Engine:
@@ -286,7 +298,7 @@ class Engine:
             with stage("prefix") if pivot else nullcontext():
                 for chunk in range(pivot):
                     self.extend(prefix, chunk, noise.initial(chunk), noise, last=False)
-            waves: list[tuple[Tensor, Tensor, Tensor]] = []
+            waves: list[_Wave] = []
             while part:
                 wave_noise = MemberNoise(noise, plan, pivot, part[:wave_size])
                 wave = self._try_finish(_Fork(prefix, pivot, wave_noise, reserved.tails, pages.tail))
@@ -300,11 +312,19 @@ class Engine:
             reserved.release()
             raise
         prefix.cache.finish()
-        inputs, predictions = (torch.cat([wave[part] for wave in waves], dim=1) for part in (0, 1))
-        tails = torch.cat([wave[2] for wave in waves])
+        explored = {chunk: self._explored(chunk, [wave.trajectories[chunk] for wave in waves]) for chunk in waves[0].trajectories}
+        tails = torch.cat([wave.tails for wave in waves])
         prefix_latents = self._joined(prefix.latents)
         prefix.latents = list(prefix_latents.split(self.shape.chunk_frames[:pivot], dim=1)) if pivot else []  # no second copy
-        return Group(group, text, pivot, prefix, prefix_latents, tails, inputs, predictions, self.steps_of(pivot), plan.rule or self.rule)
+        return Group(group, text, pivot, prefix, prefix_latents, tails, explored, plan.rule or self.rule)
+
+    def _explored(self, chunk: int, waves: Sequence[Trajectory]) -> Explored:
+        """Return a chunk of all waves' members as a group keeps it."""
+        inputs, predictions = (
+            torch.cat([torch.stack(states) for states in parts], dim=1)
+            for parts in ([wave.inputs for wave in waves], [wave.predictions for wave in waves])
+        )
+        return Explored(self.steps_of(chunk), inputs, predictions)
 
     def _joined(self, chunks: Sequence[Tensor]) -> Tensor:
         """Return the frames of chunks [1, F, C, h, w] as one tensor, without frames where there is no chunk."""
@@ -312,7 +332,7 @@ class Engine:
             return torch.cat(list(chunks), dim=1)
         return torch.empty(1, 0, *self.shape.chunk(0)[1:], device=self.model.device)
 
-    def _try_finish(self, fork: _Fork) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _try_finish(self, fork: _Fork) -> _Wave | None:
         """Finish a wave as `_finish` does; return None if a wave of several branches ran out of memory, which is then free again."""
         members = len(fork.noise.members)
         half = (members + 1) // 2
@@ -337,9 +357,8 @@ class Engine:
             torch.cuda.empty_cache()
         return None
 
-    def _finish(self, fork: _Fork) -> tuple[Tensor, Tensor, Tensor]:
-        """Complete the branches of one wave: return pivot inputs and predictions [T, g, F, C, h, w] of its g branches, and their tails [g,
-        F1, C, h, w].
+    def _finish(self, fork: _Fork) -> _Wave:
+        """Complete the branches of one wave.
 
         The first wave takes the pages reserved for its tails; those after it take `tail_pages` for each branch of what it gave back.
         """
@@ -350,17 +369,16 @@ class Engine:
         stream.cache.reserved = fork.tails[: len(initial)]
         try:
             stream.cache.reserve(fork.tail_pages)
-            at_pivot: Trajectory | None = None
+            trajectories: dict[int, Trajectory] = {}
             for chunk in range(pivot, self.shape.chunks):
                 rule = noise.plan.rule if noise.is_own(chunk) else None
                 initial = initial if chunk == pivot else noise.initial(chunk)
                 trajectory = self.extend(stream, chunk, initial, noise, last=chunk == self.shape.chunks - 1, rule=rule)
-                at_pivot = at_pivot or trajectory
+                if noise.is_own(chunk):
+                    trajectories[chunk] = trajectory
         finally:
             stream.cache.release()
-        assert at_pivot is not None
-        tails = torch.cat(stream.latents[pivot:], dim=1)
-        return torch.stack(at_pivot.inputs), torch.stack(at_pivot.predictions), tails
+        return _Wave(trajectories, torch.cat(stream.latents[pivot:], dim=1))
 
     def rebuild_prefix(self, text: Tensor, latents: Tensor) -> Stream:
         """Return the context after the first chunks again, from their clean latents [1, F0, C, h, w], by clean passes only."""
@@ -406,22 +424,30 @@ class Engine:
     def context(self, group: Group, chunk: int, members: Tensor, *, prefix: Stream | None = None) -> Iterator[Stream]:
         """Give what chunk `chunk` of `members` [N] sees, as long as the block lasts: the group's prefix, then each member's own chunks.
 
-        The members' own chunks are made anew by clean passes of their latents, under the weights as they are.
+        The members' own chunks are made anew by clean passes of their latents, under the weights as they are, once for each member.
 
         Args:
             prefix: instead of the group's own.
         """
         prefix = prefix or group.prefix
         assert prefix is not None, "the group has no context: see bring_back"
-        stream = replace(prefix, cache=prefix.cache.fork(len(members)), latents=list(prefix.latents))
-        try:
-            for number, latents in group.own_chunks(self.shape.chunk_frames).items():
-                if number < chunk:
-                    with torch.no_grad():
-                        self.append(stream, latents[members], timestep=self.context_noise)
+        distinct, rows = members, list(range(len(members)))
+        if chunk > group.pivot:
+            distinct, inverse = members.unique(return_inverse=True)
+            rows = inverse.tolist()
+        with ExitStack() as stack:
+            cache = prefix.cache.fork(len(distinct))
+            stack.callback(cache.release)
+            stream = replace(prefix, cache=cache, latents=list(prefix.latents))
+            own = [latents for number, latents in group.own_chunks(self.shape.chunk_frames).items() if number < chunk]
+            cache.reserve(sum(latents.shape[1] for latents in own))  # consecutive pages, as in the rollout
+            for latents in own:
+                with torch.no_grad():
+                    self.append(stream, latents[distinct], timestep=self.context_noise)
+            if rows != list(range(len(distinct))):
+                stream.cache = cache.of(rows)
+                stack.callback(stream.cache.release)
             yield stream
-        finally:
-            stream.cache.release()
 
     def predict(self, group: Group, samples: Samples, *, context: Stream | None = None, checkpoint: bool = False) -> Tensor:
         """Predict x0hat of samples, [N, F, C, h, w] float32, under the present weights, with gradient if enabled; the context is constant.

@@ -71,6 +71,20 @@ class Samples:
 
 
 @dataclass
+class Explored:
+    """A chunk in which the G members have noises of their own, as the rollout made it.
+
+    Attributes:
+        steps: the sampler's, T of them.
+        inputs, predictions: x_t and x0hat_t, [T, G, F, C, h, w] float32.
+    """
+
+    steps: Steps
+    inputs: Tensor
+    predictions: Tensor
+
+
+@dataclass
 class Group:
     """G videos that share their chunks before the pivot, and from there on differ in the noises that a plan names.
 
@@ -84,9 +98,8 @@ class Group:
         prefix: the context of the pivot chunk; None where its pages were given back.
         prefix_latents: [1, F0, C, h, w] float32, before the pivot.
         tails: [G, F1, C, h, w] float32, from the pivot on; in a group out of a buffer the pivot chunk's alone.
-        inputs, predictions: x_t and x0hat_t of the pivot chunk at its T steps, [T, G, F, C, h, w] float32.
-        steps: the sampler's steps of the pivot chunk.
-        rule: takes the pivot chunk from step to step.
+        explored: the pivot chunk and those after it in which the members have noises of their own, by number.
+        rule: takes these chunks from step to step.
     """
 
     id: GroupId
@@ -95,9 +108,7 @@ class Group:
     prefix: Stream | None
     prefix_latents: Tensor
     tails: Tensor
-    inputs: Tensor
-    predictions: Tensor
-    steps: Steps
+    explored: dict[int, Explored]
     rule: StepRule
 
     @property
@@ -105,10 +116,28 @@ class Group:
         """Number of members, G."""
         return self.inputs.shape[1]
 
-    def samples(self, steps: Tensor, members: Tensor) -> Samples:
-        """Return the pivot chunk as the rollout had it at `steps` [N] of the sampler in `members` [N]."""
-        timesteps, sigmas = (torch.tensor(table)[steps].to(self.inputs.device) for table in (self.steps.timesteps, self.steps.sigmas))
-        return Samples(self.pivot, members, self.inputs[steps, members], timesteps, sigmas, steps)
+    @property
+    def steps(self) -> Steps:
+        """Steps of the pivot chunk."""
+        return self.explored[self.pivot].steps
+
+    @property
+    def inputs(self) -> Tensor:
+        """Inputs x_t of the pivot chunk, [T, G, F, C, h, w]."""
+        return self.explored[self.pivot].inputs
+
+    @property
+    def predictions(self) -> Tensor:
+        """Predictions x0hat_t of the pivot chunk, [T, G, F, C, h, w]."""
+        return self.explored[self.pivot].predictions
+
+    def samples(self, steps: Tensor, members: Tensor, chunk: int | None = None) -> Samples:
+        """Return an explored chunk, the pivot by default, as the rollout had it at `steps` [N] of the sampler in `members` [N]."""
+        chunk = self.pivot if chunk is None else chunk
+        explored = self.explored[chunk]
+        tables = explored.steps.timesteps, explored.steps.sigmas
+        timesteps, sigmas = (torch.tensor(table)[steps].to(explored.inputs.device) for table in tables)
+        return Samples(chunk, members, explored.inputs[steps, members], timesteps, sigmas, steps)
 
     def own_chunks(self, chunk_frames: Sequence[int]) -> dict[int, Tensor]:
         """Return the members' own chunks [G, F, C, h, w] by number, given the frames of each chunk of the video."""
@@ -137,8 +166,10 @@ class Group:
 
     def move(self, device: torch.device | str) -> None:
         """Move the tensors to a device."""
-        for name in ("text", "prefix_latents", "tails", "inputs", "predictions"):
+        for name in ("text", "prefix_latents", "tails"):
             setattr(self, name, getattr(self, name).to(device))
+        for explored in self.explored.values():
+            explored.inputs, explored.predictions = explored.inputs.to(device), explored.predictions.to(device)
 
     def __enter__(self) -> Group:
         return self

@@ -24,7 +24,7 @@ from arcopo_fast.planning.spread import Spread
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.cache import variant_of
 from arcopo_fast.rollout.engine import Engine, VideoShape
-from arcopo_fast.rollout.group import Group
+from arcopo_fast.rollout.group import Explored, Group
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, keyed_rng
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.storage.identity import weights_digest
@@ -132,8 +132,11 @@ class Rollouts:
 
     def _join(self, group: Group) -> None:
         """Give a group the branches of all ranks of the team, in their order."""
-        for name, dim in (("inputs", 1), ("predictions", 1), ("tails", 0)):
-            setattr(group, name, self.team.concatenated(getattr(group, name), dim, self.branches))
+        group.tails = self.team.concatenated(group.tails, 0, self.branches)
+        for explored in group.explored.values():
+            explored.inputs, explored.predictions = (
+                self.team.concatenated(states, 1, self.branches) for states in (explored.inputs, explored.predictions)
+            )
 
     def prompt(self, iteration: int, index: int) -> Prompt:
         """Return the prompt of the group `index` of an iteration."""
@@ -219,12 +222,14 @@ def store(judged: JudgedGroup, shape: VideoShape) -> tuple[dict[str, Tensor], di
     """Return a group as a buffer keeps it: tensors, and the metadata that name them.
 
     Latents are kept, never keys and values: those are rebuilt from the prefix. The tensors are inputs, predictions [T, G, F, C, h, w]: x_t
-    and x0hat_t of the pivot chunk, whose first input is eps_i; initial [F, C, h, w]: eps*; and prefix [F0, C, h, w] float32, absent at the
-    first chunk.
+    and x0hat_t of the pivot chunk, whose first input is eps_i, and inputs/N, predictions/N of explored chunks N after it; initial [F, C, h,
+    w]: eps*; and prefix [F0, C, h, w] float32, absent at the first chunk.
     """
     group, (seed, iteration, index) = judged.group, judged.group.id
     initial = KeyedNoise(shape, group.id).initial(group.pivot)[0]
-    tensors = {"inputs": group.inputs, "predictions": group.predictions, "initial": initial}
+    tensors = {"initial": initial}
+    for chunk, explored in group.explored.items():
+        tensors |= dict(zip(_names(chunk, group.pivot), (explored.inputs, explored.predictions)))
     if group.pivot:
         tensors["prefix"] = group.prefix_latents[0]
     tensors |= {REWARD + name: values for name, values in judged.rewards.items()}
@@ -234,9 +239,15 @@ def store(judged: JudgedGroup, shape: VideoShape) -> tuple[dict[str, Tensor], di
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, about
 
 
+def _names(chunk: int, pivot: int) -> tuple[str, str]:
+    """Return the names of an explored chunk's inputs and predictions in a buffer's entry."""
+    ending = "" if chunk == pivot else f"/{chunk}"
+    return f"inputs{ending}", f"predictions{ending}"
+
+
 @torch.no_grad()
 def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objective[Any], rewards: list[str]) -> JudgedGroup:
-    """Return a stored group, its prefix rebuilt by clean passes of the generator without its adapter. Its `tails` are the pivot chunk's.
+    """Return a stored group, its prefix rebuilt by clean passes of the generator without its adapter. Its `tails` are the explored chunks'.
 
     The passes are the rollout's, so with the device and the libraries that made the group, keys and values are equal bit for bit; elsewhere
     they differ by rounding, which the ratio does not see: old and new predictions have the same prefix.
@@ -244,14 +255,19 @@ def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objec
     about, device = entry.metadata, engine.model.device
     pivot, prompt = about["pivot"], _prompt_in(about)
     text = generator.encode_text([prompt.for_generator]).to(device)
-    inputs, predictions = (entry.tensors[name].to(device) for name in ("inputs", "predictions"))
-    latents = entry.tensors["prefix"][None].to(device) if pivot else predictions[-1, :1, :0]
+    explored: dict[int, Explored] = {}
+    for chunk in range(pivot, engine.shape.chunks):
+        names = _names(chunk, pivot)
+        if names[0] in entry.tensors:
+            explored[chunk] = Explored(engine.steps_of(chunk), *(entry.tensors[name].to(device) for name in names))
+    tails = torch.cat([part.predictions[-1] for part in explored.values()], dim=1)
+    latents = entry.tensors["prefix"][None].to(device) if pivot else tails[:1, :0]
     with adapter_disabled(engine.model):
         prefix = engine.rebuild_prefix(text, latents)
     try:
         name = GroupId(about["seed"], about["iteration"], about["group"])
         rule = objective.noise_plan(0.0).rule or engine.rule
-        group = Group(name, text, pivot, prefix, latents, predictions[-1], inputs, predictions, engine.steps_of(pivot), rule)
+        group = Group(name, text, pivot, prefix, latents, tails, explored, rule)
         return JudgedGroup(group, prompt, {name: entry.tensors[REWARD + name] for name in rewards})
     except BaseException:
         prefix.cache.release()
@@ -268,8 +284,10 @@ def _prompt_in(about: Mapping[str, Any]) -> Prompt:
 def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -> dict[str, Any]:
     """Return everything that the groups of a buffer were drawn from; training must agree with every value."""
     plan = objective.noise_plan(config.rollout.noise_strength)
-    reencoded = {"vae_dtype": config.generator.vae_dtype} if variant_of(config.cache).reencodes(config.cache) else {}
-    return reencoded | {
+    sometimes: dict[str, Any] = {"vae_dtype": config.generator.vae_dtype} if variant_of(config.cache).reencodes(config.cache) else {}
+    if plan.chunks != 1:
+        sometimes["explored_chunks"] = plan.chunks or "all"
+    return sometimes | {
         "weights": weights_digest(frozen_state(generator.model)),
         "text_encoder": generator.encode_text.fingerprint,
         "video": config.video.model_dump(exclude={"fps", "decode_frames"}),

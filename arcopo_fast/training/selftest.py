@@ -142,13 +142,14 @@ def _fresh_adapter(check: Check) -> Iterator[Finding]:
 
 @torch.no_grad()
 def _replay(check: Check) -> Iterator[Finding]:
-    """Check that the replay predicts what the rollout did, and twice the same."""
+    """Check that the replay predicts what the rollout did, in every chunk that explores, and twice the same."""
     group, items = check.judged.group, _every_step(check)
 
     def replay() -> Tensor:
-        return predictions(check, items)
+        return torch.cat([predictions(check, items, chunk) for chunk in group.explored])
 
-    replayed, rolled_out = replay(), group.predictions[items.steps, items.anchors]
+    replayed = replay()
+    rolled_out = torch.cat([explored.predictions[items.steps, items.anchors] for explored in group.explored.values()])
     apart = ((replayed - rolled_out).square().mean() / rolled_out.square().mean()).sqrt().item()
     largest = 1e-4 if check.trainer.generator.model.dtype == torch.float32 else 0.05
     detail = "bit for bit" if apart == 0 else f"within {apart:.1g} of their size, from batches of another shape; the ratio never sees that"
@@ -306,16 +307,16 @@ def _gain(check: Check, target: object, items: Items, old: Tensor) -> float:
 def _every_step(check: Check) -> Items:
     """Return every step of the first member."""
     objective, group = check.trainer.objective, check.judged.group
-    steps = objective.trainable_steps(group) if isinstance(objective, RatioObjective) else len(group.steps)
+    steps = objective.trainable_steps(group.steps) if isinstance(objective, RatioObjective) else len(group.steps)
     return Items(torch.arange(steps), torch.zeros(steps, dtype=torch.long))
 
 
-def _micro_batches(check: Check, items: Items) -> list[Samples]:
+def _micro_batches(check: Check, items: Items, chunk: int | None = None) -> list[Samples]:
     """Return samples of the items, as many at once as in training."""
-    return check.judged.group.samples(*items).split(check.trainer.objective.settings.micro_batch or len(items.steps))
+    return check.judged.group.samples(*items, chunk).split(check.trainer.objective.settings.micro_batch or len(items.steps))
 
 
 @torch.no_grad()
-def predictions(check: Check, items: Items) -> Tensor:
-    """Return x0hat of items [N, F, C, h, w] under the present weights."""
-    return torch.cat([check.trainer.engine.predict(check.judged.group, part) for part in _micro_batches(check, items)])
+def predictions(check: Check, items: Items, chunk: int | None = None) -> Tensor:
+    """Return x0hat of items [N, F, C, h, w] of an explored chunk, the pivot by default, under the present weights."""
+    return torch.cat([check.trainer.engine.predict(check.judged.group, part) for part in _micro_batches(check, items, chunk)])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.commands import SMALL_COPO
+from support.commands import SMALL, SMALL_COPO
 from torch import Tensor
 
 from arcopo_fast import collect
@@ -76,6 +76,27 @@ def test_the_rebuilt_prefix_equals_the_rollouts_bit_for_bit(buffer: Path) -> Non
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert len(pivots) > 1, "the test needs groups with and without a long prefix"
     assert fresh.engine.pool.pages_in_use == trained.engine.pool.pages_in_use == 0
+
+
+def test_all_chunks_that_explore_are_stored(tmp_path: Path) -> None:
+    """And trained again, each in its member's own context; a buffer of the pivot's alone is refused."""
+    small = [*SMALL, "video.chunks=3", "objective.anchors_per_update=2", "rollout.pivot=2"]
+    path = str(tmp_path / "all")
+    collect.main(["toy_sde_grpo", *small, "objective.explore=all", "--buffer", path, "--groups", "2"])
+    made = Trainer(load_config("toy_sde_grpo", [*small, "objective.explore=all"]))
+    again = Trainer(load_config("toy_sde_grpo", [*small, "objective.explore=all", "train.mode=semi_on_policy", f"train.buffer={path}"]))
+    for entry in entries(Path(path)):
+        group = made.rollouts.roll_out(made.rollouts.encode(made.rollouts.prompt(entry.index, 0)), entry.index, 0)
+        with group, restore(entry, again.generator, again.engine, again.objective, ["toy_vq"]).group as stored:
+            assert list(stored.explored) == list(group.explored) == [1, 2] and torch.equal(stored.tails, group.tails)
+            for chunk, explored in group.explored.items():
+                assert torch.equal(stored.explored[chunk].inputs, explored.inputs)
+                assert torch.equal(stored.explored[chunk].predictions, explored.predictions)
+    trained = ["--mode", "semi_on_policy", "--buffer", path, "train.iterations=1", f"run.directory={tmp_path}"]
+    main(["toy_sde_grpo", *small, "objective.explore=all", *trained])
+    assert read_metrics(tmp_path / "toy_sde_grpo")[0]["update1/ratio_max"] == 0
+    with pytest.raises(UserError, match="explored_chunks"):
+        main(["toy_sde_grpo", *small, "name=pivot", *trained])
 
 
 @pytest.mark.parametrize("mode", ["semi_on_policy", "off_policy"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arcopo_fast.rollout.group import Group, Samples
+from arcopo_fast.rollout.group import Explored, Group, Samples
 from arcopo_fast.rollout.noise import GroupId
 from arcopo_fast.rollout.sampler import StepRule, Steps
 
@@ -23,7 +23,8 @@ def group_of(tail: int) -> Group:
     prefix: Any = SimpleNamespace(cache=SimpleNamespace(release=lambda: released.append(1)), released=released)
     pair = torch.randn(2, len(STEPS), MEMBERS, CHUNKS[PIVOT], 2, 3, 3)
     latents, tails = torch.randn(1, CHUNKS[0], 2, 3, 3), torch.randn(MEMBERS, tail, 2, 3, 3)
-    return Group(GroupId(7), torch.randn(1, 5, 10), PIVOT, prefix, latents, tails, *pair, STEPS, StepRule("consistency"))
+    explored = {PIVOT: Explored(STEPS, *pair)}
+    return Group(GroupId(7), torch.randn(1, 5, 10), PIVOT, prefix, latents, tails, explored, StepRule("consistency"))
 
 
 def test_samples_of_the_pivot_are_what_the_rollout_had_there() -> None:

@@ -136,6 +136,38 @@ def test_training_is_that_of_one_process(spread: str, ranks: int, mode: str, alo
         assert [differences(own, in_waves["outcomes"], part) for part in ("rewards", "advantages")] == [0, 0]
 
 
+def explored(world: World, *settings: str) -> dict[tuple[int, str], Any]:
+    """What a rank has of a group of which all chunks explore, and the adapter after learning from it."""
+    trainer = Trainer(load_config("toy_sde_grpo", [*EXPLORING, *settings]), world)
+    watch, made, source = LearningWatch(trainer.config), dict[tuple[int, str], Any](), trainer.groups.judged
+
+    def judged(iteration: int, index: int) -> JudgedGroup:
+        group = (judged := source(iteration, index)).group
+        for chunk, states in group.explored.items():
+            made[chunk, "inputs"], made[chunk, "predictions"] = states.inputs.clone(), states.predictions.clone()
+        return judged
+
+    trainer.groups.judged = judged  # type: ignore[method-assign]
+    one_iteration(trainer, watch, 1)
+    return made | {(-1, name): tensor.clone() for name, tensor in adapter_state(trainer.generator.model).items()}
+
+
+EXPLORING = [
+    *("video.chunks=2", "objective.explore=all", "rollout.pivot=1", "lora.rank=4", "train.iterations=1"),
+    *(f"rollout.group_size={GROUP}", "objective.anchors_per_update=2", "train.spread=branches"),
+]
+
+
+def test_branches_whose_chunks_all_explore() -> None:
+    """Every rank has every chunk of all members, as one process makes them in waves of the same size."""
+    alone = explored(World(), "rollout.branches_per_wave=2", "rollout.decode_branches=2")
+    for found in run_ranks(2, explored):
+        assert found.keys() == alone.keys() and {chunk for chunk, _ in found} == {-1, 0, 1}
+        assert all(torch.equal(found[key], alone[key]) for key in found if key[0] >= 0)
+        ours, theirs = (torch.cat([value.flatten() for key, value in state.items() if key[0] < 0]) for state in (found, alone))
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
 def trained_in_float64(world: World, *settings: str) -> dict[str, Any]:
     """The same, but weights, adapters, frames and scores are all float64."""
 
