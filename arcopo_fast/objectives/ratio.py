@@ -1,7 +1,8 @@
 """The common part of the methods that maximize a clipped ratio of the new policy to the old one: AR-CoPO, SDE-GRPO, Neighbor GRPO.
 
 They replay the pivot chunk of some members, the anchors, and the later chunks in which members have noises of their own, if there are any,
-at some of the sampler's steps, from the inputs that the rollout had there. Before the first update new and old policy are the same, so the ratio is exactly 1; this is asserted at run time.
+at some of the sampler's steps, from the inputs that the rollout had there. Before the first update new and old policy are the same, so the
+ratio is exactly 1; this is asserted at run time.
 
 Where the old policy is the one that made the group (on-policy), it is a copy of the live adapter that is taken before the iteration's first
 step. In the first update it is the live one, and its prediction is the replay itself, detached. Where groups come from a buffer

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from arcopo_fast.objectives.ratio import Items, RatioObjective
+from arcopo_fast.objectives.ratio import RatioObjective
 from arcopo_fast.training.groups import JudgedGroup
 from arcopo_fast.training.trainer import Trainer
 
@@ -57,14 +57,14 @@ class Replayed(NamedTuple):
 
     Attributes:
         statistics: what `Objective.update` returned.
-        items: every (step, anchor) pair of the second update.
-        ratio_minus_one, live: [N, K] of the items, after the first step, against the policy that made the group.
+        steps: of the N samples of the second update, [N].
+        ratio_minus_one, live: [N, K] of the samples, after the first step, against the policy that made the group.
         gain: mean of A (ratio - 1) of the pairs of the first update, after its step.
         moved: share of the adapter's elements with a gradient whose values have changed.
     """
 
     statistics: dict[str, float]
-    items: Items
+    steps: Tensor
     ratio_minus_one: Tensor
     live: Tensor
     gain: float

@@ -66,8 +66,8 @@ def _ratios(check: Check, replayed: Replayed) -> Iterator[Finding]:
 
 
 def _by_step(replayed: Replayed, values: Tensor) -> list[Tensor]:
-    """Return the values [N, K] of the items, split by denoising step."""
-    return [values[replayed.items.steps == step].flatten() for step in replayed.items.steps.unique()]
+    """Return the values [N, K] of the samples, split by denoising step."""
+    return [values[replayed.steps == step].flatten() for step in replayed.steps.unique()]
 
 
 def _listed(parts: list[Tensor], statistic: Callable[[Tensor], Tensor], unit: float = 1.0) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, combinations
 
@@ -21,7 +22,7 @@ from arcopo_fast.evaluation.judging import Judging
 from arcopo_fast.model.lora import adapter_disabled, adapter_state, load_adapter_state
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
-from arcopo_fast.objectives.ratio import Items, RatioNotOne, RatioObjective
+from arcopo_fast.objectives.ratio import RatioNotOne, RatioObjective
 from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.group import Samples
 from arcopo_fast.training.findings import Check, Finding, Replayed, ratio_objective
@@ -35,6 +36,8 @@ SAME_SCORE = 1e-3
 """In units of the group's spread: a score that moves more when other videos stand beside it is no score of the video."""
 OWN_SCORE = 0.25
 """In the same units: a score that lies further from that of the member decoded and judged alone is another member's."""
+ROLLOUT = "self-test"
+"""Name of the policy that made the group."""
 COMPANIONS = 3
 """Members that are judged alone and in each other's company."""
 
@@ -133,23 +136,23 @@ def _shared_frames(check: Check) -> Iterator[Finding]:
 @torch.no_grad()
 def _fresh_adapter(check: Check) -> Iterator[Finding]:
     """Check that a new adapter adds exactly nothing."""
-    items = _every_step(check)
-    adapted = predictions(check, items)
+    samples = _every_step(check)
+    adapted = predictions(check, samples)
     with adapter_disabled(check.trainer.generator.model):
-        base = predictions(check, items)
+        base = predictions(check, samples)
     yield Finding("a new adapter", bool(torch.equal(adapted, base)), "predictions with it are those without it, bit for bit")
 
 
 @torch.no_grad()
 def _replay(check: Check) -> Iterator[Finding]:
     """Check that the replay predicts what the rollout did, in every chunk that explores, and twice the same."""
-    group, items = check.judged.group, _every_step(check)
+    group, samples = check.judged.group, _every_step(check)
 
     def replay() -> Tensor:
-        return torch.cat([predictions(check, items, chunk) for chunk in group.explored])
+        return predictions(check, samples)
 
     replayed = replay()
-    rolled_out = torch.cat([explored.predictions[items.steps, items.anchors] for explored in group.explored.values()])
+    rolled_out = torch.cat([group.explored[part.chunk].predictions[part.steps, part.members] for part in samples])
     apart = ((replayed - rolled_out).square().mean() / rolled_out.square().mean()).sqrt().item()
     largest = 1e-4 if check.trainer.generator.model.dtype == torch.float32 else 0.05
     detail = "bit for bit" if apart == 0 else f"within {apart:.1g} of their size, from batches of another shape; the ratio never sees that"
@@ -216,8 +219,9 @@ def _update(check: Check) -> Iterator[Finding | Replayed]:
     kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in trainer.parameters}
     yield Finding("the master weights", kinds == {"float32"}, f"of the adapter are {', '.join(sorted(kinds))}")
     target = objective.target(group, check.advantages)
-    first, second = (objective.draw_items(group, update) for update in range(2))
+    first, second = (objective.samples(group, update) for update in range(2))
     old_first, old_second = predictions(check, first), predictions(check, second)
+    objective.policies.keep(ROLLOUT)
     replayed = None
     for factor in LARGER_STEPS:
         load_adapter_state(trainer.generator.model, start)
@@ -232,9 +236,9 @@ def _update(check: Check) -> Iterator[Finding | Replayed]:
         moved = _moved(start, adapter_state(trainer.generator.model))
         load_adapter_state(trainer.generator.model, between[0])
         gain = _gain(check, target, first, old_first)
-        ratio_minus_one, live, _ = _compare(check, target, second, old_second)
+        ratio_minus_one, live, _ = _compare(check, target, second, old_second, ROLLOUT)
         if factor == 1:
-            replayed = Replayed(statistics, second, ratio_minus_one, live, gain, moved)
+            replayed = Replayed(statistics, _steps(second), ratio_minus_one, live, gain, moved)
             yield Finding("the ratio", statistics["update1/ratio_max"] == 0, "exactly 1 before the first update")
             yield Finding("the gradient", statistics["gradient_norm"] > 0, f"of the adapter: norm {statistics['gradient_norm']:.3g}")
         if gain != 0:
@@ -254,10 +258,10 @@ def _reference(check: Check) -> Iterator[Finding]:
     """Check that groups from a buffer are compared with the generator without its adapter, which has moved by now."""
     trainer, group = check.trainer, check.judged.group
     objective = type(ratio_objective(check))(trainer.engine, ratio_objective(check).settings, reference=True)
-    items = objective.draw_items(group, 0)
+    samples = objective.samples(group, 0)
     with adapter_disabled(trainer.generator.model):
-        old = predictions(check, items)
-    measured = _compare(check, objective.target(group, check.advantages), items, old)[0].abs().max().item()
+        old = predictions(check, samples)
+    measured = _compare(check, objective.target(group, check.advantages), samples, old, "reference")[0].abs().max().item()
     optimizer = torch.optim.AdamW(trainer.parameters, lr=trainer.config.optimizer.lr)
     reported = objective.update([(group, check.advantages)], Stepper(optimizer, eps=trainer.config.optimizer.eps))["update1/ratio_max"]
     detail = f"|ratio - 1| of a moved policy reaches {reported:.3g}; against the generator without its adapter it is {measured:.3g}"
@@ -283,11 +287,12 @@ def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
 
 
 @torch.no_grad()
-def _compare(check: Check, target: object, items: Items, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ratio - 1 [N, K], live [N, K] and losses [N] of items under the present weights, against predictions `old`."""
-    objective, group, parts = ratio_objective(check), check.judged.group, _micro_batches(check, items)
+def _compare(check: Check, target: object, samples: Sequence[Samples], old: Tensor, maker: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ratio - 1 [N, K], live [N, K] and losses [N] of samples under the present weights, against predictions `old` of the policy
+    that made the group."""
+    objective, group, parts = ratio_objective(check), check.judged.group, _micro_batches(check, samples)
     outcomes = [
-        objective.ratio(group, target, part, check.trainer.engine.predict(group, part), before)
+        objective.ratio(group, target, part, _predict(check, part, maker), before)
         for part, before in zip(parts, old.split([len(part) for part in parts]))
     ]
     ratios, live, losses = (
@@ -296,27 +301,44 @@ def _compare(check: Check, target: object, items: Items, old: Tensor) -> tuple[T
     return ratios.cpu(), live.cpu(), losses.cpu()
 
 
-def _gain(check: Check, target: object, items: Items, old: Tensor) -> float:
-    """Return the mean of A (ratio - 1) over items and the members that each ratio depends on."""
-    ratio_minus_one, _, _ = _compare(check, target, items, old)
+def _gain(check: Check, target: object, samples: Sequence[Samples], old: Tensor) -> float:
+    """Return the mean of A (ratio - 1) over samples and the members that each ratio depends on."""
+    ratio_minus_one, _, _ = _compare(check, target, samples, old, ROLLOUT)
+    members = torch.cat([part.members for part in samples])
     advantages = check.advantages.to(ratio_minus_one)
-    weights = advantages.expand_as(ratio_minus_one) if ratio_minus_one.shape[1] > 1 else advantages[items.anchors][:, None]
+    weights = advantages.expand_as(ratio_minus_one) if ratio_minus_one.shape[1] > 1 else advantages[members][:, None]
     return (weights * ratio_minus_one).mean().item()
 
 
-def _every_step(check: Check) -> Items:
-    """Return every step of the first member."""
-    objective, group = check.trainer.objective, check.judged.group
-    steps = objective.trainable_steps(group.steps) if isinstance(objective, RatioObjective) else len(group.steps)
-    return Items(torch.arange(steps), torch.zeros(steps, dtype=torch.long))
+def _every_step(check: Check) -> list[Samples]:
+    """Return every step of the first member's chunks that explore."""
+    objective, group, samples = check.trainer.objective, check.judged.group, []
+    for chunk, explored in group.explored.items():
+        steps = objective.trainable_steps(explored.steps) if isinstance(objective, RatioObjective) else len(explored.steps)
+        samples.append(group.samples(torch.arange(steps), torch.zeros(steps, dtype=torch.long), chunk))
+    return samples
 
 
-def _micro_batches(check: Check, items: Items, chunk: int | None = None) -> list[Samples]:
-    """Return samples of the items, as many at once as in training."""
-    return check.judged.group.samples(*items, chunk).split(check.trainer.objective.settings.micro_batch or len(items.steps))
+def _steps(samples: Sequence[Samples]) -> Tensor:
+    """Return the sampler's steps of samples that the rollout had, [N]."""
+    return torch.cat([part.steps for part in samples if part.steps is not None])
+
+
+def _micro_batches(check: Check, samples: Sequence[Samples]) -> list[Samples]:
+    """Return the samples, as many at once as in training."""
+    return [part for chunk in samples for part in chunk.split(check.trainer.objective.settings.micro_batch or len(chunk))]
+
+
+def _predict(check: Check, samples: Samples, maker: str = "live") -> Tensor:
+    """Return x0hat of samples of one chunk, [N, F, C, h, w], under the present weights, in the context that the policy `maker` made."""
+    engine, group = check.trainer.engine, check.judged.group
+    with ExitStack() as stack:
+        with check.trainer.objective.policies.as_(maker):
+            context = stack.enter_context(engine.context(group, samples.chunk, samples.members))
+        return engine.predict(group, samples, context=context)
 
 
 @torch.no_grad()
-def predictions(check: Check, items: Items, chunk: int | None = None) -> Tensor:
-    """Return x0hat of items [N, F, C, h, w] of an explored chunk, the pivot by default, under the present weights."""
-    return torch.cat([check.trainer.engine.predict(check.judged.group, part) for part in _micro_batches(check, items, chunk)])
+def predictions(check: Check, samples: Sequence[Samples]) -> Tensor:
+    """Return x0hat of samples [N, F, C, h, w] under the present weights."""
+    return torch.cat([_predict(check, part) for part in _micro_batches(check, samples)])

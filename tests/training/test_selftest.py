@@ -55,7 +55,7 @@ def test_it_holds(settings: list[str]) -> None:
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_command(doctor.main, ["toy_sde_grpo", *FAST, "--self-test"]) == 0
+    assert run_command(doctor.main, ["toy_sde_grpo", *FAST, "objective.explore=all", "--self-test"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "everything holds" and not list(tmp_path.iterdir())
     monkeypatch.setattr(MotionQuality, "__call__", lambda self, frames, prompts: torch.arange(float(len(frames))))
     assert run_command(doctor.main, ["toy", *FAST, "--self-test"]) == 1
