@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Iterator, Literal, NamedTuple, Sequence
+from typing import Iterator, Literal, Sequence
 
 import torch
 from arcopo_kernels.paging import GroupPlan, PagePool
@@ -24,7 +24,7 @@ from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import plan_pages, variant_of
 from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.graphs import ChunkGraphs
-from arcopo_fast.rollout.group import Explored, Group, Samples, Stream
+from arcopo_fast.rollout.group import Explored, Fork, Group, Samples, Stream, Wave
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise, NoisePlan, NoiseSource
 from arcopo_fast.rollout.sampler import StepRule, Steps, Trajectory, predict
 from arcopo_fast.rollout.scheduler import Schedule
@@ -63,36 +63,6 @@ class VideoShape:
     def chunk(self, index: int) -> tuple[int, int, int, int]:
         """Return [F, C, h, w] of chunk `index`."""
         return self.chunk_frames[index], self.channels, self.height, self.width
-
-
-class _Fork(NamedTuple):
-    """The point where a wave of a group's branches begins.
-
-    Attributes:
-        prefix: the shared videos so far.
-        pivot: the chunk that comes next.
-        noise: the noise of the wave's members.
-        tails: for each branch the pages set aside for its tail; the first wave takes them out of these lists.
-        tail_pages: pages that a tail needs.
-    """
-
-    prefix: Stream
-    pivot: int
-    noise: MemberNoise
-    tails: list[list[int]]
-    tail_pages: int
-
-
-class _Wave(NamedTuple):
-    """Branches that were finished together.
-
-    Attributes:
-        trajectories: of the chunks with noises of their own, by number.
-        tails: latents from the pivot on, [g, F1, C, h, w].
-    """
-
-    trajectories: dict[int, Trajectory]
-    tails: Tensor
 
 
 class Engine:
@@ -298,10 +268,10 @@ class Engine:
             with stage("prefix") if pivot else nullcontext():
                 for chunk in range(pivot):
                     self.extend(prefix, chunk, noise.initial(chunk), noise, last=False)
-            waves: list[_Wave] = []
+            waves: list[Wave] = []
             while part:
                 wave_noise = MemberNoise(noise, plan, pivot, part[:wave_size])
-                wave = self._try_finish(_Fork(prefix, pivot, wave_noise, reserved.tails, pages.tail))
+                wave = self._try_finish(Fork(prefix, pivot, wave_noise, reserved.tails, pages.tail))
                 if wave is None:
                     wave_size = self.largest_wave = (wave_size + 1) // 2
                     continue
@@ -332,7 +302,7 @@ class Engine:
             return torch.cat(list(chunks), dim=1)
         return torch.empty(1, 0, *self.shape.chunk(0)[1:], device=self.model.device)
 
-    def _try_finish(self, fork: _Fork) -> _Wave | None:
+    def _try_finish(self, fork: Fork) -> Wave | None:
         """Finish a wave as `_finish` does; return None if a wave of several branches ran out of memory, which is then free again."""
         members = len(fork.noise.members)
         half = (members + 1) // 2
@@ -357,7 +327,7 @@ class Engine:
             torch.cuda.empty_cache()
         return None
 
-    def _finish(self, fork: _Fork) -> _Wave:
+    def _finish(self, fork: Fork) -> Wave:
         """Complete the branches of one wave.
 
         The first wave takes the pages reserved for its tails; those after it take `tail_pages` for each branch of what it gave back.
@@ -378,7 +348,7 @@ class Engine:
                     trajectories[chunk] = trajectory
         finally:
             stream.cache.release()
-        return _Wave(trajectories, torch.cat(stream.latents[pivot:], dim=1))
+        return Wave(trajectories, torch.cat(stream.latents[pivot:], dim=1))
 
     def rebuild_prefix(self, text: Tensor, latents: Tensor) -> Stream:
         """Return the context after the first chunks again, from their clean latents [1, F0, C, h, w], by clean passes only."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from arcopo_fast.model.causal_wan import TextContext
 from arcopo_fast.rollout.cache import VideoCache
-from arcopo_fast.rollout.noise import GroupId
-from arcopo_fast.rollout.sampler import StepRule, Steps
+from arcopo_fast.rollout.noise import GroupId, MemberNoise
+from arcopo_fast.rollout.sampler import StepRule, Steps, Trajectory
 
 
 @dataclass
@@ -29,6 +30,36 @@ class Stream:
     text: TextContext
     latents: list[Tensor] = field(default_factory=list)
     frame: int = 0
+
+
+class Fork(NamedTuple):
+    """The point where a wave of a group's branches begins.
+
+    Attributes:
+        prefix: the shared videos so far.
+        pivot: the chunk that comes next.
+        noise: the noise of the wave's members.
+        tails: for each branch the pages set aside for its tail; the first wave takes them out of these lists.
+        tail_pages: pages that a tail needs.
+    """
+
+    prefix: Stream
+    pivot: int
+    noise: MemberNoise
+    tails: list[list[int]]
+    tail_pages: int
+
+
+class Wave(NamedTuple):
+    """Branches that were finished together.
+
+    Attributes:
+        trajectories: of the chunks with noises of their own, by number.
+        tails: latents from the pivot on, [g, F1, C, h, w].
+    """
+
+    trajectories: dict[int, Trajectory]
+    tails: Tensor
 
 
 @dataclass(frozen=True)

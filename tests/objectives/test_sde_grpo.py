@@ -107,42 +107,6 @@ def test_what_members_share(kernel: str, init_noise: str) -> None:
         assert distinct(group.tails[:, : SHAPE.chunk_frames[PIVOT]])
 
 
-@pytest.mark.parametrize("explore", ["pivot", "all"])
-def test_the_chunks_that_explore(explore: str) -> None:
-    """With `explore: all` every member draws for itself at every step of every chunk from the pivot on, and the group keeps them all."""
-    objective = SdeGrpoObjective(adapted_engine(), settings_of(init_noise="fresh", explore=explore))
-    with make_group(objective, pivot=1) as group:
-        chunks = list(range(1, SHAPE.chunks)) if explore == "all" else [1]
-        assert list(group.explored) == chunks
-        noise = KeyedNoise(SHAPE, group.id)
-        for chunk, explored in group.explored.items():
-            assert torch.equal(explored.inputs[0], noise.neighbors(chunk, range(GROUP), 1.0))
-            for step in range(len(explored.steps) - 1):
-                transition = group.rule.transition(explored.steps.sigmas[step], explored.steps.next_sigma(step))
-                mean = transition.mean(explored.inputs[step], explored.predictions[step])
-                drawn = (explored.inputs[step + 1] - mean) / transition.std
-                torch.testing.assert_close(drawn, noise.own(chunk, step, range(GROUP)), rtol=0, atol=1e-4)
-        latents = group.own_chunks(SHAPE.chunk_frames)
-        assert all(torch.equal(explored.predictions[-1], latents[chunk]) for chunk, explored in group.explored.items())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_explored_chunks_are_predicted_as_the_rollout_did(dtype: torch.dtype) -> None:
-    """Bit for bit at the rollout's shapes; members in another order, several times, up to rounding."""
-    objective = SdeGrpoObjective(adapted_engine(dtype), settings_of(explore="all"))
-    engine, everyone = objective.engine, torch.arange(GROUP)
-    with make_group(objective, pivot=1) as group, torch.no_grad():
-        for chunk, explored in group.explored.items():
-            for step in range(len(explored.steps)):
-                replayed = engine.predict(group, group.samples(torch.full((GROUP,), step), everyone, chunk))
-                assert torch.equal(replayed, explored.predictions[step])
-            steps, members = torch.tensor([1, 0, 1, 1]), torch.tensor([4, 2, 2, 0])
-            mixed = engine.predict(group, group.samples(steps, members, chunk))
-            worst = (mixed - explored.predictions[steps, members]).norm() / mixed.norm()
-            assert worst < (1e-5 if dtype == torch.float32 else 0.03)
-        assert engine.pool.pages_in_use == group.prefix.cache.frames, "nothing of the members' contexts is kept"
-
-
 def distinct(members: Tensor) -> bool:
     """Are all of them different? Neither nearly equal, as rounding makes them, nor in part."""
     flat = members.double().flatten(1)
@@ -276,39 +240,6 @@ def test_the_first_gradient_is_that_of_the_weighted_log_probabilities(kernel: st
         _, optimizer = update(objective, group, advantages)
     (gradients,) = optimizer.gradients
     ours, theirs = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (gradients, expected))
-    assert theirs.norm() > 0 and (ours - theirs).norm() < 3e-6 * theirs.norm()
-
-
-@pytest.mark.parametrize("init_noise", ["shared", "fresh"])
-def test_all_chunks_learn_from_the_same_advantage(init_noise: str) -> None:
-    """The gradient is -mean over (member, chunk, step) of A d log p, each chunk in its member's own context, which is constant."""
-    engine = adapted_engine(torch.float64)
-    settings = settings_of(explore="all", init_noise=init_noise, updates=1, anchors_per_update=2, micro_batch=3)
-    objective = SdeGrpoObjective(engine, settings)
-    advantages, parameters = zscore(torch.randn(GROUP)), adapter_parameters(engine.model)
-    with make_group(objective, pivot=1) as group:
-        trained = objective.samples(group, 0)
-        assert [samples.chunk for samples in trained] == list(range(1, SHAPE.chunks))
-        assert len({tuple(samples.members.unique().tolist()) for samples in trained}) == 1, "the same members in every chunk"
-        count, sums = sum(map(len, trained)), [torch.zeros_like(parameter) for parameter in parameters]
-        for samples in trained:
-            explored = group.explored[samples.chunk]
-            for step, member in zip(samples.steps.tolist(), samples.members.tolist()):
-                own = group.videos()[member : member + 1, : sum(SHAPE.chunk_frames[: samples.chunk])]
-                with torch.no_grad():
-                    context = engine.rebuild_prefix(group.text, own)
-                sample = group.samples(torch.tensor([step]), torch.tensor([member]), samples.chunk)
-                clean = engine.predict(group, sample, context=context)[0]
-                transition = group.rule.transition(explored.steps.sigmas[step], explored.steps.next_sigma(step))
-                policy = Normal(transition.mean(explored.inputs[step, member].double(), clean.double()), transition.std)
-                loss = -advantages[member] * policy.log_prob(explored.inputs[step + 1, member].double()).mean()
-                for total, gradient in zip(sums, torch.autograd.grad(loss / count, parameters)):
-                    total += gradient
-                context.cache.release()
-        statistics, optimizer = update(objective, group, advantages)
-    assert statistics["update1/ratio_max"] == 0
-    (gradients,) = optimizer.gradients
-    ours, theirs = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (gradients, sums))
     assert theirs.norm() > 0 and (ours - theirs).norm() < 3e-6 * theirs.norm()
 
 
