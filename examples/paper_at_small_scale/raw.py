@@ -1,0 +1,156 @@
+"""A part's result: one file with every video's scores before and after every run, and its curves. Small enough to be committed.
+
+    {"part": ..., "plan": {...}, "weights": {...}, "left_out": [...], "chosen": {...}, "before": {"0": {measure: [...]}, ...},
+     "runs": {name: {"method", "seed", "lr", "clip", "settings", "before": "0", "after": {measure: [...]}, "curves": {name: [...]}}},
+     "scales": {...}, "entropy": {method: [records]}}
+
+Videos stand prompt by prompt. Runs with the same step list have the same videos before, so these are kept once. A merge is a run whose
+method is merge_SCALE. `chosen` is what the sweep chose, `scales` how large a judge's errors were.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from plan import Pair, Part, available, missing, runs
+
+from arcopo_fast.config.reading import load_config
+from arcopo_fast.evaluation.looks import DETAIL, MOTION
+from arcopo_fast.storage.atomic import atomic_write
+from arcopo_fast.storage.metrics import TOTAL, read_metrics
+
+GAIN = "gain"
+"""The weighted sum of the exact rewards, with the weights of the recipe toy, whatever a run was trained on."""
+NEUTRAL = (MOTION, DETAIL)
+"""Measures of which neither more nor less is better; of all others more is."""
+CURVES = (TOTAL, "update1/live", "update2/live", "update2/ratio_std")
+Values = dict[str, list[float | None]]
+
+
+class Results:
+    """What is committed, or lies in another folder of the same form."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.parts: dict[str, dict[str, Any]] = {}
+        for file in sorted(folder.glob("*.json")):
+            document = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(document, dict) and document.get("part") == file.stem:
+                self.parts[file.stem] = document
+
+    def chosen(self) -> dict[str, Pair]:
+        """Return the pair that the sweep chose for each method; empty before the sweep."""
+        return {name: Pair(*pair) for name, pair in self.parts.get("tune", {}).get("chosen", {}).items()}
+
+    def methods(self, part: str) -> list[str]:
+        """Return the methods that the part has runs of, in the order of its runs."""
+        return list(dict.fromkeys(run["method"] for run in self.parts.get(part, {}).get("runs", {}).values()))
+
+    def measures(self, part: str, method: str) -> list[str]:
+        """Return what was measured, `GAIN` first."""
+        return [GAIN, *(name for name in self._runs(part, method)[0]["after"])]
+
+    def changes(self, part: str, method: str, measure: str) -> NDArray[np.float64]:
+        """Return each run's change, [seeds, prompts], mean over a prompt's videos, in standard deviations of a video before training.
+
+        Where videos do not vary before, it is the plain change.
+        """
+        document = self.parts[part]
+        cells = []
+        for run in self._runs(part, method):
+            before = values(document["before"][run["before"]], measure, document["weights"])
+            after = values(run["after"], measure, document["weights"])
+            spread = float(np.nanstd(before)) or 1.0
+            cells.append(((after - before) / spread).reshape(document["plan"]["prompts"], -1).mean(axis=1))
+        return np.array(cells)
+
+    def curve(self, part: str, method: str, name: str) -> list[float]:
+        """Return a curve's mean over seeds, at the iterations that all have; None counts as 0."""
+        curves = [run["curves"][name] for run in self._runs(part, method) if run["curves"].get(name)]
+        return np.array([[value or 0.0 for value in curve] for curve in curves]).mean(axis=0).tolist() if curves else []
+
+    def _runs(self, part: str, method: str) -> list[dict[str, Any]]:
+        found = [run for run in self.parts[part]["runs"].values() if run["method"] == method]
+        return sorted(found, key=lambda run: run["seed"])
+
+
+def values(scores: Mapping[str, Sequence[float | None]], measure: str, weights: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return a measure of every video, NaN where it failed."""
+    if measure == GAIN:
+        return np.sum([weight * np.array(scores[name], dtype=float) for name, weight in weights.items()], axis=0)
+    return np.array(scores[measure], dtype=float)
+
+
+# Writing ---------------------------------------------------------------------------------------------------------------------------
+
+
+def collect(part: Part, out: Path, chosen: Mapping[str, Pair], folder: Path) -> Path:
+    """Write the result of a part whose jobs are done, and return its file. out: where they left what they made."""
+    document: dict[str, Any] = {
+        "part": part.name,
+        "plan": asdict(part),
+        "weights": {name: weight for name, weight in load_config("toy").rewards.items() if weight},
+        "left_out": [why for method in part.known().values() if (why := missing(method))],
+        "before": {},
+        "runs": {},
+    }
+    for run in runs(part, chosen):
+        folder_of_run = out / "runs" / part.name / run.name
+        evaluation = _read(folder_of_run / "evaluation.json")
+        records = read_metrics(folder_of_run)
+        curves = {name: [_short(record.get(name)) for record in records] for name in CURVES}
+        about = {"method": run.method, "seed": run.seed, "lr": run.pair.lr, "clip": run.pair.clip, "settings": run.settings}
+        document["runs"][run.name] = about | _sides(document, evaluation["before"], evaluation["after"]) | {"curves": curves}
+    for scale in part.scales:
+        for seed in part.seeds:
+            kept = out / "merges" / str(seed) / "evaluations"
+            sides = [_read(kept / name)["scores"] for name in ("baseline.json", f"scale-{scale:g}.json")]
+            document["runs"][f"merge_{scale:g}-{seed}"] = {"method": f"merge_{scale:g}", "seed": seed, "curves": {}} | _sides(document, *sides)
+    if part.pairs:
+        document["chosen"] = best_pairs(document)
+    if part.levels:
+        document["scales"] = _read(out / "erring.json")
+    if part.draws:
+        document["entropy"] = {name: _read(out / "entropy" / name / "entropy.json")["records"] for name in available(part)}
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / f"{part.name}.json", json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n")
+    return folder / f"{part.name}.json"
+
+
+def best_pairs(document: Mapping[str, Any]) -> dict[str, Pair]:
+    """Return, of each method that was swept, the pair whose runs gained most of what they were trained on, mean over seeds."""
+    gains: dict[str, dict[Pair, list[float]]] = {}
+    for run in document["runs"].values():
+        trained = {"toy_ta": 1.0} if run["method"].startswith("caption") else document["weights"]
+        after = values(run["after"], GAIN, trained)
+        before = values(document["before"][run["before"]], GAIN, trained)
+        gains.setdefault(run["method"], {}).setdefault(Pair(run["lr"], run["clip"]), []).append(float(np.mean(after - before)))
+    return {method: max(pairs, key=lambda pair: float(np.mean(pairs[pair]))) for method, pairs in gains.items()}
+
+
+def _sides(document: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the two sides of a run; those before go to the document, unless equal ones are there."""
+    first, second = ({name: [_short(value) for value in score["values"]] for name, score in side.items() if _kept(name)} for side in (before, after))
+    known = document["before"]
+    key = next((key for key, side in known.items() if side == first), str(len(known)))
+    known[key] = first
+    return {"before": key, "after": second}
+
+
+def _kept(name: str) -> bool:
+    """Return whether a score is kept: not the sum, which depends on what was trained on, nor an erring judge's."""
+    return name != TOTAL and not name.startswith("erring:")
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
