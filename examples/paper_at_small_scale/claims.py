@@ -1,192 +1,312 @@
-"""The paper's claims, each as a rule over the numbers of finished runs. Knows nothing of how the runs were made.
+"""The claims, each as tests over the results and a rule over the tests' verdicts. The rules were written before the runs.
 
-Changes are after minus before on the same prompts and noises, in standard deviations of a video's value before training, and have an
-error that covers both seeds and videos. "Rises" and "falls" mean by more than two of these errors.
+A test is a mean change with its error (`inference`), named by what it is about. A rule sees the corrected verdicts alone, so it is a pure
+function of few words. Claims of methods go by the difference of the methods, not by two verdicts that are not alike.
+
+Changes are in standard deviations of a video before training. "The rest" are the measures that a run is not trained on and of which more
+is better: other rewards, held-out metrics, diversity. They are judged one by one, because their spreads differ too much for a mean.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-Verdict = Literal["reproduced", "not reproduced", "opposite"]
-Scores = Mapping[str, Mapping[str, Any]]
-"""One side of an evaluation.json: name -> {"mean", "std", "values"}."""
+import numpy as np
+from inference import Estimate, Tested, Verdict, crossed, family, independent
+from plan import JUDGED, KINDS, PARTS, judged_by
+from raw import CAPTION, GAIN, NEUTRAL, Results
+
+MARGIN = 0.2
+"""Standard deviations of a video: a change within it is called equivalent to none."""
+Finding = Literal["holds", "in part", "not shown", "opposite", "no verdict", "not run"]
+Verdicts = Mapping[str, Verdict]
+Tests = dict[str, Estimate]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """title: in a few words. paper: what it says, and where. found: what came out, with numbers. verdict: how the two compare."""
+    """title: in a few words. source: who says so, and where. needs: parts and methods without which it was not run.
+
+    ratio: estimates are logarithms of ratios.
+    """
 
     title: str
-    paper: str
-    found: str
-    verdict: Verdict
+    source: str
+    needs: tuple[tuple[str, str], ...]
+    tests: Callable[[Results], Tests]
+    rule: Callable[[Verdicts], Finding]
+    ratio: bool = False
 
 
 @dataclass(frozen=True)
-class Shift:
-    """A change, averaged over seeds (and over several measures, if there are several). by_seed: each seed's own."""
+class Outcome:
+    """A claim, the tests it goes by, and what they come to."""
 
-    mean: float
-    error: float
-    by_seed: tuple[float, ...]
+    claim: Claim
+    tests: dict[str, Tested]
+    verdict: Finding
 
     @property
-    def direction(self) -> int:
-        """1: rises, -1: falls, 0: neither is sure."""
-        return (self.mean > 2 * self.error) - (self.mean < -2 * self.error)
-
-    def __str__(self) -> str:
-        seeds = ", ".join(f"{value:+.2f}" for value in self.by_seed)
-        return f"{self.mean:+.2f} ± {self.error:.2f} ({seeds})"
+    def title(self) -> str:
+        """Return the claim's."""
+        return self.claim.title
 
 
-def shift(evaluations: Sequence[tuple[Scores, Scores]], names: Sequence[str]) -> Shift:
-    """The mean change of some measures, each in its own standard deviations before.
+def judge(results: Results) -> list[Outcome]:
+    """Return every claim with its verdict. All tests of all claims that were run are one family."""
+    tests = {claim.title: claim.tests(results) if has(results, claim) else {} for claim in CLAIMS}
+    whole = family({f"{title}|{name}": test for title, named in tests.items() for name, test in named.items()}, MARGIN)
+    outcomes = []
+    for claim in CLAIMS:
+        own = {name: whole[f"{claim.title}|{name}"] for name in tests[claim.title]}
+        verdicts = {name: test.verdict for name, test in own.items()}
+        decided = claim.rule(verdicts) if "too few" not in verdicts.values() else "no verdict"
+        outcomes.append(Outcome(claim, own, decided if own else "not run"))
+    return outcomes
 
-    evaluations: (before, after) of each seed, all of the same videos.
+
+def has(results: Results, claim: Claim) -> bool:
+    """Return whether all that a claim needs was run."""
+    return all(method in results.methods(part) or method in results.parts.get(part, {}).get("entropy", ()) for part, method in claim.needs)
+
+
+# Tests -----------------------------------------------------------------------------------------------------------------------------
+
+Where = tuple[str, str]
+
+
+def change(results: Results, where: Where, measure: str = GAIN) -> Estimate:
+    """Return how a measure of a part's method changes."""
+    return crossed(results.changes(*where, measure))
+
+
+def difference(results: Results, first: Where, second: Where, measure: str = GAIN) -> Estimate:
+    """Return how much more the first changes than the second, seed by seed and prompt by prompt, each in its own standard deviations."""
+    return crossed(results.changes(*first, measure) - results.changes(*second, measure))
+
+
+def rest(results: Results, where: Where) -> list[str]:
+    """Return the measures beside the caption reward of which more is better."""
+    return [name for name in results.measures(*where) if name not in (GAIN, CAPTION, *NEUTRAL)]
+
+
+def contest(first: Where, second: Where) -> Callable[[Results], Tests]:
+    """Return the gains of two methods, and their difference."""
+    return lambda results: {
+        FIRST: change(results, first),
+        SECOND: change(results, second),
+        MORE: difference(results, first, second),
+    }
+
+
+FIRST, SECOND, MORE = "the first", "the second", "the first minus the second"
+
+
+def by_pivot(method: str) -> Callable[[Results], Tests]:
+    """Return, of each pivot, the logarithm of the frames' change by the initial noise over that by the re-noise that matters most."""
+
+    def tests(results: Results) -> Tests:
+        records = results.parts["entropy"]["entropy"][method]
+        found = {}
+        for pivot in sorted({record["pivot"] for record in records}):
+            of_pivot = [record["frames"] for record in records if record["pivot"] == pivot]
+            changes = {name: np.array([np.mean(frames[name]) for frames in of_pivot]) for name in of_pivot[0]}
+            initial = changes.pop("initial")
+            largest = max(changes.values(), key=lambda values: float(values.mean()))
+            found[f"pivot {pivot}"] = independent(np.log(initial / largest))
+        return found
+
+    return tests
+
+
+ON, SEMI, OFF = (("caption", f"caption_{mode}") for mode in ("on", "semi", "off"))
+
+
+def hacking(results: Results) -> Tests:
+    """Return the caption reward and the rest of both, and the difference in the rest."""
+    found = {"on-policy: caption": change(results, ON, CAPTION), "semi: caption": change(results, SEMI, CAPTION)}
+    for name in rest(results, ON):
+        found[f"on-policy: {name}"] = change(results, ON, name)
+        found[f"semi: {name}"] = change(results, SEMI, name)
+        found[f"semi minus on-policy: {name}"] = difference(results, SEMI, ON, name)
+    return found
+
+
+def collapse(results: Results) -> Tests:
+    """Return what off-policy training does to the caption reward and the rest, and how it differs from semi-on-policy in the former."""
+    found = {
+        "off-policy: caption": change(results, OFF, CAPTION),
+        "off-policy minus semi: caption": difference(results, OFF, SEMI, CAPTION),
+    }
+    return found | {f"off-policy: {name}": change(results, OFF, name) for name in rest(results, OFF)}
+
+
+def merge(results: Results) -> Tests:
+    """Return the slope over the scale of the merge, by least squares: of the gain, and of each metric that no adapter was trained on."""
+    document = results.parts["caption"]
+    scales = np.array(document["plan"]["scales"])
+    weights = (scales - scales.mean()) / np.square(scales - scales.mean()).sum()
+
+    def slope(measure: str) -> Estimate:
+        cells = [results.changes("caption", f"merge_{scale:g}", measure) for scale in scales]
+        return crossed(np.tensordot(weights, np.array(cells), axes=1))
+
+    outside = [name for name in results.measures("caption", f"merge_{scales[0]:g}") if name != GAIN and name not in document["weights"]]
+    return {"in-domain: gain": slope(GAIN)} | {f"out-of-domain: {name}": slope(name) for name in outside if name not in NEUTRAL}
+
+
+# Rules -----------------------------------------------------------------------------------------------------------------------------
+
+
+def wins(verdicts: Verdicts) -> Finding:
+    """The first learns more, and the second does not learn; in part, if the second learns, too."""
+    if verdicts[MORE] == "falls":
+        return "opposite"
+    if verdicts[FIRST] == "rises" and verdicts[MORE] == "rises":
+        return "in part" if verdicts[SECOND] == "rises" else "holds"
+    return "not shown"
+
+
+def beats(verdicts: Verdicts) -> Finding:
+    """The first learns, and more than the second."""
+    if verdicts[MORE] == "falls":
+        return "opposite"
+    return "holds" if verdicts[FIRST] == "rises" and verdicts[MORE] == "rises" else "not shown"
+
+
+def always(wanted: Verdict) -> Callable[[Verdicts], Finding]:
+    """Every test has the verdict; opposite, if every one has the other."""
+    other = {"rises": "falls", "falls": "rises"}[wanted]
+
+    def rule(verdicts: Verdicts) -> Finding:
+        found = set(verdicts.values())
+        return "holds" if found == {wanted} else "opposite" if found == {other} else "not shown"
+
+    return rule
+
+
+def semi_does_not_hack(verdicts: Verdicts) -> Finding:
+    """On-policy raises the caption reward and loses some of the rest; semi-on-policy loses none, and demonstrably less of some of it.
+
+    In part, if on-policy alone loses some of the rest, and the caption reward or the difference is not shown.
     """
-    return _shift([_changes(before, after, names, before) for before, after in evaluations])
+    lost_on, lost_semi = falling(verdicts, "on-policy: "), falling(verdicts, "semi: ")
+    if lost_semi and not lost_on:
+        return "opposite"
+    if not lost_on or lost_semi:
+        return "not shown"
+    kept = any(verdicts[f"semi minus on-policy: {name}"] == "rises" for name in lost_on)
+    return "holds" if kept and verdicts["on-policy: caption"] == "rises" else "in part"
 
 
-def difference(first: Sequence[tuple[Scores, Scores]], second: Sequence[tuple[Scores, Scores]], names: Sequence[str]) -> Shift:
-    """How much more `first` changed than `second`, seed by seed and video by video."""
-    pairs = zip(first, second, strict=True)
-    return _shift([_changes(after_second, after_first, names, before) for (before, after_first), (_, after_second) in pairs])
+def off_policy_collapses(verdicts: Verdicts) -> Finding:
+    """Off-policy loses the caption reward, more than semi-on-policy does, and at least half of the rest; in part, if one of the two."""
+    if verdicts["off-policy minus semi: caption"] == "rises":
+        return "opposite"
+    measured = sum(name.startswith("off-policy: ") for name in verdicts) - 1
+    caption = verdicts["off-policy: caption"] == verdicts["off-policy minus semi: caption"] == "falls"
+    others = 2 * len(falling(verdicts, "off-policy: ")) >= measured
+    return "holds" if caption and others else "in part" if caption or others else "not shown"
 
 
-def _shift(videos: Sequence[Sequence[float]]) -> Shift:
-    """videos: changes [seeds][videos]."""
-    by_seed = [_mean(values) for values in videos]
-    by_video = [_mean(column) for column in zip(*videos, strict=True)]
-    return Shift(_mean(by_seed), math.hypot(_error(by_seed), _error(by_video)), tuple(by_seed))
+def scale_trades(verdicts: Verdicts) -> Finding:
+    """With the scale the gain rises and some metric falls; in part, if none falls."""
+    inside = verdicts["in-domain: gain"]
+    if inside != "rises":
+        return "opposite" if inside == "falls" else "not shown"
+    return "holds" if falling(verdicts, "out-of-domain: ") else "in part"
 
 
-def _changes(before: Scores, after: Scores, names: Sequence[str], baseline: Scores) -> list[float]:
-    """Of each video, averaged over the measures in standard deviations of the baseline, or plainly where that does not vary."""
-    columns = []
-    for name in names:
-        spread = baseline[name]["std"] or 1.0
-        columns.append([(b - a) / spread for a, b in zip(before[name]["values"], after[name]["values"], strict=True)])
-    return [_mean(column) for column in zip(*columns, strict=True)]
+def falling(verdicts: Verdicts, prefix: str) -> list[str]:
+    """Return what falls among the tests of a prefix, the caption reward aside."""
+    names = [name.removeprefix(prefix) for name, verdict in verdicts.items() if name.startswith(prefix) and verdict == "falls"]
+    return [name for name in names if name != "caption"]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+# Claims ----------------------------------------------------------------------------------------------------------------------------
+
+COPO, SHARED, FRESH = (("methods", name) for name in ("ar_copo", "sde_shared", "sde_fresh"))
+PUBLISHED, NEIGHBOR, COPO_UNSCALED, SDE_UNSCALED = (
+    ("controls", name) for name in ("sde_published", "neighbor", "ar_copo_unscaled", "sde_unscaled")
+)
 
 
-def _error(values: Sequence[float]) -> float:
-    """Standard error of a mean; 0 of a single value, whose spread nobody knows."""
-    if len(values) < 2:
-        return 0.0
-    mean = _mean(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+def _contest(title: str, source: str, first: Where, second: Where, rule: Callable[[Verdicts], Finding]) -> Claim:
+    return Claim(title, source, (first, second), contest(first, second), rule)
 
 
-# The claims ------------------------------------------------------------------------------------------------------------------------
+def _under(kind: str, level: float) -> Claim:
+    first, second = (("judges", judged_by(base, kind, level)) for base in JUDGED)
+    title = {"White": "without a slope", "Smooth": "that has a slope", "Rounded": "from rounding"}[kind]
+    source = (
+        "Our expectation: AR-CoPO's members differ more, so an error as large as a standard deviation of a video drowns SDE-GRPO first."
+    )
+    return _contest(f"AR-CoPO's lead withstands a judge with an error {title}", source, first, second, beats)
 
 
-def learns_where_frozen_noise_does_not(copo: Shift, shared: Shift, more: Shift) -> Claim:
-    """more: by how much AR-CoPO gained more than SDE-GRPO with shared initial noise."""
-    if copo.direction > 0 and shared.direction <= 0:
-        verdict: Verdict = "reproduced"
-    elif copo.direction <= 0 and shared.direction > 0:
-        verdict = "opposite"
-    else:
-        verdict = "not reproduced"
-    return Claim(
+_MERGES = tuple(("caption", f"merge_{scale:g}") for scale in PARTS["caption"].scales[:1] + PARTS["caption"].scales[-1:])
+CLAIMS = (
+    _contest(
         "AR-CoPO learns where SDE-GRPO with frozen initial noise does not",
-        "The reward of AR-CoPO rises; that of SDE-GRPO, whose members share the initial noise, does not (AR-CoPO, Figures 2 and 7).",
-        f"Reward of AR-CoPO {copo}, of SDE-GRPO with shared initial noise {shared}; the former minus the latter: {more}.",
-        verdict,
-    )
-
-
-def fresh_noise_helps(fresh: Shift, shared: Shift, more: Shift) -> Claim:
-    """more: by how much SDE-GRPO gained more with fresh initial noise than with shared."""
-    verdict: Verdict = "opposite" if more.direction < 0 else "not reproduced"
-    if fresh.direction > 0 and more.direction > 0:
-        verdict = "reproduced"
-    return Claim(
+        "AR-CoPO, Figures 2 and 7; SDE-GRPO is forked, as AR-CoPO is.",
+        COPO,
+        SHARED,
+        wins,
+    ),
+    _contest(
+        "AR-CoPO learns where SDE-GRPO as published does not",
+        "AR-CoPO, Figures 2 and 7; every chunk explores at once.",
+        COPO,
+        PUBLISHED,
+        wins,
+    ),
+    _contest(
         "SDE-GRPO learns once each member starts from noise of its own",
-        "GRPO over the re-noise kernel raises the reward when every member draws fresh initial noise (CM-GRPO of RAVEN).",
-        f"Reward with fresh initial noise {fresh}, with shared {shared}; the former minus the latter: {more}.",
-        verdict,
-    )
-
-
-def initial_noise_dominates(ratios: Sequence[tuple[float, float]]) -> Claim:
-    """ratios: of each pivot chunk, the initial noise's change of the frames over the largest re-noise's, and its standard error."""
-    sure = [value - 2 * error > 1 for value, error in ratios]
-    against = [value + 2 * error < 1 for value, error in ratios]
-    verdict: Verdict = "reproduced" if all(sure) else "opposite" if all(against) else "not reproduced"
-    listed = ", ".join(f"{value:.1f} ± {error:.1f}" for value, error in ratios)
-    return Claim(
+        "CM-GRPO of RAVEN; the second has shared noise.",
+        FRESH,
+        SHARED,
+        beats,
+    ),
+    _contest("AR-CoPO learns more than Neighbor GRPO", "AR-CoPO: a whole video is too long for one chunk.", COPO, NEIGHBOR, beats),
+    _contest(
+        "Where the re-noise decides, SDE-GRPO learns more than AR-CoPO",
+        "The control, on the unscaled step list: by the paper's own reasoning.",
+        SDE_UNSCALED,
+        COPO_UNSCALED,
+        beats,
+    ),
+    Claim(
         "A chunk's initial noise decides what it shows",
-        "Replacing the initial noise changes the video far more than replacing the noise of any later step (AR-CoPO, Figure 6).",
-        f"By pivot chunk it changes the frames {listed} times as much (mean square) as the largest re-noise.",
-        verdict,
-    )
-
-
-def semi_on_policy_does_not_hack(on: tuple[Shift, Shift], semi: tuple[Shift, Shift], better: Shift) -> Claim:
-    """on, semi: (the trained reward, everything it was not trained on). better: semi over on, in the latter."""
-    if on[1].direction < 0 and semi[1].direction >= 0:
-        verdict: Verdict = "reproduced"
-    elif on[1].direction >= 0 and semi[1].direction < 0:
-        verdict = "opposite"
-    else:
-        verdict = "not reproduced"
-    return Claim(
+        "AR-CoPO, Figure 6; the initial noise's change over the largest re-noise's.",
+        (("entropy", "ar_copo"),),
+        by_pivot("ar_copo"),
+        always("rises"),
+        ratio=True,
+    ),
+    Claim(
+        "On the unscaled step list the re-noise decides",
+        "By the signal that is left at a step, in so small a video.",
+        (("entropy", "ar_copo_unscaled"),),
+        by_pivot("ar_copo_unscaled"),
+        always("falls"),
+        ratio=True,
+    ),
+    *(_under(kind, PARTS["judges"].levels[-1]) for kind in KINDS),
+    Claim(
         "On the caption reward alone, on-policy training hacks and semi-on-policy training does not",
-        "On-policy training on text alignment alone raises it and ruins the rest; semi-on-policy training keeps the rest (Table 2).",
-        f"On-policy: caption reward {on[0]}, the rest {on[1]}. Semi-on-policy: caption reward {semi[0]}, the rest {semi[1]}; "
-        f"its rest minus that of on-policy training: {better}.",
-        verdict,
-    )
-
-
-def off_policy_collapses(off: tuple[Shift, Shift], semi: tuple[Shift, Shift], worse: Shift) -> Claim:
-    """off, semi: (the trained reward, everything it was not trained on). worse: off over semi, in the latter."""
-    if off[0].direction < 0 and off[1].direction < 0:
-        verdict: Verdict = "reproduced"
-    elif off[1].direction > 0 and worse.direction > 0:
-        verdict = "opposite"
-    else:
-        verdict = "not reproduced"
-    return Claim(
-        "Without the clip, training on stored rollouts collapses",
-        "Off-policy training without ratio clipping loses both the trained reward and the rest (Table 2).",
-        f"Off-policy: caption reward {off[0]}, the rest {off[1]}; its rest minus that of semi-on-policy training: {worse}.",
-        verdict,
-    )
-
-
-def scale_trades(scales: Sequence[float], in_domain: Sequence[Sequence[float]], out_of_domain: Sequence[Sequence[float]]) -> Claim:
-    """in_domain, out_of_domain: [seeds][scales], scores of the merged adapter at each scale."""
-    inside = [rank_correlation(scales, values) for values in in_domain]
-    outside = [rank_correlation(scales, values) for values in out_of_domain]
-    rises, falls = _mean(inside) > 0.8, _mean(outside) < -0.8
-    verdict: Verdict = "reproduced" if rises and falls else "opposite" if _mean(inside) < -0.8 or _mean(outside) > 0.8 else "not reproduced"
-    listed = [", ".join(f"{value:+.2f}" for value in values) for values in (inside, outside)]
-    return Claim(
+        "AR-CoPO, Table 2.",
+        (ON, SEMI),
+        hacking,
+        semi_does_not_hack,
+    ),
+    Claim("Without the clip, training on stored rollouts collapses", "AR-CoPO, Table 2.", (OFF, SEMI), collapse, off_policy_collapses),
+    Claim(
         "The scale of a merge trades in-domain against out-of-domain scores",
-        "With the on-policy adapter's scale the in-domain score rises and the out-of-domain score falls, monotonically (Table 3).",
-        f"Rank correlation with the scale, by seed: in-domain {listed[0]}; out-of-domain {listed[1]}.",
-        verdict,
-    )
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's: of the ranks, ties sharing theirs; 0 where one of them does not vary."""
-
-
-    def ranks(values: Sequence[float]) -> list[float]:
-        return [(sum(other < value for other in values) + sum(other <= value for other in values)) / 2 for value in values]
-
-    a, b = ([rank - _mean(column) for rank in column] for column in map(ranks, (first, second)))
-    scale = math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
-    return sum(x * y for x, y in zip(a, b, strict=True)) / scale if scale else 0.0
+        "AR-CoPO, Table 3; slopes over the on-policy adapter's scale. The semi-on-policy adapter was trained on the caption reward alone.",
+        _MERGES,
+        merge,
+        scale_trades,
+    ),
+)

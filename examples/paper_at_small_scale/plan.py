@@ -1,14 +1,13 @@
 """The study's runs: methods, parts, and what each part has to do. Runs nothing.
 
-A part takes at most two hours on two cores and leaves one result, results/NAME.json. `tune` comes first: it sweeps learning rate and clip of
-each method, with the same number of runs, on seeds of its own, and later parts train with the pair that it chose.
+A part takes at most two hours on two cores and leaves one result, results/NAME.json. `tune` comes first: it sweeps learning rate and clip
+of each method, with the same number of runs, on seeds of its own, and later parts train with the pair that it chose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from erring import EXACT, LEVELS
@@ -94,8 +93,8 @@ def _judged(levels: Sequence[float]) -> dict[str, Method]:
 class Part:
     """One step of the study.
 
-    iterations: of each run. prompts, videos: of an evaluation, and of each prompt. pairs: of a sweep over learning rate and clip. groups: of
-    a buffer. levels: of judges' errors. scales: of merges. draws: of the entropy study, which trains nothing.
+    iterations: of each run. prompts, videos: of an evaluation, and of each prompt. pairs: of a sweep over learning rate and clip. groups:
+    of a buffer. levels: of judges' errors. scales: of merges. draws: of the entropy study, which trains nothing.
     """
 
     name: str
@@ -166,21 +165,27 @@ class Run(NamedTuple):
 
 
 def runs(part: Part, chosen: Mapping[str, Pair]) -> list[Run]:
-    """Return the part's training runs. chosen: the pair of each method that was swept; not needed for the sweep itself."""
-    found = []
-    for name, method in available(part).items():
-        if not part.draws:
-            for pair in sweep(name)[: part.pairs] or [chosen[method.tuned_as or name]]:
-                tag = f"{name}-lr{pair.lr:g}-clip{pair.clip:.3g}" if part.pairs else name
-                found += [Run(f"{tag}-{seed}", name, method.recipe, seed, pair, method.mode, _settings(part, method, pair, seed)) for seed in part.seeds]
+    """Return the part's training runs. chosen: the pair of each method that was swept; not needed for the sweep itself.
+
+    Raises:
+        UserError: a method was not swept.
+    """
+    found: list[Run] = []
+    for name, method in available(part).items() if not part.draws else ():
+        tuned_as = method.tuned_as or name
+        if not part.pairs and tuned_as not in chosen:
+            raise UserError(f"{part.name} trains {name} with what the sweep chose for {tuned_as}, which has no result; run --part tune")
+        for pair in sweep(name)[: part.pairs] if part.pairs else [chosen[tuned_as]]:
+            tag = f"{name}-lr{pair.lr:g}-clip{pair.clip:g}" if part.pairs else name
+            for seed in part.seeds:
+                settings = _settings(part, method, pair, seed)
+                found.append(Run(f"{tag}-{seed}", name, method.recipe, seed, pair, method.mode, settings))
     return found
 
 
 def sweep(name: str) -> list[Pair]:
     """Return the pairs that are tried for a method."""
-    method = METHODS.get(name)
-    if method is None or not method.clip:
-        return []
+    method = METHODS[name]
     lr = load_config(method.recipe).optimizer.lr
     return [Pair(float(f"{lr * faster:.3g}"), float(f"{method.clip * wider:.3g}")) for faster, wider in FACTORS]
 

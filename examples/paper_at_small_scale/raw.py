@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from plan import Pair, Part, available, missing, runs
+from plan import CAPTION_ONLY, METHODS, Pair, Part, available, missing, runs
 
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.evaluation.looks import DETAIL, MOTION
@@ -27,6 +27,7 @@ from arcopo_fast.storage.metrics import TOTAL, read_metrics
 
 GAIN = "gain"
 """The weighted sum of the exact rewards, with the weights of the recipe toy, whatever a run was trained on."""
+CAPTION = "toy_ta"
 NEUTRAL = (MOTION, DETAIL)
 """Measures of which neither more nor less is better; of all others more is."""
 CURVES = (TOTAL, "update1/live", "update2/live", "update2/ratio_std")
@@ -111,9 +112,15 @@ def collect(part: Part, out: Path, chosen: Mapping[str, Pair], folder: Path) -> 
         for seed in part.seeds:
             kept = out / "merges" / str(seed) / "evaluations"
             sides = [_read(kept / name)["scores"] for name in ("baseline.json", f"scale-{scale:g}.json")]
-            document["runs"][f"merge_{scale:g}-{seed}"] = {"method": f"merge_{scale:g}", "seed": seed, "curves": {}} | _sides(document, *sides)
+            document["runs"][f"merge_{scale:g}-{seed}"] = {"method": f"merge_{scale:g}", "seed": seed, "curves": {}} | _sides(
+                document, *sides
+            )
     if part.pairs:
-        document["chosen"] = best_pairs(document)
+        gains = swept_gains(document)
+        document["gains"] = {
+            f"{method} {pair.lr:g} {pair.clip:g}": found for method, pairs in gains.items() for pair, found in pairs.items()
+        }
+        document["chosen"] = {name: max(pairs, key=lambda pair: float(np.mean(pairs[pair]))) for name, pairs in gains.items()}
     if part.levels:
         document["scales"] = _read(out / "erring.json")
     if part.draws:
@@ -123,20 +130,22 @@ def collect(part: Part, out: Path, chosen: Mapping[str, Pair], folder: Path) -> 
     return folder / f"{part.name}.json"
 
 
-def best_pairs(document: Mapping[str, Any]) -> dict[str, Pair]:
-    """Return, of each method that was swept, the pair whose runs gained most of what they were trained on, mean over seeds."""
+def swept_gains(document: Mapping[str, Any]) -> dict[str, dict[Pair, list[float]]]:
+    """Return each method's gains of what it was trained on, by pair and seed, in standard deviations of a video before."""
     gains: dict[str, dict[Pair, list[float]]] = {}
     for run in document["runs"].values():
-        trained = {"toy_ta": 1.0} if run["method"].startswith("caption") else document["weights"]
-        after = values(run["after"], GAIN, trained)
-        before = values(document["before"][run["before"]], GAIN, trained)
-        gains.setdefault(run["method"], {}).setdefault(Pair(run["lr"], run["clip"]), []).append(float(np.mean(after - before)))
-    return {method: max(pairs, key=lambda pair: float(np.mean(pairs[pair]))) for method, pairs in gains.items()}
+        trained = {CAPTION: 1.0} if METHODS[run["method"]].settings[:1] == (CAPTION_ONLY,) else document["weights"]
+        before, after = (values(side, GAIN, trained) for side in (document["before"][run["before"]], run["after"]))
+        gain = float(np.nanmean(after - before)) / (float(np.nanstd(before)) or 1.0)
+        gains.setdefault(run["method"], {}).setdefault(Pair(run["lr"], run["clip"]), []).append(gain)
+    return gains
 
 
 def _sides(document: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """Return the two sides of a run; those before go to the document, unless equal ones are there."""
-    first, second = ({name: [_short(value) for value in score["values"]] for name, score in side.items() if _kept(name)} for side in (before, after))
+    first, second = (
+        {name: [_short(value) for value in score["values"]] for name, score in side.items() if _kept(name)} for side in (before, after)
+    )
     known = document["before"]
     key = next((key for key, side in known.items() if side == first), str(len(known)))
     known[key] = first

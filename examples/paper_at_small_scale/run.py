@@ -1,9 +1,11 @@
-"""The AR-CoPO paper's findings, tried on the toy world: one command, some three quarters of an hour on two cores.
+"""The AR-CoPO paper's findings, tried on the toy world, in parts of at most two hours on two cores.
 
-    python examples/paper_at_small_scale/run.py [--out DIR] [--jobs N] [--quick]
+    python examples/paper_at_small_scale/run.py                 # every part that has no result yet, then the page
+    python examples/paper_at_small_scale/run.py --part methods  # one part; results/methods.json is its result
+    python examples/paper_at_small_scale/run.py --judge         # the page and the tables, from the results alone
+    python examples/paper_at_small_scale/run.py --quick         # minutes: shows that everything runs, and proves nothing
 
-It trains with every method for several seeds, through the library's own commands, and writes DIR/index.html and DIR/results.json, which
-put each outcome beside the paper's claim. What is done is kept: the same command continues where it stopped.
+It trains through the library's own commands. What is done is kept: the same command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -13,44 +15,22 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from erring import SCALES
 from outcome import write_outcome
+from plan import PARTS, Pair, Part, Run, available, evaluation, quick, runs
+from raw import Results, collect
 
 from arcopo_fast.cli import Parser, positive_int, run_command
 from arcopo_fast.errors import UserError
 from arcopo_fast.storage.atomic import atomic_write
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is done. iterations: of the methods that are compared; caption: on the caption reward alone, and on a buffer of `groups`."""
-
-    seeds: tuple[int, ...] = (0, 1, 2)
-    iterations: int = 150
-    caption: int = 200
-    groups: int = 100
-    scales: tuple[float, ...] = (0, 0.2, 0.4, 0.6, 0.8, 1)
-    prompts: int = 16
-    videos: int = 2
-    draws: int = 2
-
-
-FULL = Plan()
-QUICK = Plan(seeds=(0,), iterations=6, caption=8, groups=6, scales=(0, 1), prompts=3, videos=1, draws=1)
-
-CAPTION_ONLY = "rewards={toy_ta: 1, toy_vq: 0, toy_mq: 0}"
-"""The others are still measured; at weight 0 they count as held out."""
-
-
-REPORTS = {
-    "methods": ("ar_copo", "sde_shared", "sde_fresh"),
-    "caption": ("caption_on_policy", "caption_semi_on_policy", "caption_off_policy"),
-}
-"""Pages of several runs, by name."""
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 
 
 @dataclass(frozen=True)
@@ -63,55 +43,60 @@ class Job:
     after: tuple[str, ...] = ()
 
 
-def jobs(plan: Plan, out: Path) -> list[Job]:
-    """Everything, in an order in which each job's needs come first; the longest first where there is a choice."""
+def jobs(part: Part, chosen: Mapping[str, Pair], out: Path, methods: Part) -> list[Job]:
+    """Return what a part has to do, in an order in which each job's needs come first.
 
-    def training(seed: int, method: str, recipe: str, iterations: int, *settings: str, after: tuple[str, ...] = ()) -> Job:
-        run = out / "runs" / f"{method}-{seed}"
-        fresh = [
-            *("-m", "arcopo_fast.train", recipe, f"name={run.name}", f"run.directory={run.parent}", f"seed={seed}"),
-            *(f"train.iterations={iterations}", f"train.save_every={max(1, iterations // 4)}", "train.threads=1"),
-            *(f"evaluation.prompts={plan.prompts}", f"evaluation.videos_per_prompt={plan.videos}", "evaluation.sample_videos=2"),
-            *("run.tensorboard=false", *settings),
-        ]
-        again = ["-m", "arcopo_fast.train", "--resume", str(run)]
-        return Job(run.name, lambda: again if run.exists() else fresh, (run / "evaluation.json").is_file, after)
-
+    methods: the part whose AR-CoPO runs a merge takes; they are made here if they are not there.
+    """
     found = []
-    for seed in plan.seeds:
-        found.append(training(seed, "ar_copo", "toy", plan.iterations))
-        found.append(training(seed, "sde_shared", "toy_sde_grpo", plan.iterations, "objective.init_noise=shared"))
-        found.append(training(seed, "sde_fresh", "toy_sde_grpo", plan.iterations, "objective.init_noise=fresh"))
-        found.append(training(seed, "caption_on_policy", "toy", plan.caption, CAPTION_ONLY))
-        buffer = out / "buffers" / str(seed)
-        where = ["--buffer", str(buffer), "--groups", str(plan.groups)]
-        collect = ["-m", "arcopo_fast.collect", "toy", f"seed={seed}", "train.threads=1", *where]
-        name = f"collect-{seed}"
-        found.append(Job(name, lambda collect=collect: collect, lambda buffer=buffer: _entries(buffer) >= plan.groups))
-        for method, mode, settings in (
-            ("semi_on_policy", "semi_on_policy", ()),
-            ("caption_semi_on_policy", "semi_on_policy", (CAPTION_ONLY,)),
-            ("caption_off_policy", "off_policy", (CAPTION_ONLY,)),
-        ):
-            settings = (f"train.mode={mode}", f"train.buffer={buffer}", *settings)
-            found.append(training(seed, method, "toy", plan.caption, *settings, after=(name,)))
-    for seed in plan.seeds:
-        semi, on, merged = out / "runs" / f"semi_on_policy-{seed}", out / "runs" / f"ar_copo-{seed}", out / "merges" / str(seed)
-        sweep = [
-            *("-m", "arcopo_fast.merge", "--semi", str(semi), "--on", str(on), "--out", str(merged)),
-            *("--sweep", ",".join(f"{scale:g}" for scale in plan.scales)),
-        ]
-        found.append(Job(f"merge-{seed}", lambda sweep=sweep: sweep, (merged / "sweep.json").is_file, (semi.name, on.name)))
-    entropy = [
-        *("-m", "arcopo_fast.entropy", "toy", "train.threads=1", "--out", str(out / "entropy")),
-        *("--prompts", str(plan.prompts // 2 or 1), "--draws", str(plan.draws)),
-    ]
-    found.append(Job("entropy", lambda: entropy, (out / "entropy" / "entropy.html").is_file))
+    everything = runs(part, chosen)
+    if part.levels:
+        file = out / "erring.json"
+        measured = ["-m", "erring", "toy", *evaluation(part), "train.threads=1", "--out", str(file)]
+        found.append(Job("judges-scales", lambda: measured, file.is_file))
+    for seed in sorted({run.seed for run in everything if run.mode != "on_policy"}):
+        buffer = _buffer(out, part, seed)
+        collection = ["-m", "arcopo_fast.collect", "toy", f"seed={seed}", *evaluation(part), "train.threads=1"]
+        collection += ["--buffer", str(buffer), "--groups", str(part.groups)]
+        entries = buffer / "entries"
+        done = lambda entries=entries: len(list(entries.glob("*.safetensors"))) >= part.groups  # noqa: E731
+        found.append(Job(f"{part.name}-buffer-{seed}", lambda collection=collection: collection, done))
+    found += [_training(part, run, out) for run in everything]
+    if part.scales:
+        on_policy = [run for run in runs(methods, chosen) if run.method == "ar_copo" and run.seed in part.seeds]
+        found += [_training(methods, run, out) for run in on_policy]
+        found += [_merging(part, out, methods, seed) for seed in part.seeds]
+    for name, method in available(part).items() if part.draws else ():
+        where = out / "entropy" / name
+        study = ["-m", "arcopo_fast.entropy", method.recipe, *method.settings, "train.threads=1", "--out", str(where)]
+        study += ["--prompts", str(part.prompts), "--draws", str(part.draws)]
+        found.append(Job(f"entropy-{name}", lambda study=study: study, (where / "entropy.html").is_file))
     return found
 
 
-def _entries(buffer: Path) -> int:
-    return len(list((buffer / "entries").glob("*.safetensors")))
+def _training(part: Part, run: Run, out: Path) -> Job:
+    folder = out / "runs" / part.name / run.name
+    fresh = ["-m", "arcopo_fast.train", run.recipe, f"name={run.name}", f"run.directory={folder.parent}", *run.settings]
+    after = [f"{part.name}-buffer-{run.seed}"] if run.mode != "on_policy" else []
+    fresh += [f"train.buffer={_buffer(out, part, run.seed)}"] if run.mode != "on_policy" else []
+    again = ["-m", "arcopo_fast.train", "--resume", str(folder)]
+    after += ["judges-scales"] if part.levels else []
+    return Job(f"{part.name}-{run.name}", lambda: again if folder.exists() else fresh, (folder / "evaluation.json").is_file, tuple(after))
+
+
+def _merging(part: Part, out: Path, methods: Part, seed: int) -> Job:
+    semi, on, where = (
+        out / "runs" / part.name / f"caption_semi-{seed}",
+        out / "runs" / methods.name / f"ar_copo-{seed}",
+        out / "merges" / str(seed),
+    )
+    command = ["-m", "arcopo_fast.merge", "--semi", str(semi), "--on", str(on), "--out", str(where)]
+    command += ["--sweep", ",".join(f"{scale:g}" for scale in part.scales), *evaluation(part, videos=2)]
+    return Job(f"merge-{seed}", lambda: command, (where / "sweep.json").is_file, (f"{part.name}-{semi.name}", f"{methods.name}-{on.name}"))
+
+
+def _buffer(out: Path, part: Part, seed: int) -> Path:
+    return out / "buffers" / part.name / str(seed)
 
 
 def run_all(todo: Sequence[Job], out: Path, workers: int) -> None:
@@ -123,6 +108,8 @@ def run_all(todo: Sequence[Job], out: Path, workers: int) -> None:
     (out / "logs").mkdir(parents=True, exist_ok=True)
     running: set[subprocess.Popen[bytes]] = set()
     futures: dict[str, Future[float]] = {}
+    paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": paths, SCALES: str(out / "erring.json")}
 
     def work(job: Job) -> float:
         for name in job.after:  # an earlier job, so it is running or done: nobody waits for one that waits
@@ -131,7 +118,6 @@ def run_all(todo: Sequence[Job], out: Path, workers: int) -> None:
             return 0.0
         start, log = time.monotonic(), out / "logs" / f"{job.name}.txt"
         with log.open("ab") as file:
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
             process = subprocess.Popen([sys.executable, *job.command()], stdout=file, stderr=file, env=environment, start_new_session=True)
             running.add(process)
             status = process.wait()
@@ -144,43 +130,59 @@ def run_all(todo: Sequence[Job], out: Path, workers: int) -> None:
     with ThreadPoolExecutor(workers) as pool:
         for job in todo:  # one by one: a job finds those it needs here
             futures[job.name] = pool.submit(work, job)
+        names = {future: name for name, future in futures.items()}
         try:
-            for number, future in enumerate(as_completed(futures.values()), start=1):
+            for number, future in enumerate(as_completed(names), start=1):
                 seconds = future.result()
-                name = next(name for name, one in futures.items() if one is future)
                 took = f"{seconds:.0f} s" if seconds else "was done"
-                print(f"{number}/{len(todo)}  {name}  {took}", file=sys.stderr, flush=True)
+                print(f"{number}/{len(todo)}  {names[future]}  {took}", file=sys.stderr, flush=True)
         except BaseException:
-            for future in futures.values():
+            for future in names:
                 future.cancel()
             for process in list(running):
                 process.terminate()  # a training run finishes its iteration and saves it
             raise
 
 
+def run_part(part: Part, methods: Part, out: Path, results: Path, workers: int) -> None:
+    """Run a part, and write its result.
+
+    Raises:
+        UserError: the sweep has no result for a method, `out` holds other runs of the same names, or a job failed.
+    """
+    chosen = Results(results).chosen()
+    planned = {run.name: json.loads(json.dumps(run._asdict())) for run in runs(part, chosen)}
+    file = out / "plans" / f"{part.name}.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if others := [name for name, run in planned.items() if before.get(name, run) != run]:
+        raise UserError(f"{out} holds another run {others[0]} (see {file}); give another --out")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, json.dumps(before | planned, indent=1) + "\n")
+    run_all(jobs(part, chosen, out, methods), out, workers)
+    print(f"result: {collect(part, out, chosen, results)}")
+
+
 def main(argv: list[str]) -> None:
+    """Run the command."""
     parser = Parser("run.py", "Try the AR-CoPO paper's findings on the toy world.")
-    parser.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/paper, or runs/paper-quick with --quick)")
+    parser.add_argument("--part", choices=list(PARTS), help="run this part alone, also if it has a result (default: all that have none)")
+    parser.add_argument("--judge", action="store_true", help="run nothing: make the page and the tables from the results that are there")
+    parser.add_argument("--quick", action="store_true", help="one seed, one iteration: shows that all of it runs, proves nothing")
+    parser.add_argument("--out", metavar="DIR", help="where runs go (default: runs/paper, or runs/paper-quick with --quick)")
     parser.add_argument("--jobs", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes at once, of one thread each")
-    parser.add_argument("--quick", action="store_true", help="one seed, a few iterations: shows that all of it runs, proves nothing")
     options = parser.read(argv)
     if options is None:
         return
-    plan = QUICK if options.quick else FULL
-    out = Path(options.out or ("runs/paper-quick" if options.quick else "runs/paper"))
-    planned = json.dumps(asdict(plan), indent=2) + "\n"
-    if (out / "plan.json").exists() and (out / "plan.json").read_text() != planned:
-        raise UserError(f"{out} holds the results of another plan (see its plan.json); give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "plan.json", planned)
-    todo = jobs(plan, out)
-    run_all(todo, out, options.jobs)
-    for name, methods in REPORTS.items():
-        runs = [str(out / "runs" / f"{method}-{seed}") for method in methods for seed in plan.seeds]
-        subprocess.run([sys.executable, "-m", "arcopo_fast.report", *runs, "--out", str(out / f"{name}.html")], check=True)
-    for claim in write_outcome(out, plan.seeds, quick=options.quick):
-        print(f"{claim.verdict:15} {claim.title}")
-    print(f"page: {out / 'index.html'}")
+    out = Path(options.out or ("runs/paper-quick" if options.quick else "runs/paper")).absolute()
+    results = out / "results" if options.quick else RESULTS
+    parts = {name: quick(part) if options.quick else part for name, part in PARTS.items()}
+    if not options.judge:
+        names = [options.part] if options.part else [name for name in parts if name not in Results(results).parts]
+        for name in names:
+            run_part(parts[name], parts["methods"], out, results, options.jobs)
+    for outcome in write_outcome(Results(results), results, quick=options.quick):
+        print(f"{outcome.verdict:15} {outcome.title}")
+    print(f"page: {results / 'index.html'}")
 
 
 if __name__ == "__main__":
