@@ -62,8 +62,10 @@ def judge(results: Results) -> list[Outcome]:
     for claim in CLAIMS:
         own = {name: whole[f"{claim.title}|{name}"] for name in tests[claim.title]}
         verdicts = {name: test.verdict for name, test in own.items()}
-        decided = claim.rule(verdicts) if "too few" not in verdicts.values() else "no verdict"
-        outcomes.append(Outcome(claim, own, decided if own else "not run"))
+        if not own:
+            outcomes.append(Outcome(claim, {}, "not run"))
+        else:
+            outcomes.append(Outcome(claim, own, "no verdict" if "too few" in verdicts.values() else claim.rule(verdicts)))
     return outcomes
 
 

@@ -138,7 +138,8 @@ PARTS = {
 
 def quick(part: Part) -> Part:
     """Return as little of a part as runs all of it."""
-    less = replace(part, seeds=part.seeds[:1], iterations=1, prompts=2, videos=2, pairs=min(part.pairs, 1), groups=2)
+    iterations = 2 if part.levels else 1  # a judge with few grades may teach nothing in one, which ends a run
+    less = replace(part, seeds=part.seeds[:1], iterations=iterations, prompts=2, videos=2, pairs=min(part.pairs, 1), groups=2)
     return replace(less, levels=part.levels[-1:], scales=part.scales[:1] + part.scales[-1:], draws=min(part.draws, 1))
 
 

@@ -31,6 +31,8 @@ from arcopo_fast.storage.atomic import atomic_write
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+ATTEMPTS = 20
+"""A run ends when ten iterations in a row taught it nothing, as with a judge that has few grades. That is a result here: it is resumed."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,19 @@ def run_all(todo: Sequence[Job], out: Path, workers: int) -> None:
         if job.done():
             return 0.0
         start, log = time.monotonic(), out / "logs" / f"{job.name}.txt"
-        with log.open("ab") as file:
-            process = subprocess.Popen([sys.executable, *job.command()], stdout=file, stderr=file, env=environment, start_new_session=True)
-            running.add(process)
-            status = process.wait()
-            running.discard(process)
-        if status:
-            lines = log.read_text(errors="replace").strip().splitlines() or ["nothing was said"]
-            raise UserError(f"{job.name} ended with status {status}: {lines[-1]} (see {log})")
-        return time.monotonic() - start
+        for _ in range(ATTEMPTS):
+            with log.open("ab") as file:
+                command = [sys.executable, *job.command()]
+                process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+                running.add(process)
+                status = process.wait()
+                running.discard(process)
+            if not status:
+                return time.monotonic() - start
+            last = (log.read_text(errors="replace").strip().splitlines() or ["nothing was said"])[-1]
+            if "nothing was learned" not in last:
+                break
+        raise UserError(f"{job.name} ended with status {status}: {last} (see {log})")
 
     with ThreadPoolExecutor(workers) as pool:
         for job in todo:  # one by one: a job finds those it needs here
