@@ -179,7 +179,6 @@ def beats(verdicts: Verdicts) -> Finding:
 
 
 def always(wanted: Verdict) -> Callable[[Verdicts], Finding]:
-    """Every test has the verdict; opposite, if every one has the other."""
     other = {"rises": "falls", "falls": "rises"}[wanted]
 
     def rule(verdicts: Verdicts) -> Finding:
@@ -230,9 +229,8 @@ def falling(verdicts: Verdicts, prefix: str) -> list[str]:
 # Claims ----------------------------------------------------------------------------------------------------------------------------
 
 COPO, SHARED, FRESH = (("methods", name) for name in ("ar_copo", "sde_shared", "sde_fresh"))
-PUBLISHED, NEIGHBOR, COPO_UNSCALED, SDE_UNSCALED = (
-    ("controls", name) for name in ("sde_published", "neighbor", "ar_copo_unscaled", "sde_unscaled")
-)
+NEIGHBOR, COPO_UNSCALED, SDE_UNSCALED = (("controls", name) for name in ("neighbor", "ar_copo_unscaled", "sde_unscaled"))
+PUBLISHED = ("published", "sde_published")
 
 
 def _contest(title: str, source: str, first: Where, second: Where, rule: Callable[[Verdicts], Finding]) -> Claim:
@@ -242,46 +240,22 @@ def _contest(title: str, source: str, first: Where, second: Where, rule: Callabl
 def _under(kind: str, level: float) -> Claim:
     first, second = (("judges", judged_by(base, kind, level)) for base in JUDGED)
     title = {"White": "without a slope", "Smooth": "that has a slope", "Rounded": "from rounding"}[kind]
-    source = (
-        "Our expectation: AR-CoPO's members differ more, so an error as large as a standard deviation of a video drowns SDE-GRPO first."
-    )
+    source = "Our expectation: AR-CoPO's members differ more, so an error as large as a video's spread drowns SDE-GRPO first."
     return _contest(f"AR-CoPO's lead withstands a judge with an error {title}", source, first, second, beats)
 
 
+_FIGURES = "AR-CoPO, Figures 2 and 7"
+_DECIDES = "The initial noise's change of the frames over the largest re-noise's."
 _MERGES = tuple(("caption", f"merge_{scale:g}") for scale in PARTS["caption"].scales[:1] + PARTS["caption"].scales[-1:])
 CLAIMS = (
-    _contest(
-        "AR-CoPO learns where SDE-GRPO with frozen initial noise does not",
-        "AR-CoPO, Figures 2 and 7; SDE-GRPO is forked, as AR-CoPO is.",
-        COPO,
-        SHARED,
-        wins,
-    ),
-    _contest(
-        "AR-CoPO learns where SDE-GRPO as published does not",
-        "AR-CoPO, Figures 2 and 7; every chunk explores at once.",
-        COPO,
-        PUBLISHED,
-        wins,
-    ),
-    _contest(
-        "SDE-GRPO learns once each member starts from noise of its own",
-        "CM-GRPO of RAVEN; the second has shared noise.",
-        FRESH,
-        SHARED,
-        beats,
-    ),
+    _contest("AR-CoPO learns where SDE-GRPO with frozen initial noise does not", f"{_FIGURES}; both fork.", COPO, SHARED, wins),
+    _contest("AR-CoPO learns where SDE-GRPO as published does not", f"{_FIGURES}.", COPO, PUBLISHED, wins),
+    _contest("SDE-GRPO learns once each member starts from noise of its own", "CM-GRPO of RAVEN.", FRESH, SHARED, beats),
     _contest("AR-CoPO learns more than Neighbor GRPO", "AR-CoPO: a whole video is too long for one chunk.", COPO, NEIGHBOR, beats),
-    _contest(
-        "Where the re-noise decides, SDE-GRPO learns more than AR-CoPO",
-        "The control, on the unscaled step list: by the paper's own reasoning.",
-        SDE_UNSCALED,
-        COPO_UNSCALED,
-        beats,
-    ),
+    _contest("Where the re-noise decides, SDE-GRPO learns more than AR-CoPO", "The control.", SDE_UNSCALED, COPO_UNSCALED, beats),
     Claim(
         "A chunk's initial noise decides what it shows",
-        "AR-CoPO, Figure 6; the initial noise's change over the largest re-noise's.",
+        f"AR-CoPO, Figure 6. {_DECIDES}",
         (("entropy", "ar_copo"),),
         by_pivot("ar_copo"),
         always("rises"),
@@ -289,7 +263,7 @@ CLAIMS = (
     ),
     Claim(
         "On the unscaled step list the re-noise decides",
-        "By the signal that is left at a step, in so small a video.",
+        f"By the signal that a step leaves in so small a video. {_DECIDES}",
         (("entropy", "ar_copo_unscaled"),),
         by_pivot("ar_copo_unscaled"),
         always("falls"),

@@ -19,6 +19,7 @@ from arcopo_fast.reports.html import figures, page, section, table, warning
 from arcopo_fast.storage.atomic import atomic_write
 from arcopo_fast.storage.metrics import TOTAL
 
+TRAINED = ("methods", "controls", "published", "caption")
 TITLE = "The paper's findings at small scale"
 QUICK = "A quick run: it shows that everything works. It proves nothing, and there are no verdicts."
 HOW = (
@@ -57,7 +58,7 @@ def write_outcome(results: Results, folder: Path, *, quick: bool) -> list[Outcom
         for grid in (claim_grid(outcomes), *change_grids(results), merge_grid(results), sweep_grid(results), compute_grid())
         if grid.rows
     ]
-    left_out = [f"{METHODS[name].title} was left out: {METHODS[name].needs}." for name in METHODS if missing(METHODS[name])]
+    left_out = [why for method in METHODS.values() if (why := missing(method))]
     absent = [f"The part {name} has no result." for name in PARTS if name not in results.parts]
     body = [
         f'<header><h1>{escape(TITLE)}</h1><p class="facts">The toy world of arcopo_fast. {escape(HOW)}</p></header>',
@@ -99,9 +100,7 @@ def labels(outcome: Outcome) -> dict[str, str]:
 
 def verdict(tested: Tested) -> str:
     """Return a test's verdict in words."""
-    return {"equivalent": f"equivalent within ±{tested.margin:g}", "too few": "no verdict: too few seeds"}.get(
-        tested.verdict, tested.verdict
-    )
+    return {"equivalent": f"equivalent within ±{tested.margin:g}", "too few": "no verdict: too few"}.get(tested.verdict, tested.verdict)
 
 
 def _title(part: str, method: str) -> str:
@@ -157,7 +156,7 @@ def claim_grid(outcomes: Sequence[Outcome]) -> Grid:
 def change_grids(results: Results) -> list[Grid]:
     """Return every measure of every method, part by part."""
     grids = []
-    for part in ("methods", "controls", "caption"):
+    for part in TRAINED:
         methods = [method for method in results.methods(part) if not method.startswith("merge_")]
         names = list(dict.fromkeys(name for method in methods for name in results.measures(part, method)))
         rows = [[_title(part, method), *(figure(change(results, (part, method), name)) for name in names)] for method in methods]
@@ -226,7 +225,7 @@ def judge_charts(results: Results) -> str:
 def training_charts(results: Results) -> str:
     """Return, for each part, the reward and the live fraction over iterations."""
     charts = []
-    for part in ("methods", "controls", "caption"):
+    for part in TRAINED:
         for name, title in ((TOTAL, "reward"), ("update2/live", "live fraction of the second update")):
             curves = {method: results.curve(part, method, name) for method in results.methods(part)}
             series = {method: list(enumerate(curve, start=1)) for method, curve in curves.items() if curve}

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from erring import SCALES
 from outcome import write_outcome
-from plan import PARTS, Pair, Part, Run, available, evaluation, quick, runs
+from plan import PARTS, Pair, Part, Run, available, evaluation, missing, quick, runs
 from raw import Results, collect
 
 from arcopo_fast.cli import Parser, positive_int, run_command
@@ -154,8 +154,11 @@ def run_part(part: Part, methods: Part, out: Path, results: Path, workers: int) 
     """Run a part, and write its result.
 
     Raises:
-        UserError: the sweep has no result for a method, `out` holds other runs of the same names, or a job failed.
+        UserError: this version of the library has none of its methods, the sweep has no result for one, `out` holds other runs of the same
+            names, or a job failed.
     """
+    if not available(part):
+        raise UserError(" ".join(map(missing, part.known().values())))
     chosen = Results(results).chosen()
     planned = {run.name: json.loads(json.dumps(run._asdict())) for run in runs(part, chosen)}
     file = out / "plans" / f"{part.name}.json"
@@ -183,8 +186,8 @@ def main(argv: list[str]) -> None:
     results = out / "results" if options.quick else RESULTS
     parts = {name: quick(part) if options.quick else part for name, part in PARTS.items()}
     if not options.judge:
-        names = [options.part] if options.part else [name for name in parts if name not in Results(results).parts]
-        for name in names:
+        left = [name for name in parts if name not in Results(results).parts and available(parts[name])]
+        for name in [options.part] if options.part else left:
             run_part(parts[name], parts["methods"], out, results, options.jobs)
     for outcome in write_outcome(Results(results), results, quick=options.quick):
         print(f"{outcome.verdict:15} {outcome.title}")
