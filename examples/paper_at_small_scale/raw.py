@@ -72,8 +72,8 @@ class Results:
         return np.array(cells)
 
     def curve(self, part: str, method: str, name: str) -> list[float]:
-        """Return a curve's mean over seeds, at the iterations that all have; None counts as 0."""
-        curves = [run["curves"][name] for run in self._runs(part, method) if run["curves"].get(name)]
+        """Return a curve's mean over seeds; empty where nothing was logged. An iteration without a value counts as 0."""
+        curves = [curve for run in self._runs(part, method) if any(curve := run["curves"].get(name, []))]
         return np.array([[value or 0.0 for value in curve] for curve in curves]).mean(axis=0).tolist() if curves else []
 
     def _runs(self, part: str, method: str) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from erring import SCALES
@@ -60,9 +61,7 @@ def jobs(part: Part, chosen: Mapping[str, Pair], out: Path, methods: Part) -> li
         buffer = _buffer(out, part, seed)
         collection = ["-m", "arcopo_fast.collect", "toy", f"seed={seed}", *evaluation(part), "train.threads=1"]
         collection += ["--buffer", str(buffer), "--groups", str(part.groups)]
-        entries = buffer / "entries"
-        done = lambda entries=entries: len(list(entries.glob("*.safetensors"))) >= part.groups  # noqa: E731
-        found.append(Job(f"{part.name}-buffer-{seed}", lambda collection=collection: collection, done))
+        found.append(Job(f"{part.name}-buffer-{seed}", partial(list, collection), partial(_full, buffer, part.groups)))
     found += [_training(part, run, out) for run in everything]
     if part.scales:
         on_policy = [run for run in runs(methods, chosen) if run.method == "ar_copo" and run.seed in part.seeds]
@@ -72,7 +71,7 @@ def jobs(part: Part, chosen: Mapping[str, Pair], out: Path, methods: Part) -> li
         where = out / "entropy" / name
         study = ["-m", "arcopo_fast.entropy", method.recipe, *method.settings, "train.threads=1", "--out", str(where)]
         study += ["--prompts", str(part.prompts), "--draws", str(part.draws)]
-        found.append(Job(f"entropy-{name}", lambda study=study: study, (where / "entropy.html").is_file))
+        found.append(Job(f"entropy-{name}", partial(list, study), (where / "entropy.html").is_file))
     return found
 
 
@@ -99,6 +98,10 @@ def _merging(part: Part, out: Path, methods: Part, seed: int) -> Job:
 
 def _buffer(out: Path, part: Part, seed: int) -> Path:
     return out / "buffers" / part.name / str(seed)
+
+
+def _full(buffer: Path, groups: int) -> bool:
+    return len(list((buffer / "entries").glob("*.safetensors"))) >= groups
 
 
 def run_all(todo: Sequence[Job], out: Path, workers: int) -> None:
