@@ -6,11 +6,12 @@
 
 How the errors of a learned judge are made up we do not know; these are three corners. The amount, a level, is the standard deviation of the
 error in standard deviations of the score itself over videos of the untrained generator. A score's name says both, as in
-erring:Smooth:toy_vq_0.5. What a level is in the score's own units is measured once, into a file that ERRING_SCALES names:
+erring:Smooth:toy_vq_0.5; level 0 is the exact score. What a level is in the score's own units is measured once, into a file that
+ERRING_SCALES names:
 
     export PYTHONPATH=examples/paper_at_small_scale ERRING_SCALES=runs/erring.json
     python -m erring toy --out $ERRING_SCALES
-    python -m arcopo_fast.train toy 'rewards={"erring:Smooth:toy_vq_0.5": 1, toy_vq: 0, toy_mq: 0, toy_ta: 0}'
+    python -m arcopo_fast.train toy 'rewards={"erring:Smooth:toy_vq_0.5": 1, "erring:Smooth:toy_vq_0": 0}'
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ SCALES = "ERRING_SCALES"
 
 
 class Erring:
-    """Every score in `EXACT` with an error of every level. scales: of each, see `scales_of`; None: those of the file."""
+    """Every score in `EXACT`, exact and with an error of every level. scales: of each, see `scales_of`; None: those of the file."""
 
-    scores = tuple(f"{name}_{level:g}" for name in EXACT for level in LEVELS)
+    scores = tuple(f"{name}_{level:g}" for name in EXACT for level in (0, *LEVELS))
 
     def __init__(self, scales: Mapping[str, Mapping[str, float]] | None = None) -> None:
         if scales is None:
@@ -58,7 +59,8 @@ class Erring:
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         exact, units = score(self.exact, frames, prompts), self.units(frames)
-        return {f"{name}_{level:g}": self.judged(name, exact[name], units.get(name), level) for name in EXACT for level in LEVELS}
+        erring = {f"{name}_{level:g}": self.judged(name, exact[name], units.get(name), level) for name in EXACT for level in LEVELS}
+        return erring | {f"{name}_0": scores for name, scores in exact.items()}
 
     def units(self, frames: Tensor) -> dict[str, Tensor]:
         """Return errors [N] with mean 0 and standard deviation 1, by the score's name."""

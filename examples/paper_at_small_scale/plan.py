@@ -84,8 +84,8 @@ def _judged(levels: Sequence[float]) -> dict[str, Method]:
         weights = load_config(method.recipe).rewards
         found[judged_by(base, "", 0)] = replace(method, tuned_as=base)
         for kind, level in ((kind, level) for kind in KINDS for level in levels):
-            rewards = {f'"erring:{kind}:{name}_{level:g}"': weights[name] for name in EXACT} | dict.fromkeys(EXACT, 0.0)
-            setting = "rewards={" + ", ".join(f"{name}: {weight:g}" for name, weight in rewards.items()) + "}"
+            judges = [(f"erring:{kind}:{name}_{amount:g}", weights[name] * bool(amount)) for name in EXACT for amount in (level, 0)]
+            setting = "rewards={" + ", ".join(f'"{name}": {weight:g}' for name, weight in judges) + "}"
             title = f"{method.title}, {kind.lower()} error of {level:g}"
             found[judged_by(base, kind, level)] = replace(method, title=title, settings=(*method.settings, setting), tuned_as=base)
     return found

@@ -144,7 +144,8 @@ def swept_gains(document: Mapping[str, Any]) -> dict[str, dict[Pair, list[float]
 def _sides(document: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """Return the two sides of a run; those before go to the document, unless equal ones are there."""
     first, second = (
-        {name: [_short(value) for value in score["values"]] for name, score in side.items() if _kept(name)} for side in (before, after)
+        {kept: [_short(value) for value in score["values"]] for name, score in side.items() if (kept := _kept(name))}
+        for side in (before, after)
     )
     known = document["before"]
     key = next((key for key, side in known.items() if side == first), str(len(known)))
@@ -152,9 +153,10 @@ def _sides(document: dict[str, Any], before: Mapping[str, Any], after: Mapping[s
     return {"before": key, "after": second}
 
 
-def _kept(name: str) -> bool:
-    """Return whether a score is kept: not the sum, which depends on what was trained on, nor an erring judge's."""
-    return name != TOTAL and not name.startswith("erring:")
+def _kept(name: str) -> str:
+    """Return what a score is called here; nothing for the sum, which is of what was trained on, and for what a judge that errs gave."""
+    exact = name.split(":")[-1].removesuffix("_0") if name.endswith("_0") else ""
+    return exact if name.startswith("erring:") else "" if name == TOTAL else name
 
 
 def _short(value: float | None) -> float | None:

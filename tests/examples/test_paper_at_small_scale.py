@@ -197,7 +197,9 @@ LACKING = plan.missing(plan.METHODS["sde_published"])
 PAIRS = {name: plan.sweep(name)[0] for name in plan.SWEPT}
 
 
-def sides(part: plan.Part, moved: Mapping[str, float], videos: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def sides(
+    part: plan.Part, moved: Mapping[str, float], videos: int | None = None, erring_kind: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """An evaluation before, the same each time, and one after, moved by so many standard deviations and some scatter."""
     count = part.prompts * (videos or part.videos)
     scores: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
@@ -207,7 +209,10 @@ def sides(part: plan.Part, moved: Mapping[str, float], videos: int | None = None
         after = before + moved.get(name, moved.get("", 0.0)) + 0.2 * np.random.default_rng().standard_normal(count)
         for side, values in zip(scores, (before, after)):
             side[name] = {"mean": 0.0, "std": 1.0, "values": values.tolist()}
-        scores[0]["reward"] = scores[1]["reward"] = scores[0]["erring:White:toy_vq_1"] = {"values": before.tolist()}
+            side["reward"] = side["erring:White:toy_vq_1"] = {"values": [0.0] * count}
+    if erring_kind:  # whose level 0 is the exact score
+        for side in scores:
+            side |= {f"erring:{erring_kind}:{name}_0": side.pop(name) for name in erring.EXACT}
     return scores
 
 
@@ -216,7 +221,8 @@ def made(part: plan.Part, out: Path, moved: Mapping[str, Mapping[str, float]]) -
     for run in plan.runs(part, PAIRS):
         folder = out / "runs" / part.name / run.name
         folder.mkdir(parents=True)
-        before, after = sides(part, moved.get(run.method, {}))
+        kind = next((kind for kind in plan.KINDS if f"_{kind}_" in run.method), "")
+        before, after = sides(part, moved.get(run.method, {}), erring_kind=kind)
         (folder / "evaluation.json").write_text(json.dumps({"before": before, "after": after}))
         lines = [{"step": step, "reward": 0.1 * step, "update2/live": 0.5} for step in range(1, part.iterations + 1)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -507,7 +513,7 @@ def test_errors_are_as_large_as_asked(kind: type[erring.Erring], frames: Tensor)
     """And those of the three scores are apart, and the same each time, whatever else is judged with a video."""
     judge, exact = judge_of(kind, frames), frames.mean((1, 2, 3, 4))
     scores = judge(frames, [""] * 256)
-    assert tuple(scores) == kind.scores
+    assert sorted(scores) == sorted(kind.scores) and all(torch.equal(scores[f"{name}_0"], exact) for name in erring.EXACT)
     for level in erring.LEVELS:
         errors = torch.stack([scores[f"{name}_{level:g}"] - exact for name in erring.EXACT])
         asked = level * exact.std(correction=0)
@@ -553,7 +559,6 @@ def test_recipes_name_judges_that_err(tmp_path: Path, monkeypatch: pytest.Monkey
     for run in plan.runs(plan.PARTS["judges"], PAIRS):
         weights = load_config(run.recipe, run.settings).rewards
         used = [name for name, weight in weights.items() if weight]
-        assert len(used) == 3 and {name for name, weight in weights.items() if not weight} == (
-            {*erring.EXACT} if "exact" not in run.name else set()
-        )
+        assert len(used) == 3 and len(weights) == (3 if "exact" in run.name else 6)
+        assert all(name.endswith("_0") for name, weight in weights.items() if not weight) and not any(name.endswith("_0") for name in used)
     assert load_reward("erring:Smooth:toy_mq_0.25").function.scales["toy_mq"]["spread"] == 0.1
