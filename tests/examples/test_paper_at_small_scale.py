@@ -446,6 +446,17 @@ def test_jobs_come_after_what_they_need(name: str, tmp_path: Path) -> None:
             assert job.command()[0] == "-m" and not job.done()
 
 
+def test_what_was_begun_goes_on_and_what_is_done_stays(tmp_path: Path) -> None:
+    part = plan.PARTS["methods"]
+    job = next(job for job in command.jobs(part, PAIRS, tmp_path, part) if job.name == "methods-sde_fresh-4")
+    assert job.command()[1:3] == ["arcopo_fast.train", "toy_sde_grpo"] and not job.done()
+    folder = tmp_path / "runs" / "methods" / "sde_fresh-4"
+    folder.mkdir(parents=True)
+    assert job.command() == ["-m", "arcopo_fast.train", "--resume", str(folder)] and not job.done()
+    (folder / "evaluation.json").write_text("{}")
+    assert job.done()
+
+
 def test_a_failing_job_names_its_log(tmp_path: Path) -> None:
     jobs = [
         command.Job("good", lambda: ["-c", "open(r'%s', 'w').close()" % (tmp_path / "there")], (tmp_path / "there").exists),
