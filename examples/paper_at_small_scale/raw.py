@@ -1,11 +1,12 @@
 """A part's result: one file with every video's scores before and after every run, and its curves. Small enough to be committed.
 
-    {"part": ..., "plan": {...}, "weights": {...}, "left_out": [...], "chosen": {...}, "before": {"0": {measure: [...]}, ...},
+    {"part": ..., "plan": {...}, "weights": {...}, "left_out": [...], "before": {"0": {measure: [...]}, ...},
      "runs": {name: {"method", "seed", "lr", "clip", "settings", "before": "0", "after": {measure: [...]}, "curves": {name: [...]}}},
-     "scales": {...}, "entropy": {method: [records]}}
+     "gains": {...}, "chosen": {method: [lr, clip]}, "scales": {...}, "entropy": {method: [records]}}
 
 Videos stand prompt by prompt. Runs with the same step list have the same videos before, so these are kept once. A merge is a run whose
-method is merge_SCALE. `chosen` is what the sweep chose, `scales` how large a judge's errors were.
+method is merge_SCALE. `gains` are those of a sweep, `chosen` the
+pair of the largest, `scales` say how large a judge's errors were.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ CAPTION = "toy_ta"
 NEUTRAL = (MOTION, DETAIL)
 """Measures of which neither more nor less is better; of all others more is."""
 CURVES = (TOTAL, "update1/live", "update2/live", "update2/ratio_std")
-Values = dict[str, list[float | None]]
 
 
 class Results:
