@@ -5,8 +5,7 @@
      "gains": {...}, "chosen": {method: [lr, clip]}, "scales": {...}, "entropy": {method: [records]}}
 
 Videos stand prompt by prompt. Runs with the same step list have the same videos before, so these are kept once. A merge is a run whose
-method is merge_SCALE. `gains` are those of a sweep, `chosen` the
-pair of the largest, `scales` say how large a judge's errors were.
+method is merge_SCALE. `gains` are those of a sweep, `chosen` the pair of the largest, `scales` say how large a judge's errors were.
 """
 
 from __future__ import annotations
