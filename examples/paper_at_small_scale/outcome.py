@@ -120,10 +120,10 @@ _CLASSES = {"holds": "up", "opposite": "down"}
 def _claim(outcome: Outcome) -> str:
     named, ratio = labels(outcome), outcome.claim.ratio
     rows = [
-        [named[name], figure(test.estimate, ratio=ratio), _units(test.estimate, ratio), _p(test.p), verdict(test)]
+        [named[name], figure(test.estimate, ratio=ratio), verdict(test), _p(test.p), _units(test.estimate, ratio)]
         for name, test in outcome.tests.items()
     ]
-    shown = Grid("", "", ["", "figure and interval", "each seed" if not ratio else "prompts", "p", "verdict"], rows).html() if rows else ""
+    shown = Grid("", "", ["", "figure and interval", "verdict", "p", "prompts" if ratio else "each seed"], rows).html() if rows else ""
     return (
         f'<article><h3>{escape(outcome.title)}: <span class="{_CLASSES.get(outcome.verdict, "")}">{outcome.verdict}</span></h3>'
         f'<p class="note">{escape(outcome.claim.source)}</p><p class="note">Rule: {escape(_rule(outcome))}</p>{shown}</article>'
