@@ -1,10 +1,10 @@
-"""The study's statistics against planted ones, its rules and its page on made-up results, its plan, and its judges that err."""
+"""The study's results, claims and page on made-up runs, and its plan."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from html import escape
 from html.parser import HTMLParser
@@ -13,180 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from support.rewards import load_reward
-from torch import Tensor
 
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.rewards.base import Reward
 
 FOLDER = Path(__file__).parents[2] / "examples" / "paper_at_small_scale"
 sys.path.insert(0, str(FOLDER))
 
 import claims  # noqa: E402
 import erring  # noqa: E402
-import inference  # noqa: E402
 import outcome  # noqa: E402
 import plan  # noqa: E402
 import raw  # noqa: E402
 import run as command  # noqa: E402
-
-# Statistics ------------------------------------------------------------------------------------------------------------------------
-
-
-def planted(random: np.random.Generator, seeds: int, prompts: int, videos: int, spreads: tuple[float, float, float]) -> np.ndarray:
-    """Cells around 0 with effects of seed, prompt and video of these standard deviations."""
-    seed, prompt, video = spreads
-    noise = video * random.standard_normal((seeds, prompts, videos)).mean(2)
-    return seed * random.standard_normal((seeds, 1)) + prompt * random.standard_normal((1, prompts)) + noise
-
-
-@pytest.mark.parametrize(
-    ("size", "spreads", "most"),
-    [
-        ((6, 64, 4), (0.3, 0.0, 1.0), 0.97),
-        ((6, 64, 4), (0.0, 0.5, 1.0), 0.97),
-        ((6, 64, 4), (0.1, 0.5, 1.0), 0.97),
-        ((6, 64, 4), (0.3, 1.0, 0.2), 0.97),
-        ((6, 64, 4), (0.05, 0.5, 0.5), 0.97),
-        ((4, 24, 2), (0.2, 0.5, 1.0), 0.97),
-        (
-            (6, 64, 4),
-            (0.0, 0.0, 1.0),
-            0.995,
-        ),  # neither seed nor prompt matters: the bound of the variance acts, and the interval is too wide
-    ],
-)
-def test_coverage(size: tuple[int, int, int], spreads: tuple[float, float, float], most: float) -> None:
-    """At sizes of the study's parts. 2,000 draws know a coverage of 95 % to within 0.5 %."""
-    random, inside = np.random.default_rng(5), 0
-    for _ in range(2000):
-        estimate = inference.crossed(planted(random, *size, spreads))
-        inside += inference.outside(abs(estimate.mean) / estimate.error, estimate.freedom) > 0.05
-    assert 0.93 <= inside / 2000 <= most
-
-
-def test_too_narrow_without_prompts_or_seeds() -> None:
-    """Taking videos for independent, or seeds alone, covers far less: the reason for all this."""
-    random, naive, seeds_only = np.random.default_rng(6), 0, 0
-    for _ in range(1000):
-        cells = planted(random, 6, 64, 4, (0.1, 1.0, 0.5))
-        naive += abs(cells.mean()) < 1.96 * cells.std() / cells.size**0.5
-        estimate = inference.independent(cells.mean(axis=1))
-        seeds_only += estimate.p > 0.05
-    assert naive < 650 and seeds_only < 650
-
-
-def test_crossed_is_exact_where_one_side_alone_varies() -> None:
-    cells = np.random.default_rng(0).standard_normal((6, 1)) + np.zeros((6, 64))
-    by_seed = inference.independent(cells[:, 0])
-    estimate = inference.crossed(cells)
-    assert estimate.error == pytest.approx(by_seed.error) and estimate.freedom == pytest.approx(5)
-    assert estimate.interval == pytest.approx(by_seed.interval) and estimate.by_unit == pytest.approx(by_seed.by_unit)
-    by_prompt = inference.crossed(cells.T)
-    assert by_prompt.error == pytest.approx(by_seed.error) and len(by_prompt.by_unit) == 64
-    missing = cells.copy()
-    missing[2, 7] = np.nan
-    assert inference.crossed(missing).error == pytest.approx(by_seed.error), "the prompt is left out"
-    assert np.isnan(inference.crossed(cells[:1]).p)
-
-
-def test_student() -> None:
-    """Against a printed table."""
-    table = {(1, 0.95): 12.706, (2, 0.95): 4.303, (5, 0.95): 2.571, (30, 0.95): 2.042, (5, 0.99): 4.032, (120, 0.95): 1.980}
-    for (freedom, level), value in table.items():
-        assert inference.quantile(freedom, level) == pytest.approx(value, abs=6e-4)
-    assert 2.571 > inference.quantile(5.5) > 2.447, "between 5 and 6"
-    assert inference.outside(0.0, 7) == pytest.approx(1)
-
-
-def test_holm() -> None:
-    """The worked example of four hypotheses that textbooks give."""
-    corrected = inference.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
-    assert corrected == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
-    assert inference.holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
-
-
-def test_verdicts() -> None:
-    def of(mean: float, error: float, seeds: int = 6) -> inference.Estimate:
-        return inference.Estimate(mean, error, 20, (mean,) * seeds)
-
-    def verdict(*estimates: inference.Estimate) -> str:
-        return inference.family({str(index): estimate for index, estimate in enumerate(estimates)}, 0.2)["0"].verdict
-
-    assert verdict(of(1, 0.1)) == "rises" and verdict(of(-1, 0.1)) == "falls"
-    assert verdict(of(0.05, 0.05)) == "equivalent" and verdict(of(0.05, 0.2)) == "no difference shown"
-    assert verdict(of(1, 0.1, seeds=3)) == "too few" and verdict(inference.Estimate(1, float("nan"), 0, (1,) * 6)) == "too few"
-    weak = of(0.23, 0.1)  # p = 0.03
-    assert verdict(weak) == "rises" and verdict(weak, of(0, 1)) == "no difference shown", "one of two tests"
-    assert verdict(of(0, 0.0)) == "equivalent" and verdict(of(0.1, 0.0)) == "rises"
-
-
-# Rules -----------------------------------------------------------------------------------------------------------------------------
-
-UP, FLAT, DOWN = "rises", "no difference shown", "falls"
-
-
-@pytest.mark.parametrize(
-    ("verdicts", "wins", "beats"),
-    [
-        ((UP, FLAT, UP), "holds", "holds"),
-        ((UP, DOWN, UP), "holds", "holds"),
-        ((UP, UP, UP), "in part", "holds"),
-        ((UP, FLAT, FLAT), "not shown", "not shown"),
-        ((FLAT, DOWN, UP), "not shown", "not shown"),
-        ((UP, UP, DOWN), "opposite", "opposite"),
-        ((FLAT, FLAT, "equivalent"), "not shown", "not shown"),
-    ],
-)
-def test_contests(verdicts: tuple[Any, Any, Any], wins: str, beats: str) -> None:
-    named = dict(zip((claims.FIRST, claims.SECOND, claims.MORE), verdicts))
-    assert claims.wins(named) == wins and claims.beats(named) == beats
-
-
-def caption(on: Any, semi: Any, on_rest: Any, semi_rest: Any, gap: Any) -> dict[str, Any]:
-    """Verdicts of the two on the caption reward, and on one other measure; a second one does not move."""
-    found = {"on-policy: caption": on, "semi: caption": semi, "on-policy: a": on_rest, "semi: a": semi_rest, "semi minus on-policy: a": gap}
-    return found | {"on-policy: b": FLAT, "semi: b": FLAT, "semi minus on-policy: b": UP}
-
-
-@pytest.mark.parametrize(
-    ("rule", "verdicts", "finding"),
-    [
-        (claims.always("rises"), {"1": UP, "2": UP}, "holds"),
-        (claims.always("rises"), {"1": UP, "2": FLAT}, "not shown"),
-        (claims.always("rises"), {"1": DOWN, "2": DOWN}, "opposite"),
-        (claims.always("falls"), {"1": DOWN, "2": DOWN}, "holds"),
-        (claims.semi_does_not_hack, caption(UP, FLAT, DOWN, FLAT, UP), "holds"),
-        (claims.semi_does_not_hack, caption(UP, FLAT, DOWN, FLAT, FLAT), "in part"),
-        (claims.semi_does_not_hack, caption(FLAT, FLAT, DOWN, FLAT, UP), "in part"),
-        (claims.semi_does_not_hack, caption(UP, UP, FLAT, FLAT, FLAT), "not shown"),
-        (claims.semi_does_not_hack, caption(UP, UP, DOWN, DOWN, UP), "not shown"),
-        (claims.semi_does_not_hack, caption(UP, UP, FLAT, DOWN, DOWN), "opposite"),
-        (claims.scale_trades, {"in-domain: gain": UP, "out-of-domain: a": DOWN, "out-of-domain: b": FLAT}, "holds"),
-        (claims.scale_trades, {"in-domain: gain": UP, "out-of-domain: a": UP}, "in part"),
-        (claims.scale_trades, {"in-domain: gain": DOWN, "out-of-domain: a": DOWN}, "opposite"),
-        (claims.scale_trades, {"in-domain: gain": FLAT, "out-of-domain: a": DOWN}, "not shown"),
-    ],
-)
-def test_rules(rule: Callable[[Mapping[str, Any]], str], verdicts: dict[str, Any], finding: str) -> None:
-    assert rule(verdicts) == finding
-
-
-@pytest.mark.parametrize(
-    ("caption", "gap", "first", "second", "finding"),
-    [
-        (DOWN, DOWN, DOWN, FLAT, "holds"),
-        (DOWN, DOWN, FLAT, FLAT, "in part"),
-        (FLAT, FLAT, DOWN, DOWN, "in part"),
-        (DOWN, FLAT, FLAT, UP, "not shown"),
-        (UP, UP, DOWN, DOWN, "opposite"),
-    ],
-)
-def test_collapse(caption: Any, gap: Any, first: Any, second: Any, finding: str) -> None:
-    named = {"off-policy: caption": caption, "off-policy minus semi: caption": gap, "off-policy: a": first, "off-policy: b": second}
-    assert claims.off_policy_collapses(named) == finding
-
 
 # Results and page ------------------------------------------------------------------------------------------------------------------
 
@@ -489,87 +327,3 @@ def test_another_run_of_the_same_name_is_refused(tmp_path: Path, monkeypatch: py
     assert raw.Results(tmp_path / "results").methods("tune") == ["ar_copo", "neighbor"], "a method that has come to the library"
     with pytest.raises(command.UserError, match="holds another run ar_copo-lr0.0005-clip0.005-100"):
         command.run_part(replace(more, iterations=9), part, tmp_path, tmp_path / "results", 1)
-
-
-# Judges that err -------------------------------------------------------------------------------------------------------------------
-
-
-class Plain(Reward):
-    """A score that is a mean of the frames."""
-
-    scores = ("plain",)
-
-    def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        return frames.mean((1, 2, 3, 4))
-
-
-def judge_of(kind: type[erring.Erring], frames: Tensor) -> erring.Erring:
-    """A judge that errs on plain scores, with the scales of these frames."""
-    plain = {name: frames.mean((1, 2, 3, 4)) for name in erring.EXACT}
-    judge = kind(erring.scales_of(plain, erring.network(frames)))
-    judge.exact = {name: type(name, (Plain,), {"scores": (name,)})() for name in erring.EXACT}
-    return judge
-
-
-@pytest.fixture
-def frames() -> Tensor:
-    """256 videos of blobs in motion."""
-    coarse = torch.rand(256, 3, 3, 4, 4)  # [N, 3, F, H, W]
-    videos = torch.nn.functional.interpolate(coarse, size=(9, 12, 12), mode="trilinear")
-    return videos.movedim(1, 2).contiguous()
-
-
-@pytest.mark.parametrize("kind", [erring.White, erring.Smooth, erring.Rounded])
-def test_errors_are_as_large_as_asked(kind: type[erring.Erring], frames: Tensor) -> None:
-    """And those of the three scores are apart, and the same each time, whatever else is judged with a video."""
-    judge, exact = judge_of(kind, frames), frames.mean((1, 2, 3, 4))
-    scores = judge(frames, [""] * 256)
-    assert sorted(scores) == sorted(kind.scores) and all(torch.equal(scores[f"{name}_0"], exact) for name in erring.EXACT)
-    for level in erring.LEVELS:
-        errors = torch.stack([scores[f"{name}_{level:g}"] - exact for name in erring.EXACT])
-        asked = level * exact.std(correction=0)
-        if kind is erring.Rounded and level == 1:  # steps wider than what is rounded
-            assert (errors.std(1) / asked).max() < 1.1
-        else:
-            assert (errors.std(1) / asked - 1).abs().max() < 0.2
-        if kind is not erring.Rounded:
-            assert errors.mean(1).abs().max() < 0.3 * asked
-            assert (torch.corrcoef(errors) - torch.eye(3)).abs().max() < 0.9
-    alone = judge(frames[7:9].flip(0), [""] * 2)
-    for name, values in alone.items():
-        torch.testing.assert_close(values.flip(0), scores[name][7:9], rtol=0, atol=1e-4)
-
-
-def test_only_the_smooth_error_has_a_slope(frames: Tensor) -> None:
-    """Near videos get near errors: a tenth of the step, a tenth of the difference. White errors of near videos are strangers."""
-    step = torch.randn_like(frames)
-    for kind in (erring.Smooth, erring.White):
-        judge = judge_of(kind, frames)
-        far, near, base = (judge.units(frames + size * step)["toy_mq"] for size in (1e-2, 1e-3, 0.0))
-        if kind is erring.Smooth:
-            assert (far - base).abs().max() < 0.5
-            torch.testing.assert_close(near - base, 0.1 * (far - base), rtol=0.2, atol=2e-3)
-        else:
-            assert (near - base).std() > 1
-
-
-def test_rounded_scores_come_in_steps(frames: Tensor) -> None:
-    judge, exact = judge_of(erring.Rounded, frames), frames.mean((1, 2, 3, 4))
-    for level in erring.LEVELS:
-        step = 12**0.5 * level * exact.double().std(correction=0).item()
-        steps = judge(frames, [""] * 256)[f"toy_ta_{level:g}"] / step
-        torch.testing.assert_close(steps, (exact / step).round(), rtol=0, atol=1e-4)
-
-
-def test_recipes_name_judges_that_err(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(erring.SCALES, raising=False)
-    with pytest.raises(command.UserError, match=f"set {erring.SCALES} to the file"):
-        load_reward("erring:White:toy_vq_0.5")
-    (tmp_path / "scales.json").write_text(json.dumps({name: {"spread": 0.1, "mean": 0.0, "std": 1.0} for name in erring.EXACT}))
-    monkeypatch.setenv(erring.SCALES, str(tmp_path / "scales.json"))
-    for run in plan.runs(plan.PARTS["judges"], PAIRS):
-        weights = load_config(run.recipe, run.settings).rewards
-        used = [name for name, weight in weights.items() if weight]
-        assert len(used) == 3 and len(weights) == (3 if "exact" in run.name else 6)
-        assert all(name.endswith("_0") for name, weight in weights.items() if not weight) and not any(name.endswith("_0") for name in used)
-    assert load_reward("erring:Smooth:toy_mq_0.25").function.scales["toy_mq"]["spread"] == 0.1
