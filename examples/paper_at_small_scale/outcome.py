@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from claims import FIRST, MORE, SECOND, Outcome, change, judge
 from inference import Estimate, Tested
-from plan import JUDGED, KINDS, METHODS, PARTS, compute_of, judged_by, missing
+from plan import JUDGED, KINDS, METHODS, PARTS, compute_of, judged_by
 from raw import GAIN, NEUTRAL, Results
 
 from arcopo_fast.reports.charts import Spread, line_chart
@@ -58,12 +58,11 @@ def write_outcome(results: Results, folder: Path, *, quick: bool) -> list[Outcom
         for grid in (claim_grid(outcomes), *change_grids(results), merge_grid(results), sweep_grid(results), compute_grid())
         if grid.rows
     ]
-    left_out = [why for method in METHODS.values() if (why := missing(method))]
     absent = [f"The part {name} has no result." for name in PARTS if name not in results.parts]
     body = [
         f'<header><h1>{escape(TITLE)}</h1><p class="facts">The toy world of arcopo_fast. {escape(HOW)}</p></header>',
         warning(QUICK, "") if quick else "",
-        "".join(f"<p>{escape(line)}</p>" for line in (*left_out, *absent)),
+        "".join(f"<p>{escape(line)}</p>" for line in absent),
         section("Claims", "".join(map(_claim, outcomes))),
         section(
             "Gain against the error of the judge", judge_charts(results), "Bands: 95 % intervals. Level: in standard deviations of a video."
@@ -73,7 +72,7 @@ def write_outcome(results: Results, folder: Path, *, quick: bool) -> list[Outcom
     ]
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "index.html", page(TITLE, body))
-    lines = [f"# {TITLE}: results", *([QUICK] if quick else []), HOW, *left_out, *absent, *(grid.markdown() for grid in grids)]
+    lines = [f"# {TITLE}: results", *([QUICK] if quick else []), HOW, *absent, *(grid.markdown() for grid in grids)]
     atomic_write(folder / "tables.md", "\n\n".join(lines))
     return outcomes
 
@@ -191,10 +190,7 @@ def sweep_grid(results: Results) -> Grid:
 
 def compute_grid() -> Grid:
     """Return what an iteration of each method costs, from the recipes."""
-    rows = []
-    for method in METHODS.values():
-        if not missing(method):
-            rows.append([method.title, *(f"{value:g}" for value in compute_of(method))])
+    rows = [[method.title, *(f"{value:g}" for value in compute_of(method))] for method in METHODS.values()]
     note = (
         "An iteration: videos that are judged, and latent frames x denoising steps that are generated (mean over pivots) and replayed with "
         "gradient. On stored rollouts, 100 groups of 12 videos are generated and judged before the run."

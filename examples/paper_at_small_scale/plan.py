@@ -22,7 +22,7 @@ class Method:
     """A way to train.
 
     clip: the one that the sweep lies around. tuned_as: the method whose pair it takes; empty: its own. mode: of `train.mode`; other than
-    on_policy it takes its groups from a buffer. needs: says why this version of the library may be without it; empty: it is not.
+    on_policy it takes its groups from a buffer.
     """
 
     title: str
@@ -31,7 +31,6 @@ class Method:
     clip: float = 0.0
     tuned_as: str = ""
     mode: str = "on_policy"
-    needs: str = ""
 
 
 # Measured on the first toy world, to be measured again with a new one (`update2/ratio_std` in results/tune.json says): at the recipes'
@@ -44,8 +43,9 @@ FACTORS = ((1, 1), (0.5, 1), (2, 1), (1, 1 / 3), (1, 3))
 SHARED = "objective.init_noise=shared"
 UNSCALED = ("sampler.steps=[1000, 750, 500, 250]", "sampler.warp=true", "sampler.shift=5")
 """The paper's step list as it is, not scaled to the size of the toy: on it the re-noise decides."""
-PUBLISHED = "objective.explore=every_chunk"
-"""SDE-GRPO as published: every chunk explores at once, with one advantage for the whole video."""
+PUBLISHED = ("objective.explore=all", "rollout.pivot=1", "objective.anchors_per_update=2")
+"""SDE-GRPO as published: every chunk explores at once, with one advantage for the whole video. A quarter of the members in four chunks are
+as many replays."""
 CAPTION_ONLY = "rewards={toy_ta: 1, toy_vq: 0, toy_mq: 0}"
 """The others are still measured; at weight 0 they count as held out."""
 
@@ -53,13 +53,7 @@ METHODS = {
     "ar_copo": Method("AR-CoPO", "toy", clip=COPO_CLIP),
     "sde_shared": Method("SDE-GRPO, forked, shared initial noise", "toy_sde_grpo", (SHARED,), SDE_CLIP),
     "sde_fresh": Method("SDE-GRPO, forked, fresh initial noise", "toy_sde_grpo", ("objective.init_noise=fresh",), SDE_CLIP),
-    "sde_published": Method(
-        "SDE-GRPO as published",
-        "toy_sde_grpo",
-        (PUBLISHED,),
-        SDE_CLIP,
-        needs="the recipe toy_sde_grpo does not take a setting by which every chunk explores at once",
-    ),
+    "sde_published": Method("SDE-GRPO as published", "toy_sde_grpo", PUBLISHED, SDE_CLIP),
     # Two anchors instead of four: a chunk of Neighbor GRPO is the whole video, and as many frames shall be replayed.
     "neighbor": Method("Neighbor GRPO", "toy_neighbor_grpo", ("objective.anchors_per_update=2",), NEIGHBOR_CLIP),
     "ar_copo_unscaled": Method("AR-CoPO, unscaled step list", "toy", UNSCALED, COPO_CLIP),
@@ -175,7 +169,7 @@ def runs(part: Part, chosen: Mapping[str, Pair]) -> list[Run]:
         UserError: a method was not swept.
     """
     found: list[Run] = []
-    for name, method in available(part).items() if not part.draws else ():
+    for name, method in part.known().items() if not part.draws else ():
         tuned_as = method.tuned_as or name
         if not part.pairs and tuned_as not in chosen:
             raise UserError(f"{part.name} trains {name} with what the sweep chose for {tuned_as}, which has no result; run --part tune")
@@ -210,21 +204,6 @@ def evaluation(part: Part, videos: int | None = None) -> tuple[str, ...]:
     return tuple(f"evaluation.{name}={value}" for name, value in numbers.items())
 
 
-def available(part: Part) -> dict[str, Method]:
-    """Return the part's methods that this version of the library has."""
-    return {name: method for name, method in part.known().items() if not missing(method)}
-
-
-def missing(method: Method) -> str:
-    """Return why a method cannot be run here; empty: it can."""
-    if method.needs:
-        try:
-            load_config(method.recipe, method.settings)
-        except UserError:
-            return f"{method.title} was left out: {method.needs}."
-    return ""
-
-
 # Compute ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -240,8 +219,11 @@ def compute(config: Config) -> Compute:
     """Return what a recipe's settings come to."""
     settings, size, steps = config.objective, config.rollout.group_size, len(config.sampler.steps)
     frames, chunks, groups = config.video.chunk_frames, config.video.chunks, config.rollout.prompts_per_iteration
-    made = sum((pivot - 1) + size * (chunks - pivot + 1) for pivot in range(1, chunks + 1)) / chunks
-    replayed = settings.updates * objective_class(settings.kind).samples_per_update(settings, steps, size)
+    pivots = [config.rollout.pivot] if isinstance(config.rollout.pivot, int) else range(1, chunks + 1)
+    made = sum((pivot - 1) + size * (chunks - pivot + 1) for pivot in pivots) / len(pivots)
+    objective = objective_class(settings.kind)
+    explored = objective.explored_chunks(settings) or sum(chunks - pivot + 1 for pivot in pivots) / len(pivots)
+    replayed = explored * settings.updates * objective.samples_per_update(settings, steps, size)
     stored = config.train.mode != "on_policy"  # made once, before the run
     return Compute(0 if stored else groups * size, 0 if stored else groups * made * frames * steps, groups * replayed * frames)
 

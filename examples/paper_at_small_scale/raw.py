@@ -1,6 +1,6 @@
 """A part's result: one file with every video's scores before and after every run, and its curves. Small enough to be committed.
 
-    {"part": ..., "plan": {...}, "weights": {...}, "left_out": [...], "before": {"0": {measure: [...]}, ...},
+    {"part": ..., "plan": {...}, "weights": {...}, "before": {"0": {measure: [...]}, ...},
      "runs": {name: {"method", "seed", "lr", "clip", "settings", "before": "0", "after": {measure: [...]}, "curves": {name: [...]}}},
      "gains": {...}, "chosen": {method: [lr, clip]}, "scales": {...}, "entropy": {method: [records]}}
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from plan import CAPTION_ONLY, METHODS, Pair, Part, available, missing, runs
+from plan import CAPTION_ONLY, METHODS, Pair, Part, runs
 
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.evaluation.looks import DETAIL, MOTION
@@ -96,7 +96,6 @@ def collect(part: Part, out: Path, chosen: Mapping[str, Pair], folder: Path) -> 
         "part": part.name,
         "plan": asdict(part),
         "weights": {name: weight for name, weight in load_config("toy").rewards.items() if weight},
-        "left_out": [why for method in part.known().values() if (why := missing(method))],
         "before": {},
         "runs": {},
     }
@@ -123,7 +122,7 @@ def collect(part: Part, out: Path, chosen: Mapping[str, Pair], folder: Path) -> 
     if part.levels:
         document["scales"] = _read(out / "erring.json")
     if part.draws:
-        document["entropy"] = {name: _read(out / "entropy" / name / "entropy.json")["records"] for name in available(part)}
+        document["entropy"] = {name: _read(out / "entropy" / name / "entropy.json")["records"] for name in part.known()}
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / f"{part.name}.json", json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n")
     return folder / f"{part.name}.json"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from erring import SCALES
 from outcome import write_outcome
-from plan import PARTS, Pair, Part, Run, available, evaluation, missing, quick, runs
+from plan import PARTS, Pair, Part, Run, evaluation, quick, runs
 from raw import Results, collect
 
 from arcopo_fast.cli import Parser, positive_int, run_command
@@ -67,7 +67,7 @@ def jobs(part: Part, chosen: Mapping[str, Pair], out: Path, methods: Part) -> li
         on_policy = [run for run in runs(methods, chosen) if run.method == "ar_copo" and run.seed in part.seeds]
         found += [_training(methods, run, out) for run in on_policy]
         found += [_merging(part, out, methods, seed) for seed in part.seeds]
-    for name, method in available(part).items() if part.draws else ():
+    for name, method in part.known().items() if part.draws else ():
         where = out / "entropy" / name
         study = ["-m", "arcopo_fast.entropy", method.recipe, *method.settings, "train.threads=1", "--out", str(where)]
         study += ["--prompts", str(part.prompts), "--draws", str(part.draws)]
@@ -157,11 +157,8 @@ def run_part(part: Part, methods: Part, out: Path, results: Path, workers: int) 
     """Run a part, and write its result.
 
     Raises:
-        UserError: this version of the library has none of its methods, the sweep has no result for one, `out` holds other runs of the same
-            names, or a job failed.
+        UserError: the sweep has no result for a method, `out` holds other runs of the same names, or a job failed.
     """
-    if not available(part):
-        raise UserError(" ".join(map(missing, part.known().values())))
     chosen = Results(results).chosen()
     planned = {run.name: json.loads(json.dumps(run._asdict())) for run in runs(part, chosen)}
     file = out / "plans" / f"{part.name}.json"
@@ -189,7 +186,7 @@ def main(argv: list[str]) -> None:
     results = out / "results" if options.quick else RESULTS
     parts = {name: quick(part) if options.quick else part for name, part in PARTS.items()}
     if not options.judge:
-        left = [name for name in parts if name not in Results(results).parts and available(parts[name])]
+        left = [name for name in parts if name not in Results(results).parts]
         for name in [options.part] if options.part else left:
             run_part(parts[name], parts["methods"], out, results, options.jobs)
     for outcome in write_outcome(Results(results), results, quick=options.quick):

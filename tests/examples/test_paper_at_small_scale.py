@@ -30,8 +30,6 @@ import run as command  # noqa: E402
 
 HELD_OUT = ("caption_accuracy", "shape_fidelity", "motion_amplitude", "sharpness")
 MEASURES = ("toy_vq", "toy_mq", "toy_ta", *HELD_OUT, "motion", "detail", "diversity")
-LACKING = plan.missing(plan.METHODS["sde_published"])
-"""Why this version of the library cannot run it; empty, once it can."""
 PAIRS = {name: plan.sweep(name)[0] for name in plan.SWEPT}
 
 
@@ -151,9 +149,7 @@ def test_the_sweep_chooses_by_mean_gain_of_what_was_trained(tmp_path: Path) -> N
 
 def test_claims_hold_where_they_are_so(as_the_paper_says: raw.Results) -> None:
     judged = {each.title: each.verdict for each in claims.judge(as_the_paper_says)}
-    absent = [title for title, verdict in judged.items() if verdict == "not run"]
-    assert absent == ["AR-CoPO learns where SDE-GRPO as published does not"] * bool(LACKING)
-    assert {verdict for title, verdict in judged.items() if title not in absent} == {"holds"}
+    assert {*judged.values()} == {"holds"}
 
 
 class Balanced(HTMLParser):
@@ -183,7 +179,6 @@ def test_page(as_the_paper_says: raw.Results, tmp_path: Path) -> None:
     parser = Balanced()
     parser.feed(text)
     assert not parser.open and not parser.links
-    assert escape(LACKING) in text and LACKING in tables
     for each in judged:
         assert f"{escape(each.title)}: " in text and f"| {each.title} | {each.verdict} |" in tables
     copo = claims.change(results, claims.COPO)
@@ -210,7 +205,7 @@ def test_no_verdict_from_three_seeds(tmp_path: Path) -> None:
     results = all_made(tmp_path, seeds=3)
     judged = outcome.write_outcome(results, results.folder, quick=True)
     trained = {each.verdict for each in judged if not each.claim.ratio}
-    assert trained == {"no verdict", "not run"}
+    assert trained == {"no verdict"}
     assert outcome.QUICK in (results.folder / "index.html").read_text() and outcome.QUICK in (results.folder / "tables.md").read_text()
 
 
@@ -220,7 +215,7 @@ def test_no_verdict_from_three_seeds(tmp_path: Path) -> None:
 def test_every_method_is_swept_with_the_same_budget() -> None:
     part = plan.PARTS["tune"]
     runs = plan.runs(part, {})
-    for name in plan.available(part):
+    for name in part.known():
         own = [run for run in runs if run.method == name]
         assert len(own) == len(plan.FACTORS) * len(part.seeds) and len({run.pair for run in own}) == len(plan.FACTORS)
     assert {method.tuned_as or name for name, method in plan.METHODS.items()} == set(plan.SWEPT)
@@ -249,23 +244,9 @@ def test_a_part_needs_the_sweep() -> None:
         plan.runs(plan.PARTS["controls"], {})
 
 
-def test_a_method_that_the_library_lacks_is_left_out() -> None:
-    method = replace(plan.METHODS["sde_published"], settings=("objective.init_noise=fresh",))
-    assert not plan.missing(method), "once the recipe takes the setting"
-    lacking = replace(method, settings=("objective.no_such_setting=1",))
-    assert plan.missing(lacking) == f"SDE-GRPO as published was left out: {method.needs}."
-
-
-def test_a_part_that_the_library_lacks_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(plan.METHODS, "sde_published", replace(plan.METHODS["sde_published"], settings=("objective.no_such_setting=1",)))
-    with pytest.raises(command.UserError, match="SDE-GRPO as published was left out"):
-        command.run_part(plan.PARTS["published"], plan.PARTS["methods"], tmp_path, tmp_path / "results", 1)
-    assert not (tmp_path / "results").exists()
-
-
 def test_compute_is_equal() -> None:
     """In videos that are judged and in frames that are replayed; each is counted from the recipe."""
-    found = {name: plan.compute_of(method) for name, method in plan.METHODS.items() if not plan.missing(method)}
+    found = {name: plan.compute_of(method) for name, method in plan.METHODS.items()}
     config = load_config("toy")
     assert {work.judged for name, work in found.items() if plan.METHODS[name].mode == "on_policy"} == {config.rollout.group_size}
     replayed = 2 * config.objective.anchors_per_update * len(config.sampler.steps) * config.video.chunk_frames  # type: ignore[attr-defined]
@@ -278,7 +259,7 @@ def test_jobs_come_after_what_they_need(name: str, tmp_path: Path) -> None:
     for parts in (plan.PARTS, {name: plan.quick(part) for name, part in plan.PARTS.items()}):
         todo = command.jobs(parts[name], PAIRS, tmp_path, parts["methods"])
         names = [job.name for job in todo]
-        assert len(set(names)) == len(names) and (names or (name == "published" and LACKING))
+        assert len(set(names)) == len(names) and names
         for place, job in enumerate(todo):
             assert all(names.index(needed) < place for needed in job.after)
             assert job.command()[0] == "-m" and not job.done()
