@@ -5,7 +5,8 @@
 
 The merge is exact: B and A are concatenated along the rank (`model.lora.merge_adapters`). The sweep generates the same videos, by prompt
 and noise, at every scale and with the base model, and chooses the scale by AR-CoPO's dual criterion: the largest at which the
-in-domain score (the weighted sum of the rewards) and the out-of-domain score (the mean of the held-out metrics) are both above the base's.
+in-domain score (the weighted sum of the rewards) and the out-of-domain score (the mean of the held-out metrics, each in standard deviations
+of the base's videos) are both above the base's.
 It leaves
 
     DIR/  evaluations/{baseline,scale-S}.json   sweep.json  sweep.md  sweep.html   adapter/, of the chosen scale, if there is one

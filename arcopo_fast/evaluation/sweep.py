@@ -1,7 +1,8 @@
 """The scale of a merge, W + dW_semi + s dW_on: evaluated at several on the same videos, and chosen by AR-CoPO's dual criterion.
 
 Chosen is the largest scale at which the in-domain score (the weighted sum of the rewards) and the out-of-domain score (the mean of the
-held-out metrics) are both above the base model's. Every evaluation is kept in a file of its own, so that a sweep can go on.
+held-out metrics, each in standard deviations of the base model's videos) are both above the base model's. Every evaluation is kept in a
+file of its own, so that a sweep can go on.
 """
 
 from __future__ import annotations
@@ -65,10 +66,18 @@ def choose_scale(points: Sequence[Point]) -> Point | None:
     return max((point for point in points if point.both_above), key=lambda point: point.scale, default=None)
 
 
-def with_held_out(scores: Summaries, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """Return an evaluation's scores with one more, HELD_OUT: for each video the mean of the named ones."""
+def with_held_out(scores: Summaries, names: Sequence[str], baseline: Summaries) -> dict[str, Mapping[str, Any]]:
+    """Return an evaluation's scores with one more, HELD_OUT: for each video the mean of the named ones.
+
+    Each is the distance from the baseline's mean in standard deviations of the baseline's videos (plainly where those do not vary), so that
+    a metric does not count for more because its numbers are larger.
+    """
+    units = [(baseline[name]["mean"] or 0.0, baseline[name]["std"] or 1.0) for name in names]
     of_videos = zip(*(scores[name]["values"] for name in names), strict=True)
-    values = [None if None in of_video else sum(of_video) / len(names) for of_video in of_videos]
+    values = [
+        None if None in of_video else statistics.fmean((value - mean) / std for value, (mean, std) in zip(of_video, units, strict=True))
+        for of_video in of_videos
+    ]
     known = [value for value in values if value is not None]
     mean, std = (statistics.fmean(known), statistics.pstdev(known)) if known else (None, None)
     return {**scores, HELD_OUT: {"mean": mean, "std": std, "values": values}}
@@ -91,7 +100,7 @@ class Sweep(NamedTuple):
     @classmethod
     def judged(cls, config: Config, pair: Pair, evaluations: Mapping[float | None, Summaries], names: Sequence[str]) -> Sweep:
         """Return the sweep of judged scales; None among the evaluations is the generator without the on-policy adapter."""
-        with_metrics = {scale: with_held_out(scores, names) for scale, scores in evaluations.items()}
+        with_metrics = {scale: with_held_out(scores, names, evaluations[None]) for scale, scores in evaluations.items()}
         points = [point_of(config, scale, with_metrics[None], scores) for scale, scores in with_metrics.items() if scale is not None]
         return cls(pair, names, with_metrics, points, choose_scale(points))
 
@@ -123,7 +132,7 @@ def sweep(
     Args:
         config: generator, prompts, noises and rewards of the evaluation.
         out: this process owns it; an earlier sweep with the same adapters and settings is gone on with.
-        held_out: names of the scores whose mean is the out-of-domain score; none: every held-out metric.
+        held_out: names of the scores whose mean is the out-of-domain score, see `with_held_out`; none: every held-out metric.
         overwrite: begin anew where `out` holds an earlier sweep.
 
     Raises:

@@ -88,9 +88,9 @@ def result_line(chosen: Point | None) -> str:
 def note(names: Sequence[str]) -> str:
     """Return how the tables are to be read."""
     return (
-        f"In-domain is the weighted sum of the rewards, out-of-domain the mean of {', '.join(names)}. Every row has the same prompts and "
-        f"noises; changes are against the base model, ± one standard error of the videos' differences, and ≈ marks those within two "
-        "of them. Scale 0 is the semi-on-policy adapter alone."
+        f"In-domain is the weighted sum of the rewards, out-of-domain the mean of {', '.join(names)}, each in standard deviations of the "
+        "base model's videos. Every row has the same prompts and noises; changes are against the base model, ± one standard error of the "
+        "videos' differences, and ≈ marks those within two of them. Scale 0 is the semi-on-policy adapter alone."
     )
 
 
@@ -113,7 +113,10 @@ def as_page(config: Config, found: Sweep) -> str:
     )
     charts = "".join(
         f"<figure><figcaption><b>{_LABELS[name].capitalize()}</b> {explained}</figcaption>{_chart(points, name)}</figure>"
-        for name, explained in ((TOTAL, "Weighted sum of the rewards."), (HELD_OUT, f"Mean of {escape(', '.join(names))}."))
+        for name, explained in (
+            (TOTAL, "Weighted sum of the rewards."),
+            (HELD_OUT, f"Mean of {escape(', '.join(names))}, in standard deviations."),
+        )
     )
     merged = [
         f'<tr><th scope="row">{escape(name)}</th><td>{about["rank"]}</td><td>{about["alpha"]:g}</td>'

@@ -9,7 +9,7 @@ import pytest
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.changes import Change
-from arcopo_fast.evaluation.sweep import Point, choose_scale, out_of_domain
+from arcopo_fast.evaluation.sweep import Point, choose_scale, out_of_domain, with_held_out
 from arcopo_fast.reports.sweep import result_line
 
 
@@ -44,6 +44,17 @@ def test_a_choice_within_its_error_is_called_so() -> None:
     assert "Out-of-domain, the change is within" in result_line(point(0.5, UP, 0.015))
     assert "In-domain and out-of-domain, the change is within" in result_line(point(0.5, UP, UP, error=math.nan))
     assert "No scale" in result_line(None)
+
+
+def test_a_metric_of_large_numbers_counts_as_much_as_another() -> None:
+    """Each by its own standard deviation before; plainly where videos do not vary; missing where one is."""
+    baseline = {"a": {"mean": 2.0, "std": 1.0, "values": [1.0, 3.0]}, "b": {"mean": 2000.0, "std": 500.0, "values": [1500.0, 2500.0]}}
+    baseline["c"] = {"mean": 4.0, "std": 0.0, "values": [4.0, 4.0]}
+    assert with_held_out(baseline, ["a", "b"], baseline)["held_out"]["values"] == [-1.0, 1.0]
+    better = {"a": {"values": [2.0, 4.0]}, "b": {"values": [1000.0, 2000.0]}, "c": {"values": [4.5, None]}}
+    assert with_held_out(better, ["a", "b"], baseline)["held_out"]["values"] == [-1.0, 1.0]
+    found = with_held_out(better, ["a", "c"], baseline)["held_out"]
+    assert found["values"] == [0.25, None] and found["mean"] == 0.25
 
 
 def test_what_is_held_out() -> None:
