@@ -311,6 +311,7 @@ class EvaluationConfig(Section):
     filters: bool = Field(
         False, description="score the untrained videos after fixed filters, too: filters have learned nothing. Ten times the judging"
     )
+    few_steps: bool = Field(False, description="judge a video of each prompt made with 1, 2 and all steps, too: is it sharp after few?")
     sample_videos: int = Field(4, ge=0, description="pairs of videos, before and after, that are written as mp4")
 
     @model_validator(mode="after")

@@ -102,7 +102,7 @@ class Evaluation:
     """scores: each reward's and metric's values [N] by name, and "reward", the weighted sum that is trained on.
 
     frames: the first videos, to be looked at. looks: values [N] by name, see `evaluation.looks`. filtered: by the name of a filter, all of
-    them for the same videos after it.
+    them for the same videos after it. few_steps: by number of steps, see `evaluation.few_steps`.
     """
 
     scores: dict[str, Tensor]
@@ -110,6 +110,7 @@ class Evaluation:
     frames: Tensor
     looks: dict[str, Tensor] = field(default_factory=dict)
     filtered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    few_steps: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Return each score's mean and standard deviation over the videos that have it (null if none has), values, and how many failed."""
@@ -137,6 +138,12 @@ def videos_at_once(config: Config) -> int:
     return max(1, min(BATCH, videos, pool_pages(config) // pool_pages(config, videos=1)))
 
 
+def latents_of(config: Config, generator: Generator, engine: Engine, prompts: Sequence[Prompt], groups: Sequence[int]) -> Tensor:
+    """Make a batch of evaluation videos, [N, F, C, h, w]. prompts: one for each video. groups: which noise is whose."""
+    rows = [KeyedNoise(engine.shape, GroupId(config.evaluation.seed, group=group)) for group in groups]
+    return engine.generate(generator.encode_text([prompt.for_generator for prompt in prompts]), StackedNoise(rows))
+
+
 def judge(
     config: Config,
     generator: Generator,
@@ -153,8 +160,7 @@ def judge(
     Returns:
         frames and scores of a slice after the other, see `Judging.judge`.
     """
-    rows = [KeyedNoise(engine.shape, GroupId(config.evaluation.seed, group=group)) for group in groups]
-    latents = engine.generate(generator.encode_text([prompt.for_generator for prompt in prompts]), StackedNoise(rows))
+    latents = latents_of(config, generator, engine, prompts, groups)
     judging = Judging.of(config, generator)
     return judging.judge(rewards, judging.decode(latents), [prompt.text for prompt in prompts])
 

@@ -3,7 +3,7 @@
 evaluation.json of a run directory is
 
     {"before": {name: {"mean": m, "std": s, "values": [...]}}, "after": {...},
-     "filters": {filter: {name: ...}},
+     "filters": {filter: {name: ...}}, "few_steps": {number of steps: {"before": {name: ...}, "after": {name: ...}}},
      "videos": [{"prompt": text, "seed": n, "before": "samples/before-00.mp4", "after": ..., "reward_before": r, "reward_after": r}]}
 
 with "reward" among the names for the weighted sum that is trained on, and the values of one video at the same place before and after; null
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -52,6 +52,7 @@ class _Evaluation(Document):
     after: dict[str, Summary] = {}
     videos: list[Sample] = []
     filters: dict[str, dict[str, Summary]] = {}
+    few_steps: dict[str, dict[Literal["before", "after"], dict[str, Summary]]] = {}
 
 
 _Amount = Annotated[float, Field(ge=0, le=LARGEST)]

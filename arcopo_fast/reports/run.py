@@ -14,6 +14,7 @@ from arcopo_fast.evaluation.changes import Change
 from arcopo_fast.reports.baselines import baseline_section, filter_warning
 from arcopo_fast.reports.charts import line_chart
 from arcopo_fast.reports.curves import REWARD, health, reward_statistics, updates
+from arcopo_fast.reports.few_steps import few_steps_section, few_steps_warning
 from arcopo_fast.reports.hacking import verdict
 from arcopo_fast.reports.html import change_cells, figures, page, section, table, video, warning
 from arcopo_fast.reports.results import Record, Run, points, read_run, stage_floors, stage_seconds
@@ -49,8 +50,10 @@ def write_report(directory: str | Path, path: str | Path | None = None) -> Path:
         _stall(run),
         verdict({"": [run]}) if run.changes else "",
         filter_warning(run.changes, found),
+        few_steps_warning(run.evaluation),
         section("Before and after", _change_table(run.changes), _CHANGE_NOTE) if run.changes else "",
         baseline_section(run.changes, found),
+        few_steps_section(run.evaluation),
         section("Videos", videos, _VIDEO_NOTE) if videos else "",
         section("Training", _charts(run.config, run.records)) if run.records else "",
         section("Where the time went", _timing_table(seconds, floors), _floor_note(run.device) if floors else "") if seconds else "",

@@ -132,6 +132,16 @@ class Engine:
         """Return the sampler's steps for a chunk: the first one may have its own."""
         return self.first_steps if chunk == 0 else self.steps
 
+    @contextmanager
+    def stopping_after(self, steps: int) -> Iterator[None]:
+        """Let the sampler stop after so many of its steps within the block: its last prediction is the chunk."""
+        whole = self.steps, self.first_steps
+        self.steps, self.first_steps = (Steps(each.timesteps[:steps], each.sigmas[:steps]) for each in whole)
+        try:
+            yield
+        finally:
+            self.steps, self.first_steps = whole
+
     def extend(
         self, stream: Stream, chunk: int, initial: Tensor, noise: NoiseSource, *, last: bool, rule: StepRule | None = None
     ) -> Trajectory:

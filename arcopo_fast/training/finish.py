@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from arcopo_fast.config.schema import Config
 from arcopo_fast.evaluation.baselines import FILTERED, Baseline, baselines
 from arcopo_fast.evaluation.changes import Change, changes
+from arcopo_fast.evaluation.few_steps import FEW_STEPS, alarms, as_document, step_changes
 from arcopo_fast.evaluation.judging import Evaluation, summary
 from arcopo_fast.model.lora import save_adapter
 from arcopo_fast.reports.model_card import model_card
@@ -33,11 +35,15 @@ def finish(trainer: Trainer, run: RunDirectory, before: Evaluation) -> None:
     }
     if before.filtered:
         document[FILTERED] = {name: summary(scores) for name, scores in before.filtered.items()}
+    if before.few_steps:
+        document[FEW_STEPS] = as_document(before.few_steps, after.few_steps)
     card = {"README.md": model_card(config, document)}
     save_adapter(run.path / "adapter", trainer.generator.model, base_model=config.generator.checkpoint, more=card)
     run.write("evaluation.json", json.dumps(document, indent=2) + "\n")
     print(comparison(changes(config, document), len(before.prompts)))
     print(without_learning(baselines(config, document)), end="")
+    for alarm in alarms(step_changes(document)):
+        warnings.warn(f"{alarm}; see the report", stacklevel=2)
 
 
 def write_samples(run: RunDirectory, config: Config, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.data.prompts import digest
 from arcopo_fast.errors import UserError
+from arcopo_fast.evaluation.few_steps import few_steps
 from arcopo_fast.evaluation.filters import Filter
 from arcopo_fast.evaluation.judging import Evaluation, evaluate
 from arcopo_fast.model.lora import adapter_parameters, frozen_state, load_adapter, save_adapter
@@ -183,8 +184,11 @@ class Trainer:
 
     def evaluate(self, filters: Mapping[str, Filter] | None = None) -> Evaluation:
         """Make and judge the evaluation videos under the weights as they are, also after `filters`."""
-        judges = self.rewards, self.held_out
-        return evaluate(self.config, self.generator, self.engine, self.prompts.evaluation, *judges, self.world, filters)
+        parts = self.config, self.generator, self.engine, self.prompts.evaluation, self.rewards
+        found = evaluate(*parts, self.held_out, self.world, filters)
+        if self.config.evaluation.few_steps:
+            found.few_steps = few_steps(*parts, self.world)
+        return found
 
     def set_learning_rate(self, iteration: int) -> float:
         """Set and return the learning rate of an iteration, a function of its number alone."""

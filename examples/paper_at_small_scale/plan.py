@@ -200,7 +200,7 @@ def _settings(part: Part, method: Method, pair: Pair, seed: int) -> tuple[str, .
 
 def evaluation(part: Part, videos: int | None = None) -> tuple[str, ...]:
     """Return the settings of a part's evaluations."""
-    numbers = {"prompts": part.prompts, "videos_per_prompt": videos or part.videos, "sample_videos": 0, "filters": "false"}
+    numbers = {"prompts": part.prompts, "videos_per_prompt": videos or part.videos, "sample_videos": 0, "filters": "false", "few_steps": "false"}
     return tuple(f"evaluation.{name}={value}" for name, value in numbers.items())
 
 
