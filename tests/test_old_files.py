@@ -83,7 +83,9 @@ def test_a_runs_report_is_written_again(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_runs_own_recipe_starts_another_one() -> None:
     config = load_config("finished/config.yaml", ["name=again"])
-    assert config.lora.rank == 1 and config == load_config("toy", [*SETTINGS, "evaluation.filters=false", "evaluation.few_steps=false", "name=again"])
+    assert config.lora.rank == 1 and config == load_config(
+        "toy", [*SETTINGS, "evaluation.filters=false", "evaluation.few_steps=false", "name=again"]
+    )
 
 
 @pytest.mark.parametrize("mode", ["semi_on_policy", "off_policy"])

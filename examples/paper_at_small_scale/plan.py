@@ -200,8 +200,8 @@ def _settings(part: Part, method: Method, pair: Pair, seed: int) -> tuple[str, .
 
 def evaluation(part: Part, videos: int | None = None) -> tuple[str, ...]:
     """Return the settings of a part's evaluations."""
-    numbers = {"prompts": part.prompts, "videos_per_prompt": videos or part.videos, "sample_videos": 0, "filters": "false", "few_steps": "false"}
-    return tuple(f"evaluation.{name}={value}" for name, value in numbers.items())
+    numbers = {"prompts": part.prompts, "videos_per_prompt": videos or part.videos, "sample_videos": 0}
+    return (*(f"evaluation.{name}={value}" for name, value in numbers.items()), "evaluation.filters=false", "evaluation.few_steps=false")
 
 
 # Compute ---------------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def run(directory: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("runs"))
+    return run(tmp_path_factory.mktemp("runs"), "evaluation.filters=true", "evaluation.few_steps=true")
 
 
 def test_a_run_leaves_everything_behind(finished: Path) -> None:
@@ -58,13 +58,16 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     assert [line["step"] for line in metrics] == [1, 2]
     assert all(line["update1/ratio_max"] == 0 for line in metrics), "before the first update of every iteration the ratio is exactly 1"
     assert any(line["update2/ratio_max"] > 0 for line in metrics)
+    evaluation, page = json.loads((finished / "evaluation.json").read_text()), (finished / "report.html").read_text()
+    assert len(evaluation["filters"]) > 5 and list(evaluation["few_steps"]) == ["1", "2", "4"]
+    assert all(f"<h2>{title}</h2>" in page for title in ("Before and after", "Without learning", "Few steps"))
 
 
 def test_the_same_seed_gives_the_same_metrics(finished: Path, tmp_path: Path) -> None:
     def untimed(directory: Path) -> list[dict[str, object]]:
         return [{key: value for key, value in line.items() if key != "time"} for line in read_metrics(directory / "metrics.jsonl")]
 
-    again = run(tmp_path / "again")
+    again = run(tmp_path / "again", "evaluation.filters=true", "evaluation.few_steps=true")
     assert untimed(again) == untimed(finished)
     assert json.loads((again / "evaluation.json").read_text()) == json.loads((finished / "evaluation.json").read_text())
     assert untimed(run(tmp_path / "other", "seed=1")) != untimed(finished)

@@ -14,6 +14,7 @@ SMALL = [
     "evaluation.prompts=2",
     "evaluation.videos_per_prompt=1",
     "evaluation.sample_videos=1",
+    "evaluation.filters=false",
     "evaluation.few_steps=false",
     "lora.rank=4",
     "lora.alpha=8",
