@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from functools import cache
 from typing import Any, Generator
 
 import numpy as np
@@ -28,13 +29,24 @@ else:  # its examples follow from each test's name too, but for new seeds
     settings.load_profile("repeatable")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give the tests of a file with fixtures that they share to one worker, which makes these once; every other test goes anywhere."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def shares(file: str) -> bool:
+        return 'scope="module"' in (config.rootpath / file).read_text()
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if shares(file) else nodeid
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        assert isinstance(item, pytest.Function)
-        definitions = item._fixtureinfo.name2fixturedefs.values()
-        if any(definition[-1].scope == "module" for definition in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))  # on one worker, so that they are made once
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -56,9 +68,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
-    """Seed every test with its own name, to which pytest-xdist adds that of its group."""
-    group = request.node.get_closest_marker("xdist_group")
-    seed_everything(request.node.nodeid.removesuffix(f"@{group.args[0]}" if group else ""))
+    """Seed every test with its own name."""
+    seed_everything(request.node.nodeid)
 
 
 @pytest.hookimpl(wrapper=True)

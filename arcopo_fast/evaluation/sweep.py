@@ -184,7 +184,7 @@ def settings_of(config: Config, pair: Pair, prompts: Sequence[Prompt]) -> dict[s
     """Return what the numbers of an evaluation depend on, by dotted keys."""
     adapters = {name: source.summary() for name, source in pair._asdict().items()}
     sections = {"seed", "prompts", "generator", "video", "sampler", "cache", "rewards", "evaluation"}
-    without = {"generator": {"shard"}, "evaluation": {"filters"}}  # on which no number depends
+    without = {"generator": {"shard"}, "evaluation": {"filters", "few_steps"}}  # on which no number depends
     made_with = config.model_dump(mode="json", include=sections, exclude=without)
     settings = describe(adapters | made_with | {"prompts.sha256": digest(prompts)})
     return {name: value for name, value in settings.items() if name not in ("semi.file", "on.file")}  # the same file may have moved
