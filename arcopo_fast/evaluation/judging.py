@@ -102,7 +102,7 @@ class Evaluation:
     """scores: each reward's and metric's values [N] by name, and "reward", the weighted sum that is trained on.
 
     frames: the first videos, to be looked at. looks: values [N] by name, see `evaluation.looks`. filtered: by the name of a filter, all of
-    them for the same videos after it. few_steps: by number of steps, see `evaluation.few_steps`.
+    them for the same videos after it. few_steps: by number of steps, see `evaluation.sharpness`.
     """
 
     scores: dict[str, Tensor]

@@ -24,6 +24,8 @@ from arcopo_fast.runtime.place import Place
 LOGS = "logs"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """The variable that names the file from which torchrun reads what ended a process."""
+NOTICED_LATER = 60
+"""Seconds by which the end of a rank that only noticed another's is dated later than it was."""
 
 
 class RankLog(TextIOBase):
@@ -105,8 +107,8 @@ class Console:
             with suppress(OSError):  # a full disk may be what is said
                 self._log.write(text + "\n")
         if place and (path := os.environ.get(ERROR_FILE)):
-            # torchrun takes the earliest for the cause, in whole seconds.
-            about = {"message": text, "extraInfo": {"timestamp": str(int(time.time()) + secondary)}}
+            # torchrun takes the earliest for the cause, in whole seconds; who only noticed may well write it first.
+            about = {"message": text, "extraInfo": {"timestamp": str(int(time.time()) + NOTICED_LATER * secondary)}}
             with suppress(OSError):
                 Path(path).write_text(json.dumps({"message": about}), encoding="utf-8")
 

@@ -11,8 +11,9 @@ from typing import Any
 from arcopo_fast.config.schema import Config
 from arcopo_fast.evaluation.baselines import FILTERED, Baseline, baselines
 from arcopo_fast.evaluation.changes import Change, changes
-from arcopo_fast.evaluation.few_steps import FEW_STEPS, alarms, as_document, step_changes
+from arcopo_fast.evaluation.few_steps import FEW_STEPS, alarms, step_changes
 from arcopo_fast.evaluation.judging import Evaluation, summary
+from arcopo_fast.evaluation.sharpness import as_document
 from arcopo_fast.model.lora import save_adapter
 from arcopo_fast.reports.model_card import model_card
 from arcopo_fast.runtime.place import launcher

@@ -26,9 +26,9 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.data.prompts import digest
 from arcopo_fast.errors import UserError
-from arcopo_fast.evaluation.few_steps import few_steps
 from arcopo_fast.evaluation.filters import Filter
 from arcopo_fast.evaluation.judging import Evaluation, evaluate
+from arcopo_fast.evaluation.sharpness import few_steps
 from arcopo_fast.model.lora import adapter_parameters, frozen_state, load_adapter, save_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.optimizer import Stepper

@@ -12,8 +12,9 @@ from support.commands import SMALL_COPO
 from torch import Tensor
 
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.evaluation.few_steps import FEW_STEPS, alarms, as_document, counts, few_steps, sharpness, step_changes
+from arcopo_fast.evaluation.few_steps import FEW_STEPS, alarms, step_changes
 from arcopo_fast.evaluation.filters import blurred
+from arcopo_fast.evaluation.sharpness import as_document, counts, few_steps, sharpness
 from arcopo_fast.reports.few_steps import few_steps_section, few_steps_warning
 from arcopo_fast.training.trainer import Trainer
 
