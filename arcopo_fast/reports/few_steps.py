@@ -36,4 +36,4 @@ def few_steps_section(evaluation: Mapping[str, Any]) -> str:
         cells = "".join(f"<td>{signed(log[0])}<small>{plus_minus(log[1])}</small></td>" if log else "<td></td>" for log in logs)
         reward = " → ".join(map(plain, change.reward))
         rows.append(f'<tr><th scope="row">{change.steps} step{"s" * (change.steps > 1)}</th><td>{reward}</td>{cells}</tr>')
-    return section("Few steps", table(["", "reward", *_COLUMNS.values()], rows), _NOTE) if rows else ""
+    return section("Few steps", table(["", "reward", *_COLUMNS.values()], rows, style="series"), _NOTE) if rows else ""
