@@ -29,7 +29,7 @@ from arcopo_fast.runtime.distributed import World
 from arcopo_fast.storage.metrics import TOTAL
 
 StepScores = dict[int, dict[str, Tensor]]
-"""By number of steps: values [N] by name, TOTAL and `MEASURES`."""
+"""Values [N] by name, TOTAL and `MEASURES`, for each number of steps."""
 
 
 def sharpness(frames: Tensor) -> dict[str, Tensor]:

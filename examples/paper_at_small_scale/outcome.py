@@ -1,4 +1,4 @@
-"""From results to the page and the tables that put each outcome beside the claim. Reads results alone; runs nothing."""
+"""The page and the tables that put each outcome beside the claim, made from results alone; runs nothing."""
 
 from __future__ import annotations
 

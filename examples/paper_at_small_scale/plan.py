@@ -39,7 +39,7 @@ class Method:
 # two, and others that are as tight.
 COPO_CLIP, SDE_CLIP, SDE_UNSCALED_CLIP, NEIGHBOR_CLIP, STORED_CLIP = 5e-3, 1.5e-3, 1e-4, 2e-3, 1e-3
 FACTORS = ((1, 1), (0.5, 1), (2, 1), (1, 1 / 3), (1, 3))
-"""Of the recipe's learning rate and the clip above: the pairs of a sweep, a star."""
+"""Factors on the recipe's learning rate and the clip above: the pairs of a sweep, a star."""
 SHARED = "objective.init_noise=shared"
 UNSCALED = ("sampler.steps=[1000, 750, 500, 250]", "sampler.warp=true", "sampler.shift=5")
 """The paper's step list as it is, not scaled to the size of the toy: on it the re-noise decides."""

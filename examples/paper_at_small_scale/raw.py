@@ -34,7 +34,7 @@ CURVES = (TOTAL, "update1/live", "update2/live", "update2/ratio_std")
 
 
 class Results:
-    """What is committed, or lies in another folder of the same form."""
+    """All results that are committed, or lie in another folder of the same form."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

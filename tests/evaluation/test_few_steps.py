@@ -97,12 +97,12 @@ def test_what_a_report_says() -> None:
     assert page.count("<tr>") == 3 and "−0.034" in page and "+0.095" in page
 
     document = {FEW_STEPS: as_document(before, {1: measured(1.1, 0.2, 1.0), 4: measured(1.0, 0.25, 1.5)})}
-    said = alarms(step_changes(document))
-    assert [("blurred" in line, "grew" in line, "earn less" in line) for line in said] == [
+    lost = alarms(step_changes(document))
+    assert [("blurred" in line, "grew" in line, "earn less" in line) for line in lost] == [
         (True, False, False),
         (False, True, False),
         (False, False, True),
     ]
-    assert "acutance fell by 17 %" in said[0] and "1.50 times" in said[1]
+    assert "acutance fell by 17 %" in lost[0] and "1.50 times" in lost[1]
     assert few_steps_warning(document).count("<li>") == 3
     assert few_steps_section({}) == few_steps_warning({}) == "" and step_changes({}) == []

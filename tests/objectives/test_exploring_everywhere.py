@@ -90,5 +90,5 @@ def test_all_chunks_learn_from_the_same_advantage(init_noise: str) -> None:
         optimizer.register_step_pre_hook(lambda *_: gradients.extend(parameter.grad.clone() for parameter in parameters))
         statistics = objective.update([(group, advantages)], Stepper(optimizer, gradient_clip=1e9))
     assert statistics["update1/ratio_max"] == 0
-    ours, theirs = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (gradients, sums))
-    assert theirs.norm() > 0 and (ours - theirs).norm() < 3e-6 * theirs.norm()
+    found, expected = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (gradients, sums))
+    assert expected.norm() > 0 and (found - expected).norm() < 3e-6 * expected.norm()

@@ -39,7 +39,7 @@ SMALL = [
 
 
 def trained(world: World, *settings: str) -> dict[str, Any]:
-    """What a rank has seen and learned after all iterations."""
+    """Return all that a rank has seen and learned after all iterations."""
     trainer = Trainer(load_config("toy", [*SMALL, *settings]), world)
     watch, seen, source = LearningWatch(trainer.config), dict[tuple[int, int], Any](), trainer.groups.judged
     outcomes, records = dict[tuple[int, int], Any](), []
@@ -137,7 +137,7 @@ def test_training_is_that_of_one_process(spread: str, ranks: int, mode: str, alo
 
 
 def explored(world: World, *settings: str) -> dict[tuple[int, str], Any]:
-    """What a rank has of a group of which all chunks explore, and the adapter after learning from it."""
+    """Return a rank's group of which all chunks explore, and the adapter after learning from it."""
     trainer = Trainer(load_config("toy_sde_grpo", [*EXPLORING, *settings]), world)
     watch, made, source = LearningWatch(trainer.config), dict[tuple[int, str], Any](), trainer.groups.judged
 
