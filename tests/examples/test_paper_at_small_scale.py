@@ -53,7 +53,7 @@ def sides(
 
 
 def made(part: plan.Part, out: Path, moved: Mapping[str, Mapping[str, float]]) -> None:
-    """What the commands leave behind for a part, with so much of a change by method."""
+    """Write the files that the commands leave behind for a part, with a given change for each method."""
     random = np.random.default_rng(len(part.name))  # the same each time: one family in twenty has a verdict that is wrong
     for run in plan.runs(part, PAIRS):
         folder = out / "runs" / part.name / run.name

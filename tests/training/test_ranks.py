@@ -164,8 +164,8 @@ def test_branches_whose_chunks_all_explore() -> None:
     for found in run_ranks(2, explored):
         assert found.keys() == alone.keys() and {chunk for chunk, _ in found} == {-1, 0, 1}
         assert all(torch.equal(found[key], alone[key]) for key in found if key[0] >= 0)
-        ours, theirs = (torch.cat([value.flatten() for key, value in state.items() if key[0] < 0]) for state in (found, alone))
-        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+        adapter, expected = (torch.cat([value.flatten() for key, value in state.items() if key[0] < 0]) for state in (found, alone))
+        assert (adapter - expected).norm() <= 1e-5 * expected.norm()
 
 
 def trained_in_float64(world: World, *settings: str) -> dict[str, Any]:
