@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from arcopo_fast.config.schema import Config, ObjectiveSettings, objective_class
+from arcopo_fast.config.schema import Config, objective_class
+from arcopo_fast.config.sections import ObjectiveSettings
 from arcopo_fast.data.prompts import Prompt, Prompts, read_prompt_set, split_prompts
 from arcopo_fast.errors import UserError, first_line
 from arcopo_fast.model.adapter_files import read_adapter

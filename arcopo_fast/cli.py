@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from arcopo_fast.config.reading import DEFAULT_RECIPE, keys_help, load_config, recipes, resolved_yaml
-from arcopo_fast.config.schema import Config, expanded
+from arcopo_fast.config.schema import Config
+from arcopo_fast.config.sections import expanded
 from arcopo_fast.errors import RankLost, UserError
 from arcopo_fast.runtime.console import INTERRUPTED, KEPT, Handler, ignore, interrupt, last_line
 from arcopo_fast.runtime.place import place_of

@@ -26,7 +26,8 @@ from typing import Any
 
 from arcopo_fast.build import load_prompts
 from arcopo_fast.cli import Parser, RecipeParser, finite, positive_int, run_command, seed, shard
-from arcopo_fast.config.schema import Config, expanded
+from arcopo_fast.config.schema import Config
+from arcopo_fast.config.sections import expanded
 from arcopo_fast.data.prompts import Prompt, read_prompt_set
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.adapters import AdapterOption, adapted_generators

@@ -12,7 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from arcopo_fast.config.schema import Config, Section
+from arcopo_fast.config.schema import Config
+from arcopo_fast.config.sections import Section
 from arcopo_fast.errors import shorten
 
 

@@ -25,7 +25,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from arcopo_fast.config.explain import every_field, expected, explain, section_of
-from arcopo_fast.config.schema import DEFAULT_OBJECTIVE, Config, config_class, expanded, objective_class, objectives
+from arcopo_fast.config.schema import DEFAULT_OBJECTIVE, Config, config_class, objective_class, objectives
+from arcopo_fast.config.sections import expanded
 from arcopo_fast.errors import UserError, shorten
 from arcopo_fast.storage.textfiles import read_text, text_problem
 

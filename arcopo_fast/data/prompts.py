@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arcopo_fast.config.schema import expanded
+from arcopo_fast.config.sections import expanded
 from arcopo_fast.errors import UserError, shorten
 from arcopo_fast.storage import hub, identity
 from arcopo_fast.storage.textfiles import parse_json, read_text, text_problem

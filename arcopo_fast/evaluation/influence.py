@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from arcopo_fast.config.schema import CacheConfig, SamplerConfig
+from arcopo_fast.config.sections import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import pages_for
 from arcopo_fast.rollout.engine import Engine, Stream, VideoShape

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from arcopo_fast.config.schema import CacheVariant
+from arcopo_fast.config.sections import CacheVariant
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes
 from arcopo_fast.storage import hub

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from arcopo_fast.config.schema import ObjectiveSettings
+from arcopo_fast.config.sections import ObjectiveSettings
 from arcopo_fast.objectives.batching import Batching
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.rollout.noise import NoisePlan

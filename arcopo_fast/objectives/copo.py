@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from arcopo_fast.config.schema import PositiveFloat
+from arcopo_fast.config.sections import PositiveFloat
 from arcopo_fast.objectives.ratio import Ratio, RatioObjective, RatioSettings
 from arcopo_fast.rollout.sampler import StepRule, Steps
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from arcopo_fast.config.schema import ObjectiveSettings, Positive, PositiveFloat
+from arcopo_fast.config.sections import ObjectiveSettings, Positive, PositiveFloat
 from arcopo_fast.objectives.base import Loss, Objective
 from arcopo_fast.rollout.noise import keyed_rng
 from arcopo_fast.storage.metrics import Chart

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from arcopo_fast.config.schema import PositiveFloat
+from arcopo_fast.config.sections import PositiveFloat
 from arcopo_fast.errors import UserError
 from arcopo_fast.objectives.ratio import Ratio, RatioObjective, RatioSettings
 from arcopo_fast.rollout.noise import NoisePlan

@@ -17,7 +17,7 @@ import torch
 from arcopo_kernels.paging import GroupPlan, PagePool, PageRun, plan_group
 from torch import Tensor
 
-from arcopo_fast.config.schema import CacheConfig
+from arcopo_fast.config.sections import CacheConfig
 from arcopo_fast.model.causal_wan import CachedRun, ChunkContext
 from arcopo_fast.model.vae import VAECache
 from arcopo_fast.rollout.decode import Reencoder

@@ -18,7 +18,7 @@ import torch
 from arcopo_kernels.paging import GroupPlan, PagePool
 from torch import Tensor
 
-from arcopo_fast.config.schema import CacheConfig, SamplerConfig, VideoConfig
+from arcopo_fast.config.sections import CacheConfig, SamplerConfig, VideoConfig
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import plan_pages, variant_of

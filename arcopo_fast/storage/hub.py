@@ -26,7 +26,7 @@ from urllib.parse import quote, unquote
 
 from tqdm import tqdm
 
-from arcopo_fast.config.schema import expanded
+from arcopo_fast.config.sections import expanded
 from arcopo_fast.errors import UserError, first_line
 from arcopo_fast.storage.atomic import atomic_write
 from arcopo_fast.storage.identity import file_digest

@@ -17,7 +17,7 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor
 
-from arcopo_fast.config.schema import CacheConfig, SamplerConfig
+from arcopo_fast.config.sections import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CachedRun, CausalWan, ChunkContext
 from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
 from arcopo_fast.rollout.sampler import StepRule, next_input, predict

@@ -17,7 +17,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from arcopo_fast.config.schema import SamplerConfig
+from arcopo_fast.config.sections import SamplerConfig
 from arcopo_fast.evaluation.influence import noise_influence
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.checkpoints import load_into, read_state_dict, save_transformer

@@ -9,7 +9,7 @@ import torch
 from support.models import SAMPLER, SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 
-from arcopo_fast.config.schema import CacheConfig
+from arcopo_fast.config.sections import CacheConfig
 from arcopo_fast.evaluation.influence import mean_squared_change, noise_influence, noise_name, noise_tensors, substitute
 from arcopo_fast.rollout.cache import pages_for
 from arcopo_fast.rollout.engine import Engine

@@ -21,7 +21,7 @@ import torch
 from support.models import GLOBAL, SAMPLER, SHAPE, random_text, small_model
 from torch import Tensor, nn
 
-from arcopo_fast.config.schema import CacheConfig
+from arcopo_fast.config.sections import CacheConfig
 from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.base import Objective
 from arcopo_fast.objectives.copo import CopoObjective, CopoSettings

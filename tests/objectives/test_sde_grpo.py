@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.config.schema import SamplerConfig
+from arcopo_fast.config.sections import SamplerConfig
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import adapter_parameters

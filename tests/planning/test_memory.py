@@ -18,7 +18,8 @@ from support.replay import Replay
 from arcopo_fast import collect
 from arcopo_fast.build import checkpoint_path, generator_sizes, pool_pages
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.config.schema import CacheConfig, Config
+from arcopo_fast.config.schema import Config
+from arcopo_fast.config.sections import CacheConfig
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.families import SIZES

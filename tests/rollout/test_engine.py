@@ -13,7 +13,7 @@ from support.krea import StandIn
 from support.models import SAMPLER, SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 
-from arcopo_fast.config.schema import CacheConfig
+from arcopo_fast.config.sections import CacheConfig
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import VARIANTS, pages_for, plan_pages, variant_of
 from arcopo_fast.rollout.engine import Engine, VideoShape

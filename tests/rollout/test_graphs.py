@@ -15,7 +15,7 @@ from arcopo_kernels import PagePool
 from support.models import SHAPE, random_text, small_engine, small_model
 from torch import Tensor
 
-from arcopo_fast.config.schema import CacheConfig
+from arcopo_fast.config.sections import CacheConfig
 from arcopo_fast.model.causal_wan import TextContext
 from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lora
 from arcopo_fast.model.sizes import CausalWanConfig

@@ -15,7 +15,7 @@ from support.krea import StandIn
 from support.models import random_text, small_model
 from torch import Tensor, nn
 
-from arcopo_fast.config.schema import CacheConfig, SamplerConfig
+from arcopo_fast.config.sections import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import pages_for, plan_pages
 from arcopo_fast.rollout.decode import Reencoder

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from support import fixtures
 from torch import Tensor
 
-from arcopo_fast.config.schema import CacheConfig, SamplerConfig
+from arcopo_fast.config.sections import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.engine import Engine, VideoShape
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from arcopo_fast.config.schema import CacheConfig, SamplerConfig
+from arcopo_fast.config.sections import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.sizes import CausalWanConfig
 from arcopo_fast.model.vae import StreamingDecoder
