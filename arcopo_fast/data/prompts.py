@@ -3,6 +3,7 @@
 A set is a text file with one prompt a line, a JSON-lines file (.jsonl) or a JSON list (.json) of {"prompt": text, "extended": text}, or a
 table (.csv, .tsv) with a column "prompt". The form goes by the file's name; what is plainly another one is refused, not taken for prompts.
 An extended prompt is what a language model has made of the prompt: the generator reads it, rewards and file names keep to the original.
+A record of a long video whose prompt changes says {"prompts": [text, ...], "frames": [0, ...]}: the latent frame from which on each counts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,21 +30,60 @@ BENCH = "bench"
 """Names the plain sentences that come with the package."""
 
 
+class Turn(NamedTuple):
+    """A prompt from a latent frame of a video on, or from the first chunk that begins after it."""
+
+    frame: int
+    prompt: Prompt
+
+
 class Prompt(NamedTuple):
     """A prompt.
 
     Attributes:
         text: describes the video; rewards read it.
         extended: what the generator reads instead; None: the text.
+        turns: the prompts that a long video follows later, in their order. None of these has turns.
     """
 
     text: str
     extended: str | None = None
+    turns: tuple[Turn, ...] = ()
 
     @property
     def for_generator(self) -> str:
         """Text that the generator reads."""
         return self.extended or self.text
+
+    @property
+    def parts(self) -> tuple[Turn, ...]:
+        """All prompts of the video, the first one from frame 0 on."""
+        return Turn(0, self._replace(turns=())), *self.turns
+
+    def at_chunks(self, starts: Sequence[int]) -> dict[int, Prompt]:
+        """Return the prompts by the first latent frame of the chunk with which each of them begins to count.
+
+        Args:
+            starts: the first latent frame of every chunk.
+
+        Raises:
+            UserError: no chunk begins at or after a turn, or two of them fall on one chunk.
+        """
+        placed: dict[int, Prompt] = {}
+        for frame, prompt in self.parts:
+            start = next((start for start in starts if start >= frame), None)
+            if start is None:
+                last = f"the video's last chunk begins at latent frame {max(starts)}"
+                raise UserError(
+                    f"prompt {shorten(prompt.text, 60)!r} counts from latent frame {frame} on, and {last}; make the video longer"
+                )
+            if start in placed:
+                raise UserError(
+                    f"prompt {shorten(prompt.text, 60)!r} counts from latent frame {frame} on, which is the chunk that begins at {start}, and "
+                    "so does another one; leave one out"
+                )
+            placed[start] = prompt
+        return placed
 
 
 class Prompts(NamedTuple):
@@ -60,15 +101,17 @@ def prompts_file(name: str) -> Path:
     return hub.find(name) if hub.is_published(name) else Path(expanded(name))
 
 
-def read_prompt_set(source: str | Path, extended: str | Path | None = None) -> list[Prompt]:
+def read_prompt_set(source: str | Path, extended: str | Path | None = None, *, turns: bool = False) -> list[Prompt]:
     """Return the prompts of a file, in its order. Blank lines of a text are skipped.
 
     Args:
         source: "bench", or what `hub.find` takes: a path, or hf://datasets/owner/name/path/of/the/file.
         extended: a text file whose lines extend those of `source`, one by one.
+        turns: the caller knows what to do with prompts that change within a video.
 
     Raises:
-        UserError: a file cannot be read or holds no prompt, a line is not what it should be, or the two do not match.
+        UserError: a file cannot be read or holds no prompt, a line is not what it should be, or the two do not match; or a prompt changes
+            within its video, and the caller does not know of that.
     """
     path = prompts_file(str(source))
     if path.is_dir():
@@ -90,6 +133,11 @@ def read_prompt_set(source: str | Path, extended: str | Path | None = None) -> l
         prompts = [Prompt(line) for line in _lines(path) if line]
     if not prompts:
         raise UserError(f"{path} holds no prompt; expected one on each line")
+    if not turns and (changing := next((prompt for prompt in prompts if prompt.turns), None)):
+        raise UserError(
+            f"{source}: {shorten(changing.text, 60)!r} is followed by other prompts in the same video, of which there is none here; give a "
+            "set with one prompt for each video"
+        )
     return prompts
 
 
@@ -119,8 +167,16 @@ def read_prompts(source: str | Path) -> list[str]:
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """Return the SHA-256 of prompts, their order and their extended forms."""
-    return identity.digest("\n".join("\t".join(filter(None, prompt)) for prompt in prompts))
+    """Return the SHA-256 of prompts, their order, their extended forms and their turns."""
+    return identity.digest("\n".join("\t".join(filter(None, _listed(prompt))) for prompt in prompts))
+
+
+def _listed(prompt: Prompt) -> Iterator[str | None]:
+    """Yield all that a prompt says."""
+    yield from prompt[:2]
+    for frame, later in prompt.turns:
+        yield str(frame)
+        yield from later[:2]
 
 
 def split_prompts(prompts: Sequence[Prompt], evaluation: int, random: np.random.Generator) -> Prompts:
@@ -134,15 +190,15 @@ def split_prompts(prompts: Sequence[Prompt], evaluation: int, random: np.random.
     """
     first_of: dict[str, Prompt] = {}  # by text
     for prompt in prompts:
-        first_of.setdefault(_without_spacing(prompt.text), prompt)
+        first_of.setdefault(_forms(prompt)[0], prompt)
     distinct = list(first_of.values())
     if evaluation >= len(distinct):
         counted = f"{len(distinct)} different prompts" if len(distinct) < len(prompts) else f"{len(prompts)} prompts"
         raise UserError(f"evaluation.prompts is {evaluation}, but there are {counted} in all; leave at least one to train on")
     chosen = set(random.choice(len(distinct), size=evaluation, replace=False).tolist())
     judged = [prompt for index, prompt in enumerate(distinct) if index in chosen]
-    judged_texts = {_without_spacing(form) for prompt in judged for form in (prompt.text, prompt.for_generator)}
-    training = [prompt for prompt in prompts if not judged_texts & {_without_spacing(prompt.text), _without_spacing(prompt.for_generator)}]
+    judged_texts = {form for prompt in judged for form in _forms(prompt)}
+    training = [prompt for prompt in prompts if not judged_texts.intersection(_forms(prompt))]
     if not training:
         raise UserError(f"evaluation.prompts is {evaluation}, and every other prompt equals one of these; leave at least one to train on")
     if repeated := len(prompts) - len(training) - len(judged):
@@ -150,9 +206,12 @@ def split_prompts(prompts: Sequence[Prompt], evaluation: int, random: np.random.
     return Prompts(training, judged)
 
 
-def _without_spacing(text: str) -> str:
-    """Return a form that is equal for texts that differ in white space only, which text encoders do not see."""
-    return " ".join(text.split())
+def _forms(prompt: Prompt) -> tuple[str, str]:
+    """Return what rewards and what the generator read of a video, in forms that are equal for texts that differ in white space only, which
+    text encoders do not see."""
+    texts = [(part.text, part.for_generator) for _, part in prompt.parts]
+    read, generated = (" | ".join(" ".join(text.split()) for text in column) for column in zip(*texts))
+    return read, generated
 
 
 # The forms of a file ---------------------------------------------------------------------------------------------------------------
@@ -235,11 +294,29 @@ def _pairs(path: Path, extended: Path) -> list[Prompt]:
 
 def _record(value: Any) -> Prompt:
     """Return a prompt out of JSON. Raise `ValueError` if the value is no record of one."""
+    if isinstance(value, dict) and "prompts" in value:
+        return _changing(value)
     if not isinstance(value, dict) or not {"prompt"} <= value.keys() <= {"prompt", "extended"}:
         raise ValueError("it is no such record")
     if not all(isinstance(text, str) for text in value.values()):
         raise ValueError("a prompt is no text")
     return Prompt(*(check_prompt(value[key]) for key in ("prompt", "extended") if key in value))
+
+
+def _changing(record: dict[str, Any]) -> Prompt:
+    """Return a prompt with turns out of JSON. Raise `ValueError` if the record does not say them."""
+    if not {"prompts", "frames"} <= record.keys() <= {"prompts", "frames", "extended"}:
+        raise ValueError('beside "prompts" it needs "frames", and may have "extended"')
+    texts, frames, longer = record["prompts"], record["frames"], record.get("extended")
+    columns = [texts, frames, *([] if longer is None else [longer])]
+    if not all(isinstance(column, list) and len(column) == len(texts) > 0 for column in columns):
+        raise ValueError('"prompts", "frames" and "extended" are lists of one length')
+    if not all(type(frame) is int for frame in frames) or frames[0] != 0 or any(a >= b for a, b in pairwise(frames)):
+        raise ValueError(f'"frames" begins with 0 and rises; given {shorten(str(frames), 60)}')
+    if not all(isinstance(text, str) for text in (*texts, *(longer or ()))):
+        raise ValueError("a prompt is no text")
+    prompts = [Prompt(*map(check_prompt, forms)) for forms in (zip(texts, longer) if longer else zip(texts))]
+    return prompts[0]._replace(turns=tuple(map(Turn, frames[1:], prompts[1:])))
 
 
 def _json_lines(path: Path) -> Iterator[Prompt]:
@@ -270,7 +347,7 @@ def _json_list(path: Path) -> list[Prompt]:
     return prompts
 
 
-_EXPECTED = '{"prompt": text}, and "extended": text if there is one'
+_EXPECTED = '{"prompt": text}, and "extended": text if there is one, or {"prompts": [text, ...], "frames": [0, ...]}'
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[Prompt]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arcopo_fast.data.prompts import Prompt, read_prompt_set, read_prompts, split_prompts
+from arcopo_fast.data.prompts import Prompt, Turn, digest, read_prompt_set, read_prompts, split_prompts
 from arcopo_fast.errors import UserError
 
 
@@ -41,6 +41,59 @@ def test_json_lines(tmp_path: Path, prompts: list[Prompt]) -> None:
     assert [one.for_generator for one in read_prompt_set(path)] == [one.extended or one.text for one in prompts]
     with pytest.raises(UserError, match="extended prompts"):
         read_prompts(path)
+
+
+def test_prompts_that_change_within_a_video(tmp_path: Path, prompts: list[Prompt]) -> None:
+    path = tmp_path / "prompts.jsonl"
+    frames = sorted(random.sample(range(1, 99), len(prompts) - 1))
+    texts, longer = [one.text for one in prompts], [one.text + " at dusk" for one in prompts]
+    records = [{"prompts": texts, "frames": [0, *frames]}, {"prompts": texts, "frames": [0, *frames], "extended": longer}, {"prompt": "a"}]
+    path.write_text("\n".join(map(json.dumps, records)))
+    plain, extended, single = read_prompt_set(path, turns=True)
+    assert plain == Prompt(texts[0], None, tuple(Turn(frame, Prompt(text)) for frame, text in zip(frames, texts[1:])))
+    assert [(frame, one.text, one.for_generator) for frame, one in extended.parts] == list(zip([0, *frames], texts, longer))
+    assert single.parts == ((0, Prompt("a")),) and len({digest([one]) for one in (plain, extended, single, Prompt(texts[0]))}) == 4
+    for refused in (read_prompt_set, read_prompts):
+        with pytest.raises(UserError, match="followed by other prompts"):
+            refused(path)
+    # two videos are the same to a split only if all their prompts are
+    other = plain._replace(turns=plain.turns[1:])
+    training, (judged,) = split_prompts([plain, other, plain], 1, np.random.default_rng(0))
+    assert judged not in training and {*training, judged} == {plain, other}
+
+
+def test_a_turn_counts_from_the_chunk_that_begins_at_its_frame_or_after_it() -> None:
+    video = Prompt("a", None, (Turn(5, Prompt("b")), Turn(9, Prompt("c"))))
+    assert video.at_chunks(range(0, 12, 3)) == {0: Prompt("a"), 6: Prompt("b"), 9: Prompt("c")}
+    for frames, part in ((9, "last chunk begins at latent frame 6"), (0, "last chunk begins at latent frame 0")):
+        with pytest.raises(UserError, match=part):
+            video.at_chunks(range(0, max(1, frames), 3))
+    with pytest.raises(UserError, match="'c' counts from latent frame 9 on, which is the chunk that begins at 10, and so does another one"):
+        Prompt("a", None, (Turn(7, Prompt("b")), Turn(9, Prompt("c")))).at_chunks(range(0, 20, 5))
+
+
+@pytest.mark.parametrize(
+    ("record", "part"),
+    [
+        ({"prompts": ["a", "b"]}, "needs"),
+        ({"prompts": ["a"], "frames": [0], "prompt": "a"}, "needs"),
+        ({"prompts": [], "frames": []}, "lists of one length"),
+        ({"prompts": "ab", "frames": [0, 2]}, "lists of one length"),
+        ({"prompts": ["a", "b"], "frames": [0]}, "lists of one length"),
+        ({"prompts": ["a", "b"], "frames": [0, 3], "extended": []}, "lists of one length"),
+        ({"prompts": ["a", "b"], "frames": [1, 3]}, "begins with 0 and rises"),
+        ({"prompts": ["a", "b"], "frames": [0, 0]}, "begins with 0 and rises"),
+        ({"prompts": ["a", "b"], "frames": [0, 2.5]}, "begins with 0 and rises"),
+        ({"prompts": ["a", 3], "frames": [0, 2]}, "no text"),
+        ({"prompts": ["a", " "], "frames": [0, 2]}, "empty"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_records_of_changing_prompts_that_are_none(record: dict[str, object], part: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text(json.dumps(record if suffix == ".jsonl" else [record]))
+    with pytest.raises(UserError, match=part):
+        read_prompt_set(path, turns=True)
 
 
 def test_csv_with_a_column_prompt_as_vidprom_and_moviegen_have_it(tmp_path: Path, prompts: list[Prompt]) -> None:
