@@ -72,16 +72,11 @@ class Prompt(NamedTuple):
         placed: dict[int, Prompt] = {}
         for frame, prompt in self.parts:
             start = next((start for start in starts if start >= frame), None)
+            counts = f"prompt {shorten(prompt.text, 60)!r} counts from latent frame {frame} on"
             if start is None:
-                last = f"the video's last chunk begins at latent frame {max(starts)}"
-                raise UserError(
-                    f"prompt {shorten(prompt.text, 60)!r} counts from latent frame {frame} on, and {last}; make the video longer"
-                )
+                raise UserError(f"{counts}, and the video's last chunk begins at {max(starts)}; make the video longer")
             if start in placed:
-                raise UserError(
-                    f"prompt {shorten(prompt.text, 60)!r} counts from latent frame {frame} on, which is the chunk that begins at {start}, and "
-                    "so does another one; leave one out"
-                )
+                raise UserError(f"{counts}, with the chunk that begins at {start}, and so does another prompt; leave one of them out")
             placed[start] = prompt
         return placed
 

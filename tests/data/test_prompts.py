@@ -65,10 +65,10 @@ def test_prompts_that_change_within_a_video(tmp_path: Path, prompts: list[Prompt
 def test_a_turn_counts_from_the_chunk_that_begins_at_its_frame_or_after_it() -> None:
     video = Prompt("a", None, (Turn(5, Prompt("b")), Turn(9, Prompt("c"))))
     assert video.at_chunks(range(0, 12, 3)) == {0: Prompt("a"), 6: Prompt("b"), 9: Prompt("c")}
-    for frames, part in ((9, "last chunk begins at latent frame 6"), (0, "last chunk begins at latent frame 0")):
+    for frames, part in ((9, "last chunk begins at 6"), (0, "last chunk begins at 0")):
         with pytest.raises(UserError, match=part):
             video.at_chunks(range(0, max(1, frames), 3))
-    with pytest.raises(UserError, match="'c' counts from latent frame 9 on, which is the chunk that begins at 10, and so does another one"):
+    with pytest.raises(UserError, match="'c' counts from latent frame 9 on, with the chunk that begins at 10, and so does another"):
         Prompt("a", None, (Turn(7, Prompt("b")), Turn(9, Prompt("c")))).at_chunks(range(0, 20, 5))
 
 
