@@ -295,7 +295,7 @@ def _record(value: Any) -> Prompt:
         raise ValueError("it is no such record")
     if not all(isinstance(text, str) for text in value.values()):
         raise ValueError("a prompt is no text")
-    return Prompt(*(check_prompt(value[key]) for key in ("prompt", "extended") if key in value))
+    return Prompt(check_prompt(value["prompt"]), check_prompt(value["extended"]) if "extended" in value else None)
 
 
 def _changing(record: dict[str, Any]) -> Prompt:
@@ -310,7 +310,7 @@ def _changing(record: dict[str, Any]) -> Prompt:
         raise ValueError(f'"frames" begins with 0 and rises; given {shorten(str(frames), 60)}')
     if not all(isinstance(text, str) for text in (*texts, *(longer or ()))):
         raise ValueError("a prompt is no text")
-    prompts = [Prompt(*map(check_prompt, forms)) for forms in (zip(texts, longer) if longer else zip(texts))]
+    prompts = [Prompt(check_prompt(text), longer and check_prompt(longer[place])) for place, text in enumerate(texts)]
     return prompts[0]._replace(turns=tuple(map(Turn, frames[1:], prompts[1:])))
 
 
