@@ -36,8 +36,9 @@ from arcopo_fast.rewards.client import remote_rewards
 from arcopo_fast.rewards.wire import read_token
 from arcopo_fast.rollout.cache import pages_for, plan_pages, variant_of
 from arcopo_fast.rollout.decode import Reencoder
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import keyed_rng
+from arcopo_fast.rollout.stream import VideoShape
 from arcopo_fast.runtime.distributed import ALONE, World
 from arcopo_fast.runtime.memory import device_of, resident
 from arcopo_fast.storage import hub

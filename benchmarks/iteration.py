@@ -36,8 +36,9 @@ from arcopo_fast.planning.work import Work, frame_tokens
 from arcopo_fast.planning.work import iteration as iteration_work
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.cache import plan_pages
-from arcopo_fast.rollout.engine import Group, VideoShape
+from arcopo_fast.rollout.group import Group
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan, normal
+from arcopo_fast.rollout.stream import VideoShape
 from arcopo_fast.runtime import profiling
 from benchmarks.reference.iteration import Reference, Result, adamw
 from benchmarks.results import OURS

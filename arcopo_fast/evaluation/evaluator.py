@@ -25,7 +25,7 @@ from arcopo_fast.evaluation.scores import BASE, ScoreDirectory, Scores, ScoreWri
 from arcopo_fast.model.lora import set_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError
-from arcopo_fast.rollout.engine import VideoShape
+from arcopo_fast.rollout.stream import VideoShape
 from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
 from arcopo_fast.runtime.distributed import ALONE, World
 from arcopo_fast.runtime.rank_console import log_to

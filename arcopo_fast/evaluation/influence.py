@@ -15,8 +15,9 @@ from torch import Tensor
 from arcopo_fast.config.sections import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import pages_for
-from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoiseSource, StackedNoise
+from arcopo_fast.rollout.stream import Stream, VideoShape
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from arcopo_fast.build import Generator, encode_ahead, sized_engine
 from arcopo_fast.config.schema import Config
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.sizes import VAESizes
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoiseSource, StackedNoise
+from arcopo_fast.rollout.stream import VideoShape
 from arcopo_fast.runtime.console import Interrupted, Interruption, Progress
 from arcopo_fast.runtime.distributed import ALONE, World
 from arcopo_fast.runtime.memory import resident

@@ -27,7 +27,8 @@ from arcopo_fast.storage.metrics import Chart
 
 if TYPE_CHECKING:  # a recipe is read without the engine
     from arcopo_fast.rollout.engine import Engine
-    from arcopo_fast.rollout.group import Group, Samples, Stream
+    from arcopo_fast.rollout.group import Group, Samples
+    from arcopo_fast.rollout.stream import Stream
 
 S = TypeVar("S", bound=ObjectiveSettings)
 

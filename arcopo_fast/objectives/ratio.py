@@ -27,8 +27,9 @@ from arcopo_fast.storage.metrics import Chart
 
 if TYPE_CHECKING:
     from arcopo_fast.rollout.engine import Engine
-    from arcopo_fast.rollout.group import Group, Samples, Stream
+    from arcopo_fast.rollout.group import Group, Samples
     from arcopo_fast.rollout.sampler import Steps
+    from arcopo_fast.rollout.stream import Stream
 
 
 class RatioSettings(ObjectiveSettings):

@@ -24,7 +24,8 @@ from arcopo_fast.runtime.profiling import stage
 
 if TYPE_CHECKING:
     from arcopo_fast.objectives.base import Objective
-    from arcopo_fast.rollout.group import Group, Samples, Stream
+    from arcopo_fast.rollout.group import Group, Samples
+    from arcopo_fast.rollout.stream import Stream
 
 
 class GradientSum:

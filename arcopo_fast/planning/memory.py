@@ -26,7 +26,7 @@ from arcopo_fast.planning.spread import spread
 from arcopo_fast.planning.work import adapted_linears, frame_tokens, itemsize, lora_parameters
 from arcopo_fast.rewards.registry import reward_bytes
 from arcopo_fast.rollout.cache import plan_pages, variant_of
-from arcopo_fast.rollout.engine import VideoShape
+from arcopo_fast.rollout.stream import VideoShape
 
 GB = 2**30
 CONTEXT = int(0.6 * GB)

@@ -21,7 +21,7 @@ from arcopo_fast.planning.layers import transformer_parameters
 from arcopo_fast.planning.lockstep import check_lockstep, uneven
 from arcopo_fast.planning.memory import CONTEXT, GB, SETTINGS, SLACK, Estimate, Settings, Share, estimate, host_bytes, waiting_bytes
 from arcopo_fast.planning.spread import spread
-from arcopo_fast.rollout.engine import VideoShape
+from arcopo_fast.rollout.stream import VideoShape
 
 DEVICES = (24.0, 40.0, 80.0, 141.0)
 """GB of the cards that a plan is made for where none is named and none is here."""

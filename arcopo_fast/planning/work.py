@@ -22,7 +22,7 @@ from arcopo_fast.model.sizes import CausalWanConfig, VAESizes
 from arcopo_fast.planning.ceilings import Ceilings
 from arcopo_fast.planning.layers import Linear, block_linears, decoder_convolutions
 from arcopo_fast.rollout.cache import variant_of
-from arcopo_fast.rollout.engine import VideoShape
+from arcopo_fast.rollout.stream import VideoShape
 
 
 @dataclass(frozen=True)

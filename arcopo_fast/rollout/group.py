@@ -1,35 +1,17 @@
-"""Videos in the making and a group of finished ones: the engine's data."""
+"""A group of videos, and what it is made of: the engine's data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from arcopo_fast.model.causal_wan import TextContext
-from arcopo_fast.rollout.cache import VideoCache
 from arcopo_fast.rollout.noise import GroupId, MemberNoise
 from arcopo_fast.rollout.sampler import StepRule, Steps, Trajectory
-
-
-@dataclass
-class Stream:
-    """A batch of B videos in the making.
-
-    Attributes:
-        cache: keys and values of the frames that they see.
-        text: the prompts' keys and values.
-        latents: finished chunks [1 or B, F, C, h, w] float32.
-        frame: number of the next frame to generate.
-    """
-
-    cache: VideoCache
-    text: TextContext
-    latents: list[Tensor] = field(default_factory=list)
-    frame: int = 0
+from arcopo_fast.rollout.stream import Stream
 
 
 class Fork(NamedTuple):

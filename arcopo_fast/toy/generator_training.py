@@ -19,8 +19,9 @@ from torch import Tensor
 
 from arcopo_fast.config.sections import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CachedRun, CausalWan, ChunkContext
-from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.sampler import StepRule, next_input, predict
+from arcopo_fast.rollout.stream import Stream, VideoShape
 
 CONTEXT_NOISE = 0.1
 """Standard deviation of the noise on the clean chunks that the teacher sees as context: a generator's own chunks are never quite clean."""

@@ -22,7 +22,7 @@ from arcopo_fast.evaluation.influence import noise_influence
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.checkpoints import load_into, read_state_dict, save_transformer
 from arcopo_fast.model.sizes import CausalWanConfig
-from arcopo_fast.rollout.engine import VideoShape
+from arcopo_fast.rollout.stream import VideoShape
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.storage.atomic import atomic_path, atomic_write
 from arcopo_fast.toy import data

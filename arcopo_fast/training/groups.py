@@ -23,9 +23,10 @@ from arcopo_fast.objectives.base import Objective
 from arcopo_fast.planning.spread import Spread
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.cache import variant_of
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.group import Explored, Group
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, keyed_rng
+from arcopo_fast.rollout.stream import VideoShape
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.storage.identity import weights_digest
 

@@ -20,10 +20,10 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.objectives.copo import CopoSettings
 from arcopo_fast.rewards.base import Reward, score
-from arcopo_fast.rollout.engine import VideoShape
 from arcopo_fast.rollout.noise import KeyedNoise, keyed_rng
 from arcopo_fast.rollout.sampler import Steps
 from arcopo_fast.rollout.scheduler import Schedule
+from arcopo_fast.rollout.stream import VideoShape
 from arcopo_fast.runtime.profiling import stage
 from benchmarks.reference.wan import DenseCache, ReferenceWan
 

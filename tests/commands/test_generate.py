@@ -30,8 +30,9 @@ from arcopo_fast.model.families import SIZES
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, load_adapter, read_adapter, save_adapter
 from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes, VAESizes
 from arcopo_fast.model.vae import StreamingDecoder
-from arcopo_fast.rollout.engine import Engine, Stream
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, StackedNoise
+from arcopo_fast.rollout.stream import Stream
 
 FAST = ["sampler.steps=[1000,300]", "generator.device=cpu"]
 WINDOW = ["cache.variant=longlive", "cache.window=4", "cache.sink=1"]

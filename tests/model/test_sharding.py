@@ -34,8 +34,8 @@ from arcopo_fast.model.lora import (
 )
 from arcopo_fast.model.sharding import load_sharded, shard
 from arcopo_fast.model.untrained import untrained_wan, untrained_weights
-from arcopo_fast.rollout.engine import VideoShape
 from arcopo_fast.rollout.noise import GroupId, NoisePlan
+from arcopo_fast.rollout.stream import VideoShape
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.storage.identity import sampled_digest
 

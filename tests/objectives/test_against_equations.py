@@ -29,7 +29,8 @@ from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings
 from arcopo_fast.objectives.updates import Updates
 from arcopo_fast.rollout.cache import pages_for
-from arcopo_fast.rollout.engine import Engine, Group
+from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.group import Group
 from arcopo_fast.rollout.noise import GroupId
 
 GROUP, PIVOTS = 6, (0, 2)

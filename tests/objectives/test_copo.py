@@ -15,8 +15,8 @@ from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.copo import CopoObjective, CopoSettings
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
 from arcopo_fast.objectives.ratio import RatioNotOne
-from arcopo_fast.rollout.engine import Engine, Group
-from arcopo_fast.rollout.group import Samples
+from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.group import Group, Samples
 
 
 def run_update(engine: Engine, settings: CopoSettings, group: Group, advantages: Tensor, lr: float = 1e-2) -> dict[str, float]:

@@ -15,9 +15,10 @@ from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.copo import CopoObjective, CopoSettings
 from arcopo_fast.objectives.optimizer import Stepper
-from arcopo_fast.rollout.engine import Engine, Group, VideoShape
-from arcopo_fast.rollout.group import Samples
+from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.group import Group, Samples
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan
+from arcopo_fast.rollout.stream import VideoShape
 
 SHAPE = VideoShape((1,) * 2, 8, 4, 6)
 GROUP = 3  # all are anchors, at 3 steps: 9 pairs

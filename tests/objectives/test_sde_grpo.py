@@ -22,9 +22,10 @@ from arcopo_fast.objectives.advantage import zscore
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.objectives.ratio import Items
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings, log_probability_ratio
-from arcopo_fast.rollout.engine import Group, Stream
+from arcopo_fast.rollout.group import Group
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan, NoiseSource
 from arcopo_fast.rollout.sampler import Trajectory, Transition
+from arcopo_fast.rollout.stream import Stream
 from arcopo_fast.training.groups import JudgedGroup
 
 PIVOT = 2

@@ -33,7 +33,8 @@ from arcopo_fast.planning.work import frame_tokens, itemsize
 from arcopo_fast.rewards import simple
 from arcopo_fast.rewards.registry import reward_bytes
 from arcopo_fast.rollout.cache import plan_pages
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.stream import VideoShape
 from arcopo_fast.training.trainer import Trainer
 
 FULL = SIZES["1.3b"]

@@ -23,9 +23,10 @@ from arcopo_fast.model.lora import adapter_parameters, add_lora
 from arcopo_fast.model.sizes import GeneratorSizes, VAESizes
 from arcopo_fast.planning import work as work_of
 from arcopo_fast.planning.work import AttentionBackward
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.graphs import LAUNCHES_OF_A_BLOCK
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan
+from arcopo_fast.rollout.stream import VideoShape
 from benchmarks.iteration import changed
 
 DENSE = AttentionBackward(2.5, 2.5)

@@ -16,9 +16,10 @@ from torch import Tensor
 from arcopo_fast.config.sections import CacheConfig
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import VARIANTS, pages_for, plan_pages, variant_of
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.group import Samples
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan, NoiseSource
+from arcopo_fast.rollout.stream import VideoShape
 
 GROUP = 6
 POLICIES = {

@@ -22,8 +22,9 @@ from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora
 from arcopo_fast.rewards.simple import Sharpness, Steadiness
 from arcopo_fast.rollout import graphs
 from arcopo_fast.rollout.decode import decode_branches
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan
+from arcopo_fast.rollout.stream import VideoShape
 from benchmarks.full_size import FULL
 from benchmarks.iteration import OurPath, Scene, changed, memory, problems
 from benchmarks.reference.iteration import Reference

@@ -21,8 +21,9 @@ from arcopo_fast.model.lora import adapter_disabled, adapter_parameters, add_lor
 from arcopo_fast.model.sizes import CausalWanConfig
 from arcopo_fast.objectives.sde_grpo import SdeGrpoObjective, SdeGrpoSettings
 from arcopo_fast.rollout import graphs
-from arcopo_fast.rollout.engine import Engine, Group
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.graphs import ChunkGraphs, Function, launch_bound
+from arcopo_fast.rollout.group import Group
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan
 from arcopo_fast.rollout.sampler import Trajectory
 

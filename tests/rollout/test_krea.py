@@ -19,8 +19,9 @@ from arcopo_fast.config.sections import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import pages_for, plan_pages
 from arcopo_fast.rollout.decode import Reencoder
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan
+from arcopo_fast.rollout.stream import VideoShape
 
 CHUNK = 2
 SHAPE = VideoShape((CHUNK,) * 6, 4, 4, 6)

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from arcopo_fast.rollout.engine import VideoShape
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise, NoisePlan, StackedNoise, normal
 from arcopo_fast.rollout.sampler import StepRule
+from arcopo_fast.rollout.stream import VideoShape
 
 shape = VideoShape((3,) * 9, 16, 20, 30)
 

@@ -18,9 +18,9 @@ from support.official import to_official_names
 from torch import Tensor
 
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.rollout.engine import Stream
 from arcopo_fast.rollout.sampler import StepRule, next_input, predict
 from arcopo_fast.rollout.scheduler import Schedule
+from arcopo_fast.rollout.stream import Stream
 
 FLOAT32, BFLOAT16 = 2e-5, 6e-2
 

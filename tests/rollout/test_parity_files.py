@@ -21,7 +21,8 @@ from torch import Tensor
 
 from arcopo_fast.config.sections import CacheConfig, SamplerConfig
 from arcopo_fast.model.causal_wan import CausalWan
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.stream import VideoShape
 
 Golden = tuple[dict[str, Any], dict[str, Tensor]]
 

@@ -22,7 +22,8 @@ from arcopo_fast.build import load_model
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.rollout.cache import plan_pages
-from arcopo_fast.rollout.engine import Engine, Stream, VideoShape
+from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.stream import Stream, VideoShape
 
 OWN = Path(__file__).parents[1] / "fixtures"
 """The repository's own files: their generators were run with the settings of the published recipes."""

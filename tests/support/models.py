@@ -13,7 +13,8 @@ from arcopo_fast.model.causal_wan import CausalWan
 from arcopo_fast.model.sizes import CausalWanConfig
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.rollout.cache import pages_for
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.stream import VideoShape
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

@@ -20,7 +20,7 @@ from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import Config
 from arcopo_fast.evaluation.influence import noise_influence
 from arcopo_fast.evaluation.judging import evaluate
-from arcopo_fast.rollout.engine import VideoShape
+from arcopo_fast.rollout.stream import VideoShape
 
 
 @pytest.fixture(scope="module")
