@@ -307,7 +307,7 @@ def pool_pages(config: Config, *, videos: int | None = None) -> int:
     if videos:
         return max(1, videos * visible)
     recomputed = visible if config.objective.context == "recompute" else 0  # it stands beside the rollout's own
-    return pages_for(config.cache, chunks, config.rollout.wave_size) + recomputed
+    return pages_for(config.cache, chunks, config.rollout.wave_size, horizon=config.rollout.horizon) + recomputed
 
 
 def build_engine(

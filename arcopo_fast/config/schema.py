@@ -97,8 +97,14 @@ class Config(Section):
                 f"krea recomputes its context for every chunk: cache.window {cache.window} must be more than the chunk's "
                 f"{video.chunk_frames} latent frames"
             )
-        if isinstance(rollout.pivot, int) and not 1 <= rollout.pivot <= video.count:
-            raise ValueError(f"rollout.pivot {rollout.pivot} is beyond the video of L = {video.count} chunks; give 1 to {video.count}")
+        if rollout.horizon is not None and rollout.horizon >= video.count:
+            raise ValueError(
+                f"rollout.horizon {rollout.horizon} leaves no pivot in a video of L = {video.count} chunks; give at most {video.count - 1}"
+            )
+        pivots = rollout.pivots(video.count)
+        if isinstance(rollout.pivot, int) and not 1 <= rollout.pivot <= pivots:
+            reason = "" if rollout.horizon is None else f" with a horizon of {rollout.horizon}"
+            raise ValueError(f"rollout.pivot {rollout.pivot} is beyond the video of L = {video.count} chunks{reason}; give 1 to {pivots}")
         if (self.train.mode == "on_policy") != (self.train.buffer is None):
             raise ValueError(
                 f"train.mode {self.train.mode} and train.buffer {self.train.buffer or 'null'} do not go together: on_policy makes its "

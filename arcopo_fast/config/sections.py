@@ -173,6 +173,9 @@ class RolloutConfig(Section):
         "shared",
         description="p, the pivot chunk; shared: a random one per iteration; per_group: per group; a number from 1: always this one",
     )
+    horizon: int | None = Field(
+        None, ge=0, description="H, the chunks that branches go on for after the pivot chunk; null: to the end of the video"
+    )
     prompts_per_iteration: Positive = Field(1, description="groups of an iteration")
     branches_per_wave: Positive | None = Field(
         None, description="branches that are finished at once; fewer take less memory, and results agree up to rounding; null: all"
@@ -183,6 +186,10 @@ class RolloutConfig(Section):
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         "auto", description="replay the denoising steps of a chunk as one CUDA graph; auto: if launches take longer than arithmetic"
     )
+
+    def pivots(self, chunks: int) -> int:
+        """Return in how many of a video's first chunks a pivot can lie: the horizon follows."""
+        return chunks - (self.horizon or 0)
 
     @property
     def wave_size(self) -> int:

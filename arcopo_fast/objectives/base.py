@@ -80,7 +80,7 @@ class Objective(ABC, Generic[S]):
 
     @classmethod
     def explored_chunks(cls, settings: Any) -> int | None:
-        """Return the number of chunks, from the pivot on, in which members have noises of their own; None: all to the video's end."""
+        """Return the number of chunks, from the pivot on, in which members have noises of their own; None: all that branches make."""
         return 1
 
     @abstractmethod

@@ -25,7 +25,7 @@ from arcopo_fast.planning.layers import decoder_convolutions, transformer_parame
 from arcopo_fast.planning.spread import spread
 from arcopo_fast.planning.work import adapted_linears, frame_tokens, itemsize, lora_parameters
 from arcopo_fast.rewards.registry import reward_bytes
-from arcopo_fast.rollout.cache import plan_pages, variant_of
+from arcopo_fast.rollout.cache import variant_of, worst_plan
 from arcopo_fast.rollout.stream import VideoShape
 
 GB = 2**30
@@ -154,7 +154,7 @@ def _kept(config: Config, sizes: GeneratorSizes, ranks: int) -> Estimate:
     """
     model, branches = sizes.transformer, config.rollout.wave_size
     shape, buffered = _shape(config, sizes), config.train.buffer is not None
-    group, updates = config.rollout.group_size, config.objective.updates
+    group, updates, chunks = config.rollout.group_size, config.objective.updates, _branch_chunks(config, sizes)
     adapters = ADAPTER * lora_parameters(config, model)
     summed = config.rollout.prompts_per_iteration > 1 or ranks > 1
 
@@ -163,7 +163,7 @@ def _kept(config: Config, sizes: GeneratorSizes, ranks: int) -> Estimate:
     worst = _worst_plan(config, sizes)
     tails = pages - (1 + (config.objective.context == "recompute")) * full_video if buffered else branches * worst.tail
     copies, old_predictions = (1, 1) if buffered else (2, int(updates > 1))
-    stored = copies * group * 2 * _steps(config) + (1 if buffered else group) * shape.chunks
+    stored = copies * group * 2 * _steps(config) + (shape.chunks if buffered else group * chunks + shape.chunks - chunks)
     return Estimate(
         {
             **_weights(config, model, ranks),
@@ -195,9 +195,8 @@ def _weights(config: Config, model: CausalWanConfig, ranks: int) -> dict[str, in
 
 def _worst_plan(config: Config, sizes: GeneratorSizes) -> GroupPlan:
     """Return the pages of the pivot whose waves need most."""
-    shape, branches = _shape(config, sizes), config.rollout.wave_size
-    plans = (plan_pages(config.cache, shape.chunk_frames, pivot, branches) for pivot in range(shape.chunks))
-    return max(plans, key=lambda plan: plan.pages)
+    rollout = config.rollout
+    return worst_plan(config.cache, _shape(config, sizes).chunk_frames, rollout.wave_size, horizon=rollout.horizon)
 
 
 def _making(config: Config, sizes: GeneratorSizes, name: str, states: int) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -282,10 +281,17 @@ def waiting_bytes(config: Config, sizes: GeneratorSizes, ranks: int = 1) -> int:
     """
     groups, members = ceil(config.rollout.prompts_per_iteration / spread(config, ranks).teams), config.rollout.group_size
     shape, model = _shape(config, sizes), sizes.transformer
-    videos = 1 if config.train.buffer is not None else members
-    explored = min(objective_class(config.objective.kind).explored_chunks(config.objective) or shape.chunks, shape.chunks)
-    group = (2 * _steps(config) * members * explored + videos * shape.chunks) * _chunk(shape) + 4 * model.text_len * model.text_dim
+    made, videos = _branch_chunks(config, sizes), 1 if config.train.buffer is not None else members
+    explored = min(objective_class(config.objective.kind).explored_chunks(config.objective) or made, made)
+    latents = 2 * _steps(config) * members * explored + videos * made + shape.chunks - made
+    group = latents * _chunk(shape) + 4 * model.text_len * model.text_dim
     return groups * group if groups > 1 else 0
+
+
+def _branch_chunks(config: Config, sizes: GeneratorSizes) -> int:
+    """Return the most chunks that a branch makes."""
+    chunks, horizon = _shape(config, sizes).chunks, config.rollout.horizon
+    return chunks if horizon is None else min(horizon + 1, chunks)
 
 
 def _chunk(shape: VideoShape) -> int:

@@ -178,9 +178,10 @@ def iteration(config: Config, model: CausalWanConfig, vae: VAESizes | None, pivo
             total += once * (1 if clean else steps_of(config, chunk))
         return total
 
-    kind = objective_class(objective.kind)
+    kind, horizon = objective_class(objective.kind), config.rollout.horizon
+    stop = shape.chunks if horizon is None else pivot + horizon + 1
     train, old_policy = Work(), Work()
-    for chunk in range(pivot, min(pivot + (kind.explored_chunks(objective) or shape.chunks), shape.chunks)):
+    for chunk in range(pivot, min(pivot + (kind.explored_chunks(objective) or shape.chunks), stop)):
         frames, visible = shape.chunk_frames[chunk], visible_frames(config, model, chunk)
         items = kind.samples_per_update(objective, steps_of(config, chunk), group)
         prompts = -(-items // (objective.micro_batch or items))  # the prompt is encoded once for each micro-batch
@@ -188,14 +189,14 @@ def iteration(config: Config, model: CausalWanConfig, vae: VAESizes | None, pivo
         old_policy += forward(config, model, frames, visible) * items + text(config, model) * prompts
     stages = {
         "prefix": chunks(0, pivot, False) + chunks(0, pivot, True),
-        "denoise": chunks(pivot, shape.chunks, False) * group,
-        "clean": chunks(pivot, shape.chunks - 1, True) * group,
+        "denoise": chunks(pivot, stop, False) * group,
+        "clean": chunks(pivot, stop - 1, True) * group,
         "replay": train * objective.updates + old_policy * (objective.updates - 1),
         "optimizer": Work(traffic=ADAMW_PASSES * 4 * lora_parameters(config, model)) * objective.updates,
     }
     if vae is not None:
         before = sum(shape.chunk_frames[:pivot])
-        tail = decode(vae, shape.height, shape.width, shape.frames - before, start=not pivot)
+        tail = decode(vae, shape.height, shape.width, sum(shape.chunk_frames[:stop]) - before, start=not pivot)
         stages["decode"] = decode(vae, shape.height, shape.width, before) + tail * group
     return {name: work for name, work in stages.items() if work != Work()}
 
@@ -213,7 +214,7 @@ def floors(config: Config, model: CausalWanConfig, vae: VAESizes, ceilings: Ceil
             stage: config.rollout.prompts_per_iteration * ceilings.seconds(work.flops, work.traffic)
             for stage, work in iteration(config, model, vae, pivot).items()
         }
-        for pivot in range(config.video.count)
+        for pivot in range(config.rollout.pivots(config.video.count))
     }
 
 

@@ -75,10 +75,10 @@ class VideoCache:
 
     @classmethod
     def plan(cls, settings: CacheConfig, chunk_frames: Sequence[int], pivot: int, branches: int) -> GroupPlan:
-        """Return the pages of a group that forks at `pivot`; the last chunk is never cached.
+        """Return the pages of a group that forks at `pivot`; the last chunk of the branches is never cached.
 
         Args:
-            chunk_frames: the latent frames of each chunk of the video.
+            chunk_frames: the latent frames of each chunk, up to the last one of the branches.
         """
         cached = chunk_frames[:-1]
         return plan_group(cached[:pivot], cached[pivot:], branches, window=settings.window, sink=settings.sink)
@@ -298,14 +298,27 @@ def variant_of(settings: CacheConfig) -> type[VideoCache]:
     return VARIANTS[settings.variant]
 
 
-def plan_pages(settings: CacheConfig, chunk_frames: Sequence[int], pivot: int, branches: int) -> GroupPlan:
-    """Return the pages of a group that forks at `pivot`; `chunk_frames` are the latent frames of each chunk of the video."""
-    return variant_of(settings).plan(settings, chunk_frames, pivot, branches)
+def plan_pages(settings: CacheConfig, chunk_frames: Sequence[int], pivot: int, branches: int, *, horizon: int | None = None) -> GroupPlan:
+    """Return the pages of a group that forks at `pivot`.
+
+    Args:
+        chunk_frames: the latent frames of each chunk of the video.
+        horizon: chunks after the pivot's; None: to the end of the video.
+    """
+    end = None if horizon is None else pivot + horizon + 1
+    return variant_of(settings).plan(settings, chunk_frames[:end], pivot, branches)
 
 
-def pages_for(settings: CacheConfig, chunk_frames: Sequence[int], branches: int) -> int:
-    """Return the pages of a prefix and `branches` tails at the pivot that takes most."""
-    return max(1, *(plan_pages(settings, chunk_frames, pivot, branches).pages for pivot in range(len(chunk_frames))))
+def worst_plan(settings: CacheConfig, chunk_frames: Sequence[int], branches: int, *, horizon: int | None = None) -> GroupPlan:
+    """Return the pages of a group at the pivot that takes most; for the arguments see `plan_pages`."""
+    pivots = range(len(chunk_frames) - (horizon or 0))
+    plans = (plan_pages(settings, chunk_frames, pivot, branches, horizon=horizon) for pivot in pivots)
+    return max(plans, key=lambda plan: plan.pages)
+
+
+def pages_for(settings: CacheConfig, chunk_frames: Sequence[int], branches: int, *, horizon: int | None = None) -> int:
+    """Return the pages of a prefix and `branches` tails at the pivot that takes most; for the arguments see `plan_pages`."""
+    return max(1, worst_plan(settings, chunk_frames, branches, horizon=horizon).pages)
 
 
 class PagedContext(ChunkContext):

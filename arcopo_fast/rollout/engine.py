@@ -10,7 +10,7 @@ import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 import torch
 from arcopo_kernels.paging import GroupPlan
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.rollout.cache import plan_pages
-from arcopo_fast.rollout.group import Explored, Fork, Group, Samples, Wave
-from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise, NoisePlan
+from arcopo_fast.rollout.group import Branching, Explored, Fork, Group, Samples, Wave
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise
 from arcopo_fast.rollout.sampler import Trajectory, predict
 from arcopo_fast.rollout.stream import Stream, Streamer
 from arcopo_fast.runtime.profiling import stage
@@ -34,40 +34,29 @@ class Engine(Streamer):
 
     largest_wave: int | None = None  # set when a larger one ran out of memory
 
-    def plan(self, pivot: int, branches: int) -> GroupPlan:
+    def plan(self, pivot: int, branches: int, *, horizon: int | None = None) -> GroupPlan:
         """Return the pages of a group that forks at `pivot`; the last chunk is never cached."""
-        return plan_pages(self.cache, self.shape.chunk_frames, pivot, branches)
+        return plan_pages(self.cache, self.shape.chunk_frames, pivot, branches, horizon=horizon)
 
     # Groups
 
     @torch.no_grad()
-    def rollout(
-        self,
-        text: Tensor,
-        group: GroupId,
-        *,
-        pivot: int,
-        members: int,
-        plan: NoisePlan,
-        part: range | None = None,
-        branches_per_wave: int | None = None,
-    ) -> Group:
-        """Make a group of G = `members` videos for one prompt (AR-CoPO, one iteration, steps 2 to 4).
+    def rollout(self, text: Tensor, group: GroupId, *, pivot: int, **branching: Any) -> Group:
+        """Make a group of videos for one prompt (AR-CoPO, one iteration, steps 2 to 4).
 
         Args:
             text: [1, length, text_dim].
             group: names every draw.
             pivot: the chunk to fork at, counted from 0.
-            plan: the noises that the members do not share.
-            part: make only these members; None: all.
-            branches_per_wave: finish at most so many branches at once; less K/V memory, the same result within rounding.
+            branching: see `Branching`.
         """
         if not 0 <= pivot < self.shape.chunks:
             raise ValueError(f"pivot {pivot} is not a chunk of this video; it has {self.shape.chunks}, counted from 0")
         text = text.to(self.model.device)  # once, and not for every replay
-        noise, part = KeyedNoise(self.shape, group), part or range(members)
-        wave_size = min(branches_per_wave or members, self.largest_wave or members, len(part))
-        pages = self.plan(pivot, wave_size)
+        branches = Branching(**branching)
+        noise, part = KeyedNoise(self.shape, group), branches.part or range(branches.members)
+        wave_size = min(branches.branches_per_wave or branches.members, self.largest_wave or branches.members, len(part))
+        pages, chunks = self.plan(pivot, wave_size, horizon=branches.horizon), branches.chunks(pivot, self.shape.chunks)
         prefix = self.start(text)
         reserved = self.pool.reserve(pages)  # a group that does not fit fails here, before a frame is computed
         prefix.cache.reserved = [reserved.prefix]
@@ -77,8 +66,8 @@ class Engine(Streamer):
                     self.extend(prefix, chunk, noise.initial(chunk), noise, last=False)
             waves: list[Wave] = []
             while part:
-                wave_noise = MemberNoise(noise, plan, pivot, part[:wave_size])
-                wave = self._try_finish(Fork(prefix, pivot, wave_noise, reserved.tails, pages.tail))
+                wave_noise = MemberNoise(noise, branches.plan, pivot, part[:wave_size])
+                wave = self._try_finish(Fork(prefix, chunks, wave_noise, reserved.tails, pages.tail))
                 if wave is None:
                     wave_size = self.largest_wave = (wave_size + 1) // 2
                     continue
@@ -93,7 +82,7 @@ class Engine(Streamer):
         tails = torch.cat([wave.tails for wave in waves])
         prefix_latents = self._joined(prefix.latents)
         prefix.latents = list(prefix_latents.split(self.shape.chunk_frames[:pivot], dim=1)) if pivot else []  # no second copy
-        return Group(group, text, pivot, prefix, prefix_latents, tails, explored, plan.rule or self.rule)
+        return Group(group, text, pivot, prefix, prefix_latents, tails, explored, branches.plan.rule or self.rule)
 
     def _explored(self, chunk: int, waves: Sequence[Trajectory]) -> Explored:
         """Return a chunk of all waves' members as a group keeps it."""
@@ -139,7 +128,7 @@ class Engine(Streamer):
 
         The first wave takes the pages reserved for its tails; those after it take `tail_pages` for each branch of what it gave back.
         """
-        prefix, pivot, noise = fork.prefix, fork.pivot, fork.noise
+        prefix, pivot, noise = fork.prefix, fork.chunks[0], fork.noise
         with stage("fork"):
             initial = noise.initial(pivot)
         stream = replace(prefix, cache=prefix.cache.fork(len(initial)), latents=list(prefix.latents))
@@ -147,10 +136,10 @@ class Engine(Streamer):
         try:
             stream.cache.reserve(fork.tail_pages)
             trajectories: dict[int, Trajectory] = {}
-            for chunk in range(pivot, self.shape.chunks):
+            for chunk in fork.chunks:
                 rule = noise.plan.rule if noise.is_own(chunk) else None
                 initial = initial if chunk == pivot else noise.initial(chunk)
-                trajectory = self.extend(stream, chunk, initial, noise, last=chunk == self.shape.chunks - 1, rule=rule)
+                trajectory = self.extend(stream, chunk, initial, noise, last=chunk == fork.chunks[-1], rule=rule)
                 if noise.is_own(chunk):
                     trajectories[chunk] = trajectory
         finally:

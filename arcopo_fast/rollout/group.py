@@ -9,9 +9,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arcopo_fast.rollout.noise import GroupId, MemberNoise
+from arcopo_fast.rollout.noise import GroupId, MemberNoise, NoisePlan
 from arcopo_fast.rollout.sampler import StepRule, Steps, Trajectory
 from arcopo_fast.rollout.stream import Stream
+
+
+@dataclass(frozen=True)
+class Branching:
+    """The branches of a group, wherever it forks.
+
+    Attributes:
+        members: G.
+        plan: the noises that they do not share.
+        horizon: H, the chunks that they go on for after the pivot chunk; None: to the end of the video.
+        part: make only these members; None: all.
+        branches_per_wave: finish at most so many at once; less K/V memory, the same result within rounding. None: all.
+    """
+
+    members: int
+    plan: NoisePlan
+    horizon: int | None = None
+    part: range | None = None
+    branches_per_wave: int | None = None
+
+    def chunks(self, pivot: int, of: int) -> range:
+        """Return the chunks that a group which forks at `pivot` makes, of the video's."""
+        return range(pivot, of if self.horizon is None else min(pivot + self.horizon + 1, of))
 
 
 class Fork(NamedTuple):
@@ -19,14 +42,14 @@ class Fork(NamedTuple):
 
     Attributes:
         prefix: the shared videos so far.
-        pivot: the chunk that comes next.
+        chunks: numbers of the chunks that come next; the first one is the pivot.
         noise: the noise of the wave's members.
         tails: for each branch the pages set aside for its tail; the first wave takes them out of these lists.
         tail_pages: pages that a tail needs.
     """
 
     prefix: Stream
-    pivot: int
+    chunks: range
     noise: MemberNoise
     tails: list[list[int]]
     tail_pages: int
@@ -110,7 +133,7 @@ class Group:
         pivot: the first chunk that is not shared, counted from 0.
         prefix: the context of the pivot chunk; None where its pages were given back.
         prefix_latents: [1, F0, C, h, w] float32, before the pivot.
-        tails: [G, F1, C, h, w] float32, from the pivot on; in a group out of a buffer the pivot chunk's alone.
+        tails: [G, F1, C, h, w] float32, from the pivot to the horizon; in a group out of a buffer the explored chunks' alone.
         explored: the pivot chunk and those after it in which the members have noises of their own, by number.
         rule: takes these chunks from step to step.
     """

@@ -106,7 +106,7 @@ class NoisePlan:
     Attributes:
         initial: strength sigma of the members' own initial noise; 0: shared, 1: a fresh one for each.
         rule: each member draws noise of its own at every step, through this rule; None: the sampler's rule, with shared draws.
-        chunks: number of chunks for which noises are the members' own; None: to the end of the video.
+        chunks: number of chunks for which noises are the members' own; None: all that the branches make.
     """
 
     initial: float

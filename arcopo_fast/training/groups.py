@@ -153,7 +153,7 @@ class Rollouts:
         if isinstance(pivot, int):
             return pivot - 1
         key = ("pivot",) if pivot == "shared" else ("pivot", index)
-        return int(keyed_rng(self.config.seed, iteration, *key).integers(self.engine.shape.chunks))
+        return int(keyed_rng(self.config.seed, iteration, *key).integers(self.config.rollout.pivots(self.engine.shape.chunks)))
 
     def roll_out(self, text: Tensor, iteration: int, index: int) -> Group:
         """Return a group of videos of the policy as it is, this rank's branches of it, not yet judged."""
@@ -166,6 +166,7 @@ class Rollouts:
             members=rollout.group_size,
             part=range(first, first + self.branches[self.team.rank]),
             plan=self.objective.noise_plan(rollout.noise_strength),
+            horizon=rollout.horizon,
             branches_per_wave=rollout.branches_per_wave,
         )
 
@@ -288,6 +289,8 @@ def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -
     sometimes: dict[str, Any] = {"vae_dtype": config.generator.vae_dtype} if variant_of(config.cache).reencodes(config.cache) else {}
     if plan.chunks != 1:
         sometimes["explored_chunks"] = plan.chunks or "all"
+    if config.rollout.horizon is not None:
+        sometimes["horizon"] = config.rollout.horizon
     return sometimes | {
         "weights": weights_digest(frozen_state(generator.model)),
         "text_encoder": generator.encode_text.fingerprint,

@@ -44,12 +44,9 @@ COMPANIONS = 3
 
 def one_group(config: Config) -> Config:
     """Return the recipe with one group, two updates and an evaluation as small as can be; sizes, kernels and precision stay."""
-    rollout = config.rollout.model_copy(
-        update={
-            "prompts_per_iteration": 1,
-            "pivot": config.rollout.pivot if isinstance(config.rollout.pivot, int) else (config.video.count + 1) // 2,
-        }
-    )
+    pivot, middle = config.rollout.pivot, (config.rollout.pivots(config.video.count) + 1) // 2
+    changes = {"prompts_per_iteration": 1, "pivot": pivot if isinstance(pivot, int) else middle}
+    rollout = config.rollout.model_copy(update=changes)
     objective = config.objective.model_copy(update={"updates": 2, "anchors": "fresh"})
     train = config.train.model_copy(update={"mode": "on_policy", "buffer": None, "iterations": 1})
     return config.model_copy(update={"rollout": rollout, "objective": objective, "train": train})
@@ -122,7 +119,7 @@ def _shared_frames(check: Check) -> Iterator[Finding]:
     sizes = VAESizes.from_config(trainer.generator.decoder.vae.config)
     before = sum(trainer.shape.chunk_frames[: group.pivot])
     cut = sizes.pixel_frames(before) if before else 0
-    expected = sizes.pixel_frames(trainer.shape.frames)
+    expected = sizes.pixel_frames(before + group.tails.shape[1])
     inside = bool(frames.isfinite().all()) and frames.min().item() >= 0 and frames.max().item() <= 1
     detail = f"{frames.shape[1]} of {expected}, from {frames.min():.2f} to {frames.max():.2f}"
     yield Finding("frames", inside and frames.shape[1] == expected, detail)
