@@ -54,7 +54,7 @@ def collect(config: Config, path: str, groups: int, world: World = ALONE) -> Buf
             judged = source.judged(index, 0)
             with judged.group:
                 buffer.write(index, *store(judged, engine.shape))
-            progress.update(weighted_total(judged.rewards, config.rewards).nanmean().item())
+            progress.update(weighted_total(judged.rewards, config.score_weights).nanmean().item())
     return buffer
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import types
-from dataclasses import dataclass
-from typing import Annotated, Any, Iterator, Literal, Mapping, Sequence, Union, get_args, get_origin
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Iterator, Literal, Mapping, Sequence, TypeGuard, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
@@ -59,6 +59,9 @@ def _locate(model: type[BaseModel], location: tuple[int | str, ...]) -> _Place:
         if section is None:
             inner = location[index + 1] if index + 1 < len(location) else None
             kind, arguments = get_origin(info.annotation), get_args(info.annotation)
+            if kind is dict and inner is not None and _is_section(arguments[1]) and index + 2 < len(location):
+                rest = _locate(arguments[1], location[index + 2 :])
+                return replace(rest, path=f"{path}.{inner}.{rest.path}")
             if kind is dict and inner is not None:
                 return _Place(f"{path}.{inner}", True, _describe(arguments[1]), "")
             if kind in (list, tuple) and isinstance(inner, int):
@@ -83,16 +86,22 @@ def _origin(place: _Place, problem: str, origins: Mapping[str, str], source: str
 def section_of(info: FieldInfo) -> type[Section] | None:
     """Return the class of a field that is a section; None for a single key."""
     annotation = info.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    return annotation if _is_section(annotation) else None
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def every_field(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every dotted key with its field, sections included, in the order of the tree."""
+    """Yield every dotted key with its field, sections included, in the order of the tree. NAME stands for any name of a section."""
     for name, info in model.model_fields.items():
         yield prefix + name, info
-        section = section_of(info)
+        section, arguments = section_of(info), get_args(info.annotation)
         if section:
             yield from every_field(section, f"{prefix}{name}.")
+        elif get_origin(info.annotation) is dict and _is_section(arguments[1]):
+            yield from every_field(arguments[1], f"{prefix}{name}.NAME.")
 
 
 def _suggest(model: type[Config], path: str) -> str:
@@ -121,6 +130,8 @@ def _describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " or ".join(_describe(branch) for branch in arguments)
     if origin is Literal:
         return " or ".join([", ".join(arguments[:-1]), arguments[-1]] if len(arguments) > 1 else arguments)
+    if _is_section(annotation):
+        return f"a section with the keys {', '.join(annotation.model_fields)}"
     if origin is dict:
         return f"names with {_describe(arguments[1])} each"
     if origin is tuple:

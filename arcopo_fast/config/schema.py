@@ -17,6 +17,7 @@ from arcopo_fast.config.sections import (
     CacheConfig,
     EvaluationConfig,
     GeneratorConfig,
+    JudgeConfig,
     LoraConfig,
     ObjectiveSettings,
     OptimizerConfig,
@@ -59,10 +60,29 @@ class Config(Section):
     rewards: dict[str, float] = Field(
         description="weight of each reward, by name; at least one is not 0; a custom reward is named package.module:function"
     )
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
     reward_servers: RewardServersConfig = Field(default_factory=RewardServersConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+
+    def scores_of(self, window: str) -> dict[str, str]:
+        """Return the rewards that judge a window, by the names of their scores: "local/hpsv3", or without `judge.windows` "hpsv3"."""
+        rewards = self.judge.seen[window].rewards or self.rewards
+        return {f"{window}/{reward}" if window else reward: reward for reward in rewards}
+
+    @property
+    def windows(self) -> list[tuple[float, dict[str, float]]]:
+        """The weight of each window that is judged, and the rewards' weights in it by the names of their scores."""
+        return [
+            (window.weight, {score: self.rewards[reward] for score, reward in self.scores_of(name).items()})
+            for name, window in self.judge.seen.items()
+        ]
+
+    @property
+    def score_weights(self) -> dict[str, float]:
+        """The weight of each score of a group in its weighted total: that of the reward times that of the window."""
+        return {score: window * weight for window, weights in self.windows for score, weight in weights.items()}
 
     @field_validator("name")
     @classmethod
@@ -113,7 +133,31 @@ class Config(Section):
         if strangers := [name for name in self.reward_servers.addresses if name not in self.rewards]:
             raise ValueError(f"reward_servers.addresses has {strangers[0]!r}, which is not among the rewards {', '.join(self.rewards)}")
         objective.check_group(rollout.group_size)
+        self._check_windows()
         return self
+
+    def _check_windows(self) -> None:
+        """Raise ValueError for windows that some branch does not reach, or that do not go together with the rewards."""
+        pivots = [self.rollout.pivot - 1] if isinstance(self.rollout.pivot, int) else range(self.video.count)
+        shortest, longest = (self.video.count - 1 - pivot for pivot in (max(pivots), min(pivots)))  # chunks after the pivot's
+        for name, window in self.judge.windows.items():
+            if unknown := [reward for reward in window.rewards or [] if reward not in self.rewards]:
+                raise ValueError(
+                    f"judge.windows.{name}.rewards has {unknown[0]!r}, which is not among the rewards {', '.join(self.rewards)}; give it a "
+                    "weight in rewards"
+                )
+            first, last = window.chunks
+            if first > shortest or (last or 0) > longest:
+                raise ValueError(
+                    f"judge.windows.{name}.chunks {list(window.chunks)} lies outside of the branches: with rollout.pivot "
+                    f"{self.rollout.pivot} and L = {self.video.count} chunks there are {shortest} to {longest} chunks after the pivot's; "
+                    f"give a first chunk of at most {shortest} and a last one of at most {longest}"
+                )
+        judged = {reward for name in self.judge.seen for reward in self.scores_of(name).values()}
+        if idle := [reward for reward in self.rewards if reward not in judged]:
+            raise ValueError(f"the reward {idle[0]!r} judges no window; add it to the rewards of one of judge.windows, or remove it")
+        if not any(self.score_weights.values()):
+            raise ValueError("no score has a weight other than 0: the windows that have a weight are judged by rewards that have none")
 
 
 # Objectives ------------------------------------------------------------------------------------------------------------------------

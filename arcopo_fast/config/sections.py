@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -32,6 +33,7 @@ def expanded(path: str) -> str:
 Place = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
 """A file or a directory: a path, whose "~" is the home directory, or where it is published."""
 Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 CacheVariant = Literal["self_forcing", "longlive", "longlive_infinity", "infinity_rope", "krea"]
@@ -202,6 +204,76 @@ class RolloutConfig(Section):
         if size < 2:
             raise ValueError(f"a group of {size} has no advantage: rewards are compared inside the group; give at least 2 (the paper: 12)")
         return size
+
+
+class WindowConfig(Section):
+    """Some frames of a group's videos, judged as a video of their own."""
+
+    chunks: Annotated[tuple[Natural, Natural | None], Field(strict=False)] = Field(
+        description="first and last chunk of it, counted from the pivot chunk, which is 0; the last one null: to the end of the branches"
+    )
+    before: Natural | None = Field(0, description="latent frames before its first chunk that rewards see, too; null: all")
+    weight: float = Field(1.0, description="weight of its advantages in the sum over windows")
+    rewards: list[str] | None = Field(None, min_length=1, description="names of the rewards that judge it; null: all")
+
+    @field_validator("chunks")
+    @classmethod
+    def _in_order(cls, chunks: tuple[int, int | None]) -> tuple[int, int | None]:
+        if chunks[1] is not None and chunks[1] < chunks[0]:
+            raise ValueError(f"the last chunk of a window lies before its first; given {list(chunks)}")
+        return chunks
+
+    def first_frame(self, pivot: int, chunk_sizes: Sequence[int]) -> int:
+        """Return the first latent frame that is seen, with a `pivot` counted from 0."""
+        start = sum(chunk_sizes[: pivot + self.chunks[0]])
+        return 0 if self.before is None else max(0, start - self.before)
+
+
+class JudgeConfig(Section):
+    """What rewards see of a group's videos in training. An evaluation judges whole videos."""
+
+    before: Natural | None = Field(
+        None, description="latent frames before the pivot chunk that rewards see; null: all. With judge.windows: give each window's own"
+    )
+    warmup: Positive | Literal["all"] = Field(
+        6,
+        description="latent frames before the first one seen that are decoded for the decoder's state, and dropped; all: exact",
+    )
+    windows: dict[str, WindowConfig] = Field(
+        default_factory=dict,
+        description="windows of their own weights and rewards, by name, as in {local: {chunks: [0, 0], before: 6}}; their advantages are "
+        "added up. {}: one window of all that is decoded",
+    )
+
+    @property
+    def seen(self) -> dict[str, WindowConfig]:
+        """The windows by name; "" for the one that there is without `windows`."""
+        return self.windows or {"": WindowConfig(chunks=(0, None), before=self.before)}
+
+    @property
+    def reach(self) -> int | None:
+        """How many latent frames before the pivot chunk are decoded at most; None: all."""
+        befores = [window.before for window in self.seen.values()]
+        known = [before for before in befores if before is not None]
+        return None if self.warmup == "all" or len(known) < len(befores) else max(known) + self.warmup
+
+    @field_validator("windows")
+    @classmethod
+    def _windows_have_names(cls, windows: dict[str, WindowConfig]) -> dict[str, WindowConfig]:
+        for name in windows:
+            if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
+                raise ValueError(f"a window's name is made of letters, digits, '_' and '-', at most 60; given {name[:80]!r}")
+        if windows and not any(window.weight for window in windows.values()):
+            raise ValueError("needs at least one window with a weight other than 0")
+        return windows
+
+    @model_validator(mode="after")
+    def _each_window_has_its_own(self) -> JudgeConfig:
+        if self.windows and self.before is not None:
+            raise ValueError(
+                f"judge.before {self.before} is of the only window, and judge.windows gives others; give before to each of these instead"
+            )
+        return self
 
 
 class ObjectiveSettings(Section):

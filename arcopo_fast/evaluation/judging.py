@@ -19,6 +19,7 @@ from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.evaluation.filters import Filter
 from arcopo_fast.evaluation.looks import DETAIL, DIVERSITY, MOTION, diversity, motion_and_detail, thumbnails
+from arcopo_fast.evaluation.windows import View
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.objectives.advantage import weighted_total
 from arcopo_fast.rewards.base import Reward, score
@@ -55,7 +56,7 @@ class Judging:
         """Keep the modules among `things` on the device inside the block, if they wait elsewhere."""
         return nullcontext() if self.device is None else resident(self.device, *things, offload=True)
 
-    def decode(self, latents: Tensor, prefix: Tensor | None = None) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, prefix: Tensor | None = None, *, warmup: int = 0) -> Iterator[Tensor]:
         """Yield frames [n, F, 3, H, W] in [0, 1] of a slice after the other, see `decode_branches`.
 
         Delete a slice before the next one is asked for: its memory is needed.
@@ -63,9 +64,10 @@ class Judging:
         Args:
             latents: of N videos, [N, F, C, h, w].
             prefix: what all of them begin with, [1, F0, C, h, w].
+            warmup: how many of its first latent frames have no frames here.
         """
         videos = len(latents)
-        slices = decode_branches(self.decoder, latents[:1, :0] if prefix is None else prefix, latents, self.at_once)
+        slices = decode_branches(self.decoder, latents[:1, :0] if prefix is None else prefix, latents, self.at_once, warmup=warmup)
         for _ in range(math.ceil(videos / (self.at_once or videos))):
             with profiling.stage("decode"), self.at_work(self.decoder.vae):
                 frames = next(slices)
@@ -73,7 +75,7 @@ class Judging:
             del frames  # the next ones need the memory
 
     def judge(
-        self, rewards: Mapping[str, Reward], slices: Iterable[Tensor], prompts: Sequence[str]
+        self, rewards: Mapping[str, Reward], slices: Iterable[Tensor], prompts: Sequence[str], view: View | None = None
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield each slice's frames, see `decode`, and its scores [n] fp32 on the CPU by the reward's name, NaN where a reward failed.
 
@@ -81,12 +83,16 @@ class Judging:
             rewards: see `score`.
             slices: of the frames of N videos, from `decode`.
             prompts: one for each of the N videos.
+            view: of which the frames are; its windows are judged, and give the scores their names. None: the frames are judged whole.
         """
         done = 0
         for frames in slices:
             own = list(prompts[done : done + len(frames)])
             with profiling.stage("reward"), self.at_work(*rewards.values()):
-                scores = score(rewards, frames, own, quarantine=True)
+                if view is None:
+                    scores = score(rewards, frames, own, quarantine=True)
+                else:
+                    scores = view.judge(rewards, frames, own, self.decoder.factor)
             done += len(frames)
             yield frames, {name: values.cpu() for name, values in scores.items()}
             del frames

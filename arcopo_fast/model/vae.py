@@ -77,6 +77,11 @@ class StreamingDecoder:
         self._dtype = torch.promote_types(vae.dtype, torch.float32)
         self._mean, self._std = _statistics(vae, self._dtype)
 
+    @property
+    def factor(self) -> int:
+        """Pixel frames of a latent frame that is not a video's first."""
+        return 2 ** sum(self.vae.config["temperal_downsample"])
+
     def start(self) -> VAECache:
         """Return the cache of a video of which nothing is decoded yet; it fits every batch size."""
         return VAECache({}, 0)
@@ -93,6 +98,14 @@ class StreamingDecoder:
         """
         pixels, cache = self.decode_unclamped(latents, cache)
         return pixels.clamp_(-1, 1).mul_(0.5).add_(0.5), cache
+
+    def warm(self, latents: Tensor) -> VAECache:
+        """Return the cache after latents [B, F, C, h, w], F >= 0, decoded in the calls that `decode` makes, but without their frames."""
+        cache = self.start()
+        for part in (latents[:, :1], *latents[:, 1:].split(self.frames_per_call, dim=1)):
+            if part.shape[1]:
+                cache = self.decode_unclamped(part, cache)[1]
+        return cache
 
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor, cache: VAECache) -> tuple[Tensor, VAECache]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, TypeVar
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Scores = TypeVar("Scores", float, Tensor)
+SMALLEST_STD = 1e-8
+"""A standard deviation of advantages that nothing is divided by."""
 
 
 def weighted_total(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> Scores:
@@ -32,7 +35,12 @@ def _double(score: Scores) -> Scores:
 
 
 def zscore(
-    rewards: Tensor, std_floor: float = 0.0, std: Literal["population", "sample"] = "population", *, rounding: float | None = None
+    rewards: Tensor,
+    std_floor: float = 0.0,
+    std: Literal["population", "sample"] = "population",
+    *,
+    rounding: float | None = None,
+    anchor: float | None = None,
 ) -> Tensor:
     """Return (r - mean r) / max(std r, std_floor) over a group [G], in float64; zeros for a group without variance: it teaches nothing.
 
@@ -41,14 +49,16 @@ def zscore(
     Args:
         std: "population" divides the sum of squares by G, "sample" by G - 1.
         rounding: a standard deviation of at most this is no variance; None: that of the rewards themselves, see `rounding_of`.
+        anchor: the reward of a video that is no member. It is subtracted in place of the mean, and one more in the standard deviation.
     """
     rewards = rewards.double()
-    centered = rewards - rewards.mean()
-    deviation = centered.square().mean().sqrt()
+    compared = rewards if anchor is None else torch.cat([rewards, rewards.new_tensor([anchor])])
+    centered = rewards - (rewards.mean() if anchor is None else anchor)
+    deviation = (compared - compared.mean()).square().mean().sqrt()
     if rewards.max() == rewards.min() or deviation <= (rounding_of(rewards) if rounding is None else rounding):
         return torch.zeros_like(centered)
     if std == "sample":
-        deviation *= (len(rewards) / (len(rewards) - 1)) ** 0.5
+        deviation *= (len(compared) / (len(compared) - 1)) ** 0.5
     return centered / max(deviation.item(), std_floor)
 
 
@@ -64,17 +74,17 @@ def quasi_norm(advantages: Tensor, p: float) -> Tensor:
 
 
 def group_advantages(
-    components: dict[str, Tensor],
-    weights: dict[str, float],
+    components: Mapping[str, Tensor],
+    weights: Mapping[str, float],
     *,
     combine: Literal["sum", "per_reward_zscore"] = "sum",
     kind: Literal["zscore", "quasi_norm"] = "zscore",
     p: float = 0.8,
     std_floor: float = 0.0,
     std: Literal["population", "sample"] = "population",
-    largest: float | None = None,
+    anchor: Mapping[str, float] | None = None,
 ) -> Tensor:
-    """Return the advantages [G] float64 of one group.
+    """Return the advantages [G] float64 of one group, as far as one window of its videos tells.
 
     A member without a score, NaN in a reward that has a weight, gets 0, and the others' advantages are those of a group without it.
 
@@ -84,20 +94,55 @@ def group_advantages(
         combine: "sum" z-scores the weighted sum; "per_reward_zscore" sums the z-scores, so that a reward's spread does not weigh.
         kind: "quasi_norm" normalizes the result as Neighbor GRPO does, with exponent p.
         std_floor, std: see `zscore`.
-        largest: |A_i| is cut off there.
+        anchor: rewards by name of a video that is no member, the baseline in place of the group's mean, see `zscore`. Then advantages are
+            divided by their standard deviation, so that those of several windows add up at one scale. Without a score of it there are none.
     """
     total = weighted_total(components, weights)
     scored = total.isfinite()
     everyone = torch.zeros_like(total)
-    if not scored.any():
+    baseline = None if anchor is None else weighted_total(anchor, weights)
+    if not scored.any() or (baseline is not None and not math.isfinite(baseline)):
         return everyone
     if combine == "sum":
         # Of each reward, not of their sum: a large constant must not hide what a small reward says.
         roundings = {name: rounding_of(reward[scored]) for name, reward in components.items()}
         rounding = weighted_total(roundings, {name: abs(weight) for name, weight in weights.items()})
-        advantages = zscore(total[scored], std_floor, std, rounding=rounding)
+        advantages = zscore(total[scored], std_floor, std, rounding=rounding, anchor=baseline)
     else:
-        advantages = weighted_total({name: zscore(reward[scored], std_floor, std) for name, reward in components.items()}, weights)
+        each = {
+            name: zscore(reward[scored], std_floor, std, anchor=None if anchor is None else anchor[name])
+            for name, reward in components.items()
+        }
+        advantages = weighted_total(each, weights)
     advantages = quasi_norm(advantages, p) if kind == "quasi_norm" else advantages
-    everyone[scored] = advantages if largest is None else advantages.clamp(-largest, largest)
+    if anchor is not None and (deviation := advantages.std(correction=0)) > SMALLEST_STD:
+        advantages = advantages / deviation
+    everyone[scored] = advantages
     return everyone
+
+
+def window_advantages(
+    scores: Mapping[str, Tensor],
+    windows: Sequence[tuple[float, Mapping[str, float]]],
+    *,
+    anchor: Mapping[str, float] | None = None,
+    largest: float | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Return A_i = sum over windows of weight * A_i^u, [G] float64: the advantages of videos of which several windows are judged.
+
+    A member without a score in one window keeps what the others give it.
+
+    Args:
+        scores: of all windows, [G] by name; there is at least one.
+        windows: each one's weight, and the rewards' weights by the names of its scores.
+        anchor: scores by name of a video that is no member, see `group_advantages`.
+        largest: |A_i| is cut off there.
+        settings: of `group_advantages`.
+    """
+    total = torch.zeros(len(next(iter(scores.values()))), dtype=torch.float64)
+    for weight, weights in windows:
+        own = {name: scores[name] for name in weights if weights[name]}
+        if weight and own:
+            total += weight * group_advantages(own, weights, anchor=anchor, **settings)
+    return total if largest is None else total.clamp(-largest, largest)

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 
-def decode_branches(decoder: StreamingDecoder, prefix: Tensor, tails: Tensor, branches_at_once: int | None = None) -> Iterator[Tensor]:
+def decode_branches(
+    decoder: StreamingDecoder, prefix: Tensor, tails: Tensor, branches_at_once: int | None = None, *, warmup: int = 0
+) -> Iterator[Tensor]:
     """Yield the frames of a group's latents, a slice of branches at a time: the prefix is decoded once, and the decoder's cache forked
     after it.
 
@@ -26,6 +28,8 @@ def decode_branches(decoder: StreamingDecoder, prefix: Tensor, tails: Tensor, br
         tails: each branch's own latents, [G, F1, C, h, w].
         branches_at_once: how many branches the VAE decodes together, all of them if None. Fewer need less memory, of activations, of the
             decoder's cache and of frames, all of which are large at full size. The frames are the same up to rounding.
+        warmup: the first latent frames of the prefix that are decoded for the decoder's cache alone. Then the first that is seen is not
+            decoded as a video's first, and gives as many pixel frames as any other.
 
     Yields:
         frames [branches_at_once or fewer, F, 3, H, W] in [0, 1].
@@ -35,9 +39,9 @@ def decode_branches(decoder: StreamingDecoder, prefix: Tensor, tails: Tensor, br
     """
     if branches_at_once is not None and branches_at_once < 1:
         raise ValueError(f"branches_at_once is {branches_at_once}; expected at least 1, or None for all")
-    cache, shared = decoder.start(), None
-    if prefix.shape[1]:
-        shared, cache = decoder.decode(prefix, cache)
+    cache, shared = decoder.warm(prefix[:, :warmup]) if warmup else decoder.start(), None
+    if prefix.shape[1] > warmup:
+        shared, cache = decoder.decode(prefix[:, warmup:], cache)
     for part in tails.split(branches_at_once or len(tails)):
         yield _all_frames(shared, decoder.decode(part, fork(cache, len(part)))[0])
 

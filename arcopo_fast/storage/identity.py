@@ -145,6 +145,8 @@ def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in section:
         if isinstance(value, BaseModel):
             yield from leaves(value, f"{prefix}{name}.")
+        elif isinstance(value, Mapping):
+            yield prefix + name, {key: part.model_dump() if isinstance(part, BaseModel) else part for key, part in value.items()}
         else:
             yield prefix + name, value
 
@@ -190,7 +192,19 @@ class _Document(BaseModel):
 
 
 # What an iteration computes, by dotted keys and sections; checkpoints, prompts and other files are told by what is in them.
-_FIXED = ("seed", "generator.dtype", "generator.vae_dtype", "video", "sampler", "cache", "rollout", "objective", "lora", "train.mode")
+_FIXED = (
+    "seed",
+    "generator.dtype",
+    "generator.vae_dtype",
+    "video",
+    "sampler",
+    "cache",
+    "rollout",
+    "judge",
+    "objective",
+    "lora",
+    "train.mode",
+)
 # Of these, what says how and not what: less memory or less time, the same result.
 _FREE = (
     "video.decode_frames",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from arcopo_fast.evaluation.judging import Judging
+from arcopo_fast.evaluation.windows import View
 from arcopo_fast.objectives.ratio import RatioObjective
 from arcopo_fast.training.groups import JudgedGroup
 from arcopo_fast.training.trainer import Trainer
@@ -35,19 +38,31 @@ class Check:
     Attributes:
         trainer: of the recipe.
         judged: the group.
-        frames: of the first members [n, F, 3, H, W], decoded from their shared context.
+        view: what rewards see of the videos.
+        frames: its frames of the first members [n, F, 3, H, W], decoded from their shared context.
         frames_alone: the same members' frames, each decoded alone.
         advantages: [G] float64.
     """
 
     trainer: Trainer
     judged: JudgedGroup
+    view: View
     frames: Tensor
     frames_alone: Tensor
     advantages: Tensor
 
+    def judge(self, name: str, frames: Tensor, prompts: list[str]) -> Tensor:
+        """Return the scores [n] float64 of one name of some videos, decoded as `frames` are, on the CPU."""
+        trainer = self.trainer
+        return self.view.judge(trainer.rewards, frames, prompts, trainer.generator.decoder.factor, names=[name])[name].double().cpu()
+
+    def at_work(self, name: str) -> AbstractContextManager[None]:
+        """Keep the judge of a score at work inside the block."""
+        reward = next(window.rewards[name] for window in self.view.windows if name in window.rewards)
+        return Judging.of(self.trainer.config, self.trainer.generator).at_work(self.trainer.rewards[reward])
+
     def spread(self, name: str) -> float:
-        """Return the standard deviation of a reward in the group; NaN if no score is finite."""
+        """Return the standard deviation of a score in the group; NaN if no score is finite."""
         scores = self.judged.rewards[name]
         return scores[scores.isfinite()].double().std(correction=0).item() if scores.isfinite().any() else float("nan")
 

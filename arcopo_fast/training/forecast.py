@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from arcopo_fast.evaluation.judging import Judging
-from arcopo_fast.rewards.base import score
 from arcopo_fast.training.findings import Check, Finding, Replayed, ratio_objective
 
 ALIKE = 1e-5
@@ -92,17 +90,17 @@ def _gradient(check: Check, replayed: Replayed) -> Iterator[Finding]:
 
 def _noise(check: Check) -> Iterator[Finding]:
     """Yield each judge's own noise: the same video twice, and in a batch of another size."""
-    trainer, frames, text = check.trainer, check.frames, check.judged.prompt.text
-    for name, reward in trainer.rewards.items():
+    frames, text = check.frames, check.judged.prompt.text
+    for name, weight in check.trainer.config.score_weights.items():
         spread = check.spread(name)
         if not spread > 0:
-            if trainer.config.rewards[name]:
+            if weight:
                 remedy = "raise rollout.noise_strength, or take another reward"
                 yield Finding(f"the spread of {name}", False, f"is 0 in this group, so there is nothing to learn: {remedy}", forecast=True)
             continue
-        with Judging.of(trainer.config, trainer.generator).at_work(reward):
-            together = [score({name: reward}, frames, [text] * len(frames), quarantine=True)[name].double().cpu() for _ in range(2)]
-            alone = [score({name: reward}, frame[None], [text], quarantine=True)[name].double().cpu() for frame in frames]
+        with check.at_work(name):
+            together = [check.judge(name, frames, [text] * len(frames)) for _ in range(2)]
+            alone = [check.judge(name, frame[None], [text]) for frame in frames]
         noise = max((together[0] - scores).abs().max().item() for scores in (together[1], torch.cat(alone)))
         holds = noise < JUDGES_NOISE * spread
         remedy = "" if holds else ": advantages are partly noise; judge in float32 or in batches of one size, or take another reward"

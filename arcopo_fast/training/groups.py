@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from arcopo_fast.build import Generator
 from arcopo_fast.config.schema import Config
+from arcopo_fast.config.sections import JudgeConfig
 from arcopo_fast.data.buffer import Buffer, Entry, all_metadata
 from arcopo_fast.data.prompts import Prompt, Prompts, digest
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.judging import Judging, joined
+from arcopo_fast.evaluation.windows import View
 from arcopo_fast.model.lora import adapter_disabled, frozen_state
-from arcopo_fast.objectives.advantage import group_advantages
+from arcopo_fast.objectives.advantage import window_advantages
 from arcopo_fast.objectives.base import Objective
 from arcopo_fast.planning.spread import Spread
 from arcopo_fast.rewards.base import Reward
@@ -38,7 +40,7 @@ class JudgedGroup:
     Attributes:
         group: its videos.
         prompt: of all of them.
-        rewards: scores [G] by the reward's name; NaN where a reward failed.
+        rewards: scores [G] by name, see `Config.scores_of`; NaN where a reward failed.
     """
 
     group: Group
@@ -52,9 +54,9 @@ class JudgedGroup:
     def advantages(self, config: Config) -> Tensor:
         """Return A_i of the members [G] float64."""
         objective = config.objective
-        return group_advantages(
+        return window_advantages(
             self.rewards,
-            config.rewards,
+            config.windows,
             combine=objective.reward_combine,
             kind=objective.advantage,
             p=objective.quasi_norm_p,
@@ -70,7 +72,7 @@ class Outcome(NamedTuple):
     Attributes:
         number: of the group in its iteration.
         pivot: the chunk at which it forked, counted from 0.
-        rewards: scores [G] by the reward's name; NaN where a reward failed.
+        rewards: scores [G] by name, see `Config.scores_of`; NaN where a reward failed.
         advantages: [G] float64.
     """
 
@@ -124,7 +126,7 @@ class Rollouts:
         prompt = self.prompt(iteration, index)
         with ExitStack() as undo:
             group = undo.enter_context(self.roll_out(self.encode(prompt), iteration, index))
-            rewards = self.judge(self.decode(group), prompt)
+            rewards = self.judge(group, self.decode(group), prompt)
             if not self.team.alone:
                 rewards = joined(self.team.gathered(rewards))
                 self._join(group)
@@ -170,15 +172,29 @@ class Rollouts:
             branches_per_wave=rollout.branches_per_wave,
         )
 
-    def decode(self, group: Group) -> Iterator[Tensor]:
-        """Yield frames [n, F, 3, H, W] in [0, 1] of a group's videos, as many at a time as the recipe says."""
-        return Judging.of(self.config, self.generator).decode(group.tails, group.prefix_latents)
+    def view(self, group: Group) -> View:
+        """Return what rewards see of a group's videos."""
+        return View.of(self.config, group.pivot)
 
-    def judge(self, slices: Iterable[Tensor], prompt: Prompt) -> dict[str, Tensor]:
-        """Return every reward's scores [G] of a group's frames, on the CPU; NaN where a reward failed."""
-        prompts = [prompt.text] * self.branches[self.team.rank]
+    def seen(self, group: Group) -> tuple[View, Tensor, Tensor]:
+        """Return what rewards see of a group's videos, and the latents to decode for it: shared ones [1, F0, C, h, w], those to be dropped
+        first, and each branch's own [G, F1, C, h, w]."""
+        view, pivot = self.view(group), group.prefix_latents.shape[1]
+        return view, group.prefix_latents[:, view.frames.start - view.warmup :], group.tails[:, : view.frames.stop - pivot]
+
+    def decode(self, group: Group, at_once: int | None = None) -> Iterator[Tensor]:
+        """Yield frames [n, F, 3, H, W] in [0, 1] of what rewards see of a group's videos, as many at a time as the recipe says.
+
+        at_once: as many instead.
+        """
+        judging, (view, shared, tails) = Judging.of(self.config, self.generator), self.seen(group)
+        return replace(judging, at_once=at_once or judging.at_once).decode(tails, shared, warmup=view.warmup)
+
+    def judge(self, group: Group, slices: Iterable[Tensor], prompt: Prompt) -> dict[str, Tensor]:
+        """Return the scores [G] of a group's frames by name, see `Config.scores_of`, on the CPU; NaN where a reward failed."""
+        prompts, view = [prompt.text] * self.branches[self.team.rank], self.view(group)
         parts: list[dict[str, Tensor]] = []
-        for frames, scores in Judging.of(self.config, self.generator).judge(self.rewards, slices, prompts):
+        for frames, scores in Judging.of(self.config, self.generator).judge(self.rewards, slices, prompts, view):
             del frames  # the next ones need the memory
             parts.append(scores)
         return joined(parts)
@@ -201,7 +217,7 @@ class BufferedGroups:
         self.buffer = buffer
         self.indices = buffer.indices  # once: a collection may still be adding to it
         scored = [name.removeprefix(REWARD) for name in next(buffer.entries(self.indices)).tensors if name.startswith(REWARD)]
-        if missing := [name for name in config.rewards if name not in scored]:
+        if missing := [name for name in config.score_weights if name not in scored]:
             raise UserError(
                 f"{buffer.path} was not scored by {', '.join(missing)}, only by {', '.join(scored)}; choose rewards among these, "
                 "or collect a buffer with the others"
@@ -213,11 +229,11 @@ class BufferedGroups:
         turn, place = divmod(drawn_before, len(self.indices))
         order = keyed_rng(self.config.seed, "buffer", turn).permutation(self.indices).tolist()
         entry = next(self.buffer.entries(order[place:] + order[:place]))  # a broken entry's place is taken by the next one
-        return restore(entry, self.generator, self.engine, self.objective, list(self.config.rewards))
+        return restore(entry, self.generator, self.engine, self.objective, list(self.config.score_weights))
 
 
 REWARD = "reward/"
-"""Begins the name of a reward's scores [G] in a buffer's entry."""
+"""Begins the name of scores [G] in a buffer's entry."""
 
 
 def store(judged: JudgedGroup, shape: VideoShape) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -248,8 +264,9 @@ def _names(chunk: int, pivot: int) -> tuple[str, str]:
 
 
 @torch.no_grad()
-def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objective[Any], rewards: list[str]) -> JudgedGroup:
-    """Return a stored group, its prefix rebuilt by clean passes of the generator without its adapter. Its `tails` are the explored chunks'.
+def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objective[Any], scores: list[str]) -> JudgedGroup:
+    """Return a stored group with the scores of these names, its prefix rebuilt by clean passes of the generator without its adapter. Its
+    `tails` are the explored chunks'.
 
     The passes are the rollout's, so with the device and the libraries that made the group, keys and values are equal bit for bit; elsewhere
     they differ by rounding, which the ratio does not see: old and new predictions have the same prefix.
@@ -270,7 +287,7 @@ def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objec
         name = GroupId(about["seed"], about["iteration"], about["group"])
         rule = objective.noise_plan(0.0).rule or engine.rule
         group = Group(name, text, pivot, prefix, latents, tails, explored, rule)
-        return JudgedGroup(group, prompt, {name: entry.tensors[REWARD + name] for name in rewards})
+        return JudgedGroup(group, prompt, {name: entry.tensors[REWARD + name] for name in scores})
     except BaseException:
         prefix.cache.release()
         raise
@@ -291,6 +308,9 @@ def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -
         sometimes["explored_chunks"] = plan.chunks or "all"
     if config.rollout.horizon is not None:
         sometimes["horizon"] = config.rollout.horizon
+    if (judge := config.judge) != JudgeConfig():  # the weights may be others in training
+        seen = {name or "all": window.model_dump(include={"chunks", "before"}) for name, window in judge.seen.items()}
+        sometimes["judge"] = {"warmup": judge.warmup, **seen}
     return sometimes | {
         "weights": weights_digest(frozen_state(generator.model)),
         "text_encoder": generator.encode_text.fingerprint,

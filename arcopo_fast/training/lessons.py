@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from arcopo_fast.config.schema import Config
@@ -33,11 +34,19 @@ def reward_record(config: Config, outcomes: Sequence[Outcome]) -> dict[str, floa
                 logged.setdefault(f"{prefix}{name}_std", []).append(scores.std(correction=0).item())
         logged.setdefault("pivot", []).append(outcome.pivot + 1)
     failed = sum(int(scores.isnan().sum()) for outcome in outcomes for scores in outcome.rewards.values())
-    return {name: sum(values) / len(values) for name, values in logged.items()} | {"failed_scores": failed}
+    partly = {"partly_scored": sum(_partly_scored(config, outcome) for outcome in outcomes)} if config.judge.windows else {}
+    return {name: sum(values) / len(values) for name, values in logged.items()} | {"failed_scores": failed} | partly
+
+
+def _partly_scored(config: Config, outcome: Outcome) -> int:
+    """Count the members whose advantages are those of some windows alone, since in another one a score failed."""
+    weights = [{name: weight for name, weight in rewards.items() if weight} for window, rewards in config.windows if window]
+    scored = torch.stack([weighted_total(outcome.rewards, rewards).isfinite() for rewards in weights if rewards])
+    return int((scored.any(0) & ~scored.all(0)).sum())
 
 
 def _scores(config: Config, outcome: Outcome) -> dict[str, Tensor]:
-    total = weighted_total(outcome.rewards, config.rewards)
+    total = weighted_total(outcome.rewards, config.score_weights)
     return {"reward": total} | {f"reward/{name}": scores for name, scores in outcome.rewards.items()}
 
 
@@ -66,7 +75,7 @@ class LearningWatch:
             raise RewardError(f"not one video of {self.unscored} iterations in a row got all its scores: {videos}")
         if self.alike == min(ALIKE, config.train.iterations):
             telling = {name.removeprefix("reward/") for scored in scores for name, values in scored.items() if _differ(values)}
-            alike = ", ".join(repr(name) for name, weight in config.rewards.items() if weight and name not in telling)
+            alike = ", ".join(repr(name) for name, weight in config.score_weights.items() if weight and name not in telling)
             advice = "raise rollout.noise_strength or rollout.group_size" if config.train.buffer is None else "collect another buffer"
             raise RewardError(
                 f"nothing was learned in {self.alike} iterations in a row, because all members of each group had the same reward: in the "

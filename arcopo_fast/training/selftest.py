@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import chain, combinations
 
 import torch
@@ -20,10 +21,8 @@ from torch import Tensor
 from arcopo_fast.config.schema import Config
 from arcopo_fast.evaluation.judging import Judging
 from arcopo_fast.model.lora import adapter_disabled, adapter_state, load_adapter_state
-from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
 from arcopo_fast.objectives.ratio import RatioNotOne, RatioObjective
-from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.rollout.group import Samples
 from arcopo_fast.training.findings import Check, Finding, Replayed, ratio_objective
 from arcopo_fast.training.forecast import forecast
@@ -62,14 +61,14 @@ def self_test(config: Config) -> Iterator[Finding]:
     rollouts, began = trainer.rollouts, time.monotonic()
     prompt = rollouts.prompt(1, 0)
     with rollouts.roll_out(rollouts.encode(prompt), 1, 0) as group:
-        judged = JudgedGroup(group, prompt, rollouts.judge(rollouts.decode(group), prompt))
+        judged = JudgedGroup(group, prompt, rollouts.judge(group, rollouts.decode(group), prompt))
         forked = f"{group.size} members that fork at chunk {group.pivot + 1} of {trainer.shape.chunks}"
         yield Finding("a group", None, f"{forked}, made and judged in {time.monotonic() - began:.1f} s")
         advantages = judged.advantages(trainer.config)
         yield from _advantages(trainer, judged, advantages)
         if not advantages.abs().any():  # the checks of the update need something to learn
             advantages = torch.linspace(-1, 1, group.size, dtype=torch.float64)
-        check = Check(trainer, judged, *_frames(trainer, judged), advantages)
+        check = Check(trainer, judged, rollouts.view(group), *_frames(trainer, judged), advantages)
         for checks in (_shared_frames, _fresh_adapter, _replay, _rewards):
             yield from checks(check)
         if not isinstance(trainer.objective, RatioObjective):
@@ -90,22 +89,31 @@ def self_test(config: Config) -> Iterator[Finding]:
 @torch.no_grad()
 def _frames(trainer: Trainer, judged: JudgedGroup) -> tuple[Tensor, Tensor]:
     """Return the first members' frames, decoded as a group is, and each by itself."""
-    group, judging = judged.group, Judging.of(trainer.config, trainer.generator)
-    count = min(COMPANIONS, group.size)
-    together = replace(judging, at_once=count).decode(group.tails, group.prefix_latents)
-    return next(together), torch.cat(list(replace(judging, at_once=1).decode(group.videos()[:count])))
+    rollouts, judging = trainer.rollouts, replace(Judging.of(trainer.config, trainer.generator), at_once=1)
+    count = min(COMPANIONS, judged.group.size)
+    view, shared, tails = rollouts.seen(judged.group)
+    videos = torch.cat([shared.expand(count, *shared.shape[1:]), tails[:count]], dim=1).split(1)
+    alone = [next(judging.decode(video[:, view.warmup :], video[:, : view.warmup], warmup=view.warmup)) for video in videos]
+    return next(rollouts.decode(judged.group, at_once=count)), torch.cat(alone)
 
 
 def _advantages(trainer: Trainer, judged: JudgedGroup, advantages: Tensor) -> Iterator[Finding]:
     """Check that advantages grow with the rewards; a group without any spread is another matter."""
-    weights = {name: weight for name, weight in trainer.config.rewards.items() if weight}
+    config = trainer.config
+    weights = {name: weight for name, weight in config.score_weights.items() if weight}
     scores = {name: judged.rewards[name].double() for name in weights}
     scored = torch.stack(list(scores.values())).isfinite().all(0)
-    total = torch.zeros(len(advantages), dtype=torch.float64)
-    for name, weight in weights.items():
-        spread = max(scores[name][scored].std(correction=0).item(), trainer.config.objective.advantage_std_floor)
-        apart = trainer.config.objective.reward_combine == "per_reward_zscore" and spread > 0
-        total += weight * scores[name] / (spread if apart else 1)
+
+    def spread(values: Tensor) -> float:
+        """Return the standard deviation over members with all scores, what to divide by; 1 where it is 0."""
+        return max(values[scored].std(correction=0).item(), config.objective.advantage_std_floor) or 1.0
+
+    total, apart = torch.zeros(len(advantages), dtype=torch.float64), config.objective.reward_combine == "per_reward_zscore"
+    for window_weight, rewards in config.windows:
+        of_window = torch.zeros_like(total)
+        for name in (name for name in rewards if name in weights):
+            of_window += rewards[name] * scores[name] / (spread(scores[name]) if apart else 1)
+        total += window_weight * of_window / (1 if apart else spread(of_window))
     if scored.sum() < 2 or not advantages.any():
         yield Finding("the advantages", None, "no two members differ in reward, so there are none")
         return
@@ -115,11 +123,9 @@ def _advantages(trainer: Trainer, judged: JudgedGroup, advantages: Tensor) -> It
 
 def _shared_frames(check: Check) -> Iterator[Finding]:
     """Check that members show the same until the pivot, and not after it."""
-    trainer, group, frames = check.trainer, check.judged.group, check.frames
-    sizes = VAESizes.from_config(trainer.generator.decoder.vae.config)
-    before = sum(trainer.shape.chunk_frames[: group.pivot])
-    cut = sizes.pixel_frames(before) if before else 0
-    expected = sizes.pixel_frames(before + group.tails.shape[1])
+    trainer, group, frames, view = check.trainer, check.judged.group, check.frames, check.view
+    before = range(view.frames.start, sum(trainer.shape.chunk_frames[: group.pivot]))
+    cut, expected = (view.pixels(part, trainer.generator.decoder.factor).stop for part in (before, view.frames))
     inside = bool(frames.isfinite().all()) and frames.min().item() >= 0 and frames.max().item() <= 1
     detail = f"{frames.shape[1]} of {expected}, from {frames.min():.2f} to {frames.max():.2f}"
     yield Finding("frames", inside and frames.shape[1] == expected, detail)
@@ -163,14 +169,11 @@ def _rewards(check: Check) -> Iterator[Finding]:
     text = check.judged.prompt.text
     other_texts = [prompt.text for prompt in [*trainer.prompts.training, *trainer.prompts.evaluation] if prompt.text != text]
     prompts = [text, *other_texts, text, text][: len(frames)]  # distinct as far as there are any
-    for name, reward in trainer.rewards.items():
+    for name in trainer.config.score_weights:
         spread = check.spread(name)
-
-        def judge(videos: Tensor, texts: list[str], name: str = name, reward: Reward = reward) -> Tensor:
-            return score({name: reward}, videos, texts, quarantine=True)[name].double().cpu()
-
+        judge = partial(check.judge, name)
         began = time.monotonic()
-        with Judging.of(trainer.config, trainer.generator).at_work(reward):
+        with check.at_work(name):
             alone = torch.cat([judge(frames_alone[None], [text]) for frames_alone in check.frames_alone])
             pairs = [(1, 0), *combinations(range(len(frames)), 2)]  # the middle one of three meets the best, and the worst
             company = [judge(frames[list(pair)], [prompts[video] for video in pair]).tolist() for pair in pairs]

@@ -37,7 +37,7 @@ def iteration(directory: Path, *overrides: str) -> tuple[list[Tensor], dict[str,
     rollouts = trainer.rollouts
     prompt = rollouts.prompt(1, 0)
     with rollouts.roll_out(rollouts.encode(prompt), 1, 0) as group:
-        scores = rollouts.judge(rollouts.decode(group), prompt)
+        scores = rollouts.judge(group, rollouts.decode(group), prompt)
         advantages = group_advantages(scores, config.rewards)
         statistics = trainer.objective.update([(group, advantages)], Stepper(trainer.optimizer))
         assert statistics["update1/ratio_max"] == 0

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from arcopo_fast.objectives.advantage import group_advantages, quasi_norm, zscore
+from arcopo_fast.objectives.advantage import group_advantages, quasi_norm, window_advantages, zscore
 
 
 def test_zscore_has_mean_zero_and_unit_spread() -> None:
@@ -66,10 +66,10 @@ def test_a_member_without_a_score_takes_no_part(
     a, b, watched = torch.randn(3, 12)
     weights, failed = {"a": 1.0, "b": 0.5, "watched": 0.0}, torch.tensor([2, 7])
     components = {"a": a, "b": b.index_fill(0, failed, torch.nan), "watched": watched.index_fill(0, torch.tensor([0, 2]), torch.nan)}
-    advantages = group_advantages(components, weights, combine=combine, kind=kind, largest=1.5)
+    advantages = window_advantages(components, [(1.0, weights)], combine=combine, kind=kind, largest=1.5)
     others = torch.ones(12, dtype=torch.bool).index_fill(0, failed, False)
     alone = {name: values[others] for name, values in {"a": a, "b": b}.items()}
-    assert torch.equal(advantages[others], group_advantages(alone, weights, combine=combine, kind=kind, largest=1.5))
+    assert torch.equal(advantages[others], window_advantages(alone, [(1.0, weights)], combine=combine, kind=kind, largest=1.5))
     assert not advantages[failed].any() and advantages[others].all()
 
 

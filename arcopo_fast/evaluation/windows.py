@@ -1,0 +1,101 @@
+"""What rewards see of a group's videos: the latent frames that are decoded, the windows that are cut from their pixels, and the prompts
+under which they are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arcopo_fast.config.schema import Config
+from arcopo_fast.rewards.base import Reward, score
+
+
+@dataclass(frozen=True)
+class Part:
+    """Latent frames of a video that are judged under one prompt; None: the video's own."""
+
+    frames: range
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """What some rewards see of a video.
+
+    Attributes:
+        rewards: their names, by the names of the scores that they give here.
+        parts: one after the other, each judged by itself; a score is their mean, weighted by their frames.
+    """
+
+    rewards: Mapping[str, str]
+    parts: Sequence[Part]
+
+    @property
+    def frames(self) -> range:
+        """The latent frames of all parts."""
+        return range(self.parts[0].frames.start, self.parts[-1].frames.stop)
+
+
+@dataclass(frozen=True)
+class View:
+    """The latent frames of a group's videos that are decoded once for all of its windows.
+
+    Attributes:
+        frames: whose pixels are kept.
+        warmup: how many before them are decoded for the decoder's state alone, and dropped.
+        windows: cut from the pixels; at least one.
+    """
+
+    frames: range
+    warmup: int
+    windows: Sequence[Window]
+
+    @classmethod
+    def of(cls, config: Config, pivot: int) -> View:
+        """Return what a recipe's `judge` says, for groups that fork at the chunk `pivot`, counted from 0.
+
+        A window ends with the branches. The view begins at the pivot chunk at the latest: up to there the branches are one video.
+        """
+        sizes, judge = config.video.chunk_sizes, config.judge
+        windows = []
+        for name, window in judge.seen.items():
+            last = len(sizes) if window.chunks[1] is None else pivot + window.chunks[1]
+            frames = range(window.first_frame(pivot, sizes), sum(sizes[: last + 1]))
+            windows.append(Window(config.scores_of(name), [Part(frames)]))
+        first = min(sum(sizes[:pivot]), *(window.frames.start for window in windows))
+        stop = max(window.frames.stop for window in windows)
+        return cls(range(first, stop), first if judge.warmup == "all" else min(first, judge.warmup), windows)
+
+    def pixels(self, frames: range, factor: int) -> slice:
+        """Return where latent `frames` lie among the pixel frames, of which a latent gives `factor`, but a video's first only one."""
+        shorter = factor - 1 if self.frames.start == 0 else 0
+        first, stop = (max(0, factor * (edge - self.frames.start) - shorter) for edge in (frames.start, frames.stop))
+        return slice(first, stop)
+
+    def judge(
+        self, rewards: Mapping[str, Reward], frames: Tensor, prompts: list[str], factor: int, *, names: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the scores [n] of all windows by name, on the frames' device; NaN where a reward failed.
+
+        Args:
+            rewards: by name.
+            frames: the view's, [n, F, 3, H, W] in [0, 1].
+            prompts: n of them, for parts without one of their own.
+            factor: see `pixels`.
+            names: the scores that are wanted; None: all.
+        """
+        scores: dict[str, Tensor] = {}
+        for window in self.windows:
+            judges = {name: rewards[reward] for name, reward in window.rewards.items() if names is None or name in names}
+            if judges:
+                found = [self._judge_part(judges, part, frames, prompts, factor) for part in window.parts]
+                shares = [len(part.frames) / len(window.frames) for part in window.parts]
+                scores |= {name: torch.stack([share * scored[name] for share, scored in zip(shares, found)]).sum(0) for name in judges}
+        return scores
+
+    def _judge_part(self, judges: Mapping[str, Reward], part: Part, frames: Tensor, prompts: list[str], factor: int) -> dict[str, Tensor]:
+        own = prompts if part.prompt is None else [part.prompt] * len(prompts)
+        return score(judges, frames[:, self.pixels(part.frames, factor)].contiguous(), own, quarantine=True)
