@@ -257,6 +257,17 @@ class JudgeConfig(Section):
         known = [before for before in befores if before is not None]
         return None if self.warmup == "all" or len(known) < len(befores) else max(known) + self.warmup
 
+    def described(self) -> str:
+        """Return what rewards see in words; "" if it is all."""
+        if not self.windows and self.before is None:
+            return ""
+        parts = []
+        for name, window in self.seen.items():
+            label, (first, last) = f"{name} × {window.weight:g}: " if name else "", window.chunks
+            ends, before = "the end" if last is None else last, "all" if window.before is None else window.before
+            parts.append(f"{label}chunks {first} to {ends} from the pivot's on, and {before} latent frames before")
+        return "; ".join(parts)
+
     @field_validator("windows")
     @classmethod
     def _windows_have_names(cls, windows: dict[str, WindowConfig]) -> dict[str, WindowConfig]:

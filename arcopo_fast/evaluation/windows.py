@@ -21,6 +21,26 @@ class Part:
     prompt: str | None = None
 
 
+def parts(frames: range, switches: Mapping[int, str], shortest: int) -> list[Part]:
+    """Return latent frames of a video whose prompt changes, cut where it does. A part that is too short to be judged joins its neighbor.
+
+    Args:
+        frames: at least one.
+        switches: each prompt by the latent frame from which on it counts; one counts from frame 0 on.
+        shortest: frames of a part, at least; one that has fewer joins the part before it, and the first one the part after it.
+    """
+    starts = sorted({max(start, frames.start) for start in switches if start < frames.stop})
+    found = [
+        Part(range(start, stop), switches[max(switch for switch in switches if switch <= start)])
+        for start, stop in zip(starts, [*starts[1:], frames.stop])
+    ]
+    while len(found) > 1 and (short := next((n for n, part in enumerate(found) if len(part.frames) < shortest), None)) is not None:
+        keeps, joins = (found[1], found[0]) if short == 0 else (found[short - 1], found[short])
+        first, stop = min(keeps.frames.start, joins.frames.start), max(keeps.frames.stop, joins.frames.stop)
+        found[max(0, short - 1) : max(0, short - 1) + 2] = [Part(range(first, stop), keeps.prompt)]
+    return found
+
+
 @dataclass(frozen=True)
 class Window:
     """What some rewards see of a video.

@@ -159,7 +159,7 @@ def _every_change(series: Sequence[Series]) -> str:
 
 
 def _charts(series: Sequence[Series]) -> str:
-    names = list(dict.fromkeys(name for item in series for name in item.runs[0].config.rewards))
+    names = list(dict.fromkeys(name for item in series for name in item.runs[0].config.score_weights))
     charts, none = [], ""
     shown = dict.fromkeys(chart for item in series for chart in health(item.runs[0].config))
     for statistic in [REWARD, *(reward_statistics(names) if len(names) > 1 else []), *shown]:
@@ -174,7 +174,7 @@ def _charts(series: Sequence[Series]) -> str:
 
 def _curves(item: Series, statistic: Chart) -> list[list[tuple[float, float]]]:
     """A curve for each run that has one: of at least two points."""
-    known = [REWARD, *reward_statistics(item.runs[0].config.rewards), *health(item.runs[0].config)]
+    known = [REWARD, *reward_statistics(item.runs[0].config.score_weights), *health(item.runs[0].config)]
     found = [curve(run.records, statistic) for run in item.runs] if statistic in known else []
     return [moving_mean(points) if statistic.smooth else points for points in found if len(points) > 1]
 

@@ -48,6 +48,7 @@ def model_card(config: Config, evaluation: Mapping[str, Any]) -> str:
     videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
     facts = {
         "rewards": weights,
+        **({"windows that they judged": seen} if (seen := config.judge.described()) else {}),
         "prompts": config.prompts,
         "groups": config.train.mode.replace("_", "-"),
         "iterations": f"{config.train.iterations}, groups of {config.rollout.group_size}, {config.objective.updates} updates each",

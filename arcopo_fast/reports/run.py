@@ -96,9 +96,10 @@ def _headline(run: Run, videos: bool) -> str:
     missing = f"<p>The run has not come to its end. Not here yet: {', '.join(absent)}.</p>" if absent else ""
     missing += left_out(run)
     weights = ", ".join(f"{name} × {weight:g}" for name, weight in config.rewards.items())
+    windows = f"<br>windows: {escape(seen)}" if (seen := config.judge.described()) else ""
     return (
         f"<header><h1>{escape(config.name)}</h1>{result}"
-        f'<p class="facts">{escape(" · ".join(facts))}<br>rewards: {escape(weights)}</p>{missing}</header>'
+        f'<p class="facts">{escape(" · ".join(facts))}<br>rewards: {escape(weights)}{windows}</p>{missing}</header>'
     )
 
 
@@ -172,7 +173,7 @@ def _floor_note(device: Mapping[str, Any]) -> str:
 
 def _charts(config: Config, records: Sequence[Record]) -> str:
     """A chart for each thing that tells whether training is well; those whose numbers the run did not log are left out."""
-    each = reward_statistics(config.rewards)
+    each = reward_statistics(config.score_weights)
     plans = [(REWARD, {"": REWARD.name})]
     if len(each) > 1:
         plans.append((Chart("Each reward", "Moving means.", "", smooth=True), {chart.title: chart.name for chart in each}))

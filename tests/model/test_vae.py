@@ -265,6 +265,25 @@ def test_a_group_in_slices_is_the_same_group(vae: AutoencoderKLWan, pivot: int) 
         next(decode_branches(decoder, prefix, tails, branches_at_once=0))
 
 
+@pytest.mark.parametrize("frames_per_call", [1, 3])
+def test_a_window_is_a_slice_of_the_whole_video(frames_per_call: int) -> None:
+    """With what lies before it decoded first and dropped: all of it, or as many frames as Wan 2.1's decoder looks back, 38."""
+    sizes = TINY | {"base_dim": 2, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True], "num_res_blocks": 2}
+    vae = AutoencoderKLWan(**sizes).double().eval().requires_grad_(False)
+    decoder = StreamingDecoder(vae, frames_per_call)
+    prefix, tails = (torch.randn(batch, frames, 4, 1, 1).double() for batch, frames in ((1, 42), (2, 2)))
+    before, seen = 2, 2 + tails.shape[1]
+    whole = torch.cat(list(decode_branches(decoder, prefix, tails)))
+    assert whole.shape[1] == 1 + 4 * 43
+    errors = []
+    for warmup in (40, 38, 4):
+        frames = torch.cat(list(decode_branches(decoder, prefix[:, 42 - before - warmup :], tails, 1, warmup=warmup)))
+        assert frames.shape[1] == 4 * seen and torch.equal(frames[0, : 4 * before], frames[1, : 4 * before])
+        errors.append((frames - whole[:, -4 * seen :]).abs().max().item())
+    assert errors[0] <= 1e-13 and errors[1] <= 1e-13 and errors[2] > 1e-6, errors
+    assert decoder.factor == 4
+
+
 def test_decoding_carries_no_gradient() -> None:
     vae = build("wan2.1").requires_grad_()
     decoder = StreamingDecoder(vae)

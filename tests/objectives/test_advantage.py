@@ -80,6 +80,53 @@ def test_a_group_with_less_than_two_scores_teaches_nothing(scored: int) -> None:
     assert torch.equal(group_advantages({"a": rewards}, {"a": 1.0}), torch.zeros(6, dtype=torch.float64))
 
 
+def test_two_equal_windows_of_half_a_weight_are_one() -> None:
+    rewards = {"a": torch.randn(8), "b": torch.randn(8)}
+    weights = {"a": 1.0, "b": -0.5}
+    one = window_advantages(rewards, [(1.0, weights)], largest=1.2)
+    assert torch.equal(one, group_advantages(rewards, weights).clamp(-1.2, 1.2))
+    twice = {f"{window}/{name}": scores for window in "uv" for name, scores in rewards.items()}
+    halves = [(0.5, {f"{window}/{name}": weight for name, weight in weights.items()}) for window in "uv"]
+    torch.testing.assert_close(window_advantages(twice, halves, largest=1.2), one, rtol=0, atol=1e-12)
+    watched = [(1.0, {"u/a": 1.0, "u/b": 0.0}), (0.0, {"v/a": 1.0}), (3.0, {"v/b": 0.0})]
+    assert torch.equal(window_advantages(twice, watched), zscore(rewards["a"])), "no weight, no part in it"
+
+
+def test_a_member_without_a_score_in_one_window_keeps_the_others_advantage() -> None:
+    near, far = torch.randn(2, 6)
+    rewards = {"near/a": near.index_fill(0, torch.tensor([2]), torch.nan), "far/a": far}
+    advantages = window_advantages(rewards, [(1.0, {"near/a": 1.0}), (0.5, {"far/a": 1.0})])
+    others = torch.arange(6) != 2
+    torch.testing.assert_close(advantages, 0.5 * zscore(far) + torch.zeros(6).double().masked_scatter(others, zscore(near[others])))
+
+
+@pytest.mark.parametrize("correlation", [0.0, 1.0])
+def test_windows_add_up_as_correlated_scores_do(correlation: float) -> None:
+    first = zscore(torch.randn(12))
+    other = zscore(torch.randn(12))
+    other = zscore(other - (first * other).mean() * first)  # uncorrelated
+    rewards = {"u/a": first, "v/a": correlation * first + (1 - correlation**2) ** 0.5 * other}
+    advantages = window_advantages(rewards, [(1.0, {"u/a": 1.0}), (0.5, {"v/a": 1.0})])
+    assert advantages.std(correction=0).item() == pytest.approx((1 + 0.25 + correlation) ** 0.5, abs=1e-5)
+
+
+def test_an_anchor_is_the_baseline_as_in_kvpo() -> None:
+    rewards = {"local/a": torch.tensor([1.0, 2, 3, 4]), "global/a": torch.tensor([0.3, 0.1, 0.2, 0.6])}
+    anchor, settings = {"local/a": 2.0, "global/a": 0.2}, {"combine": "per_reward_zscore", "std": "sample"}
+    near, far = ({name: 1.0} for name in rewards)
+    local = zscore(rewards["local/a"], std="sample", anchor=2.0)
+    torch.testing.assert_close(local, torch.tensor([-0.8771, 0, 0.8771, 1.7541]).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        zscore(rewards["global/a"], std="sample", anchor=0.2), torch.tensor([0.5199, -0.5199, 0, 2.0795]).double(), rtol=0, atol=1e-4
+    )
+    for largest, last in ((None, 2.8579), (2.5, 2.5)):
+        fused = window_advantages(rewards, [(1.0, near), (0.5, far)], anchor=anchor, largest=largest, **settings)
+        torch.testing.assert_close(fused, torch.tensor([-0.6272, -0.2673, 0.8944, last]).double(), rtol=0, atol=1e-4)
+    for unscored in ({"local/a": torch.nan}, {"local/a": 2.0}):
+        alone = window_advantages({"local/a": torch.tensor([2.0, 2, 2])}, [(1.0, near)], anchor=unscored)
+        assert not alone.any(), "nothing to compare with, or members that are all the same"
+
+
 @pytest.mark.parametrize("exponent", range(-12, 13, 3))
 @pytest.mark.parametrize("combine", ["sum", "per_reward_zscore"])
 def test_rewards_of_any_size_teach_the_same(exponent: int, combine: Literal["sum", "per_reward_zscore"]) -> None:
