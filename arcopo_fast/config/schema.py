@@ -138,8 +138,10 @@ class Config(Section):
 
     def _check_windows(self) -> None:
         """Raise ValueError for windows that some branch does not reach, or that do not go together with the rewards."""
-        pivots = [self.rollout.pivot - 1] if isinstance(self.rollout.pivot, int) else range(self.video.count)
-        shortest, longest = (self.video.count - 1 - pivot for pivot in (max(pivots), min(pivots)))  # chunks after the pivot's
+        rollout, chunks = self.rollout, self.video.count
+        pivots = [rollout.pivot - 1] if isinstance(rollout.pivot, int) else range(rollout.pivots(chunks))
+        after = [chunks - 1 - pivot if rollout.horizon is None else rollout.horizon for pivot in pivots]  # the pivot's chunk
+        shortest, longest = min(after), max(after)
         for name, window in self.judge.windows.items():
             if unknown := [reward for reward in window.rewards or [] if reward not in self.rewards]:
                 raise ValueError(
@@ -149,9 +151,10 @@ class Config(Section):
             first, last = window.chunks
             if first > shortest or (last or 0) > longest:
                 raise ValueError(
-                    f"judge.windows.{name}.chunks {list(window.chunks)} lies outside of the branches: with rollout.pivot "
-                    f"{self.rollout.pivot} and L = {self.video.count} chunks there are {shortest} to {longest} chunks after the pivot's; "
-                    f"give a first chunk of at most {shortest} and a last one of at most {longest}"
+                    f"judge.windows.{name}.chunks {list(window.chunks)} lies outside of the branches: with rollout.pivot {rollout.pivot}, "
+                    f"rollout.horizon {'null' if rollout.horizon is None else rollout.horizon} and L = {chunks} chunks, {shortest} to "
+                    f"{longest} follow the pivot's; give a first chunk of at most {shortest} and a last one of at most {longest}, or "
+                    "another horizon"
                 )
         judged = {reward for name in self.judge.seen for reward in self.scores_of(name).values()}
         if idle := [reward for reward in self.rewards if reward not in judged]:

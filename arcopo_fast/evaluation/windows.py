@@ -79,11 +79,11 @@ class View:
 
         A window ends with the branches. The view begins at the pivot chunk at the latest: up to there the branches are one video.
         """
-        sizes, judge = config.video.chunk_sizes, config.judge
+        sizes, judge, horizon = config.video.chunk_sizes, config.judge, config.rollout.horizon
         windows = []
         for name, window in judge.seen.items():
-            last = len(sizes) if window.chunks[1] is None else pivot + window.chunks[1]
-            frames = range(window.first_frame(pivot, sizes), sum(sizes[: last + 1]))
+            last = min(after for after in (window.chunks[1], horizon, len(sizes)) if after is not None)
+            frames = range(window.first_frame(pivot, sizes), sum(sizes[: pivot + last + 1]))
             windows.append(Window(config.scores_of(name), [Part(frames)]))
         first = min(sum(sizes[:pivot]), *(window.frames.start for window in windows))
         stop = max(window.frames.stop for window in windows)

@@ -55,6 +55,7 @@ def test_without_windows_everything_is_seen() -> None:
         (["judge.before=0"], 7, range(21, 24), 6),
         ([LOCAL_AND_GLOBAL], 4, range(10, 24), 6),  # the union
         (["judge.windows={late: {chunks: [2, 3]}}"], 4, range(12, 24), 6),  # from the pivot at the latest: up to there it is one video
+        (["judge.before=3", "rollout.pivot=shared", "rollout.horizon=2"], 4, range(9, 21), 6),
         (["judge.windows={all: {chunks: [0, null], before: null}}"], 4, range(24), 0),
     ],
 )
