@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from arcopo_fast.config.reading import DEFAULT_RECIPE, keys_help, load_config, recipes, resolved_yaml
 from arcopo_fast.config.schema import Config
 from arcopo_fast.config.sections import expanded
+from arcopo_fast.data.prompts import check_prompt
 from arcopo_fast.errors import RankLost, UserError
 from arcopo_fast.runtime.console import INTERRUPTED, KEPT, Handler, ignore, interrupt, last_line
 from arcopo_fast.runtime.place import place_of
@@ -284,6 +285,22 @@ def scale_of(options: Any) -> float:
     if options.lora_scale is not None and options.lora is None:
         raise UserError("--lora-scale scales an adapter; name it with --lora, or leave the scale out")
     return 1.0 if options.lora_scale is None else options.lora_scale
+
+
+def switch(text: str) -> tuple[int, str]:
+    """Convert an option (`type=`): FRAME:TEXT, a change of prompt."""
+    frame, colon, prompt = text.partition(":")
+    if not colon or not re.fullmatch(r"0*[1-9][0-9]{0,17}", frame) or not prompt.strip():
+        raise argparse.ArgumentTypeError(f"expected FRAME:TEXT with a frame from 1 on, as in '48:a dog runs'; given {text[:200]!r}")
+    return int(frame), prompt_text(prompt)
+
+
+def prompt_text(text: str) -> str:
+    """Convert an option (`type=`): the text of a prompt, without the white space around it."""
+    try:
+        return check_prompt(text) if text.strip() else ""
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; given {text[:200]!r}") from None
 
 
 def positive_int(text: str) -> int:

@@ -2,6 +2,7 @@
 
     python -m arcopo_fast.evaluate [RECIPE] [key=value ...] --adapter [NAME=]PATH[@SCALE,...] [--adapter ...] [--out DIR]
         [--prompts FILE [--extended FILE] [--limit N]] [--videos N] [--seed N] [--batch N] [--shard I/N] [--keep-videos all|none|N]
+        [--frames N] [--segment N] [--switch FRAME:TEXT ...]
     python -m arcopo_fast.evaluate merge DIR [DIR ...] --out DIR
 
 The generator without an adapter comes first; then every adapter at every scale is compared with it. It leaves
@@ -11,6 +12,9 @@ The generator without an adapter comes first; then every adapter at every scale 
 A video's noise is a function of the seed, its prompt's place and its own number: whatever adapter, batch or process makes it. It is that of
 the same video in the evaluations before and after a training run, whose prompts, seed and number of videos are the defaults: the base model
 then has the numbers of the run's `before`.
+With --frames or --segment long videos are judged segment by segment while they are made, in the memory of one segment: how do scores run
+along a video, and what drifts? Then it leaves report.html, too. Frames are counted in latents here, as in a recipe.
+
 The same command continues where an earlier one ended, also with more adapters or prompts. Processes that share a directory, such as the
 ranks of torchrun, share its work, batch by batch, and each waits for the rest; what one that ended has left is made by another (see
 `evaluation.scores`).
@@ -25,16 +29,17 @@ from pathlib import Path
 from typing import Any
 
 from arcopo_fast.build import load_prompts
-from arcopo_fast.cli import Parser, RecipeParser, finite, positive_int, run_command, seed, shard
+from arcopo_fast.cli import Parser, RecipeParser, finite, positive_int, run_command, seed, shard, switch
 from arcopo_fast.config.schema import Config
 from arcopo_fast.config.sections import expanded
-from arcopo_fast.data.prompts import Prompt, read_prompt_set
+from arcopo_fast.data.prompts import Prompt, Turn, read_prompt_set
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.adapters import AdapterOption, adapted_generators
-from arcopo_fast.evaluation.evaluator import evaluate, merge_scores
+from arcopo_fast.evaluation.evaluator import Work, evaluate, merge_scores
 from arcopo_fast.evaluation.scores import BASE
+from arcopo_fast.evaluation.segments import Segments
 from arcopo_fast.planning.needs import fetch
-from arcopo_fast.reports.evaluation import write_results
+from arcopo_fast.reports.evaluation import REPORT, write_results
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.storage.atomic import check_out
@@ -111,6 +116,28 @@ def command_line() -> RecipeParser:
         "Processes with the same --out share the work without this option (default: 0/1)",
     )
     parser.add_argument(
+        "--frames",
+        type=positive_int,
+        metavar="N",
+        help="latent frames of long videos, which are judged segment by segment; what is no whole segment at their end is left out "
+        "(default: the recipe's videos)",
+    )
+    parser.add_argument(
+        "--segment",
+        type=positive_int,
+        metavar="N",
+        help="latent frames of a segment of a long video, each of which is judged by itself (default: as many as the recipe's videos have)",
+    )
+    parser.add_argument(
+        "--switch",
+        action="append",
+        type=switch,
+        default=[],
+        metavar="FRAME:TEXT",
+        help="change to another prompt at this latent frame of every long video, or at the next one that begins a chunk. Repeat the option "
+        "for more changes. A set of prompts may have changes of its own: JSON lines of {prompts: [...], frames: [0, ...]}",
+    )
+    parser.add_argument(
         "--keep-videos",
         type=keep_option,
         metavar="all|none|N",
@@ -140,7 +167,14 @@ def merge(argv: list[str]) -> None:
     check_out(options.out)
     merged = merge_scores(options.directories, options.out)
     print(write_results(merged, merged.read()))
-    print(f"results: {merged.path / 'results.json'}")
+    print_files(merged.path)
+
+
+def print_files(out: Path) -> None:
+    """Print where the results lie."""
+    print(f"results: {out / 'results.json'}")
+    if (out / REPORT).exists():
+        print(f"report: {out / REPORT}")
 
 
 def settings_from(options: Any) -> list[str]:
@@ -150,18 +184,23 @@ def settings_from(options: Any) -> list[str]:
 
 
 def prompts_of(config: Config, options: Any) -> list[Prompt]:
-    """Those that the command line names, or else the recipe's for evaluation."""
+    """Those that the command line names, or else the recipe's for evaluation; with the changes that it names."""
     if options.prompts is None:
         if options.extended or options.limit:
             raise UserError(
                 f"--{'extended' if options.extended else 'limit'} goes with --prompts; name the set of prompts, or leave it out"
             )
-        return load_prompts(config).evaluation
-    if options.prompts == "toy" and options.extended is None:
+        prompts = load_prompts(config).evaluation
+    elif options.prompts == "toy" and options.extended is None:
         prompts = [Prompt(text) for text in toy_data.all_captions()]
     else:
-        prompts = read_prompt_set(options.prompts, options.extended)
-    return prompts[: options.limit]
+        prompts = read_prompt_set(options.prompts, options.extended, turns=True)
+    prompts = prompts[: options.limit]
+    changing = next((prompt for prompt in prompts if prompt.turns), None)
+    if changing and options.switch:
+        raise UserError(f"--switch changes every video, but {changing.text!r} is followed by prompts of its own; leave one of them out")
+    turns = tuple(Turn(frame, Prompt(text)) for frame, text in sorted(options.switch))
+    return [prompt._replace(turns=turns) for prompt in prompts] if turns else prompts
 
 
 def main(argv: list[str]) -> None:
@@ -176,17 +215,22 @@ def main(argv: list[str]) -> None:
     generators = adapted_generators(options.adapter, base=not options.no_base)
     if not generators:
         raise UserError("--no-base leaves nothing to evaluate; name an adapter with --adapter, or leave --no-base out")
-    prompts = prompts_of(config, options)
+    prompts, segments = prompts_of(config, options), None
+    if options.frames or options.segment:
+        config, segments = Segments.of(config, options.frames, options.segment)
+    elif any(prompt.turns for prompt in prompts):
+        given = "--switch" if options.switch else "the set of prompts"
+        raise UserError(f"{given} has prompts change within a video, which only long videos do; give --frames or --segment, too")
     check_out(options.out)
     tune_for_cpu(config.train.threads)
     with World.joined() as world:
         fetch(config, world, "generator.", "rewards.")
-        settings = {"batch": options.batch, "shard": options.shard, "keep": options.keep_videos}
-        found = evaluate(config, prompts, generators, options.out, **settings, world=world)
+        work = Work(options.batch, options.shard, options.keep_videos, segments)
+        found = evaluate(config, prompts, generators, options.out, work, world=world)
         world.meet_after_work("finish the evaluation")
         if found is not None and world.is_main:
             print(write_results(*found))
-            print(f"results: {options.out / 'results.json'}")
+            print_files(options.out)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,12 @@ The same settings, seed and place in the list of prompts give the same video. Pr
 
 from __future__ import annotations
 
-import argparse
-import re
 import sys
 from pathlib import Path
 
 from arcopo_fast.build import load_generator
-from arcopo_fast.cli import RecipeParser, add_lora_options, positive_int, run_command, scale_of, seed
-from arcopo_fast.data.prompts import check_prompt, read_prompts
+from arcopo_fast.cli import RecipeParser, add_lora_options, positive_int, prompt_text, run_command, scale_of, seed, switch
+from arcopo_fast.data.prompts import read_prompts
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.videos import Switch, generate, output_files
 from arcopo_fast.model.lora import load_adapter
@@ -30,22 +28,6 @@ from arcopo_fast.runtime.distributed import World
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.storage.atomic import check_out
 from arcopo_fast.storage.identity import values_digest
-
-
-def switch(text: str) -> Switch:
-    """Convert an option (`type=`): FRAME:TEXT."""
-    frame, colon, prompt = text.partition(":")
-    if not colon or not re.fullmatch(r"0*[1-9][0-9]{0,17}", frame) or not prompt.strip():
-        raise argparse.ArgumentTypeError(f"expected FRAME:TEXT with a frame from 1 on, as in '48:a dog runs'; given {text[:200]!r}")
-    return Switch(int(frame), prompt_text(prompt))
-
-
-def prompt_text(text: str) -> str:
-    """Convert an option (`type=`): the text of a prompt, without the white space around it."""
-    try:
-        return check_prompt(text) if text.strip() else ""
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; given {text[:200]!r}") from None
 
 
 def command_line() -> RecipeParser:
@@ -121,7 +103,7 @@ def main(argv: list[str]) -> None:
                 dict(zip(files, prompts)),
                 seed=config.seed if options.seed is None else options.seed,
                 frames=options.frames,
-                switches=options.switch,
+                switches=[Switch(*change) for change in options.switch],
                 batch=options.batch,
                 world=world,
             )

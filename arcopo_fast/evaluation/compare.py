@@ -137,12 +137,12 @@ def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
             "generator": result.generator,
             "score": result.name,
             "kind": result.kind,
-            **_bounds(result.interval),
+            **as_bounds(result.interval),
             "videos": result.videos,
             "failed": result.failed,
             "difference": result.difference
             and {
-                **_bounds(result.difference.interval),
+                **as_bounds(result.difference.interval),
                 "pairs": result.difference.pairs,
                 "improved": result.difference.improved,
                 "verdict": _verdict(result.difference.interval),
@@ -157,5 +157,6 @@ def _verdict(interval: Interval) -> str | None:
     return ("loss", "none shown", "gain")[interval.direction + 1] if math.isfinite(interval.low) else None
 
 
-def _bounds(interval: Interval) -> dict[str, float | None]:
+def as_bounds(interval: Interval) -> dict[str, float | None]:
+    """Return an interval as JSON has it; what is not known is null."""
     return {name: value if math.isfinite(value) else None for name, value in interval._asdict().items()}

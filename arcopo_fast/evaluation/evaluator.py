@@ -10,10 +10,14 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from arcopo_fast.build import Generator, encode_ahead, load_generator, load_held_out, load_rewards, sized_engine
 from arcopo_fast.config.schema import Config
@@ -21,7 +25,8 @@ from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.evaluation.adapters import Adapted, prepare_adapters
 from arcopo_fast.evaluation.compare import with_total
 from arcopo_fast.evaluation.judging import judge, videos_at_once
-from arcopo_fast.evaluation.scores import BASE, ScoreDirectory, Scores, ScoreWriter, Video
+from arcopo_fast.evaluation.scores import BASE, ScoreDirectory, Scores, ScoreWriter, Video, VideoScores
+from arcopo_fast.evaluation.segments import Segments, chunk_starts, judge_segments
 from arcopo_fast.model.lora import set_adapter
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.rewards.base import FramesNotFinite, Reward, RewardError
@@ -31,7 +36,7 @@ from arcopo_fast.runtime.distributed import ALONE, World
 from arcopo_fast.runtime.rank_console import log_to
 from arcopo_fast.storage.identity import describe, weights_digest
 from arcopo_fast.storage.metrics import TOTAL
-from arcopo_fast.storage.video import write_mp4
+from arcopo_fast.storage.video import Mp4Writer, write_mp4
 
 BITS_PER_PIXEL = 0.8
 """An assumption about an mp4, for the line about the disk; pictures with little in them take less."""
@@ -47,21 +52,49 @@ class Evaluated(NamedTuple):
     shown: list[str]
 
 
+class Work(NamedTuple):
+    """The way in which a process goes about an evaluation.
+
+    batch: videos that are made at once; None: as an evaluation of a training run does, or of long videos as many as are decoded at once.
+    shard: the batches that are this process's.
+    keep: prompts, from the first, of which videos are written; None: of all.
+    segments: of long videos, which are judged one after the other; None: videos are judged as wholes.
+    """
+
+    batch: int | None = None
+    shard: slice = slice(None)
+    keep: int | None = None
+    segments: Segments | None = None
+
+
 class Evaluator:
     """Makes and scores videos: the generator, which takes one adapter after the other, and what judges it.
 
-    world: the ranks that are to have the same.
+    world: the ranks that are to have the same. segments: see `Work`.
     """
 
-    def __init__(self, config: Config, prompts: Sequence[Prompt], generators: Sequence[Adapted], world: World = ALONE) -> None:
+    def __init__(
+        self,
+        config: Config,
+        prompts: Sequence[Prompt],
+        generators: Sequence[Adapted],
+        world: World = ALONE,
+        segments: Segments | None = None,
+    ) -> None:
         self.config = config
         self.prompts = prompts
+        self.segments = segments
         self.generators = {adapted.name: adapted for adapted in generators}
         self.rewards = load_rewards(config)
         self.generator = load_generator(config)
         self.held_out = load_held_out(self.generator)
         self.shape = VideoShape.of(config.video, self.generator.model.config.in_channels)
+        self.vae = VAESizes.from_config(self.generator.decoder.vae.config)
         self.settings = settings_of(config, self.generator, {**self.rewards, **self.held_out})
+        if segments is not None:
+            self.settings |= describe({"segments": segments.settings(self.vae)})
+            for prompt in prompts:
+                prompt.at_chunks(chunk_starts(self.shape))  # what changes too late is said before a video is made
         self.adapters = {adapted.name: adapted.identity for adapted in generators}
         self._current: str | None = None
         prepare_adapters(self.generator.model, [adapted.source for adapted in generators if adapted.source])
@@ -69,9 +102,9 @@ class Evaluator:
 
     def make_room(self, videos: int) -> None:
         """Make an engine for so many videos at once; before `score`."""
-        self.engine = sized_engine(self.config, self.generator, videos, longer=False)
+        self.engine = sized_engine(self.config, self.generator, videos, longer=self.segments is not None)
 
-    def score(self, videos: Sequence[Video], files: Mapping[Video, Path]) -> dict[Video, dict[str, float]]:
+    def score(self, videos: Sequence[Video], files: Mapping[Video, Path]) -> dict[Video, VideoScores]:
         """Return the scores of a batch, of one generator's videos; those that have a file are written to it.
 
         Raises:
@@ -83,16 +116,38 @@ class Evaluator:
             set_adapter(self.generator.model, adapted.adapter, adapted.scale)
         prompts = [self.prompts[video.prompt] for video in videos]
         groups = [video.prompt * self.config.evaluation.videos_per_prompt + video.number for video in videos]
-        values: dict[Video, dict[str, float]] = {}
         rewards = {**self.rewards, **self.held_out}
+        if self.segments is not None:
+            made = judge_segments(self.config, self.generator, self.engine, prompts, groups, rewards, self.segments)
+            return self._in_segments(made, videos, files)
+        values: dict[Video, VideoScores] = {}
         for frames, judged in judge(self.config, self.generator, self.engine, prompts, groups, rewards):
             for row, video in enumerate(videos[len(values) : len(values) + len(frames)]):
-                values[video] = {name: column[row].item() for name, column in judged.items()}
+                values[video] = VideoScores({name: column[row].item() for name, column in judged.items()})
                 if video in files:
                     files[video].parent.mkdir(parents=True, exist_ok=True)
                     write_mp4(files[video], frames[row], self.config.video.fps)
             del frames  # the next ones need the memory
         return values
+
+    def _in_segments(
+        self, made: Iterator[tuple[slice, Tensor, dict[str, Tensor]]], videos: Sequence[Video], files: Mapping[Video, Path]
+    ) -> dict[Video, VideoScores]:
+        """Collect what `judge_segments` makes of some videos; those that have a file are written to it as they come."""
+        found: dict[Video, dict[str, list[float]]] = {video: {} for video in videos}
+        with ExitStack() as stack:
+            writers = {video: stack.enter_context(Mp4Writer(file, self.config.video.fps)) for video, file in files.items()}
+            for file in files.values():
+                file.parent.mkdir(parents=True, exist_ok=True)
+            for rows, frames, judged in made:
+                for row, video in enumerate(videos[rows]):
+                    for name, column in judged.items():
+                        found[video].setdefault(name, []).append(column[row].item())
+                    if video in writers:
+                        writers[video].append(frames[row])
+                del frames  # the next ones need the memory
+        judges = {**self.rewards, **self.held_out}
+        return {video: VideoScores({name: fmean(parts[name]) for name in judges}, parts) for video, parts in found.items()}
 
 
 def evaluate(
@@ -100,10 +155,8 @@ def evaluate(
     prompts: Sequence[Prompt],
     generators: Sequence[Adapted],
     out: Path,
+    work: Work = Work(),
     *,
-    batch: int | None = None,
-    shard: slice = slice(None),
-    keep: int | None = None,
     world: World = ALONE,
 ) -> Evaluated | None:
     """Score what is not scored yet and what no other process is scoring; returns all that is scored, once all of it is there.
@@ -115,32 +168,32 @@ def evaluate(
         config: generator, rewards, and the videos of each prompt and their noise, `evaluation.videos_per_prompt` and `.seed`.
         generators: of different names.
         out: the directory of scores and videos, see `ScoreDirectory`.
-        batch: videos that are made at once; None: as an evaluation of a training run does.
-        shard: the batches that are this process's.
-        keep: prompts, from the first, of which videos are written; None: of all.
+        work: which of it, and how.
         world: the ranks that begin the evaluation together; each one is a process like any other after that.
 
     Raises:
         UserError: the input cannot be used, or `out` holds something else; nothing was made.
         Interrupted: the user asked to stop; what is scored is kept.
     """
-    evaluator = Evaluator(config, prompts, generators, world)
+    evaluator = Evaluator(config, prompts, generators, world, work.segments)
     with world.in_turn("begin the evaluation"):
         directory = ScoreDirectory.create(out, evaluator.settings)
     log_to(out)
     scores = directory.read()
     directory.check(scores, prompts, evaluator.adapters)
-    batch = batch or videos_at_once(config)
-    parts = list(batches(generators, prompts, config.evaluation.videos_per_prompt, batch))
+    at_once = work.batch or videos_at_once(config)
+    if work.segments is not None and work.batch is None:
+        at_once = min(at_once, config.rollout.decode_branches or at_once)  # each has a state of the decoder, which is large
+    parts = list(batches(generators, prompts, config.evaluation.videos_per_prompt, at_once))
     wanted = {video for part in parts for video in part}
     if known := len(wanted & scores.values.keys()):
         print(f"{known} of {len(wanted)} videos are scored already", file=sys.stderr)
-    to_score = [part for part in parts[shard] if not scores.values.keys() >= {*part}]
+    to_score = [part for part in parts[work.shard] if not scores.values.keys() >= {*part}]
     if to_score:
         evaluator.make_room(max(map(len, to_score)))
         new = {video for part in to_score for video in part} - scores.values.keys()
-        print_size(evaluator, out, len(video_files(out, new, prompts, keep)))
-    score_missing(evaluator, directory, to_score, keep, world)
+        print_size(evaluator, out, len(video_files(out, new, prompts, work.keep)))
+    score_missing(evaluator, directory, to_score, work.keep, world)
     scores = directory.read()
     if missing := len(wanted - scores.values.keys()):
         print(f"{missing} of {len(wanted)} videos are left to other processes; the last one to end writes the table", file=sys.stderr)
@@ -207,13 +260,13 @@ def score_missing(evaluator: Evaluator, directory: ScoreDirectory, batches: Sequ
             except FramesNotFinite as error:
                 raise FramesNotFinite(f"{part[0].generator}: {error}; what is scored is kept") from None
             writer.append([(video, prompts[video.prompt], values[video]) for video in missing], adapters)
-            totals = [with_total(judged, evaluator.config.rewards)[TOTAL] for judged in values.values()]
+            totals = [with_total(judged.whole, evaluator.config.rewards)[TOTAL] for judged in values.values()]
             progress.update(torch.tensor(totals).nanmean().item())
 
 
 def prepare_text(generator: Generator, prompts: Sequence[Prompt], world: World) -> None:
     """Encode every prompt before the first video is made, so that the text encoder is gone by then, and what it cannot read is said now."""
-    texts = list(dict.fromkeys(prompt.for_generator for prompt in prompts))
+    texts = list(dict.fromkeys(part.for_generator for prompt in prompts for _, part in prompt.parts))
     encode_ahead(generator.encode_text, texts, world)
     for text in texts:
         generator.encode_text([text])
@@ -241,11 +294,16 @@ def settings_of(config: Config, generator: Generator, judges: Mapping[str, Rewar
 
 
 def batches(generators: Sequence[Adapted], prompts: Sequence[Prompt], videos: int, size: int) -> Iterator[list[Video]]:
-    """Yield all videos, generator by generator, cut into batches whose videos do not depend on what is done already."""
+    """Yield all videos, generator by generator, cut into batches whose videos do not depend on what is done already.
+
+    Videos whose prompts change at other frames are in other batches.
+    """
     for adapted in generators:
         videos_of = [Video(adapted.name, place, index) for place in range(len(prompts)) for index in range(videos)]
-        for start in range(0, len(videos_of), size):
-            yield videos_of[start : start + size]
+        for _, alike in groupby(videos_of, lambda video: [part.frame for part in prompts[video.prompt].parts]):
+            together = list(alike)
+            for start in range(0, len(together), size):
+                yield together[start : start + size]
 
 
 def video_files(out: Path, videos: Iterable[Video], prompts: Sequence[Prompt], keep: int | None) -> dict[Video, Path]:
@@ -262,7 +320,7 @@ def print_size(evaluator: Evaluator, out: Path, videos: int) -> None:
     """Print how much of the disk the videos take, before the first is made."""
     if not videos:
         return
-    vae, shape = VAESizes.from_config(evaluator.generator.decoder.vae.config), evaluator.shape
+    vae, shape = evaluator.vae, evaluator.shape
     pixels = vae.pixel_frames(shape.frames) * shape.height * shape.width * vae.spatial_factor**2
     size, free = videos * pixels * BITS_PER_PIXEL / 8, shutil.disk_usage(out).free
     amount = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 
-from arcopo_fast.data.prompts import Prompt
+from arcopo_fast.data.prompts import Prompt, Turn
 from arcopo_fast.errors import UserError
 from arcopo_fast.storage.atomic import append, atomic_write
 from arcopo_fast.storage.identity import require_same, values_digest
@@ -59,8 +59,17 @@ class _Adapter(BaseModel):
     scale: FiniteFloat | None = None
 
 
+class _Turn(BaseModel):
+    """A later prompt of a video, from a latent frame on."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    frame: NonNegativeInt
+    text: str
+    extended: str | None
+
+
 class _Line(BaseModel):
-    """One video's scores as they stand on the disk; null: that score failed."""
+    """One video's scores as they stand on the disk; null: that score failed. segments: those of each segment of a long video."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     fingerprint: str
@@ -69,21 +78,35 @@ class _Line(BaseModel):
     number: NonNegativeInt
     text: str
     extended: str | None
+    turns: list[_Turn] = []
     adapter: _Adapter | None
     scores: dict[str, FiniteFloat | None]
+    segments: dict[str, list[FiniteFloat | None]] = {}
+
+
+class VideoScores(NamedTuple):
+    """The scores of one video by name, NaN for one that failed.
+
+    whole: of the whole video, or the means over its segments. segments: of each segment, and what is measured of segments alone; empty
+    for a video that was judged as a whole.
+    """
+
+    whole: dict[str, float]
+    segments: dict[str, list[float]] = {}
 
 
 @dataclass
 class Scores:
     """The scores that are known, with their prompts and adapters.
 
-    values: the scores of each video by name; NaN for one that failed.
+    values, segments: of each video, those of the whole and of its segments, see `VideoScores`.
     prompts: by their place. adapters: what each generator's adapter is, by the generator's name; None: it has none.
     """
 
     values: dict[Video, dict[str, float]] = field(default_factory=dict)
     prompts: dict[int, Prompt] = field(default_factory=dict)
     adapters: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    segments: dict[Video, dict[str, list[float]]] = field(default_factory=dict)
 
     def of(self, generator: str) -> dict[Video, dict[str, float]]:
         """Return the scores of one generator by video."""
@@ -98,6 +121,7 @@ class ScoreDirectory:
         self.settings = settings
         self.fingerprint = values_digest(settings)
         self._judges = {key.partition(".")[2] for key in settings if key.startswith(("rewards.", "code_and_weights."))}
+        self._segments = len(settings.get("segments.frames", ()))
 
     @classmethod
     def create(cls, path: Path, settings: Mapping[str, Any]) -> ScoreDirectory:
@@ -180,7 +204,7 @@ class ScoreDirectory:
             for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):  # after the last newline: nothing, or a torn line
                 self._take(found, line, f"{file}:{number}")
         # In an order that does not depend on who wrote what, so that sums do not either.
-        return Scores(dict(sorted(found.values.items())), dict(sorted(found.prompts.items())), dict(sorted(found.adapters.items())))
+        return Scores(_sorted(found.values), _sorted(found.prompts), _sorted(found.adapters), _sorted(found.segments))
 
     def _take(self, found: Scores, text: bytes, place: str) -> None:
         try:
@@ -193,8 +217,10 @@ class ScoreDirectory:
                 "evaluation: restore it, or delete it to score its videos again"
             ) from None
         stamp, adapter = line.fingerprint, line.adapter.model_dump(exclude_unset=True) if line.adapter else None
-        video, prompt = Video(line.generator, line.prompt, line.number), Prompt(line.text, line.extended)
-        values = {name: math.nan if value is None else value for name, value in line.scores.items()}
+        turns = tuple(Turn(turn.frame, Prompt(turn.text, turn.extended)) for turn in line.turns)
+        video, prompt = Video(line.generator, line.prompt, line.number), Prompt(line.text, line.extended, turns)
+        values = {name: _number(value) for name, value in line.scores.items()}
+        segments = {name: [_number(value) for value in column] for name, column in line.segments.items()}
         if stamp != self.fingerprint:
             raise UserError(
                 f"{place}: belongs to an evaluation with other settings ({stamp}, and {self.path / STAMP} says {self.fingerprint}); "
@@ -208,7 +234,12 @@ class ScoreDirectory:
             )
         if missing := sorted(self._judges - values.keys()):
             raise UserError(f"{place}: there is no score {missing[0]}; restore the file, or delete it to score its videos again")
-        found.values.setdefault(video, values)
+        if any(len(column) != self._segments for column in segments.values()) or (self._segments and self._judges - segments.keys()):
+            raise UserError(f"{place}: there are not {self._segments} segments; restore the file, or delete it to score its videos again")
+        if video not in found.values:
+            found.values[video] = values
+            if segments:
+                found.segments[video] = segments
 
     def check(self, scores: Scores, prompts: Sequence[Prompt], adapters: Mapping[str, dict[str, Any] | None]) -> None:
         """Refuse to add to `scores` what would contradict them.
@@ -218,7 +249,7 @@ class ScoreDirectory:
         """
         for place, prompt in enumerate(prompts):
             if (known := scores.prompts.get(place, prompt)) != prompt:
-                held, given = ((entry.for_generator if known.text == prompt.text else entry.text) for entry in (known, prompt))
+                held, given = (_told_apart(entry, other) for entry, other in ((known, prompt), (prompt, known)))
                 problem = f"{self.path} holds scores of other prompts: number {place} is {held!r}, here {given!r}"
                 raise UserError(f"{problem}; give another --out")
         for name, adapter in adapters.items():
@@ -252,7 +283,7 @@ class ScoreWriter:
         self._path = directory.path / SCORES / name
         self._file: Any = None
 
-    def append(self, videos: Iterable[tuple[Video, Prompt, Mapping[str, float]]], adapters: Mapping[str, Mapping[str, Any] | None]) -> None:
+    def append(self, videos: Iterable[tuple[Video, Prompt, VideoScores]], adapters: Mapping[str, Mapping[str, Any] | None]) -> None:
         """Write lines and flush them to the disk; after an error of the disk, none of them is there.
 
         videos: with their prompts and scores; a score that is not finite becomes null. adapters: by the generator's name.
@@ -263,15 +294,19 @@ class ScoreWriter:
             self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115
         append(self._file, lines, flush=True)
 
-    def _line(self, video: Video, prompt: Prompt, scores: Mapping[str, float], adapter: Mapping[str, Any] | None) -> bytes:
+    def _line(self, video: Video, prompt: Prompt, scores: VideoScores, adapter: Mapping[str, Any] | None) -> bytes:
         record = {
             "fingerprint": self._stamp,
             **video._asdict(),
             "text": prompt.text,
             "extended": prompt.extended,
             "adapter": adapter,
-            "scores": {name: value if math.isfinite(value) else None for name, value in scores.items()},
+            "scores": {name: _or_null(value) for name, value in scores.whole.items()},
         }
+        if prompt.turns:
+            record["turns"] = [{"frame": frame, "text": later.text, "extended": later.extended} for frame, later in prompt.turns]
+        if scores.segments:
+            record["segments"] = {name: [_or_null(value) for value in column] for name, column in scores.segments.items()}
         return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     def __enter__(self) -> ScoreWriter:
@@ -280,6 +315,27 @@ class ScoreWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _sorted(part: Mapping[Any, Any]) -> dict[Any, Any]:
+    return dict(sorted(part.items()))
+
+
+def _told_apart(prompt: Prompt, other: Prompt) -> str:
+    """Return what of a prompt differs from another one."""
+    if prompt.text != other.text:
+        return prompt.text
+    if prompt.for_generator != other.for_generator:
+        return prompt.for_generator
+    return "; ".join(f"{frame}: {part.for_generator}" for frame, part in prompt.parts)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 _CREATION = range(1)

@@ -32,6 +32,9 @@ StepScores = dict[int, dict[str, Tensor]]
 """Values [N] by name, TOTAL and `MEASURES`, for each number of steps."""
 
 
+_TINY = 1e-8
+
+
 def sharpness(frames: Tensor) -> dict[str, Tensor]:
     """Return three measures [N] fp32 on the CPU of frames [N, F, 3, H, W] in [0, 1], means over frames; one video at a time.
 
@@ -43,24 +46,26 @@ def sharpness(frames: Tensor) -> dict[str, Tensor]:
     return dict(zip((ACUTANCE, LAPLACIAN, FINE), torch.stack(found).cpu().unbind(1)))
 
 
-def _sharpness(frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the three measures of a frame [3, H, W]. A frame of one color has none of each."""
-    tiny = 1e-8
+def acutance(frame: Tensor) -> Tensor:
+    """Return that of a frame [3, H, W]: a scalar, 0 for a frame of one color."""
     across, down = frame[:, :-1, 1:] - frame[:, :-1, :-1], frame[:, 1:, :-1] - frame[:, :-1, :-1]
     gradient = (across.square() + down.square()).sum(0).sqrt()
     distance = (frame - frame.flatten(1).median(1).values[:, None, None]).square().sum(0).sqrt()
-    acutance = torch.quantile(gradient.flatten(), 0.98) / torch.quantile(distance.flatten(), 0.98).clamp_min(tiny)
+    return torch.quantile(gradient.flatten(), 0.98) / torch.quantile(distance.flatten(), 0.98).clamp_min(_TINY)
 
+
+def _sharpness(frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the three measures of a frame [3, H, W]. A frame of one color has none of each."""
     gray = frame.mean(0)
     kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]], device=frame.device).view(1, 1, 3, 3)
-    laplacian = F.conv2d(gray[None, None], kernel).var(correction=0) / gray.var(correction=0).clamp_min(tiny)
+    laplacian = F.conv2d(gray[None, None], kernel).var(correction=0) / gray.var(correction=0).clamp_min(_TINY)
 
     height, width = gray.shape
     windows = [torch.hann_window(size, periodic=False, device=frame.device) for size in (height, width)]
     power = torch.fft.fft2((gray - gray.mean()) * windows[0][:, None] * windows[1]).abs().square()
     rates = [torch.fft.fftfreq(size, device=frame.device).square() for size in (height, width)]
-    fine = (power * (rates[0][:, None] + rates[1] > 0.25**2)).sum() / power.sum().clamp_min(tiny)
-    return acutance, laplacian, fine
+    fine = (power * (rates[0][:, None] + rates[1] > 0.25**2)).sum() / power.sum().clamp_min(_TINY)
+    return acutance(frame), laplacian, fine
 
 
 def counts(steps: int) -> list[int]:

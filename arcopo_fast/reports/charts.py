@@ -55,6 +55,7 @@ def line_chart(
     curves = {label: moving_mean(points) if smooth else list(points) for label, points in series.items()}
     shown = [point for points in [*curves.values(), *(series.values() if len(series) == 1 else [])] for point in points]
     shown += [point for spread in spreads.values() for points in spread.lines for point in points]
+    shown += [(x, bound) for spread in spreads.values() for x, *bounds in spread.band for bound in bounds]
     plane = _Plane([x for x, _ in shown], [y for _, y in shown], width, height, top=8 + 16 * legend, bottom=24)
 
     drawn = plane.rows()

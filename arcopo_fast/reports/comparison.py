@@ -13,7 +13,7 @@ from arcopo_fast.evaluation.scores import KINDS
 from arcopo_fast.reports.charts import line_chart, moving_mean
 from arcopo_fast.reports.curves import REWARD, curve, health, reward_statistics
 from arcopo_fast.reports.hacking import scatter_charts, verdict
-from arcopo_fast.reports.html import change_cells, chip, figures, give_or_take, page, section, table, video
+from arcopo_fast.reports.html import change_cells, chip, figures, give_or_take, legend, page, section, table, video
 from arcopo_fast.reports.results import Run, read_run, stage_seconds
 from arcopo_fast.reports.run import left_out
 from arcopo_fast.reports.series import Series, differences, group, mean_and_deviation, over_seeds
@@ -54,7 +54,7 @@ def write_comparison(directories: Sequence[str | Path], path: str | Path) -> Pat
         verdict(by_label) if _measured(series) else "",
         section("Before and after", _result_table(series) + _every_change(series), _RESULT_NOTE) if _measured(series) else "",
         section("In-domain against held-out", scattered, _HELD_OUT_NOTE) if (scattered := scatter_charts(by_label)) else "",
-        section("Training", legend(series) + _charts(series), _TRAINING_NOTE) if any(run.records for run in _runs(series)) else "",
+        section("Training", _legend(series) + _charts(series), _TRAINING_NOTE) if any(run.records for run in _runs(series)) else "",
         _video_section(series),
         section("Where the time went", _timing_table(series), "Seconds of an iteration.") if any(map(_seconds, series)) else "",
         section("Settings", _settings(series), _SETTINGS_NOTE),
@@ -89,10 +89,8 @@ def _headline(series: Sequence[Series]) -> str:
     return f'<header><h1>Comparison of runs</h1><p class="facts">{facts}</p>{text}</header>'
 
 
-def legend(series: Sequence[Series]) -> str:
-    """Return the legend of series, in HTML."""
-    entries = "".join(f"<span>{chip(index)}{escape(item.label)}</span>" for index, item in enumerate(series))
-    return f'<p class="legend">{entries}</p>'
+def _legend(series: Sequence[Series]) -> str:
+    return legend(item.label for item in series)
 
 
 # Before and after ------------------------------------------------------------------------------------------------------------------
@@ -152,7 +150,7 @@ def _every_change(series: Sequence[Series]) -> str:
                 ]
                 rows.append(f'<tr class="sum">{_row_head(index, "mean")}{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     every_run = table(["", "before", "after", "change", "in std"], rows)
-    return f"<details><summary>Every run and every measure</summary><p class=note>{_EVERY_NOTE}</p>{legend(series)}{every_run}</details>"
+    return f"<details><summary>Every run and every measure</summary><p class=note>{_EVERY_NOTE}</p>{_legend(series)}{every_run}</details>"
 
 
 # Training --------------------------------------------------------------------------------------------------------------------------
@@ -217,7 +215,7 @@ def _video_section(series: Sequence[Series]) -> str:
     if not cards:
         return ""
     rest = f" Left out here: {_count(skipped, 'more video')} of this kind, in the directories of the runs." if skipped else ""
-    return section("Videos", legend(series) + f'<div class="rows">{"".join(cards)}</div>', _VIDEO_NOTE + rest)
+    return section("Videos", _legend(series) + f'<div class="rows">{"".join(cards)}</div>', _VIDEO_NOTE + rest)
 
 
 def _video_rows(members: Sequence[tuple[int, Series]]) -> dict[tuple[Any, str], list[tuple[Path, str, str]]]:
@@ -264,7 +262,7 @@ def _settings(series: Sequence[Series]) -> str:
         cells = [f"<td>{escape(item.settings.get(key, '–'))}</td>" for item in series]
         rows.append(f'<tr><th scope="row">{escape(key)}</th>{"".join(cells)}</tr>')
     differing = (
-        legend(series) + table(["", *(str(index + 1) for index in range(len(series)))], rows, style="series settings") if rows else ""
+        _legend(series) + table(["", *(str(index + 1) for index in range(len(series)))], rows, style="series settings") if rows else ""
     )
     shared = "\n".join(f"{key}={value}" for key, value in series[0].settings.items() if key not in keys)
     return f"{differing}<details><summary>What all share</summary><pre>{escape(shared)}</pre></details>"

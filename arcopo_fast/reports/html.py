@@ -51,6 +51,12 @@ def chip(index: int) -> str:
     return f'<b class="chip f{index % COLORS}">{index + 1}</b>'
 
 
+def legend(labels: Iterable[str]) -> str:
+    """Return the legend of series, each in its color."""
+    entries = "".join(f"<span>{chip(index)}{escape(label)}</span>" for index, label in enumerate(labels))
+    return f'<p class="legend">{entries}</p>'
+
+
 def give_or_take(error: float, digits: int = 3) -> str:
     """Return what follows a number with an error; nothing where that is not known."""
     text = plus_minus(error, digits).strip()

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # reports are written without PyTorch
+    from arcopo_fast.evaluation.compare import Interval
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False, padded: bool = True) -> str:
@@ -40,3 +45,19 @@ def signed(value: float, digits: int = 3) -> str:
 def plus_minus(error: float, digits: int = 3) -> str:
     """Return what follows a number with an error; nothing where that is not known."""
     return f" ± {error:.{digits}f}" if math.isfinite(error) else ""
+
+
+def brackets(interval: Interval, shown: Callable[[float], str] = plain) -> str:
+    """Return the bounds of an interval in brackets; nothing where they are not known."""
+    return f"[{shown(interval.low)}, {shown(interval.high)}]" if math.isfinite(interval.low) else ""
+
+
+def interval_change(interval: Interval) -> str:
+    """Return a change with its interval, and a mark where none was shown."""
+    if not math.isfinite(interval.low):
+        return f"{signed(interval.mean)} (one prompt: no interval)"
+    # As many digits as tell the interval from 0: three, or more where all of it is smaller than that shows.
+    largest = max(abs(interval.low), abs(interval.high))
+    digits = 3 if largest == 0 else min(9, max(3, 1 - math.floor(math.log10(largest))))
+    shown = partial(signed, digits=digits)
+    return f"{shown(interval.mean)} {brackets(interval, shown)}{'' if interval.direction else ' ≈'}"

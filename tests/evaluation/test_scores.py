@@ -19,7 +19,7 @@ import pytest
 
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
-from arcopo_fast.evaluation.scores import BASE, ScoreDirectory, Scores, ScoreWriter, Video
+from arcopo_fast.evaluation.scores import BASE, ScoreDirectory, Scores, ScoreWriter, Video, VideoScores
 
 SETTINGS = {"seed": 7, "sampler.steps": (1000, 500), "rewards.beauty": 1.0}
 PROMPTS = [Prompt("an owl\u2028at night"), Prompt("süße Katze", "a sweet cat, sitting")]
@@ -35,7 +35,7 @@ def write(directory: ScoreDirectory, *parts: dict[Video, dict[str, float]]) -> P
     before = set((directory.path / "scores").iterdir())
     with ScoreWriter(directory) as writer:
         for part in parts:
-            writer.append([(video, PROMPTS[video.prompt], scores) for video, scores in part.items()], ADAPTERS)
+            writer.append([(video, PROMPTS[video.prompt], VideoScores(scores)) for video, scores in part.items()], ADAPTERS)
     (file,) = set((directory.path / "scores").iterdir()) - before
     return file
 
@@ -88,7 +88,10 @@ def _process(path: Path, number: int, barrier: Any) -> None:
     with ScoreWriter(directory) as writer:
         barrier.wait()
         for index in range(20):
-            writer.append([(Video(BASE, number % 2, 20 * number + index), PROMPTS[number % 2], {"beauty": number + index / 64})], ADAPTERS)
+            writer.append(
+                [(Video(BASE, number % 2, 20 * number + index), PROMPTS[number % 2], VideoScores({"beauty": number + index / 64}))],
+                ADAPTERS,
+            )
             if number == 3 and index == 10:
                 os._exit(9)
 
@@ -127,7 +130,7 @@ def _claiming(path: Path, batches: list[list[Video]], barrier: Any, hang: tuple[
                 hang[1].set()
                 time.sleep(600)
             time.sleep(0.02)
-            lines = [(video, Prompt(f"prompt {video.prompt}"), {"beauty": float(os.getpid())}) for video in batch]
+            lines = [(video, Prompt(f"prompt {video.prompt}"), VideoScores({"beauty": float(os.getpid())})) for video in batch]
             writer.append([line for line in lines if line[0] not in scores.values], ADAPTERS)
 
 
@@ -176,7 +179,7 @@ def test_what_a_process_that_ended_has_claimed_is_taken_over(directory: ScoreDir
     with ScoreWriter(directory) as writer:
         for batch, _ in directory.unscored(BATCHES, pause):
             assert (batch == hanging) == bool(waits)
-            writer.append([(one, Prompt(f"prompt {one.prompt}"), {"beauty": 0.5}) for one in batch], ADAPTERS)
+            writer.append([(one, Prompt(f"prompt {one.prompt}"), VideoScores({"beauty": 0.5})) for one in batch], ADAPTERS)
             made.append(batch)
     process.join(60)
     assert waits and made == [batch for batch in BATCHES if batch[0] not in done and batch != hanging] + [hanging]
@@ -230,7 +233,7 @@ def test_a_full_disk_leaves_whole_batches(directory: ScoreDirectory, monkeypatch
             with monkeypatch.context() as patched:
                 if part is second:
                     patched.setattr(os, "fsync", full)
-                lines = [(video, PROMPTS[video.prompt], scores) for video, scores in part.items()]
+                lines = [(video, PROMPTS[video.prompt], VideoScores(scores)) for video, scores in part.items()]
                 if part is second:
                     with pytest.raises(OSError, match="No space"):
                         writer.append(lines, ADAPTERS)
