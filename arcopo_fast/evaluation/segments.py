@@ -126,15 +126,12 @@ def judge_segments(
         chunks = engine.stream(stream, noise, switches={start: text for start, text in texts.items() if start})
         for number, latents in enumerate(_cut((chunk.predictions[-1] for chunk in chunks), segments.latent_frames)):
             first = number * segments.latent_frames
-            parts = [
-                (pixels(vae, end) - pixels(vae, begin), start)
-                for begin, end, start in parts_of([*texts], first, first + segments.latent_frames, config.video.chunk_frames)
-            ]
+            parts = parts_of([*texts], first, first + segments.latent_frames, config.video.chunk_frames)
             for index, part in enumerate(rows):
                 with profiling.stage("decode"), judging.at_work(judging.decoder.vae):
                     frames, states[index] = judging.decoder.decode(latents[part], states[index])
-                own = [(length, [prompt[start].text for prompt in placed[part]]) for length, start in parts]
-                scores = _judge_parts(judging, rewards, frames, own)
+                shown = [(end - begin, [prompt[start].text for prompt in placed[part]]) for begin, end, start in parts]
+                scores = _judge_parts(judging, rewards, frames, shown)
                 picture = mean_pictures(frames)
                 similar = similarity(picture, first_pictures.setdefault(index, picture))
                 yield part, frames, scores | measures(frames) | {SIMILARITY: similar}
@@ -174,20 +171,20 @@ def _cut(chunks: Iterable[Tensor], length: int) -> Iterator[Tensor]:
 def _judge_parts(
     judging: Judging, rewards: Mapping[str, Reward], frames: Tensor, parts: Sequence[tuple[int, Sequence[str]]]
 ) -> dict[str, Tensor]:
-    """Return the means of the scores of a segment's parts, weighted by frames.
+    """Return the means of the scores of a segment's parts, weighted by their latent frames.
 
     Args:
-        parts: the pixel frames of each part, and every video's prompt there.
+        parts: the latent frames of each part, and every video's prompt there.
     """
+    latents = sum(length for length, _ in parts)
+    factor = -(-frames.shape[1] // latents)
     total: dict[str, Tensor] = {}
-    done = 0
-    for length, prompts in parts:
-        whole = length == frames.shape[1]
-        own = frames if whole else frames[:, done : done + length].contiguous()
-        ((_, scores),) = judging.judge(rewards, [own], prompts)
-        share = 1.0 if whole else length / frames.shape[1]
-        total = {name: share * values + total.get(name, 0.0) for name, values in scores.items()}
-        done += length
+    last = frames.shape[1]
+    for length, prompts in reversed(parts):  # from the end: what a video's first latent lacks in frames is missing at the begin
+        first = max(0, last - factor * length)
+        ((_, scores),) = judging.judge(rewards, [frames[:, first:last].contiguous()], prompts)
+        total = {name: length / latents * values + total.get(name, 0.0) for name, values in scores.items()}
+        last = first
     return total
 
 
