@@ -155,7 +155,7 @@ def evaluate(
     prompts: Sequence[Prompt],
     generators: Sequence[Adapted],
     out: Path,
-    work: Work = Work(),
+    work: Work,
     *,
     world: World = ALONE,
 ) -> Evaluated | None:

@@ -113,7 +113,6 @@ def judge_segments(
         row comes once for each segment.
     """
     judging, starts = Judging.of(config, generator), chunk_starts(engine.shape)
-    vae = VAESizes.from_config(generator.decoder.vae.config)
     placed = [prompt.at_chunks(starts) for prompt in prompts]
     texts = {start: generator.encode_text([prompt[start].for_generator for prompt in placed]) for start in placed[0]}
     noise = StackedNoise([KeyedNoise(engine.shape, GroupId(config.evaluation.seed, group=group)) for group in groups])
@@ -177,7 +176,7 @@ def _judge_parts(
         parts: the latent frames of each part, and every video's prompt there.
     """
     latents = sum(length for length, _ in parts)
-    factor = -(-frames.shape[1] // latents)
+    factor = VAESizes.from_config(judging.decoder.vae.config).pixel_frames(2) - 1
     total: dict[str, Tensor] = {}
     last = frames.shape[1]
     for length, prompts in reversed(parts):  # from the end: what a video's first latent lacks in frames is missing at the begin

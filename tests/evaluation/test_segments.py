@@ -114,6 +114,7 @@ CUTS: dict[str, tuple[int, int, list[str], list[int]]] = {
     "cut inside a chunk, with a rest": (17, 4, [], [3, 9]),
     "an independent first frame": (13, 6, ["video.independent_first_frame=true"], [4]),
     "changes inside segments": (14, 7, [], [3, 12]),
+    "chunks of one frame": (4, 2, ["video.chunk_frames=1", "cache.window=3"], [1, 3]),
     "two videos decoded at once": (12, 6, ["rollout.decode_branches=2"], []),
     "no window": (8, 4, ["cache.variant=self_forcing", "cache.window=null", "cache.sink=0"], [6]),
 }
@@ -142,7 +143,7 @@ def test_segments_are_the_whole_video_decoded_and_then_cut(
             total = torch.zeros(2)
             latents = range(place * segment, (place + 1) * segment)
             texts = [[part.prompt.text for part in prompt.parts if part.frame <= frame][-1] for frame in latents]
-            for text, begin, end in joined(texts, 3):
+            for text, begin, end in joined(texts, config.video.chunk_frames):
                 first, last = (max(0, 1 + 4 * (latents[0] + at - 1)) for at in (begin, end))
                 given = reward(video[None, first:last], [text])
                 total += torch.tensor([given[BRIGHT].item(), given[READ].item()]) * (end - begin) / segment
