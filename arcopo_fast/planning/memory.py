@@ -20,6 +20,7 @@ from arcopo_kernels.paging import GroupPlan
 from arcopo_fast.build import pool_pages
 from arcopo_fast.config.schema import Config, objective_class
 from arcopo_fast.evaluation.judging import videos_at_once
+from arcopo_fast.evaluation.windows import View
 from arcopo_fast.model.sizes import CausalWanConfig, GeneratorSizes
 from arcopo_fast.planning.layers import decoder_convolutions, transformer_parameters, vae_parameters
 from arcopo_fast.planning.spread import spread
@@ -218,12 +219,13 @@ def _rebuilding(config: Config, sizes: GeneratorSizes) -> Estimate:
 
 
 def _rolling_out(config: Config, sizes: GeneratorSizes, settings: Settings) -> Estimate:
-    """Count the making of a group: waves of branches, decoded and judged in slices.
+    """Count the making of a group: waves of branches, of which what rewards see is decoded and judged in slices.
 
-    The prefix's frames and its place in the decoder stay until the last slice is judged; a slice's frames hold the shared ones again.
+    The shared frames and their place in the decoder stay until the last slice is judged; a slice's frames hold the shared ones again. A
+    window that is cut from them is a copy.
     """
     branches, slices = settings[:2]
-    cache, video = _decoder_cache(config, sizes), _video(config, sizes)
+    cache, (video, window) = _decoder_cache(config, sizes), _seen(config, sizes)
     worst, (reencoding, making) = _worst_plan(config, sizes), _making(config, sizes, "re-encoding", 1 + branches)
     needs = {
         "denoising a wave": _denoising(config, sizes, branches, branches * worst.tail + worst.prefix),
@@ -232,13 +234,14 @@ def _rolling_out(config: Config, sizes: GeneratorSizes, settings: Settings) -> E
         "decoding": slices * (_decoding(config, sizes) + video),
         "frames of a slice": (slices + 1) * video,  # the shared frames stand alone as well
     }
+    windows = {"window of a slice": slices * window} if window else {}
     decoding = ("decoder cache of the prefix", "decoder caches of a slice", "decoding", "frames of a slice")
     stages = {
         "rollout": (*making, "denoising a wave"),
         "decode": (*_at_work(config, "decoder weights"), *decoding),
-        "reward": (*_at_work(config, "rewards"), "decoder cache of the prefix", "frames of a slice", "copies while judging"),
+        "reward": (*_at_work(config, "rewards"), "decoder cache of the prefix", "frames of a slice", *windows, "copies while judging"),
     }
-    return Estimate(reencoding | needs, stages)
+    return Estimate(reencoding | needs | windows, stages)
 
 
 def _updating(config: Config, sizes: GeneratorSizes, settings: Settings) -> Estimate:
@@ -402,6 +405,22 @@ def _largest_window(config: Config, sizes: GeneratorSizes) -> int:
 
 
 def _video(config: Config, sizes: GeneratorSizes) -> int:
-    """Return the bytes of one video's frames, float32."""
-    pixels = config.video.latent_height * config.video.latent_width * sizes.vae.spatial_factor**2
-    return 4 * 3 * sizes.vae.pixel_frames(_shape(config, sizes).frames) * pixels
+    """Return the bytes of one video's frames."""
+    return sizes.vae.pixel_frames(_shape(config, sizes).frames) * _pixel_frame(config, sizes)
+
+
+def _pixel_frame(config: Config, sizes: GeneratorSizes) -> int:
+    """Return the bytes of a frame, float32."""
+    return 4 * 3 * config.video.latent_height * config.video.latent_width * sizes.vae.spatial_factor**2
+
+
+def _seen(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
+    """Return the most bytes that rewards see of one video of a group, and those of the largest window that is a part of them."""
+    factor, frame = sizes.vae.pixel_frames(2) - 1, _pixel_frame(config, sizes)
+    whole, windows = 0, [0]
+    for pivot in range(config.rollout.pivots(config.video.count)):
+        view = View.of(config, pivot)
+        whole = max(whole, view.pixels(view.frames, factor).stop)
+        cuts = [view.pixels(part.frames, factor) for window in view.windows for part in window.parts if part.frames != view.frames]
+        windows += [cut.stop - cut.start for cut in cuts]
+    return whole * frame, max(windows) * frame

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from arcopo_fast.config.schema import Config, objective_class
+from arcopo_fast.evaluation.windows import View
 from arcopo_fast.model.sizes import CausalWanConfig, VAESizes
 from arcopo_fast.planning.ceilings import Ceilings
 from arcopo_fast.planning.layers import Linear, block_linears, decoder_convolutions
@@ -195,9 +196,10 @@ def iteration(config: Config, model: CausalWanConfig, vae: VAESizes | None, pivo
         "optimizer": Work(traffic=ADAMW_PASSES * 4 * lora_parameters(config, model)) * objective.updates,
     }
     if vae is not None:
-        before = sum(shape.chunk_frames[:pivot])
-        tail = decode(vae, shape.height, shape.width, sum(shape.chunk_frames[:stop]) - before, start=not pivot)
-        stages["decode"] = decode(vae, shape.height, shape.width, before) + tail * group
+        view, before = View.of(config, pivot), sum(shape.chunk_frames[:pivot])
+        shared = before - view.frames.start + view.warmup
+        tail = decode(vae, shape.height, shape.width, view.frames.stop - before, start=not shared)
+        stages["decode"] = decode(vae, shape.height, shape.width, shared) + tail * group
     return {name: work for name, work in stages.items() if work != Work()}
 
 

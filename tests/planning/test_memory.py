@@ -253,6 +253,21 @@ def test_the_decoder(name: str) -> None:
         assert close(live.peak, predicted, 0.1), (live.peak, predicted)
 
 
+def test_frames_are_those_of_the_window_however_long_the_video_is() -> None:
+    """Latents of 3: 6 before the pivot chunk, 3 chunks from there on; and 4 frames of each latent."""
+    frame = 4 * 3 * 480 * 832
+    window = ["rollout.horizon=2", "judge.before=6", "rollout.decode_branches=4"]
+    counts = [estimate(bench(f"video.chunks={chunks}", *window), FULL).components for chunks in (20, 80)]
+    for name in ("frames of a slice", "decoding", "decoder caches of a slice", "decoder cache of the prefix"):
+        assert counts[0][name] == counts[1][name], name
+    assert counts[0]["frames of a slice"] == 5 * 4 * 15 * frame and "window of a slice" not in counts[0]
+    whole = estimate(bench("video.chunks=20", "rollout.decode_branches=4"), FULL).components
+    assert whole["frames of a slice"] == 5 * (1 + 4 * 59) * frame
+    windows = "judge.windows={near: {chunks: [0, 0], before: 3}, far: {chunks: [0, 2], before: 6, weight: 0.5}}"
+    cut = estimate(bench("video.chunks=20", *window[::2], windows), FULL).components
+    assert cut["frames of a slice"] == counts[0]["frames of a slice"] and cut["window of a slice"] == 4 * 4 * 6 * frame
+
+
 def test_offloading_takes_what_waits_out_of_every_stage() -> None:
     apart, together = (estimate(bench(JUDGE, f"generator.offload={flag}"), FULL) for flag in ("true", "false"))
     decoder = together.components["decoder weights"]

@@ -137,6 +137,17 @@ def test_decoding_counts_what_pytorch_counts(residual: bool) -> None:
     assert work_of.decode(VAESizes.from_config(vae.config), 6, 4, 3).flops == flops
 
 
+def test_only_the_window_and_its_warm_up_are_decoded() -> None:
+    """Six shared frames after four that are dropped, and the branches' own nine; the video may be as long as it likes."""
+    sizes, window = VAESizes(), ["rollout.horizon=2", "judge.before=6", "judge.warmup=4", "video.chunk_frames=3", "rollout.group_size=5"]
+    expected = work_of.decode(sizes, 4, 6, 10) + work_of.decode(sizes, 4, 6, 9, start=False) * 5
+    for chunks, pivot in ((20, 7), (20, 17), (80, 60)):
+        counts = work_of.iteration(small(*window, f"video.chunks={chunks}"), MODEL, sizes, pivot)
+        assert counts["decode"] == expected
+    first = work_of.iteration(small(*window, "video.chunks=20"), MODEL, sizes, 0)
+    assert first["decode"] == work_of.decode(sizes, 4, 6, 9) * 5
+
+
 def test_decoding_counts_at_full_size() -> None:
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
