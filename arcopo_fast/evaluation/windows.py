@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from arcopo_fast.config.schema import Config
+from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.rewards.base import Reward, score
 
 
@@ -26,9 +28,11 @@ def parts(frames: range, switches: Mapping[int, str], shortest: int) -> list[Par
 
     Args:
         frames: at least one.
-        switches: each prompt by the latent frame from which on it counts; one counts from frame 0 on.
+        switches: each prompt by the latent frame from which on it counts; one counts from frame 0 on. None: a part has the video's own.
         shortest: frames of a part, at least; one that has fewer joins the part before it, and the first one the part after it.
     """
+    if not switches:
+        return [Part(frames)]
     starts = sorted({max(start, frames.start) for start in switches if start < frames.stop})
     found = [
         Part(range(start, stop), switches[max(switch for switch in switches if switch <= start)])
@@ -74,17 +78,22 @@ class View:
     windows: Sequence[Window]
 
     @classmethod
-    def of(cls, config: Config, pivot: int) -> View:
+    def of(cls, config: Config, pivot: int, prompt: Prompt | None = None) -> View:
         """Return what a recipe's `judge` says, for groups that fork at the chunk `pivot`, counted from 0.
 
         A window ends with the branches. The view begins at the pivot chunk at the latest: up to there the branches are one video.
+
+        Args:
+            prompt: of the videos. A window in which it changes is judged in parts. None: it does not change.
         """
         sizes, judge, horizon = config.video.chunk_sizes, config.judge, config.rollout.horizon
+        starts = list(accumulate(sizes[:-1], initial=0))
+        switches = {start: part.text for start, part in prompt.at_chunks(starts).items()} if prompt and prompt.turns else {}
         windows = []
         for name, window in judge.seen.items():
             last = min(after for after in (window.chunks[1], horizon, len(sizes)) if after is not None)
             frames = range(window.first_frame(pivot, sizes), sum(sizes[: pivot + last + 1]))
-            windows.append(Window(config.scores_of(name), [Part(frames)]))
+            windows.append(Window(config.scores_of(name), parts(frames, switches, config.video.chunk_frames)))
         first = min(sum(sizes[:pivot]), *(window.frames.start for window in windows))
         stop = max(window.frames.stop for window in windows)
         return cls(range(first, stop), first if judge.warmup == "all" else min(first, judge.warmup), windows)

@@ -172,15 +172,16 @@ class Rollouts:
             branches_per_wave=rollout.branches_per_wave,
         )
 
-    def view(self, group: Group) -> View:
-        """Return what rewards see of a group's videos."""
-        return View.of(self.config, group.pivot)
+    def view(self, group: Group, prompt: Prompt | None = None) -> View:
+        """Return what rewards see of a group's videos; with their prompt, under which prompts."""
+        return View.of(self.config, group.pivot, prompt)
 
     def seen(self, group: Group) -> tuple[View, Tensor, Tensor]:
         """Return what rewards see of a group's videos, and the latents to decode for it: shared ones [1, F0, C, h, w], those to be dropped
         first, and each branch's own [G, F1, C, h, w]."""
-        view, pivot = self.view(group), group.prefix_latents.shape[1]
-        return view, group.prefix_latents[:, view.frames.start - view.warmup :], group.tails[:, : view.frames.stop - pivot]
+        view, prefix, pivot = self.view(group), group.prefix_latents, sum(self.engine.shape.chunk_frames[: group.pivot])
+        kept = range(pivot - prefix.shape[1], pivot)  # the group may have forgotten the first frames
+        return view, prefix[:, kept.index(view.frames.start - view.warmup) if kept else 0 :], group.tails[:, : view.frames.stop - pivot]
 
     def decode(self, group: Group, at_once: int | None = None) -> Iterator[Tensor]:
         """Yield frames [n, F, 3, H, W] in [0, 1] of what rewards see of a group's videos, as many at a time as the recipe says.
@@ -192,7 +193,7 @@ class Rollouts:
 
     def judge(self, group: Group, slices: Iterable[Tensor], prompt: Prompt) -> dict[str, Tensor]:
         """Return the scores [G] of a group's frames by name, see `Config.scores_of`, on the CPU; NaN where a reward failed."""
-        prompts, view = [prompt.text] * self.branches[self.team.rank], self.view(group)
+        prompts, view = [prompt.text] * self.branches[self.team.rank], self.view(group, prompt)
         parts: list[dict[str, Tensor]] = []
         for frames, scores in Judging.of(self.config, self.generator).judge(self.rewards, slices, prompts, view):
             del frames  # the next ones need the memory

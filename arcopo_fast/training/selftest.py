@@ -68,7 +68,7 @@ def self_test(config: Config) -> Iterator[Finding]:
         yield from _advantages(trainer, judged, advantages)
         if not advantages.abs().any():  # the checks of the update need something to learn
             advantages = torch.linspace(-1, 1, group.size, dtype=torch.float64)
-        check = Check(trainer, judged, rollouts.view(group), *_frames(trainer, judged), advantages)
+        check = Check(trainer, judged, rollouts.view(group, prompt), *_frames(trainer, judged), advantages)
         for checks in (_shared_frames, _fresh_adapter, _replay, _rewards):
             yield from checks(check)
         if not isinstance(trainer.objective, RatioObjective):

@@ -17,6 +17,7 @@ from torch import Tensor
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.buffer import Buffer
+from arcopo_fast.data.prompts import Prompt, Turn
 from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.windows import Part, View, Window, parts
 from arcopo_fast.rewards.base import Reward
@@ -90,6 +91,15 @@ def test_a_window_is_cut_where_the_prompt_changes() -> None:
     assert parts(range(3, 18), switches, 3) == [Part(range(3, 6), "a"), Part(range(6, 12), "b"), Part(range(12, 18), "c")]
     assert parts(range(6, 12), switches, 3) == [Part(range(6, 12), "b")]
     assert parts(range(13, 18), switches, 3) == [Part(range(13, 18), "c")]
+    assert parts(range(13, 18), {}, 3) == [Part(range(13, 18), None)]
+
+
+def test_a_prompt_that_changes_counts_from_the_next_chunk_on() -> None:
+    prompt = Prompt("a", turns=(Turn(10, Prompt("b")), Turn(18, Prompt("c", "longer"))))
+    view = View.of(recipe("judge.before=4"), 4, prompt)
+    assert list(view.windows[0].parts) == [Part(range(8, 12), "a"), Part(range(12, 18), "b"), Part(range(18, 24), "c")]
+    assert list(View.of(recipe("judge.before=1"), 4, prompt).windows[0].parts)[0] == Part(range(11, 18), "b"), "one latent is no video"
+    assert View.of(recipe("judge.before=4"), 4, Prompt("a")) == View.of(recipe("judge.before=4"), 4)
 
 
 def test_a_part_that_is_too_short_joins_its_neighbor() -> None:
@@ -191,6 +201,18 @@ def test_only_a_window_is_decoded(scene: Scene, warmup: str) -> None:
     decoded = next(scene.under(windows, f"judge.warmup={warmup}").decode(scene.group))
     assert decoded.shape[1] == factor * (2 * chunk + 1) < scene.whole.shape[1], "the frames of the union are all that there are"
     assert config.score_weights == {"a/toy_vq": 1.0, "b/toy_vq": 0.5, "b/toy_mq": 0.25}
+
+
+def test_every_part_of_a_group_is_judged_under_its_own_prompt(scene: Scene) -> None:
+    """A prompt that changes with the pivot chunk: the reward reads both, and its score is the mean by frames."""
+    chunk, rollouts = scene.trainer.shape.chunk_frames[0], scene.under("judge.before=" + str(scene.trainer.shape.chunk_frames[0]))
+    prompt = Prompt("ab", turns=(Turn(2 * chunk, Prompt("abcd")),))
+    scores = rollouts.judge(scene.group, rollouts.decode(scene.group), prompt)["toy_vq"]
+    (early, first), (late, second) = scene.judge.shown
+    assert (first, second) == (["ab"] * 3, ["abcd"] * 3) and late.shape[1] == 2 * early.shape[1]
+    assert torch.equal(early[:1].expand(3, -1, -1, -1, -1), early), "before the pivot chunk all members are one video"
+    expected = (early.flatten(1).mean(1) + 2 + 2 * (late.flatten(1).mean(1) + 4)) / 3
+    torch.testing.assert_close(scores, expected)
 
 
 def test_a_window_of_everything_is_what_there_is_without_windows(scene: Scene) -> None:
