@@ -118,13 +118,12 @@ class View:
         """
         scores: dict[str, Tensor] = {}
         for window in self.windows:
-            judges = {name: rewards[reward] for name, reward in window.rewards.items() if names is None or name in names}
-            if judges:
-                found = [self._judge_part(judges, part, frames, prompts, factor) for part in window.parts]
-                shares = [len(part.frames) / len(window.frames) for part in window.parts]
-                scores |= {name: torch.stack([share * scored[name] for share, scored in zip(shares, found)]).sum(0) for name in judges}
+            wanted = {name: reward for name, reward in window.rewards.items() if names is None or name in names}
+            judges = {reward: rewards[reward] for reward in wanted.values()}  # a judge knows its scores by the rewards' names
+            found: list[dict[str, Tensor]] = []
+            for part in window.parts if judges else ():
+                own = prompts if part.prompt is None else [part.prompt] * len(prompts)
+                seen = score(judges, frames[:, self.pixels(part.frames, factor)].contiguous(), own, quarantine=True)
+                found.append({reward: len(part.frames) / len(window.frames) * values for reward, values in seen.items()})
+            scores |= {name: torch.stack([shares[reward] for shares in found]).sum(0) for name, reward in wanted.items()}
         return scores
-
-    def _judge_part(self, judges: Mapping[str, Reward], part: Part, frames: Tensor, prompts: list[str], factor: int) -> dict[str, Tensor]:
-        own = prompts if part.prompt is None else [part.prompt] * len(prompts)
-        return score(judges, frames[:, self.pixels(part.frames, factor)].contiguous(), own, quarantine=True)

@@ -4,7 +4,7 @@ scores."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
 from typing import NamedTuple
@@ -112,19 +112,16 @@ def test_a_part_that_is_too_short_joins_its_neighbor() -> None:
 
 
 class Seeing(Reward):
-    """A judge that keeps what it was shown; its score is the mean of the frames plus the length of the prompt."""
+    """A judge of several scores that keeps what it was shown; each is the mean of the frames plus the length of the prompt."""
 
-    scores = ("a", "b")
+    scores = ("a", "b", "toy_vq", "toy_mq")
 
     def __init__(self) -> None:
         self.shown: list[tuple[Tensor, list[str]]] = []
 
-    def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(self, frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         self.shown.append((frames.clone(), prompts))
-        return frames.flatten(1).mean(1) + torch.tensor([float(len(prompt)) for prompt in prompts])
-
-    def ask(self, names: Sequence[str], frames: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        return dict.fromkeys(names, self(frames, prompts))
+        return dict.fromkeys(self.scores, frames.flatten(1).mean(1) + torch.tensor([float(len(prompt)) for prompt in prompts]))
 
 
 def test_every_part_is_judged_under_its_prompt_and_a_score_is_their_mean() -> None:
