@@ -148,10 +148,10 @@ class RatioObjective(Objective[S]):
         chunk = group.pivot if chunk is None else chunk
         settings = self.settings
         drawn_for = update if settings.anchors == "fresh" else 0
-        random = keyed_rng(*group.id, *draw, "anchors", drawn_for)
+        random = keyed_rng(*group.key, *draw, "anchors", drawn_for)
         anchors = random.choice(group.size, size=min(settings.anchors_per_update, group.size), replace=False)
         if chunk != group.pivot:
-            random = keyed_rng(*group.id, *draw, "steps", drawn_for, chunk)
+            random = keyed_rng(*group.key, *draw, "steps", drawn_for, chunk)
         steps = group.explored[chunk].steps
         available = min(self.trainable_steps(steps), max(1, len(steps) - settings.skip_last_step))
         pairs: list[tuple[int, int]] = []
@@ -171,7 +171,7 @@ class RatioObjective(Objective[S]):
             self._kept.clear()
             self._kept_from = self.batching.state()
         assert samples.steps is not None
-        names = [(group.id, samples.chunk, *pair) for pair in zip(samples.steps.tolist(), samples.members.tolist())]
+        names = [(group.key, samples.chunk, *pair) for pair in zip(samples.steps.tolist(), samples.members.tolist())]
         if any(name not in self._kept for name in names):
             for name, prediction in zip(names, super().predict_known(policy, group, samples, context)):
                 self._kept.setdefault(name, prediction.cpu())

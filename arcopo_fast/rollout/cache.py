@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from copy import copy
 from itertools import accumulate
-from typing import Callable, ClassVar, Hashable, Protocol, Sequence
+from typing import Callable, ClassVar, Collection, Hashable, Protocol, Sequence
 
 import torch
 from arcopo_kernels.paging import GroupPlan, PagePool, PageRun, plan_group
@@ -21,6 +21,7 @@ from arcopo_fast.config.sections import CacheConfig
 from arcopo_fast.model.causal_wan import CachedRun, ChunkContext
 from arcopo_fast.model.vae import VAECache
 from arcopo_fast.rollout.decode import Reencoder
+from arcopo_fast.rollout.history import Appended, Event, Replayed, Switched
 from arcopo_fast.runtime.profiling import stage
 
 
@@ -74,14 +75,19 @@ class VideoCache:
     # Overridden by variants
 
     @classmethod
-    def plan(cls, settings: CacheConfig, chunk_frames: Sequence[int], pivot: int, branches: int) -> GroupPlan:
+    def plan(
+        cls, settings: CacheConfig, chunk_frames: Sequence[int], pivot: int, branches: int, switches: Collection[int] = ()
+    ) -> GroupPlan:
         """Return the pages of a group that forks at `pivot`; the last chunk of the branches is never cached.
 
         Args:
             chunk_frames: the latent frames of each chunk, up to the last one of the branches.
+            switches: chunks with which a prompt changes; each branch then caches what it sees anew, for itself.
         """
-        cached = chunk_frames[:-1]
-        return plan_group(cached[:pivot], cached[pivot:], branches, window=settings.window, sink=settings.sink)
+        cached, starts = chunk_frames[:-1], list(accumulate(chunk_frames, initial=0))
+        inside = [chunk for chunk in switches if pivot < chunk < len(chunk_frames)]
+        replaced = {chunk - pivot: cls.outliving(settings, starts[chunk]) for chunk in inside}
+        return plan_group(cached[:pivot], cached[pivot:], branches, window=settings.window, sink=settings.sink, replaced=replaced)
 
     @classmethod
     def reencodes(cls, settings: CacheConfig) -> bool:
@@ -110,14 +116,49 @@ class VideoCache:
 
     def switch_prompt(self, videos: Videos, write: Write) -> None:
         """Cache the visible frames again under another prompt, all at once (LongLive's KV-recache)."""
-        window = self.settings.window
-        overflow = window is not None and videos.frame > window
-        keep = self.settings.sink if self.settings.global_sink and overflow else 0
-        frames = self.frames - keep if keep else min(videos.frame, window or videos.frame)
+        keep = self.outliving(self.settings, videos.frame)
+        frames = visible_frames(self.settings, videos.frame) - keep
         if frames:
             latents = self.newest(videos, frames)
             self.drop_all(keep)
             write(latents, videos.frame - frames)
+
+    @classmethod
+    def outliving(cls, settings: CacheConfig, frame: int) -> int:
+        """Return how many of the first visible frames a prompt switch leaves as they are, when the video has `frame` frames."""
+        overflow = settings.window is not None and frame > settings.window
+        return settings.sink if settings.global_sink and overflow else 0
+
+    def replay(self, events: Sequence[Event]) -> list[Replayed]:
+        """Return the fewest of a video's events that make its keys and values, when they happen again in an empty cache.
+
+        A prompt switch caches all that it sees anew, but for a sink that outlives it. So needed are the passes that last wrote this sink,
+        the frames that the last switch saw, and what came later.
+        """
+        last = max((index for index, event in enumerate(events) if isinstance(event, Switched)), default=None)
+        if last is None:
+            return [Replayed(event, cached=True) for event in events]
+        switch = events[last]
+        keep = self.outliving(self.settings, switch.frame)
+        sink = self._sink(events[:last]) if keep else []
+        oldest, known = switch.frame - visible_frames(self.settings, switch.frame) + keep, {id(event) for event, _ in sink}
+        seen = [event for event in events[:last] if isinstance(event, Appended) and event.end > oldest and id(event) not in known]
+        return [*sink, *(Replayed(event, cached=False) for event in seen), *(Replayed(event, cached=True) for event in events[last:])]
+
+    def _sink(self, events: Sequence[Event]) -> list[Replayed]:
+        """Return the events that last wrote a sink which no later switch has: the first passes, or a switch before the window was full."""
+        window = self.settings.window or 0
+        early = (index for index, event in enumerate(events) if isinstance(event, Switched) and event.frame <= window)
+        rewritten, replayed, frames = max(early, default=-1), [], 0
+        for index, event in enumerate(events):
+            if isinstance(event, Appended):
+                replayed.append(Replayed(event, cached=index > rewritten))
+                frames = event.end
+            elif index == rewritten:
+                replayed.append(Replayed(event, cached=True))
+            if index >= rewritten and frames >= self.settings.sink:
+                break
+        return replayed
 
     def finish(self) -> None:
         """Let go of what serves only to add more chunks to these videos; their pages stay."""
@@ -220,7 +261,9 @@ class Krea(VideoCache):
     decoded: tuple[VAECache, ...] = ()
 
     @classmethod
-    def plan(cls, settings: CacheConfig, chunk_frames: Sequence[int], pivot: int, branches: int) -> GroupPlan:
+    def plan(
+        cls, settings: CacheConfig, chunk_frames: Sequence[int], pivot: int, branches: int, switches: Collection[int] = ()
+    ) -> GroupPlan:
         limit = context_frames(settings, max(chunk_frames))
         contexts = [min(start, limit) for start in accumulate(chunk_frames[:-1], initial=0)]
         return GroupPlan(contexts[pivot], contexts[-1] if pivot < len(chunk_frames) - 1 else 0, branches)
@@ -253,6 +296,21 @@ class Krea(VideoCache):
     def switch_prompt(self, videos: Videos, write: Write) -> None:
         """Do nothing: the context follows by itself, a chunk later, as in Krea's server. The next one stands already."""
 
+    def replay(self, events: Sequence[Event]) -> list[Replayed]:
+        """Return the fewest of a video's events that make its context: the chunks in it, or all where the decoder's state needs them.
+
+        Only the last chunk is followed by a pass, under the prompt that counted then.
+        """
+        chunks = [index for index, event in enumerate(events) if isinstance(event, Appended)]
+        if not chunks:
+            return [Replayed(event, cached=True) for event in events]
+        oldest = events[chunks[-1]].frame - context_frames(self.settings, self.chunk_frames)
+        needed = [index for index in chunks if index in (chunks[0], chunks[-1]) or events[index].frame > oldest]
+        replayed = chunks if self.reencodes(self.settings) else needed
+        switches = [index for index, event in enumerate(events) if isinstance(event, Switched)]
+        before, after = ([index for index in switches if (index < chunks[-1]) == early] for early in (True, False))
+        return [Replayed(events[index], cached=index >= chunks[-1]) for index in sorted([*replayed, *before[-1:], *after[-1:]])]
+
     def finish(self) -> None:
         """Let go of the re-encoder's states, which are large."""
         self.decoded = ()  # large
@@ -270,6 +328,11 @@ class Krea(VideoCache):
             images = self.reencoder(latents, states)
         self.decoded = tuple(states)
         return images
+
+
+def visible_frames(settings: CacheConfig, frame: int) -> int:
+    """Return how many frames are cached between two chunks of a video of `frame` frames."""
+    return min(frame, settings.window or frame)
 
 
 def context_frames(settings: CacheConfig, chunk_frames: int) -> int:
@@ -298,27 +361,64 @@ def variant_of(settings: CacheConfig) -> type[VideoCache]:
     return VARIANTS[settings.variant]
 
 
-def plan_pages(settings: CacheConfig, chunk_frames: Sequence[int], pivot: int, branches: int, *, horizon: int | None = None) -> GroupPlan:
+def plan_pages(
+    settings: CacheConfig,
+    chunk_frames: Sequence[int],
+    pivot: int,
+    branches: int,
+    *,
+    horizon: int | None = None,
+    switches: Collection[int] = (),
+) -> GroupPlan:
     """Return the pages of a group that forks at `pivot`.
 
     Args:
         chunk_frames: the latent frames of each chunk of the video.
         horizon: chunks after the pivot's; None: to the end of the video.
+        switches: chunks with which the prompt changes.
     """
     end = None if horizon is None else pivot + horizon + 1
-    return variant_of(settings).plan(settings, chunk_frames[:end], pivot, branches)
+    return variant_of(settings).plan(settings, chunk_frames[:end], pivot, branches, switches)
 
 
-def worst_plan(settings: CacheConfig, chunk_frames: Sequence[int], branches: int, *, horizon: int | None = None) -> GroupPlan:
-    """Return the pages of a group at the pivot that takes most; for the arguments see `plan_pages`."""
-    pivots = range(len(chunk_frames) - (horizon or 0))
-    plans = (plan_pages(settings, chunk_frames, pivot, branches, horizon=horizon) for pivot in pivots)
+def worst_plan(
+    settings: CacheConfig,
+    chunk_frames: Sequence[int],
+    branches: int,
+    *,
+    horizon: int | None = None,
+    switches: Collection[Collection[int]] = ((),),
+) -> GroupPlan:
+    """Return the pages of a group at the pivot that takes most.
+
+    Args:
+        chunk_frames: the latent frames of each chunk of the video.
+        horizon: chunks after the pivot's; None: to the end of the video.
+        switches: the chunks with which the prompt changes, of each video that there may be.
+    """
+    chunks = len(chunk_frames)
+    inside = (
+        (pivot, frozenset(chunk for chunk in of_video if pivot < chunk <= pivot + (chunks if horizon is None else horizon)))
+        for pivot in range(chunks - (horizon or 0))
+        for of_video in switches
+    )
+    plans = (
+        plan_pages(settings, chunk_frames, pivot, branches, horizon=horizon, switches=chunks_inside)
+        for pivot, chunks_inside in dict.fromkeys(inside)
+    )
     return max(plans, key=lambda plan: plan.pages)
 
 
-def pages_for(settings: CacheConfig, chunk_frames: Sequence[int], branches: int, *, horizon: int | None = None) -> int:
-    """Return the pages of a prefix and `branches` tails at the pivot that takes most; for the arguments see `plan_pages`."""
-    return max(1, worst_plan(settings, chunk_frames, branches, horizon=horizon).pages)
+def pages_for(
+    settings: CacheConfig,
+    chunk_frames: Sequence[int],
+    branches: int,
+    *,
+    horizon: int | None = None,
+    switches: Collection[Collection[int]] = ((),),
+) -> int:
+    """Return the pages of a prefix and `branches` tails at the pivot that takes most; for the arguments see `worst_plan`."""
+    return max(1, worst_plan(settings, chunk_frames, branches, horizon=horizon, switches=switches).pages)
 
 
 class PagedContext(ChunkContext):

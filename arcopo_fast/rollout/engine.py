@@ -9,16 +9,17 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from itertools import accumulate
-from typing import Any, Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Collection, Iterator, Mapping, Sequence
 
 import torch
 from arcopo_kernels.paging import GroupPlan
 from torch import Tensor
 
 from arcopo_fast.errors import UserError
-from arcopo_fast.rollout.cache import plan_pages
+from arcopo_fast.rollout.cache import plan_pages, visible_frames
 from arcopo_fast.rollout.group import Branching, Explored, Fork, Group, Samples, Wave
+from arcopo_fast.rollout.history import History
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise
 from arcopo_fast.rollout.sampler import Trajectory, predict
 from arcopo_fast.rollout.stream import Stream, Streamer
@@ -34,55 +35,99 @@ class Engine(Streamer):
 
     largest_wave: int | None = None  # set when a larger one ran out of memory
 
-    def plan(self, pivot: int, branches: int, *, horizon: int | None = None) -> GroupPlan:
-        """Return the pages of a group that forks at `pivot`; the last chunk is never cached."""
-        return plan_pages(self.cache, self.shape.chunk_frames, pivot, branches, horizon=horizon)
+    def plan(self, pivot: int, branches: int, *, horizon: int | None = None, switches: Collection[int] = ()) -> GroupPlan:
+        """Return the pages of a group that forks at `pivot`, for a prompt that changes with the chunks `switches`."""
+        return plan_pages(self.cache, self.shape.chunk_frames, pivot, branches, horizon=horizon, switches=switches)
 
     # Groups
 
-    @torch.no_grad()
-    def rollout(self, text: Tensor, group: GroupId, *, pivot: int, **branching: Any) -> Group:
-        """Make a group of videos for one prompt (AR-CoPO, one iteration, steps 2 to 4).
+    def rollout(self, text: Tensor, group: GroupId, *, pivot: int, switches: Mapping[int, Tensor] | None = None, **branching: Any) -> Group:
+        """Make a group of videos (AR-CoPO, one iteration, steps 2 to 4).
 
         Args:
             text: [1, length, text_dim].
             group: names every draw.
             pivot: the chunk to fork at, counted from 0.
+            switches: see `stream`.
             branching: see `Branching`.
         """
-        if not 0 <= pivot < self.shape.chunks:
-            raise ValueError(f"pivot {pivot} is not a chunk of this video; it has {self.shape.chunks}, counted from 0")
-        text = text.to(self.model.device)  # once, and not for every replay
-        branches = Branching(**branching)
-        noise, part = KeyedNoise(self.shape, group), branches.part or range(branches.members)
-        wave_size = min(branches.branches_per_wave or branches.members, self.largest_wave or branches.members, len(part))
-        pages, chunks = self.plan(pivot, wave_size, horizon=branches.horizon), branches.chunks(pivot, self.shape.chunks)
-        prefix = self.start(text)
-        reserved = self.pool.reserve(pages)  # a group that does not fit fails here, before a frame is computed
-        prefix.cache.reserved = [reserved.prefix]
+        return next(self.forks(text, group, [pivot], Branching(**branching), switches))
+
+    @torch.no_grad()
+    def forks(
+        self, text: Tensor, group: GroupId, pivots: Sequence[int], branching: Branching, switches: Mapping[int, Tensor] | None = None
+    ) -> Iterator[Group]:
+        """Yield a group for each of the pivots, all forks of one video, which itself goes on with the shared noises.
+
+        Who takes a group releases it. As long as it holds its context, it shares the pages of what the video still sees.
+
+        Args:
+            text: [1, length, text_dim].
+            group: names every draw.
+            pivots: the chunks to fork at, counted from 0, rising.
+            branching: of every group.
+            switches: see `stream`.
+        """
+        ends = [pivot + (branching.horizon or 0) for pivot in pivots]
+        if not pivots or pivots[0] < 0 or ends[-1] >= self.shape.chunks or any(a >= b for a, b in pairwise(pivots)):
+            after = f" and {branching.horizon} after it" if branching.horizon else ""
+            raise ValueError(
+                f"pivot {', '.join(map(str, pivots))} is not a chunk of this video{after}; it has {self.shape.chunks}, counted from 0, and "
+                "pivots rise"
+            )
+        device = self.model.device  # once, and not for every replay
+        texts = {chunk: later.to(device) for chunk, later in self.placed(switches or {}).items()}
+        text = texts.pop(0, text.to(device))
+        stream = self.start(text)
+        stream.history, stream.kept = History(text), branching.kept
+        branches = min(branching.wave_size, self.largest_wave or branching.wave_size)
+        plans = [self.plan(pivot, branches, horizon=branching.horizon, switches=texts) for pivot in pivots]
+        reserved = self.pool.reserve(max(plans, key=lambda plan: plan.pages))  # what does not fit fails before a frame is computed
+        stream.cache.reserved = [reserved.prefix]
+        mine: list[Stream] = [stream]
         try:
-            with stage("prefix") if pivot else nullcontext():
-                for chunk in range(pivot):
-                    self.extend(prefix, chunk, noise.initial(chunk), noise, last=False)
-            waves: list[Wave] = []
-            while part:
-                wave_noise = MemberNoise(noise, branches.plan, pivot, part[:wave_size])
-                wave = self._try_finish(Fork(prefix, chunks, wave_noise, reserved.tails, pages.tail))
-                if wave is None:
-                    wave_size = self.largest_wave = (wave_size + 1) // 2
-                    continue
-                waves.append(wave)
-                part = part[len(wave_noise.members) :]
-        except BaseException:
-            prefix.cache.release()
+            for number, (pivot, plan) in enumerate(zip(pivots, plans)):
+                self._go_on(stream, KeyedNoise(self.shape, group), texts, pivot)
+                if number < len(pivots) - 1:
+                    mine.append(replace(stream, cache=stream.cache.fork(1), latents=list(stream.latents), history=stream.history.copy()))
+                later = {chunk: later for chunk, later in texts.items() if chunk > pivot}
+                fork = Fork(mine[-1], branching.chunks(pivot, self.shape.chunks), later, reserved.tails, plan.tail)
+                made = self._group(fork, group, branching)
+                mine.pop()
+                yield replace(made, fork=number)
+        finally:
+            for left in mine:
+                left.cache.release()
             reserved.release()
-            raise
-        prefix.cache.finish()
+
+    def _go_on(self, stream: Stream, noise: KeyedNoise, texts: Mapping[int, Tensor], pivot: int) -> None:
+        """Extend a video to the chunk `pivot`, whose prompt is in place then."""
+        done = list(accumulate(self.shape.chunk_frames, initial=0)).index(stream.frame)
+        with stage("prefix") if pivot else nullcontext():
+            for chunk in range(done, pivot):
+                self.extend(stream, chunk, noise.initial(chunk), noise, last=False)
+                if chunk + 1 in texts:
+                    self.switch_prompt(stream, texts[chunk + 1])
+                self._forget(stream)
+
+    def _group(self, fork: Fork, group: GroupId, branching: Branching) -> Group:
+        """Make the branches of a fork, in waves; return them as a group, which has the fork's prefix."""
+        waves: list[Wave] = []
+        part, wave_size = branching.part or range(branching.members), min(branching.wave_size, self.largest_wave or branching.wave_size)
+        while part:
+            noise = MemberNoise(KeyedNoise(self.shape, group), branching.plan, fork.chunks[0], part[:wave_size])
+            wave = self._try_finish(fork, noise)
+            if wave is None:
+                wave_size = self.largest_wave = (wave_size + 1) // 2
+                continue
+            waves.append(wave)
+            part = part[len(noise.members) :]
+        fork.prefix.cache.finish()
         explored = {chunk: self._explored(chunk, [wave.trajectories[chunk] for wave in waves]) for chunk in waves[0].trajectories}
-        tails = torch.cat([wave.tails for wave in waves])
-        prefix_latents = self._joined(prefix.latents)
-        prefix.latents = list(prefix_latents.split(self.shape.chunk_frames[:pivot], dim=1)) if pivot else []  # no second copy
-        return Group(group, text, pivot, prefix, prefix_latents, tails, explored, branches.plan.rule or self.rule)
+        tails, history = torch.cat([wave.tails for wave in waves]), fork.prefix.history
+        assert history is not None
+        rule = branching.plan.rule or self.rule
+        return Group(group, fork.chunks[0], fork.prefix, history, tails, explored, rule, fork.switches, branching.kept)
 
     def _explored(self, chunk: int, waves: Sequence[Trajectory]) -> Explored:
         """Return a chunk of all waves' members as a group keeps it."""
@@ -92,18 +137,12 @@ class Engine(Streamer):
         )
         return Explored(self.steps_of(chunk), inputs, predictions)
 
-    def _joined(self, chunks: Sequence[Tensor]) -> Tensor:
-        """Return the frames of chunks [1, F, C, h, w] as one tensor, without frames where there is no chunk."""
-        if chunks:
-            return torch.cat(list(chunks), dim=1)
-        return torch.empty(1, 0, *self.shape.chunk(0)[1:], device=self.model.device)
-
-    def _try_finish(self, fork: Fork) -> Wave | None:
+    def _try_finish(self, fork: Fork, noise: MemberNoise) -> Wave | None:
         """Finish a wave as `_finish` does; return None if a wave of several branches ran out of memory, which is then free again."""
-        members = len(fork.noise.members)
+        members = len(noise.members)
         half = (members + 1) // 2
         try:
-            return self._finish(fork)
+            return self._finish(fork, noise)
         except torch.OutOfMemoryError as error:
             message = str(error).splitlines()[0]
             if self.model.ranks > 1:  # the other ranks wait in the middle of this pass
@@ -123,20 +162,22 @@ class Engine(Streamer):
             torch.cuda.empty_cache()
         return None
 
-    def _finish(self, fork: Fork) -> Wave:
+    def _finish(self, fork: Fork, noise: MemberNoise) -> Wave:
         """Complete the branches of one wave.
 
         The first wave takes the pages reserved for its tails; those after it take `tail_pages` for each branch of what it gave back.
         """
-        prefix, pivot, noise = fork.prefix, fork.chunks[0], fork.noise
+        prefix, pivot = fork.prefix, fork.chunks[0]
         with stage("fork"):
             initial = noise.initial(pivot)
-        stream = replace(prefix, cache=prefix.cache.fork(len(initial)), latents=list(prefix.latents))
+        stream = replace(prefix, cache=prefix.cache.fork(len(initial)), latents=list(prefix.latents), history=None)
         stream.cache.reserved = fork.tails[: len(initial)]
         try:
             stream.cache.reserve(fork.tail_pages)
             trajectories: dict[int, Trajectory] = {}
             for chunk in fork.chunks:
+                if chunk in fork.switches:
+                    self.switch_prompt(stream, fork.switches[chunk])
                 rule = noise.plan.rule if noise.is_own(chunk) else None
                 initial = initial if chunk == pivot else noise.initial(chunk)
                 trajectory = self.extend(stream, chunk, initial, noise, last=chunk == fork.chunks[-1], rule=rule)
@@ -144,27 +185,13 @@ class Engine(Streamer):
                     trajectories[chunk] = trajectory
         finally:
             stream.cache.release()
-        return Wave(trajectories, torch.cat(stream.latents[pivot:], dim=1))
-
-    def rebuild_prefix(self, text: Tensor, latents: Tensor) -> Stream:
-        """Return the context after the first chunks again, from their clean latents [1, F0, C, h, w], by clean passes only."""
-        stream = self.start(text)
-        chunks = list(accumulate(self.shape.chunk_frames, initial=0)).index(latents.shape[1])
-        try:
-            for index, chunk in enumerate(latents.split(self.shape.chunk_frames[:chunks], dim=1) if chunks else ()):
-                replaced = stream.cache.recomputed and index < chunks - 1  # by the context after the next chunk
-                self.append(stream, chunk, timestep=self.context_noise, last=replaced)
-        except BaseException:
-            stream.cache.release()
-            raise
-        stream.cache.finish()
-        return stream
+        return Wave(trajectories, torch.cat(stream.latents[len(prefix.latents) :], dim=1))
 
     @torch.no_grad()
     def bring_back(self, group: Group) -> None:
         """Move a group that was put away to the device, and make its context anew under the weights as they are."""
         group.move(self.model.device)
-        group.prefix = self.rebuild_prefix(group.text, group.prefix_latents)
+        group.prefix = self.rebuild(group.history)
 
     # Prediction
 
@@ -175,7 +202,7 @@ class Engine(Streamer):
             yield None
             return
         with torch.no_grad():
-            prefix = self.rebuild_prefix(group.text, group.prefix_latents)
+            prefix = self.rebuild(group.history)
         try:
             yield prefix
         finally:
@@ -183,7 +210,10 @@ class Engine(Streamer):
 
     def at_once(self, group: Group, chunk: int) -> int | None:
         """Return how many members' own contexts of a chunk the free pages hold; None: any number, since the chunk is the pivot."""
-        own_frames = sum(self.shape.chunk_frames[group.pivot : chunk])
+        starts = list(accumulate(self.shape.chunk_frames, initial=0))
+        own_frames = starts[chunk] - starts[group.pivot]
+        if any(first <= chunk for first in group.switches):  # then all that is seen is cached anew
+            own_frames = max(own_frames, visible_frames(self.cache, starts[chunk]))
         return max(1, self.pool.pages_free // own_frames) if own_frames else None
 
     @contextmanager
@@ -204,12 +234,15 @@ class Engine(Streamer):
         with ExitStack() as stack:
             cache = prefix.cache.fork(len(distinct))
             stack.callback(cache.release)
-            stream = replace(prefix, cache=cache, latents=list(prefix.latents))
-            own = [latents for number, latents in group.own_chunks(self.shape.chunk_frames).items() if number < chunk]
-            cache.reserve(sum(latents.shape[1] for latents in own))  # consecutive pages, as in the rollout
-            for latents in own:
+            stream = replace(prefix, cache=cache, latents=list(prefix.latents), history=None)
+            own = {number: latents for number, latents in group.own_chunks(self.shape.chunk_frames).items() if number < chunk}
+            cache.reserve(sum(latents.shape[1] for latents in own.values()))  # consecutive pages, as in the rollout
+            for number in range(group.pivot, chunk + 1):
                 with torch.no_grad():
-                    self.append(stream, latents[distinct], timestep=self.context_noise)
+                    if number in group.switches:
+                        self.switch_prompt(stream, group.switches[number])
+                    if number in own:
+                        self.append(stream, own[number][distinct], timestep=self.context_noise)
             if rows != list(range(len(distinct))):
                 stream.cache = cache.of(rows)
                 stack.callback(stream.cache.release)
@@ -229,6 +262,6 @@ class Engine(Streamer):
             stream.cache.make_room(frames)
             chunk_context = stream.cache.context(stream.frame, frames, keep=False)
             # The prompt is encoded again: with gradient, the adapters of the cross-attention keys and values learn too.
-            text = self.model.encode_text(group.text)
+            text = self.model.encode_text(group.text_of(samples.chunk))
             checkpoint = checkpoint and torch.is_grad_enabled()
             return predict(self.model, samples.x, samples.timesteps, samples.sigmas, text, chunk_context, checkpoint=checkpoint)

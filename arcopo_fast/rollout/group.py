@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from arcopo_fast.rollout.noise import GroupId, MemberNoise, NoisePlan
+from arcopo_fast.rollout.history import History
+from arcopo_fast.rollout.noise import GroupId, NoisePlan
 from arcopo_fast.rollout.sampler import StepRule, Steps, Trajectory
 from arcopo_fast.rollout.stream import Stream
 
@@ -24,6 +25,7 @@ class Branching:
         horizon: H, the chunks that they go on for after the pivot chunk; None: to the end of the video.
         part: make only these members; None: all.
         branches_per_wave: finish at most so many at once; less K/V memory, the same result within rounding. None: all.
+        kept: latent frames before the pivot that a group keeps with a window, at least; None: all of them.
     """
 
     members: int
@@ -31,6 +33,13 @@ class Branching:
     horizon: int | None = None
     part: range | None = None
     branches_per_wave: int | None = None
+    kept: int | None = None
+
+    @property
+    def wave_size(self) -> int:
+        """The branches that are finished at once, if the memory is enough."""
+        made = self.members if self.part is None else len(self.part)
+        return min(self.branches_per_wave or made, made)
 
     def chunks(self, pivot: int, of: int) -> range:
         """Return the chunks that a group which forks at `pivot` makes, of the video's."""
@@ -43,14 +52,14 @@ class Fork(NamedTuple):
     Attributes:
         prefix: the shared videos so far.
         chunks: numbers of the chunks that come next; the first one is the pivot.
-        noise: the noise of the wave's members.
+        switches: prompts [1, length, text_dim] by the chunk after the pivot that is the first to use them.
         tails: for each branch the pages set aside for its tail; the first wave takes them out of these lists.
         tail_pages: pages that a tail needs.
     """
 
     prefix: Stream
     chunks: range
-    noise: MemberNoise
+    switches: Mapping[int, Tensor]
     tails: list[list[int]]
     tail_pages: int
 
@@ -128,24 +137,48 @@ class Group:
     wait in host memory without them, see `put_away`.
 
     Attributes:
-        id: the name of the group, which keys its draws.
-        text: embedding of the prompt, [1, length, text_dim].
+        id: the name of its video, which keys the draws of its noises.
         pivot: the first chunk that is not shared, counted from 0.
         prefix: the context of the pivot chunk; None where its pages were given back.
-        prefix_latents: [1, F0, C, h, w] float32, before the pivot.
+        history: what the context was made of.
         tails: [G, F1, C, h, w] float32, from the pivot to the horizon; in a group out of a buffer the explored chunks' alone.
         explored: the pivot chunk and those after it in which the members have noises of their own, by number.
         rule: takes these chunks from step to step.
+        switches: prompts [1, length, text_dim] by the chunk after the pivot that is the first to use them.
+        kept: see `Branching`.
+        fork: number of the group among those of its video.
     """
 
     id: GroupId
-    text: Tensor
     pivot: int
     prefix: Stream | None
-    prefix_latents: Tensor
+    history: History
     tails: Tensor
     explored: dict[int, Explored]
     rule: StepRule
+    switches: Mapping[int, Tensor] = field(default_factory=dict)
+    kept: int | None = None
+    fork: int = 0
+
+    @property
+    def key(self) -> tuple[int | str, ...]:
+        """Name that keys the draws of its updates: that of its video and, of a later fork off the same video, its number."""
+        return (*self.id, "fork", self.fork) if self.fork else tuple(self.id)
+
+    @property
+    def text(self) -> Tensor:
+        """Embedding of the pivot chunk's prompt, [1, length, text_dim]."""
+        return self.text_of(self.pivot)
+
+    def text_of(self, chunk: int) -> Tensor:
+        """Return the embedding of the prompt of a chunk from the pivot on, [1, length, text_dim]."""
+        return next((text for first, text in sorted(self.switches.items(), reverse=True) if first <= chunk), self.history.prompt)
+
+    @property
+    def prefix_latents(self) -> Tensor:
+        """Latents before the pivot, [1, F0, C, h, w] float32: all, or the newest chunks that hold `kept` frames."""
+        chunks = [chunk.to(self.tails.device) for chunk in self.history.newest(self.kept)]
+        return torch.cat(chunks, dim=1) if chunks else self.tails[:1, :0]
 
     @property
     def size(self) -> int:
@@ -186,8 +219,9 @@ class Group:
         return chunks
 
     def videos(self) -> Tensor:
-        """Return the latents of every member, [G, F, C, h, w]."""
-        return torch.cat([self.prefix_latents.expand(self.size, *self.prefix_latents.shape[1:]), self.tails], dim=1)
+        """Return the latents of every member, [G, F, C, h, w], from the first one that is kept of the prefix on."""
+        prefix = self.prefix_latents
+        return torch.cat([prefix.expand(self.size, *prefix.shape[1:]), self.tails], dim=1)
 
     def release(self) -> None:
         """Give the prefix's pages back; once is enough."""
@@ -199,11 +233,11 @@ class Group:
         """Give the prefix's pages back, and wait in host memory until `Engine.bring_back`."""
         self.release()
         self.move("cpu")
+        self.history.move("cpu")
 
     def move(self, device: torch.device | str) -> None:
-        """Move the tensors to a device."""
-        for name in ("text", "prefix_latents", "tails"):
-            setattr(self, name, getattr(self, name).to(device))
+        """Move the tensors to a device, but for the history, of which only a rebuilt context needs anything."""
+        self.tails = self.tails.to(device)
         for explored in self.explored.values():
             explored.inputs, explored.predictions = explored.inputs.to(device), explored.predictions.to(device)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Iterator, Literal, Sequence
+from itertools import accumulate
+from typing import Iterator, Literal, Mapping, Sequence, TypeVar
 
 import torch
 from arcopo_kernels.paging import PagePool
@@ -20,10 +21,13 @@ from arcopo_fast.model.causal_wan import CausalWan, TextContext
 from arcopo_fast.rollout.cache import VideoCache, variant_of
 from arcopo_fast.rollout.decode import Reencoder
 from arcopo_fast.rollout.graphs import ChunkGraphs
+from arcopo_fast.rollout.history import Appended, History
 from arcopo_fast.rollout.noise import NoiseSource
 from arcopo_fast.rollout.sampler import StepRule, Steps, Trajectory
 from arcopo_fast.rollout.scheduler import Schedule
 from arcopo_fast.runtime.profiling import stage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,18 @@ class Stream:
     Attributes:
         cache: keys and values of the frames that they see.
         text: the prompts' keys and values.
-        latents: finished chunks [1 or B, F, C, h, w] float32.
+        latents: finished chunks [1 or B, F, C, h, w] float32, the newest ones.
         frame: number of the next frame to generate.
+        kept: with a window, `latents` holds at least so many frames, and those of the window; None: all of them.
+        history: of a single video that can be made anew; what is in `latents` no longer waits there in host memory.
     """
 
     cache: VideoCache
     text: TextContext
     latents: list[Tensor] = field(default_factory=list)
     frame: int = 0
+    kept: int | None = 0
+    history: History | None = None
 
 
 class Streamer:
@@ -176,6 +184,8 @@ class Streamer:
         """Add finished frames [1 or B, F, C, h, w] to every video and, unless nothing follows, cache what the next chunk sees."""
         stream.latents.append(latents)
         stream.frame += latents.shape[1]
+        if stream.history is not None:
+            stream.history.append(latents)
         if not last:
             stream.cache.after_chunk(stream, partial(self._clean_pass, stream, timestep))
 
@@ -189,6 +199,8 @@ class Streamer:
     def switch_prompt(self, stream: Stream, text: Tensor) -> None:
         """Go on with another prompt, [B, length, text_dim]."""
         stream.text = self.model.encode_text(text)
+        if stream.history is not None:
+            stream.history.switch(text)
         stream.cache.switch_prompt(stream, partial(self._clean_pass, stream, self.context_noise))
 
     def _clean_pass(self, stream: Stream, timestep: float, latents: Tensor, first_frame: int) -> None:
@@ -232,18 +244,61 @@ class Streamer:
         batch = len(stream.cache.tables)
         for latents in initial_latents:
             self.append(stream, latents.to(self.model.device, torch.float32))
-        pending = sorted((switches or {}).items())
+        placed = self.placed(switches or {}, first=stream.frame)
         for chunk in range(self.shape.chunks):
-            if pending and stream.frame >= pending[0][0]:
-                self.switch_prompt(stream, pending.pop(0)[1])
+            if chunk in placed:
+                self.switch_prompt(stream, placed[chunk])
             initial = noise.initial(chunk)
             initial = initial.expand(batch, *initial.shape[1:])
             trajectory = self.extend(stream, chunk, initial, noise, last=chunk == self.shape.chunks - 1)
             self._forget(stream)
             yield trajectory
 
+    def placed(self, switches: Mapping[int, T], *, first: int = 0) -> dict[int, T]:
+        """Return the prompts of {frame: prompt} by the chunk that is the first to use them: one that begins at the frame or after it.
+
+        Args:
+            first: number of the first chunk's first frame.
+        """
+        pending = sorted(switches)
+        starts = accumulate(self.shape.chunk_frames[:-1], initial=first)
+        return {chunk: switches[pending.pop(0)] for chunk, start in enumerate(starts) if pending and start >= pending[0]}
+
     def _forget(self, stream: Stream) -> None:
-        """Drop the chunks that lie entirely before the window: neither a prompt switch nor a recomputed context reaches further back."""
-        window = self.cache.window
-        while window is not None and sum(chunk.shape[1] for chunk in stream.latents[1:]) >= window:
+        """Drop the chunks that lie entirely before the window: neither a prompt switch nor a recomputed context reaches further back.
+
+        What a stream with a history needs of them to be made anew waits in host memory.
+        """
+        if self.cache.window is None or stream.kept is None:
+            return
+        frames = max(self.cache.window, stream.kept)
+        while sum(chunk.shape[1] for chunk in stream.latents[1:]) >= frames:
             del stream.latents[0]
+        if stream.history is not None:
+            stream.history.trim(stream.cache.replay(stream.history.events), stream.kept)
+            stream.history.move("cpu", before=stream.frame - sum(chunk.shape[1] for chunk in stream.latents))
+
+    # Made anew
+
+    def rebuild(self, history: History) -> Stream:
+        """Return a video in the making again, from what happened to it, by the clean passes that are needed for its keys and values."""
+        stream = self.start(history.text)
+        stream.kept = None if stream.cache.recomputed else 0
+        try:
+            for event, cached in stream.cache.replay(history.events):
+                if isinstance(event, Appended):
+                    stream.frame = event.frame
+                    self.append(stream, event.latents.to(self.model.device), timestep=self.context_noise, last=not cached)
+                    self._forget(stream)
+                else:
+                    self.switch_prompt(stream, event.text.to(self.model.device))
+        except BaseException:
+            stream.cache.release()
+            raise
+        stream.cache.finish()
+        return stream
+
+    def rebuild_prefix(self, text: Tensor, latents: Tensor) -> Stream:
+        """Return the context after the first chunks of a video with one prompt again, from their clean latents [1, F0, C, h, w]."""
+        chunks = list(accumulate(self.shape.chunk_frames, initial=0)).index(latents.shape[1])
+        return self.rebuild(History.of(text, latents.split(self.shape.chunk_frames[:chunks], dim=1) if chunks else ()))

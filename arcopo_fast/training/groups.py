@@ -27,6 +27,7 @@ from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.cache import variant_of
 from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.group import Explored, Group
+from arcopo_fast.rollout.history import History
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, keyed_rng
 from arcopo_fast.rollout.stream import VideoShape
 from arcopo_fast.runtime.distributed import World
@@ -282,12 +283,13 @@ def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objec
             explored[chunk] = Explored(engine.steps_of(chunk), *(entry.tensors[name].to(device) for name in names))
     tails = torch.cat([part.predictions[-1] for part in explored.values()], dim=1)
     latents = entry.tensors["prefix"][None].to(device) if pivot else tails[:1, :0]
+    history = History.of(text, latents.split(engine.shape.chunk_frames[:pivot], dim=1) if pivot else ())
     with adapter_disabled(engine.model):
-        prefix = engine.rebuild_prefix(text, latents)
+        prefix = engine.rebuild(history)
     try:
         name = GroupId(about["seed"], about["iteration"], about["group"])
         rule = objective.noise_plan(0.0).rule or engine.rule
-        group = Group(name, text, pivot, prefix, latents, tails, explored, rule)
+        group = Group(name, pivot, prefix, history, tails, explored, rule)
         return JudgedGroup(group, prompt, {name: entry.tensors[REWARD + name] for name in scores})
     except BaseException:
         prefix.cache.release()

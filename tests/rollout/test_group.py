@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arcopo_fast.rollout.group import Explored, Group, Samples
+from arcopo_fast.rollout.history import History
 from arcopo_fast.rollout.noise import GroupId
 from arcopo_fast.rollout.sampler import StepRule, Steps
 
@@ -24,7 +25,8 @@ def group_of(tail: int) -> Group:
     pair = torch.randn(2, len(STEPS), MEMBERS, CHUNKS[PIVOT], 2, 3, 3)
     latents, tails = torch.randn(1, CHUNKS[0], 2, 3, 3), torch.randn(MEMBERS, tail, 2, 3, 3)
     explored = {PIVOT: Explored(STEPS, *pair)}
-    return Group(GroupId(7), torch.randn(1, 5, 10), PIVOT, prefix, latents, tails, explored, StepRule("consistency"))
+    history = History.of(torch.randn(1, 5, 10), [latents])
+    return Group(GroupId(7), PIVOT, prefix, history, tails, explored, StepRule("consistency"))
 
 
 def test_samples_of_the_pivot_are_what_the_rollout_had_there() -> None:
