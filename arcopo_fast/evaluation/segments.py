@@ -30,6 +30,7 @@ from arcopo_fast.evaluation.few_steps import ACUTANCE
 from arcopo_fast.evaluation.judging import Judging
 from arcopo_fast.evaluation.looks import MOTION, SIDE, motion_and_detail
 from arcopo_fast.evaluation.sharpness import acutance
+from arcopo_fast.evaluation.windows import Part, View, parts
 from arcopo_fast.model.sizes import VAESizes
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.engine import Engine
@@ -116,7 +117,7 @@ def judge_segments(
     placed = [prompt.at_chunks(starts) for prompt in prompts]
     texts = {start: generator.encode_text([prompt[start].for_generator for prompt in placed]) for start in placed[0]}
     noise = StackedNoise([KeyedNoise(engine.shape, GroupId(config.evaluation.seed, group=group)) for group in groups])
-    at_once = judging.at_once or len(prompts)
+    at_once, shortest = judging.at_once or len(prompts), config.video.chunk_frames
     rows = [slice(start, start + at_once) for start in range(0, len(prompts), at_once)]
     states = [judging.decoder.start() for _ in rows]
     first_pictures: dict[int, Tensor] = {}
@@ -124,36 +125,18 @@ def judge_segments(
     try:
         chunks = engine.stream(stream, noise, switches={start: text for start, text in texts.items() if start})
         for number, latents in enumerate(_cut((chunk.predictions[-1] for chunk in chunks), segments.latent_frames)):
-            first = number * segments.latent_frames
-            parts = parts_of([*texts], first, first + segments.latent_frames, config.video.chunk_frames)
+            span = range(number * segments.latent_frames, (number + 1) * segments.latent_frames)
+            own = [parts(span, {start: prompt.text for start, prompt in by_start.items()}, shortest) for by_start in placed]
             for index, part in enumerate(rows):
                 with profiling.stage("decode"), judging.at_work(judging.decoder.vae):
                     frames, states[index] = judging.decoder.decode(latents[part], states[index])
-                shown = [(end - begin, [prompt[start].text for prompt in placed[part]]) for begin, end, start in parts]
-                scores = _judge_parts(judging, rewards, frames, shown)
+                scores = _judge_parts(judging, rewards, frames, own[part])
                 picture = mean_pictures(frames)
                 similar = similarity(picture, first_pictures.setdefault(index, picture))
                 yield part, frames, scores | measures(frames) | {SIMILARITY: similar}
                 del frames  # the next ones need the memory
     finally:
         stream.cache.release()
-
-
-def parts_of(changes: Sequence[int], first: int, last: int, shortest: int) -> list[tuple[int, int, int]]:
-    """Return the parts [begin, end) of latent frames [first, last), each with the change of prompt that counts there.
-
-    A part of less than `shortest` frames at one of the ends joins its neighbor.
-
-    Args:
-        changes: the frames from which on prompts count, the first of them 0.
-    """
-    bounds = [first, *(frame for frame in changes if first < frame < last), last]
-    parts = [(begin, end, max(frame for frame in changes if frame <= begin)) for begin, end in pairwise(bounds)]
-    if len(parts) > 1 and parts[0][1] - first < shortest:
-        parts[:2] = [(first, *parts[1][1:])]
-    if len(parts) > 1 and last - parts[-1][0] < shortest:
-        parts[-2:] = [(parts[-2][0], last, parts[-2][2])]
-    return parts
 
 
 def _cut(chunks: Iterable[Tensor], length: int) -> Iterator[Tensor]:
@@ -167,23 +150,19 @@ def _cut(chunks: Iterable[Tensor], length: int) -> Iterator[Tensor]:
             yield latents[:, :length]
 
 
-def _judge_parts(
-    judging: Judging, rewards: Mapping[str, Reward], frames: Tensor, parts: Sequence[tuple[int, Sequence[str]]]
-) -> dict[str, Tensor]:
-    """Return the means of the scores of a segment's parts, weighted by their latent frames.
+def _judge_parts(judging: Judging, rewards: Mapping[str, Reward], frames: Tensor, own: Sequence[Sequence[Part]]) -> dict[str, Tensor]:
+    """Return the scores of a segment, means over its parts, weighted by their latent frames.
 
-    Args:
-        parts: the latent frames of each part, and every video's prompt there.
+    own: the parts of each video; those of all lie alike.
     """
-    latents = sum(length for length, _ in parts)
-    factor = VAESizes.from_config(judging.decoder.vae.config).pixel_frames(2) - 1
+    lengths = [part.frames for part in own[0]]
+    segment = View(range(lengths[0].start, lengths[-1].stop), 0, ())
     total: dict[str, Tensor] = {}
-    last = frames.shape[1]
-    for length, prompts in reversed(parts):  # from the end: what a video's first latent lacks in frames is missing at the begin
-        first = max(0, last - factor * length)
-        ((_, scores),) = judging.judge(rewards, [frames[:, first:last].contiguous()], prompts)
-        total = {name: length / latents * values + total.get(name, 0.0) for name, values in scores.items()}
-        last = first
+    for place, latents in enumerate(lengths):
+        seen = frames[:, segment.pixels(latents, judging.decoder.factor)].contiguous()
+        ((_, scores),) = judging.judge(rewards, [seen], [of_video[place].prompt or "" for of_video in own])
+        share = len(latents) / len(segment.frames)
+        total = {name: share * values + total.get(name, 0.0) for name, values in scores.items()}
     return total
 
 

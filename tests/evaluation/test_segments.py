@@ -30,7 +30,7 @@ from arcopo_fast.evaluation.adapters import Adapted
 from arcopo_fast.evaluation.drift import FIGURES, MEASURES, courses, figures
 from arcopo_fast.evaluation.evaluator import batches
 from arcopo_fast.evaluation.scores import BASE, ScoreDirectory, Scores, Video
-from arcopo_fast.evaluation.segments import Segments, judge_segments, mean_pictures, measures, parts_of, similarity
+from arcopo_fast.evaluation.segments import Segments, judge_segments, mean_pictures, measures, similarity
 from arcopo_fast.model.families import SIZES
 from arcopo_fast.model.lora import BLOCK_TARGETS, adapter_parameters, add_lora, save_adapter
 from arcopo_fast.model.sizes import GeneratorSizes, VAESizes
@@ -434,10 +434,3 @@ def test_other_lengths_are_another_evaluation(judged: Path, capsys: pytest.Captu
         assert status == 2 and part in said[-1], said
     status, said, _ = command(capsys, *RECIPE, "--out", judged)
     assert status == 2 and "segments.latent_frames: nothing here, 4 there" in said[-1], said
-
-
-def test_parts_of_a_segment() -> None:
-    assert parts_of([0], 4, 8, 3) == [(4, 8, 0)]
-    assert parts_of([0, 6], 4, 12, 2) == [(4, 6, 0), (6, 12, 6)]
-    assert parts_of([0, 6], 4, 12, 3) == [(4, 12, 6)], "a short one at the begin joins the next"
-    assert parts_of([0, 6, 11], 3, 12, 3) == [(3, 6, 0), (6, 12, 6)], "and one at the end the one before"
