@@ -121,10 +121,7 @@ def _change_table(changes: Sequence[Change]) -> str:
             kind = change.kind
             label = {"total": "Weighted sum", "trained": "Rewards, trained on", "held out": "Held out"}[kind]
             rows.append(f'<tr class="group"><th colspan="5" scope="rowgroup">{label}</th></tr>')
-        rows.append(
-            f'<tr><th scope="row">{escape(change.name)}{_left_out(change)}</th>'
-            f"{change_cells(change)}</tr>"
-        )
+        rows.append(f'<tr><th scope="row">{escape(change.name)}{_left_out(change)}</th>{change_cells(change)}</tr>')
     return table(["", "before", "after", "change", "in std"], rows)
 
 

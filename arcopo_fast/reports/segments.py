@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from html import escape
 from itertools import groupby
 from typing import Any
@@ -30,7 +31,7 @@ from arcopo_fast.evaluation.few_steps import ACUTANCE
 from arcopo_fast.evaluation.looks import MOTION
 from arcopo_fast.reports.charts import Spread, line_chart
 from arcopo_fast.reports.html import chip, figures, legend, page, section, table
-from arcopo_fast.reports.table import brackets, interval_change, markdown_table, plain, signed
+from arcopo_fast.reports.table import brackets, change_digits, interval_change, markdown_table, plain, signed
 
 COLUMNS = {FIRST: "first segment", LAST: "last", DRIFT: "drift", SLOPE: "slope per minute", WORST: "worst segment"}
 NOTE = (
@@ -164,11 +165,14 @@ def _table(courses: Sequence[Course], names: Sequence[str], *, differences: bool
             head = (chip(names.index(course.generator)) if len(names) > 1 else "") + escape(course.generator)
             left_out = f" <small>({course.failed} left out)</small>" if course.failed and not differences else ""
             rows.append(f'<tr><th scope="row">{head}{left_out}</th>{"".join(cells)}</tr>')
-    return table(["", *COLUMNS.values()], rows, style="series")
+    return table(["", *COLUMNS.values()], rows, style="series narrow")
 
 
 def _cell(interval: Interval, course: Course, *, changed: bool) -> str:
-    """Return a cell; of a change that is shown, in the color of better or worse where there is one."""
-    shown = signed if changed else plain
-    good = interval.direction * MEASURES.get(course.name, 1) if changed else 0
-    return f'<td class="{("", "up", "down")[good]}">{shown(interval.mean)}<br><small>{brackets(interval, shown)}</small></td>'
+    """Return a cell; a change that is shown has the color of better or worse where there is one, any other the mark of none."""
+    if not changed:
+        return f"<td>{plain(interval.mean)}<br><small>{brackets(interval)}</small></td>"
+    shown = partial(signed, digits=change_digits(interval))
+    mark = "" if interval.direction or not math.isfinite(interval.low) else " ≈"
+    good = interval.direction * MEASURES.get(course.name, 1)
+    return f'<td class="{("", "up", "down")[good]}">{shown(interval.mean)}{mark}<br><small>{brackets(interval, shown)}</small></td>'

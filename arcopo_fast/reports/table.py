@@ -56,8 +56,11 @@ def interval_change(interval: Interval) -> str:
     """Return a change with its interval, and a mark where none was shown."""
     if not math.isfinite(interval.low):
         return f"{signed(interval.mean)} (one prompt: no interval)"
-    # As many digits as tell the interval from 0: three, or more where all of it is smaller than that shows.
-    largest = max(abs(interval.low), abs(interval.high))
-    digits = 3 if largest == 0 else min(9, max(3, 1 - math.floor(math.log10(largest))))
-    shown = partial(signed, digits=digits)
+    shown = partial(signed, digits=change_digits(interval))
     return f"{shown(interval.mean)} {brackets(interval, shown)}{'' if interval.direction else ' ≈'}"
+
+
+def change_digits(interval: Interval) -> int:
+    """Return as many digits as tell an interval from 0: three, or more where all of it is smaller than that shows."""
+    largest = max(abs(interval.low), abs(interval.high))
+    return min(9, max(3, 1 - math.floor(math.log10(largest)))) if 0 < largest < math.inf else 3
