@@ -48,7 +48,10 @@ def poor(*settings: str) -> dict[str, str]:
     return {finding.subject: finding.detail for finding in found if finding.forecast and not finding.holds}
 
 
-@pytest.mark.parametrize("settings", [[], ["generator.dtype=bfloat16"], ["rollout.pivot=1", "objective.micro_batch=3"]])
+WINDOWS = ["rollout.horizon=1", "judge.windows={near: {chunks: [0, 0], before: 1}, far: {chunks: [0, 1], weight: 0.5, rewards: [toy_mq]}}"]
+
+
+@pytest.mark.parametrize("settings", [[], ["generator.dtype=bfloat16"], ["rollout.pivot=1", "objective.micro_batch=3"], WINDOWS])
 def test_it_holds(settings: list[str]) -> None:
     assert failures(*settings) == set()
 
