@@ -61,7 +61,7 @@ def one_iteration(trainer: Trainer, watch: LearningWatch, iteration: int) -> dic
             judged = trainer.groups.judged(iteration, index)
             stack.enter_context(judged.group)
             own.append(judged.outcome(index, config))
-            updates.learn(index, judged.group, own[-1].advantages)
+            updates.learn(index, judged.group, own[-1].advantages, judged.weighted(config))
             if len(trainer.own_groups) > 1:
                 judged.group.put_away()  # memory is that of one group
         outcomes = trainer.everybodys(own)

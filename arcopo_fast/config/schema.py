@@ -134,6 +134,7 @@ class Config(Section):
             raise ValueError(f"reward_servers.addresses has {strangers[0]!r}, which is not among the rewards {', '.join(self.rewards)}")
         objective.check_group(rollout.group_size)
         self._check_windows()
+        objective.check_rewards(self.score_weights)
         return self
 
     def _check_windows(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -290,7 +290,9 @@ class JudgeConfig(Section):
 class ObjectiveSettings(Section):
     """The learning of the policy from its groups: the part that all objectives share."""
 
-    kind: str = Field("copo", description="copo: AR-CoPO; sde_grpo: the baseline; or the dotted name of a module with an objective")
+    kind: str = Field(
+        "copo", description="copo: AR-CoPO; sde_grpo: the baseline; nft: Astrolabe; or the dotted name of a module with an objective"
+    )
     updates: Positive = Field(2, description="optimizer steps of an iteration")
     context: Literal["rollout", "recompute"] = Field(
         "rollout", description="h_{p-1}, the context of the pivot chunk: the rollout's, or recomputed with the new weights"
@@ -310,6 +312,13 @@ class ObjectiveSettings(Section):
 
     def check_group(self, size: int) -> None:
         """Raise ValueError if groups of `size` members do not do."""
+
+    def check_rewards(self, weights: Mapping[str, float]) -> None:
+        """Raise ValueError if rewards with these weights, by name, do not do."""
+
+    def risks(self, group_size: int, chunk_frames: int) -> list[str]:
+        """Return what is known to do harm in these settings, each in a sentence; a run warns of it."""
+        return []
 
     def off_policy(self) -> ObjectiveSettings:
         """Return the settings for `train.mode: off_policy`: without a clip where there is one."""

@@ -28,6 +28,7 @@ from arcopo_fast.storage.metrics import Chart
 if TYPE_CHECKING:  # a recipe is read without the engine
     from arcopo_fast.rollout.engine import Engine
     from arcopo_fast.rollout.group import Group, Samples
+    from arcopo_fast.rollout.noise import GroupId
     from arcopo_fast.rollout.stream import Stream
 
 S = TypeVar("S", bound=ObjectiveSettings)
@@ -68,9 +69,19 @@ class Objective(ABC, Generic[S]):
         self.batching = Batching(settings.micro_batch, settings.checkpoint, divided=engine.model.ranks > 1)
 
     @property
+    def acting(self) -> str:
+        """Name of the policy that makes groups."""
+        return "live"
+
+    @property
     def maker(self) -> str:
-        """Name of the policy that made the groups: the live one as it was before the iteration's first step, or the base."""
-        return "reference" if self.reference else "rollout"
+        """Name of the policy that made the groups: the live one as it was before the iteration's first step, the base, or another."""
+        return "reference" if self.reference else "rollout" if self.acting == "live" else self.acting
+
+    @property
+    def evaluated(self) -> str:
+        """Name of the policy that a run evaluates and leaves behind."""
+        return "live"
 
     # What an objective decides
 
@@ -98,8 +109,21 @@ class Objective(ABC, Generic[S]):
     def begin(self) -> None:
         """Prepare policies of its own for the updates of an iteration."""
 
-    def end(self) -> None:
-        """Move policies of its own after the updates of an iteration."""
+    @property
+    def waits(self) -> bool:
+        """Whether the first update, too, waits until all groups of the iteration are judged, see `compare`."""
+        return False
+
+    def compare(self, rewards: Mapping[GroupId, Mapping[str, Tensor]]) -> None:
+        """Take note of the scores [G] by name of all groups that are learned from, on all ranks, before the first update that waits."""
+
+    def end(self, statistics: Mapping[str, float]) -> Mapping[str, float]:
+        """Move policies of its own after the updates of an iteration, given its statistics, the same on all ranks.
+
+        Returns:
+            What metrics.jsonl says of them.
+        """
+        return {}
 
     @abstractmethod
     def target(self, group: Group, advantages: Tensor) -> Any:
@@ -130,6 +154,16 @@ class Objective(ABC, Generic[S]):
         """Return the most samples of a group's chunk that one update trains, for a sampler of `steps` steps; the planner asks."""
         return steps * group_size
 
+    @classmethod
+    def states_per_chunk(cls, settings: Any, steps: int) -> int:
+        """Return the latents that a group holds of each explored chunk of a member, besides the finished one; the planner asks."""
+        return 2 * steps
+
+    @classmethod
+    def kept_policies(cls, settings: Any) -> int:
+        """Return the copies of the adapter that it holds besides the one that learns; the planner asks."""
+        return 1
+
     # Common to all objectives
 
     def update(self, groups: Sequence[tuple[Group, Tensor]], stepper: Stepper, *, draw: tuple[int | str, ...] = ()) -> dict[str, float]:
@@ -145,7 +179,7 @@ class Objective(ABC, Generic[S]):
             return updates.finish()
 
     def predict_known(self, policy: str, group: Group, samples: Samples, context: Stream) -> Tensor:
-        """Return x0hat of samples under a policy that is compared, which is in place; an objective may know it already."""
+        """Return x0hat of samples under a policy that is compared, which is in place; an objective may know it already, or not need it."""
         return self.engine.predict(group, samples, context=context)
 
     # What a checkpoint keeps

@@ -74,12 +74,14 @@ class Lesson(NamedTuple):
         group: may be put away.
         advantages: [G] float64.
         counts: a reward of it varies.
+        rewards: scores [G] by name.
     """
 
     number: int
     group: Group
     advantages: Tensor
     counts: bool
+    rewards: Mapping[str, Tensor]
 
 
 class _Statistics(NamedTuple):
@@ -100,6 +102,7 @@ class Updates:
                 group.put_away()                             where the next one needs the room
             statistics = updates.finish()                    its step, then the later updates
 
+    An objective that compares all groups of the iteration lets the first update wait for `finish`, too.
     Groups stay their owner's, who releases them.
 
     Args:
@@ -131,7 +134,7 @@ class Updates:
 
     def __enter__(self) -> Updates:
         self.stepper.optimizer.zero_grad(set_to_none=True)
-        if not self.objective.reference:
+        if self.objective.maker == "rollout":
             self.policies.keep("rollout")
         self.objective.begin()
         return self
@@ -140,12 +143,13 @@ class Updates:
         self.policies.drop("rollout")
         self.stepper.optimizer.zero_grad(set_to_none=True)
 
-    def learn(self, number: int, group: Group, advantages: Tensor) -> None:
+    def learn(self, number: int, group: Group, advantages: Tensor, rewards: Mapping[str, Tensor] | None = None) -> None:
         """Take a group's gradient for the first update. A group whose members all have the advantage 0 contributes nothing.
 
         Args:
             number: of the group among those of all ranks; it orders what is logged.
             advantages: [G].
+            rewards: scores [G] by name of what is trained on, more is better, for an objective that compares all groups.
 
         Raises:
             UserError: not even one sample at a time, with checkpointing, fits the device's memory.
@@ -153,9 +157,10 @@ class Updates:
         counts = bool(advantages.any())
         self.without_variance += not counts
         if counts or self.lockstep:
-            self.lessons.append(Lesson(number, group, advantages, counts))
-            with stage("replay"):
-                self._learn(self.lessons[-1], 0)
+            self.lessons.append(Lesson(number, group, advantages, counts, rewards or {}))
+            if not self.objective.waits:
+                with stage("replay"):
+                    self._learn(self.lessons[-1], 0)
 
     def finish(self) -> dict[str, float]:
         """Do the first update's step and all later updates; return the iteration's statistics, the same on every rank.
@@ -167,9 +172,13 @@ class Updates:
         """
         leads = self.team.is_main  # of the ranks that share a group one speaks
         groups = round(self.world.total(sum(lesson.counts for lesson in self.lessons) * leads))
-        logged: dict[str, list[float]] = {}
+        waits, logged = self.objective.waits, dict[str, list[float]]()
+        if waits:
+            told = {lesson.group.id: lesson.rewards for lesson in self.lessons if lesson.counts and leads}
+            everything = {name: rewards for rank in self.world.gathered(told) for name, rewards in rank.items()}
+            self.objective.compare({name: everything[name] for name in sorted(everything)})
         for update in range(self.objective.settings.updates if groups else 0):
-            if update:
+            if update or waits:
                 with stage("replay"):
                     for lesson in self.lessons:
                         with self._brought_back(lesson.group):
@@ -177,10 +186,10 @@ class Updates:
             self.sum.give(self.world, groups)
             for name, value in self._step(update).items():
                 logged.setdefault(name, []).append(float(value))
-        if groups:
-            self.objective.end()
         means = self._summaries() | {name: sum(values) / len(values) for name, values in logged.items()}
         means["steps"] = sum(logged.get("steps", []), 0.0)
+        if groups:
+            means |= self.objective.end(means)
         return means | {"zero_variance_groups": self.world.total(float(self.without_variance * leads))}
 
     @contextmanager
@@ -247,13 +256,16 @@ class Updates:
         """Accumulate the gradient of one chunk's samples, micro-batch by micro-batch; return the statistics of each."""
         objective, parts = self.objective, self._micro_batches(group, samples)
         compared = objective.compared()
-        moved = {name: self._predictions(name, group, parts) for name in compared if name == "reference" or name not in unmoved}
+        moved = [name for name in compared if name == "reference" or name not in unmoved]
+        apart = self.objective.settings.context == "recompute"  # then every policy makes the context anew for itself
+        ahead = {name: self._predictions(name, group, parts) for name in moved if apart}
         statistics = []
         with self._prefix(group) as prefix:
             for index, part in enumerate(parts):
                 with self._context(group, part, prefix) as context:
+                    known = {name: ahead[name][index] if apart else self._prediction(name, group, part, context) for name in moved}
                     live = self.engine.predict(group, part, context=context, checkpoint=self.batching.checkpoint)
-                    predictions = {name: moved[name][index] if name in moved else live.detach() for name in compared}
+                    predictions = {name: known[name] if name in known else live.detach() for name in compared}
                     loss = objective.loss(group, target, part, live, predictions)
                     if unmoved and len(unmoved) == len(predictions):
                         objective.check_unmoved(loss.statistics)
@@ -266,8 +278,14 @@ class Updates:
         return samples.split(size)
 
     @torch.no_grad()
+    def _prediction(self, policy: str, group: Group, part: Samples, context: Stream) -> Tensor:
+        """Return x0hat of samples under a policy that is compared, in the context that the live policy sees."""
+        with self.policies.as_(policy):
+            return self.objective.predict_known(policy, group, part, context)
+
+    @torch.no_grad()
     def _predictions(self, policy: str, group: Group, parts: Sequence[Samples]) -> list[Tensor]:
-        """Return x0hat of each part under a policy that is compared."""
+        """Return x0hat of each part under a policy that is compared, in contexts of its own."""
         predictions = []
         with self.policies.as_(policy), self._prefix(group) as prefix:
             for part in parts:

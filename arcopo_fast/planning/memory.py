@@ -149,9 +149,10 @@ def _at_work(config: Config, *working: str) -> tuple[str, ...]:
 def _kept(config: Config, sizes: GeneratorSizes, ranks: int) -> Estimate:
     """Count what outlives a stage: weights, adapters, the pool, and what a group keeps from its rollout to its update.
 
-    A group keeps the inputs and predictions of the pivot's T steps, 2 T chunks a member (twice while its waves are joined), and all its
-    chunks, or on a buffer the prefix's. An update holds the old predictions of one group's pairs, a chunk each. The old policy of groups of
-    its own is a copy of the adapter; while it is asked, another one keeps the live policy.
+    A group keeps the inputs and predictions of the T steps of chunks that explore, 2 T chunks a member where the method needs them (twice
+    while its waves are joined), and all its chunks, or on a buffer the prefix's. An update holds the old predictions of one group's pairs,
+    a chunk each. The old policy of groups of its own is a copy of the adapter, and a method may keep others; while one is asked, another
+    one keeps the live policy.
     """
     model, branches = sizes.transformer, config.rollout.wave_size
     shape, buffered = _shape(config, sizes), config.train.buffer is not None
@@ -164,7 +165,9 @@ def _kept(config: Config, sizes: GeneratorSizes, ranks: int) -> Estimate:
     worst = _worst_plan(config, sizes)
     tails = pages - (1 + (config.objective.context == "recompute")) * full_video if buffered else branches * worst.tail
     copies, old_predictions = (1, 1) if buffered else (2, int(updates > 1))
-    stored = copies * group * 2 * _steps(config) + (shape.chunks if buffered else group * chunks + shape.chunks - chunks)
+    kind = objective_class(config.objective.kind)
+    stored = copies * group * _states(config, sizes) + (shape.chunks if buffered else group * chunks + shape.chunks - chunks)
+    others = kind.kept_policies(config.objective) - 1
     return Estimate(
         {
             **_weights(config, model, ranks),
@@ -172,6 +175,7 @@ def _kept(config: Config, sizes: GeneratorSizes, ranks: int) -> Estimate:
             "optimizer and gradients": 3 * adapters,  # two moments
             **({"sum of the groups' gradients, float64": 2 * adapters} if summed else {}),
             **({} if buffered else {"the old policy": 2 * adapters}),
+            **({"other policies": others * adapters} if others else {}),
             "keys and values of the prefix": (pages - tails) * _page_bytes(config, sizes),
             f"keys and values of {'evaluations' if buffered else 'the branches'}": tails * _page_bytes(config, sizes),
             "keys and values of the text": _text_bytes(config, sizes),
@@ -285,8 +289,7 @@ def waiting_bytes(config: Config, sizes: GeneratorSizes, ranks: int = 1) -> int:
     groups, members = ceil(config.rollout.prompts_per_iteration / spread(config, ranks).teams), config.rollout.group_size
     shape, model = _shape(config, sizes), sizes.transformer
     made, videos = _branch_chunks(config, sizes), 1 if config.train.buffer is not None else members
-    explored = min(objective_class(config.objective.kind).explored_chunks(config.objective) or made, made)
-    latents = 2 * _steps(config) * members * explored + videos * made + shape.chunks - made
+    latents = members * _states(config, sizes) + videos * made + shape.chunks - made
     group = latents * _chunk(shape) + 4 * model.text_len * model.text_dim
     return groups * group if groups > 1 else 0
 
@@ -295,6 +298,12 @@ def _branch_chunks(config: Config, sizes: GeneratorSizes) -> int:
     """Return the most chunks that a branch makes."""
     chunks, horizon = _shape(config, sizes).chunks, config.rollout.horizon
     return chunks if horizon is None else min(horizon + 1, chunks)
+
+
+def _states(config: Config, sizes: GeneratorSizes) -> int:
+    """Return the chunks of latents that a group keeps of each member's explored chunks, besides the finished ones."""
+    kind, made = objective_class(config.objective.kind), _branch_chunks(config, sizes)
+    return kind.states_per_chunk(config.objective, _steps(config)) * min(kind.explored_chunks(config.objective) or made, made)
 
 
 def _chunk(shape: VideoShape) -> int:

@@ -193,7 +193,8 @@ def _heading(config: Config, sizes: GeneratorSizes, ranks: int) -> list[str]:
         lines.insert(1, f"{ranks} ranks in {teams} team{'s' * (teams > 1)}{shared}: everything below is of one rank, of one device.")
     elif config.generator.shard:
         lines.insert(1, "generator.shard divides the weights among the ranks of a job: give their number with --ranks. One rank has all.")
-    return lines
+    risks = config.objective.risks(config.rollout.group_size, config.video.chunk_frames)
+    return lines + [f"Beware: {risk}." for risk in risks]
 
 
 def _table(columns: dict[str, Plan | str]) -> list[str]:

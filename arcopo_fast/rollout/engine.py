@@ -181,7 +181,7 @@ class Engine(Streamer):
                 rule = noise.plan.rule if noise.is_own(chunk) else None
                 initial = initial if chunk == pivot else noise.initial(chunk)
                 trajectory = self.extend(stream, chunk, initial, noise, last=chunk == fork.chunks[-1], rule=rule)
-                if noise.is_own(chunk):
+                if noise.is_own(chunk) and noise.plan.keep == "trajectory":
                     trajectories[chunk] = trajectory
         finally:
             stream.cache.release()

@@ -141,8 +141,10 @@ class Group:
         pivot: the first chunk that is not shared, counted from 0.
         prefix: the context of the pivot chunk; None where its pages were given back.
         history: what the context was made of.
-        tails: [G, F1, C, h, w] float32, from the pivot to the horizon; in a group out of a buffer the explored chunks' alone.
-        explored: the pivot chunk and those after it in which the members have noises of their own, by number.
+        tails: [G, F1, C, h, w] float32, from the pivot to the horizon; in a group out of a buffer the explored chunks' alone, where there
+            are any.
+        explored: the pivot chunk and those after it in which the members have noises of their own, by number; empty where the plan keeps
+            only finished chunks.
         rule: takes these chunks from step to step.
         switches: prompts [1, length, text_dim] by the chunk after the pivot that is the first to use them.
         kept: see `Branching`.
@@ -183,7 +185,7 @@ class Group:
     @property
     def size(self) -> int:
         """Number of members, G."""
-        return self.inputs.shape[1]
+        return len(self.tails)
 
     @property
     def steps(self) -> Steps:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Iterable, NamedTuple, Protocol, Sequence
+from typing import TYPE_CHECKING, Iterable, Literal, NamedTuple, Protocol, Sequence
 
 import numpy as np
 import torch
@@ -107,11 +107,13 @@ class NoisePlan:
         initial: strength sigma of the members' own initial noise; 0: shared, 1: a fresh one for each.
         rule: each member draws noise of its own at every step, through this rule; None: the sampler's rule, with shared draws.
         chunks: number of chunks for which noises are the members' own; None: all that the branches make.
+        keep: what the group holds of these chunks besides the finished ones: "trajectory": x_t and x0hat of every step; "clean": nothing.
     """
 
     initial: float
     rule: StepRule | None = None
     chunks: int | None = 1
+    keep: Literal["trajectory", "clean"] = "trajectory"
 
 
 @dataclass(frozen=True)

@@ -118,11 +118,11 @@ class Streamer:
         self.reencoder = reencoder
         self.rule = StepRule(sampler.kind)
         self.context_noise = sampler.context_noise
-        schedule = Schedule(sampler.shift)
-        self.steps = Steps.from_schedule(schedule, sampler.steps, warp=sampler.warp)
+        self.schedule, self.sampler = Schedule(sampler.shift), sampler
+        self.steps = Steps.from_schedule(self.schedule, sampler.steps, warp=sampler.warp)
         self.first_steps = self.steps
         if sampler.first_chunk_steps is not None:
-            self.first_steps = Steps.from_schedule(schedule, sampler.first_chunk_steps, warp=sampler.warp)
+            self.first_steps = Steps.from_schedule(self.schedule, sampler.first_chunk_steps, warp=sampler.warp)
         self.graphs = ChunkGraphs(cuda_graphs)
         config = model.config
         self.pool = PagePool(

@@ -39,7 +39,8 @@ def finish(trainer: Trainer, run: RunDirectory, before: Evaluation) -> None:
     if before.few_steps:
         document[FEW_STEPS] = as_document(before.few_steps, after.few_steps)
     card = {"README.md": model_card(config, document)}
-    save_adapter(run.path / "adapter", trainer.generator.model, base_model=config.generator.checkpoint, more=card)
+    with trainer.objective.policies.as_(trainer.objective.evaluated):
+        save_adapter(run.path / "adapter", trainer.generator.model, base_model=config.generator.checkpoint, more=card)
     run.write("evaluation.json", json.dumps(document, indent=2) + "\n")
     print(comparison(changes(config, document), len(before.prompts)))
     print(without_learning(baselines(config, document)), end="")

@@ -52,6 +52,10 @@ class JudgedGroup:
         """Return what its iteration, in which it has a `number`, keeps of it."""
         return Outcome(number, self.group.pivot, self.rewards, self.advantages(config))
 
+    def weighted(self, config: Config) -> dict[str, Tensor]:
+        """Return each score that has a weight times it, [G] by name, in the recipe's order."""
+        return {name: weight * self.rewards[name] for name, weight in config.score_weights.items() if weight}
+
     def advantages(self, config: Config) -> Tensor:
         """Return A_i of the members [G] float64."""
         objective = config.objective
@@ -97,7 +101,7 @@ def training_prompts(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 class Rollouts:
-    """A source of groups of the policy as it is. Prompt, pivot and every noise are functions of (seed, iteration, index).
+    """A source of groups of the policy that acts. Prompt, pivot and every noise are functions of (seed, iteration, index).
 
     Args:
         team: the ranks that share every group: each makes the prefix, and finishes, decodes and judges branches of its own.
@@ -158,20 +162,25 @@ class Rollouts:
         key = ("pivot",) if pivot == "shared" else ("pivot", index)
         return int(keyed_rng(self.config.seed, iteration, *key).integers(self.config.rollout.pivots(self.engine.shape.chunks)))
 
-    def roll_out(self, text: Tensor, iteration: int, index: int) -> Group:
-        """Return a group of videos of the policy as it is, this rank's branches of it, not yet judged."""
+    def roll_out(self, text: Tensor, iteration: int, index: int, *, every_step: bool = False) -> Group:
+        """Return a group of videos of the policy that makes groups, this rank's branches of it, not yet judged.
+
+        every_step: keep the trajectories of chunks that explore, even if the objective needs only the finished chunks.
+        """
         rollout = self.config.rollout
         first = sum(self.branches[: self.team.rank])
-        return self.engine.rollout(
-            text,
-            GroupId(self.config.seed, iteration, index),
-            pivot=self.pivot(iteration, index),
-            members=rollout.group_size,
-            part=range(first, first + self.branches[self.team.rank]),
-            plan=self.objective.noise_plan(rollout.noise_strength),
-            horizon=rollout.horizon,
-            branches_per_wave=rollout.branches_per_wave,
-        )
+        plan = self.objective.noise_plan(rollout.noise_strength)
+        with self.objective.policies.as_(self.objective.acting):
+            return self.engine.rollout(
+                text,
+                GroupId(self.config.seed, iteration, index),
+                pivot=self.pivot(iteration, index),
+                members=rollout.group_size,
+                part=range(first, first + self.branches[self.team.rank]),
+                plan=replace(plan, keep="trajectory") if every_step else plan,
+                horizon=rollout.horizon,
+                branches_per_wave=rollout.branches_per_wave,
+            )
 
     def view(self, group: Group, prompt: Prompt | None = None) -> View:
         """Return what rewards see of a group's videos; with their prompt, under which prompts."""
@@ -236,6 +245,8 @@ class BufferedGroups:
 
 REWARD = "reward/"
 """Begins the name of scores [G] in a buffer's entry."""
+CLEAN = "clean"
+"""Name of the members' chunks from the pivot on, [G, F1, C, h, w], in the entry of a group without trajectories."""
 
 
 def store(judged: JudgedGroup, shape: VideoShape) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -243,11 +254,12 @@ def store(judged: JudgedGroup, shape: VideoShape) -> tuple[dict[str, Tensor], di
 
     Latents are kept, never keys and values: those are rebuilt from the prefix. The tensors are inputs, predictions [T, G, F, C, h, w]: x_t
     and x0hat_t of the pivot chunk, whose first input is eps_i, and inputs/N, predictions/N of explored chunks N after it; initial [F, C, h,
-    w]: eps*; and prefix [F0, C, h, w] float32, absent at the first chunk.
+    w]: eps*; and prefix [F0, C, h, w] float32, absent at the first chunk. A group without trajectories is stored as its finished chunks,
+    `CLEAN`, in place of inputs and predictions.
     """
     group, (seed, iteration, index) = judged.group, judged.group.id
     initial = KeyedNoise(shape, group.id).initial(group.pivot)[0]
-    tensors = {"initial": initial}
+    tensors = {"initial": initial} if group.explored else {"initial": initial, CLEAN: group.tails}
     for chunk, explored in group.explored.items():
         tensors |= dict(zip(_names(chunk, group.pivot), (explored.inputs, explored.predictions)))
     if group.pivot:
@@ -281,7 +293,8 @@ def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objec
         names = _names(chunk, pivot)
         if names[0] in entry.tensors:
             explored[chunk] = Explored(engine.steps_of(chunk), *(entry.tensors[name].to(device) for name in names))
-    tails = torch.cat([part.predictions[-1] for part in explored.values()], dim=1)
+    clean = entry.tensors[CLEAN].to(device) if CLEAN in entry.tensors else None
+    tails = torch.cat([part.predictions[-1] for part in explored.values()], dim=1) if clean is None else clean
     latents = entry.tensors["prefix"][None].to(device) if pivot else tails[:1, :0]
     history = History.of(text, latents.split(engine.shape.chunk_frames[:pivot], dim=1) if pivot else ())
     with adapter_disabled(engine.model):
@@ -314,6 +327,8 @@ def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -
     if (judge := config.judge) != JudgeConfig():  # the weights may be others in training
         seen = {name or "all": window.model_dump(include={"chunks", "before"}) for name, window in judge.seen.items()}
         sometimes["judge"] = {"warmup": judge.warmup, **seen}
+    if plan.keep != "trajectory":
+        sometimes["keep"] = plan.keep
     return sometimes | {
         "weights": weights_digest(frozen_state(generator.model)),
         "text_encoder": generator.encode_text.fingerprint,

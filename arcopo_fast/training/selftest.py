@@ -60,7 +60,7 @@ def self_test(config: Config) -> Iterator[Finding]:
     trainer = Trainer(one_group(config))
     rollouts, began = trainer.rollouts, time.monotonic()
     prompt = rollouts.prompt(1, 0)
-    with rollouts.roll_out(rollouts.encode(prompt), 1, 0) as group:
+    with rollouts.roll_out(rollouts.encode(prompt), 1, 0, every_step=True) as group:
         judged = JudgedGroup(group, prompt, rollouts.judge(group, rollouts.decode(group), prompt))
         forked = f"{group.size} members that fork at chunk {group.pivot + 1} of {trainer.shape.chunks}"
         yield Finding("a group", None, f"{forked}, made and judged in {time.monotonic() - began:.1f} s")

@@ -84,6 +84,8 @@ class Trainer:
         self.team = world.team(self.spread.ranks)
         if warning := idle(config, world.size):
             warnings.warn(warning, stacklevel=2)
+        for risk in config.objective.risks(config.rollout.group_size, config.video.chunk_frames):
+            warnings.warn(risk, stacklevel=2)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         fetch(config, world)
@@ -183,11 +185,12 @@ class Trainer:
         }
 
     def evaluate(self, filters: Mapping[str, Filter] | None = None) -> Evaluation:
-        """Make and judge the evaluation videos under the weights as they are, also after `filters`."""
+        """Make and judge the evaluation videos under the policy that the objective evaluates, also after `filters`."""
         parts = self.config, self.generator, self.engine, self.prompts.evaluation, self.rewards
-        found = evaluate(*parts, self.held_out, self.world, filters)
-        if self.config.evaluation.few_steps:
-            found.few_steps = few_steps(*parts, self.world)
+        with self.objective.policies.as_(self.objective.evaluated):
+            found = evaluate(*parts, self.held_out, self.world, filters)
+            if self.config.evaluation.few_steps:
+                found.few_steps = few_steps(*parts, self.world)
         return found
 
     def set_learning_rate(self, iteration: int) -> float:

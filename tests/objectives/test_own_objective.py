@@ -169,7 +169,7 @@ def test_what_is_no_objective_is_said_in_one_line(recipe: str, override: str) ->
     with pytest.raises(UserError) as error:
         load_config(recipe, [override])
     text = str(error.value)
-    assert "objective.kind: no objective" in text and "copo, sde_grpo or the dotted name of a module" in text and "\n" not in text
+    assert "objective.kind: no objective" in text and "copo, nft, sde_grpo or the dotted name of a module" in text and "\n" not in text
     assert text.startswith("override ")
 
 
