@@ -70,7 +70,8 @@ def test_every_recipe_finds_its_files_and_makes_a_video(recipe: str, models: Pat
 
 def test_every_recipe_of_a_published_generator_is_tested_here() -> None:
     published_ones = [name for name in recipes() if hub.is_published(load_config(name).generator.checkpoint)]
-    assert set(published_ones) - {"krea_realtime_14b"} == set(GENERATORS)
+    others = {name for name in published_ones if name.endswith("_astrolabe")}  # their generators are those of other recipes
+    assert set(published_ones) - others - {"krea_realtime_14b"} == set(GENERATORS)
 
 
 RUN = [
