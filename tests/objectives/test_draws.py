@@ -12,8 +12,9 @@ from support.models import GLOBAL, SAMPLER, SHAPE, random_text
 from arcopo_fast.config.schema import objective_class
 from arcopo_fast.config.sections import SamplerConfig
 from arcopo_fast.rollout import noise as module
-from arcopo_fast.rollout.engine import Engine, VideoShape
+from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, NoisePlan
+from arcopo_fast.rollout.stream import VideoShape
 
 ODE = SamplerConfig(kind="ode", steps=[1000, 750, 500], warp=True, shift=5.0)
 WHOLE = VideoShape((8,), *SHAPE.chunk(0)[1:])
