@@ -228,9 +228,9 @@ class NFTObjective(Objective[NFTSettings]):
 
     def compare(self, rewards: Mapping[GroupId, Mapping[str, Tensor]]) -> None:
         """Choose the videos that are held to the reference, among those of all groups on all ranks."""
-        if not rewards:
+        names = list(next(iter(rewards.values()), {}))
+        if not names:
             return
-        names = list(next(iter(rewards.values())))
         scores = {name: torch.cat([group[name] for group in rewards.values()]) for name in names}
         self._delta = disagreement(scores, self.settings.kl_primary or names[0])
         mask = self.selection.mask(self._delta)

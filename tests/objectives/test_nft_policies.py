@@ -86,7 +86,7 @@ def test_4_the_mask_finds_planted_hacks() -> None:
         scores["b"][hacked] -= 5
         scores["c"][hacked] -= 5
         found = Selection().mask(disagreement(scores, "main"))
-        assert 6 <= found.sum() <= 18 and found.nonzero().flatten().isin(hacked).double().mean() > 0.9
+        assert 6 <= found.sum() <= 18 and found[hacked].sum() > 0.9 * found.sum()
         descending = {name: -values for name, values in scores.items()}
         assert not Selection().mask(disagreement(descending, "main"))[hacked].any(), "the released code's order finds none"
 
@@ -123,10 +123,11 @@ def test_4_the_distance_is_a_mean_over_the_held_videos_of_all_groups() -> None:
     for weight in (0.0, 0.5):
         torch.manual_seed(5)
         engine = adapted_engine(torch.float64)
-        objective = objective_of(engine, kl="selective", kl_weight=weight, micro_batch=2)
+        objective = objective_of(engine, kl="selective", kl_weight=weight, kl_tau=9.0, micro_batch=2)
         parameters = adapter_parameters(engine.model)
         objective.begin()
-        objective.policies.keep(REFERENCE)
+        for name in (REFERENCE, "then"):
+            objective.policies.keep(name)
         with torch.no_grad():
             for parameter in parameters:
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -138,27 +139,30 @@ def test_4_the_distance_is_a_mean_over_the_held_videos_of_all_groups() -> None:
     scores = {name: torch.cat([rewards_of(number, 2)[name] for number in range(3)]) for name in WEIGHTS}
     held = Selection().mask(disagreement(scores, "main")).view(3, GROUP)
     assert 0 < held.sum() < GROUP and statistics["update1/held"] == pytest.approx(held.double().mean().item())
-    distances = []
+    distances, sums = list[float](), [torch.zeros_like(parameter) for parameter in parameters]
     for number in range(3):
         if not held[number].any():
             continue
         text = torch.from_numpy(keyed_rng("text", number).standard_normal((1, 5, 10), dtype=np.float32))
-        with objective.policies.as_("old"):
+        with objective.policies.as_("then"):
             group = engine.rollout(text, GroupId(3, 2, number), pivot=1, members=GROUP, plan=objective.noise_plan(0.5))
         for part in objective.samples(group, 0):
             for row in held[number].nonzero().flatten().tolist():
                 own = group.videos()[row : row + 1, : sum(SHAPE.chunk_frames[: part.chunk])]
-                with objective.policies.as_("old"), torch.no_grad():
+                with objective.policies.as_("then"), torch.no_grad():
                     context = engine.rebuild_prefix(group.text, own)
                 with objective.policies.as_(REFERENCE), torch.no_grad():
                     reference = engine.predict(group, part.part(slice(row, row + 1)), context=context)
-                distances.append((engine.predict(group, part.part(slice(row, row + 1)), context=context) - reference).square().mean())
+                distance = (engine.predict(group, part.part(slice(row, row + 1)), context=context) - reference).square().mean()
+                distances.append(distance.item())
+                for total, gradient in zip(sums, torch.autograd.grad(distance, parameters)):
+                    total += gradient
                 context.cache.release()
         group.release()
-    mean = torch.stack(distances).mean()
-    assert statistics["update1/kl"] == pytest.approx(mean.item(), rel=1e-6)
-    for with_it, without, part in zip(gradients[0.5], gradients[0.0], torch.autograd.grad(mean, parameters), strict=True):
-        torch.testing.assert_close(with_it - without, 0.5 * part, rtol=1e-6, atol=1e-12)
+    assert statistics["update1/kl"] == pytest.approx(sum(distances) / len(distances), rel=1e-6)
+    for with_it, without, total in zip(gradients[0.5], gradients[0.0], sums, strict=True):  # of the adapter, which is float32
+        added = with_it - without
+        assert (added - 0.5 * total / len(distances)).norm() <= 1e-4 * added.norm() > 0
 
 
 def asked(objective: NFTObjective, monkeypatch: pytest.MonkeyPatch) -> list[str]:
