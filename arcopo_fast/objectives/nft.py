@@ -293,8 +293,8 @@ class NFTObjective(Objective[NFTSettings]):
     # What is shown, planned and kept
 
     def headline(self, record: Mapping[str, Any]) -> dict[str, float]:
-        """Return how far the live policy is from the old one in the last update."""
-        return {"drift": record.get(f"update{self.settings.updates}/drift", 0.0)}
+        """Return how far the live policy is from the old one in the last update, a root mean square."""
+        return {"drift": record.get(f"update{self.settings.updates}/drift", 0.0) ** 0.5}
 
     @classmethod
     def charts(cls, settings: Any) -> tuple[Chart, ...]:
