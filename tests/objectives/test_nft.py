@@ -86,9 +86,9 @@ def test_3_r_is_the_clamped_advantage_and_one_half_where_nothing_differs() -> No
     with group_of(objective) as group:
         given = torch.tensor([-9.0, -5.0, -1.0, 0.0, 2.5, 7.0], dtype=F64)
         assert objective.target(group, given).r.tolist() == pytest.approx([0, 0, 0.4, 0.5, 0.75, 1])
-        alike = group_advantages({"a": torch.full((GROUP,), 0.3)}, {"a": 1.0}, largest=5.0)
+        alike = group_advantages({"a": torch.full((GROUP,), 0.3)}, {"a": 1.0})
         assert objective.target(group, alike).r.tolist() == [0.5] * GROUP
-        failed = group_advantages({"a": torch.tensor([0.1, float("nan"), 0.4, 0.2, 0.9, 0.5])}, {"a": 1.0}, largest=5.0)
+        failed = group_advantages({"a": torch.tensor([0.1, float("nan"), 0.4, 0.2, 0.9, 0.5])}, {"a": 1.0})
         r = objective.target(group, failed).r
         assert r[1] == 0.5 and r.isfinite().all() and r.mean().item() == pytest.approx(0.5), "no other member moves the center"
 

@@ -17,6 +17,7 @@ from support.models import SHAPE, random_text
 from support.ranks import run_ranks
 from torch import Tensor
 
+from arcopo_fast.config.sections import RolloutConfig
 from arcopo_fast.model.lora import adapter_parameters, adapter_state
 from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.objectives.nft import AVERAGE, REFERENCE, NFTObjective, NFTSettings, old_decay
@@ -296,8 +297,7 @@ def test_12_a_run_that_goes_on_is_the_run_that_was_never_stopped() -> None:
 
 def test_the_old_policy_makes_the_groups() -> None:
     objective = objective_of(adapted_engine())
-    engine, settings = objective.engine, SimpleNamespace(noise_strength=0.5, group_size=GROUP, branches_per_wave=None)
-    config = SimpleNamespace(rollout=settings, seed=4)
+    engine, config = objective.engine, SimpleNamespace(rollout=RolloutConfig(group_size=GROUP), seed=4)
     source: Any = SimpleNamespace(config=config, branches=[GROUP], team=World(), objective=objective, engine=engine, pivot=lambda *_: 1)
     text = random_text()
     assert objective.acting == "live"
