@@ -28,7 +28,6 @@ from arcopo_fast.storage.metrics import Chart
 if TYPE_CHECKING:  # a recipe is read without the engine
     from arcopo_fast.rollout.engine import Engine
     from arcopo_fast.rollout.group import Group, Samples
-    from arcopo_fast.rollout.noise import GroupId
     from arcopo_fast.rollout.stream import Stream
 
 S = TypeVar("S", bound=ObjectiveSettings)
@@ -114,7 +113,7 @@ class Objective(ABC, Generic[S]):
         """Whether the first update, too, waits until all groups of the iteration are judged, see `compare`."""
         return False
 
-    def compare(self, rewards: Mapping[GroupId, Mapping[str, Tensor]]) -> None:
+    def compare(self, rewards: Mapping[tuple[int | str, ...], Mapping[str, Tensor]]) -> None:
         """Take note of the scores [G] by name of all groups that are learned from, on all ranks, before the first update that waits."""
 
     def end(self, statistics: Mapping[str, float]) -> Mapping[str, float]:

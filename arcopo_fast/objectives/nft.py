@@ -40,7 +40,6 @@ from arcopo_fast.storage.metrics import Chart
 if TYPE_CHECKING:
     from arcopo_fast.rollout.engine import Engine
     from arcopo_fast.rollout.group import Group, Samples
-    from arcopo_fast.rollout.noise import GroupId
     from arcopo_fast.rollout.stream import Stream
 
 REFERENCE = "kl_reference"
@@ -149,7 +148,7 @@ class NFTObjective(Objective[NFTSettings]):
         self.moves = 0  # iterations after which the old policy was moved
         self.selection, self.renewal = Selection(), Renewal(settings.kl_tau)
         self._delta = torch.zeros(0, dtype=torch.float64)  # of the iteration's videos
-        self._held: dict[GroupId, Tensor] = {}  # by group, see `Target`
+        self._held: dict[tuple[int | str, ...], Tensor] = {}  # by `Group.key`, see `Target`
 
     # Noises and samples
 
@@ -167,7 +166,7 @@ class NFTObjective(Objective[NFTSettings]):
 
         found = []
         for chunk, clean in list(group.own_chunks(self.engine.shape.chunk_frames).items())[: self.settings.explored_chunks]:
-            name = (*group.id, *draw, "forward", update, chunk)
+            name = (*group.key, *draw, "forward", update, chunk)
             noise = torch.cat([normal((1, *clean.shape[1:]), *name, "noise", member) for member in range(group.size)])
             steps, step = self._timesteps(chunk, [keyed_rng(*name, "timestep", member).random() for member in range(group.size)])
             found.append(Samples.noised(chunk, clean, noise.to(clean.device), steps, step))
@@ -226,7 +225,7 @@ class NFTObjective(Objective[NFTSettings]):
         for name in (name for name, needed in wanted.items() if needed and name not in self.policies):
             self.policies.keep(name)
 
-    def compare(self, rewards: Mapping[GroupId, Mapping[str, Tensor]]) -> None:
+    def compare(self, rewards: Mapping[tuple[int | str, ...], Mapping[str, Tensor]]) -> None:
         """Choose the videos that are held to the reference, among those of all groups on all ranks."""
         names = list(next(iter(rewards.values()), {}))
         if not names:
@@ -262,14 +261,14 @@ class NFTObjective(Objective[NFTSettings]):
         """Return r, the finished chunks, and how much each member is held to the reference."""
         largest = self.settings.advantage_max
         r = (0.5 + advantages.clamp(-largest, largest) / (2 * largest)).clamp(0, 1)
-        held = self._held.get(group.id)
+        held = self._held.get(group.key)
         if self.settings.kl == "uniform" and self.settings.kl_weight > 0:
             held = torch.ones(group.size)
         return Target(r.to(group.tails), group.own_chunks(self.engine.shape.chunk_frames), None if held is None else held.to(group.tails))
 
     def predict_known(self, policy: str, group: Group, samples: Samples, context: Stream) -> Tensor:
         """Return x0hat under a policy; for the reference nothing is predicted where no sample is held to it: the loss does not look."""
-        held = self._held.get(group.id)
+        held = self._held.get(group.key)
         unneeded = policy == self.held_to != self.maker and held is not None and not held[samples.members.to(held.device)].any()
         if unneeded and self.engine.model.ranks == 1:  # ranks that share the weights make the same passes
             return samples.x

@@ -174,7 +174,7 @@ class Updates:
         groups = round(self.world.total(sum(lesson.counts for lesson in self.lessons) * leads))
         waits, logged = self.objective.waits, dict[str, list[float]]()
         if waits:
-            told = {lesson.group.id: lesson.rewards for lesson in self.lessons if lesson.counts and leads}
+            told = {lesson.group.key: lesson.rewards for lesson in self.lessons if lesson.counts and leads}
             everything = {name: rewards for rank in self.world.gathered(told) for name, rewards in rank.items()}
             self.objective.compare({name: everything[name] for name in sorted(everything)})
         for update in range(self.objective.settings.updates if groups else 0):
