@@ -145,10 +145,16 @@ def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in section:
         if isinstance(value, BaseModel):
             yield from leaves(value, f"{prefix}{name}.")
-        elif isinstance(value, Mapping):
-            yield prefix + name, {key: part.model_dump() if isinstance(part, BaseModel) else part for key, part in value.items()}
+        elif _sections(value):
+            for key, part in value.items():
+                yield from leaves(part, f"{prefix}{name}.{key}.")
         else:
             yield prefix + name, value
+
+
+def _sections(value: Any) -> bool:
+    """Return whether a setting holds sections by names that the recipe gives them."""
+    return isinstance(value, Mapping) and any(isinstance(part, BaseModel) for part in value.values())
 
 
 def _defaults(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -157,7 +163,7 @@ def _defaults(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield from _defaults(value, f"{prefix}{name}.")
-        elif not field.is_required():
+        elif not field.is_required() and not _sections(value):
             yield prefix + name, field.get_default(call_default_factory=True)
 
 

@@ -17,6 +17,7 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.storage.identity import (
     INPUTS,
     check_inputs,
+    check_settings,
     describe,
     digest,
     file_digest,
@@ -133,3 +134,19 @@ def test_a_digest_of_weights_is_of_every_byte_name_and_dtype() -> None:
     bits = others[-1][1].bias.data.view(torch.int16)
     bits[-1] ^= 1  # the last bit of the last element
     assert len({weights_digest(other.state_dict()) for other in [model, *others]}) == 5
+
+
+def test_the_windows_of_a_run_that_goes_on_are_told_apart_key_by_key(tmp_path: Path) -> None:
+    windows = "judge.windows={{near: {{chunks: [0, 0], before: {before}}}, far: {{chunks: [0, null], weight: 0.5}}}}"
+    plain, begun, other = load_config("toy"), *(load_config("toy", [windows.format(before=before)]) for before in (2, 3))
+    check_inputs(tmp_path, begun, {}, {}, done=0)
+    check_settings(tmp_path, begun)
+    with pytest.raises(UserError, match="was changed since the run began: judge.windows.near.before from 2 to 3; "):
+        check_settings(tmp_path, other)
+    with pytest.raises(UserError, match="judge.windows.far.chunks from .* to nothing"):
+        check_settings(tmp_path, plain)
+    (tmp_path / "inputs.json").unlink()
+    check_inputs(tmp_path, plain, {}, {}, done=0)
+    check_settings(tmp_path, plain)
+    with pytest.raises(UserError, match="judge.windows from {} to nothing, judge.windows.far.before from nothing to 0"):
+        check_settings(tmp_path, begun)
