@@ -13,6 +13,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanResample, unpatchify
 from safetensors.torch import save_file
 from support import fixtures
+from support.measure import LiveBytes
 from support.models import decode_video
 from torch import Tensor, nn
 
@@ -282,6 +283,21 @@ def test_a_window_is_a_slice_of_the_whole_video(frames_per_call: int) -> None:
         errors.append((frames - whole[:, -4 * seen :]).abs().max().item())
     assert errors[0] <= 1e-13 and errors[1] <= 1e-13 and errors[2] > 1e-6, errors
     assert decoder.factor == 4
+
+
+def test_what_is_dropped_takes_no_memory() -> None:
+    """The peak of a group's decoding is that of its window, however long the warm-up is; without one it grows with the video."""
+    vae, tails = build("wan2.1"), torch.randn(2, 1, 4, 4, 4)
+    decoder = StreamingDecoder(vae)
+
+    def peak(frames: int, warmup: int) -> int:
+        prefix = torch.randn(1, frames, 4, 4, 4)
+        with LiveBytes([*vae.parameters(), prefix, tails]) as live:
+            for branches in decode_branches(decoder, prefix, tails, warmup=warmup):
+                assert branches.shape[1] == decoder.factor * (frames - warmup + 1) - (0 if warmup else decoder.factor - 1)
+        return live.peak
+
+    assert peak(4, 3) == peak(8, 7) < peak(8, 0)
 
 
 def test_decoding_carries_no_gradient() -> None:
