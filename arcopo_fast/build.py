@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib.resources
 import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -300,6 +302,29 @@ def encode_ahead(encode_text: TextEncoder, prompts: Iterable[str], world: World 
             encode_text.encode_all(list(prompts))
 
 
+def switching_chunks(config: Config) -> list[tuple[int, ...]]:
+    """Return the chunks with which the prompt changes, of each video that a run may make in training; a set of prompts that is not on this
+    machine yet counts as one without changes."""
+    starts = list(accumulate(config.video.chunk_sizes[:-1], initial=0))
+    if config.switches.every is not None:
+        frames = range(config.switches.every, starts[-1] + 1, config.switches.every)
+        return [tuple(bisect_left(starts, frame) for frame in frames)]
+    path = Path(config.prompts)
+    if path.suffix.lower() not in (".jsonl", ".json") or (hub.is_published(config.prompts) and hub.local(config.prompts) is None):
+        return [()]
+    if not hub.is_published(config.prompts) and not path.is_file():
+        return [()]
+    changes = _changes(config.prompts, path.stat().st_mtime_ns if path.is_file() else 0)
+    return [tuple(bisect_left(starts, frame) for frame in frames if frame <= starts[-1]) for frames in changes]
+
+
+@lru_cache
+def _changes(source: str, _written: int) -> list[tuple[int, ...]]:
+    """Return the frames at which prompts of a set change, each combination once."""
+    prompts = read_prompt_set(source, turns=True)
+    return sorted({tuple(frame for frame, _ in prompt.turns) for prompt in prompts})
+
+
 def pool_pages(config: Config, *, videos: int | None = None) -> int:
     """Return the pages that a group needs at the worst pivot, or `videos` independent videos."""
     chunks = config.video.chunk_sizes
@@ -307,7 +332,8 @@ def pool_pages(config: Config, *, videos: int | None = None) -> int:
     if videos:
         return max(1, videos * visible)
     recomputed = visible if config.objective.context == "recompute" else 0  # it stands beside the rollout's own
-    return pages_for(config.cache, chunks, config.rollout.wave_size, horizon=config.rollout.horizon) + recomputed
+    rollout, switches = config.rollout, switching_chunks(config)
+    return pages_for(config.cache, chunks, rollout.wave_size, horizon=rollout.horizon, switches=switches) + recomputed
 
 
 def build_engine(
@@ -392,5 +418,10 @@ def load_prompts(config: Config) -> Prompts:
     if config.prompts == "toy" and config.extended_prompts is None:
         prompts = [Prompt(caption) for caption in toy_data.all_captions()]
     else:
-        prompts = read_prompt_set(config.prompts, config.extended_prompts)
+        prompts = read_prompt_set(config.prompts, config.extended_prompts, turns=True)
+    starts = list(accumulate(config.video.chunk_sizes[:-1], initial=0))
+    for prompt in prompts:
+        if prompt.turns and config.switches.every is not None:
+            raise UserError(f"switches.every changes prompts, and so does {config.prompts} itself; leave one of them out")
+        prompt.at_chunks(starts)  # what changes too late is said before anything is made
     return split_prompts(prompts, config.evaluation.prompts, keyed_rng(config.evaluation.seed, "evaluation prompts"))

@@ -33,7 +33,9 @@ def collect(config: Config, path: str, groups: int, world: World = ALONE) -> Buf
     """
     fetch(config, world)
     rewards, prompts, generator = load_rewards(config), load_prompts(config), load_generator(config)
-    ahead = (prompt_of(config.seed, prompts.training, index, 0).for_generator for index in range(groups))
+    forks = config.rollout.pivots_per_video
+    videos = (prompt_of(config, prompts.training, index, 0) for index in range(-(-groups // forks)))
+    ahead = (part.for_generator for prompt in videos for _, part in prompt.parts)
     encode_ahead(generator.encode_text, ahead, world)
     engine = build_engine(config, generator.model, vae=generator.decoder.vae)
     objective = build_objective(config, engine)
@@ -51,7 +53,7 @@ def collect(config: Config, path: str, groups: int, world: World = ALONE) -> Buf
     with Progress(groups, done(), ranks=world.size) as progress:
         for index in buffer.missing(groups, waiting):
             progress.skip(done() - progress.done)
-            judged = source.judged(index, 0)
+            judged = source.judged(*divmod(index, forks))
             with judged.group:
                 buffer.write(index, *store(judged, engine.shape))
             progress.update(weighted_total(judged.rewards, config.score_weights).nanmean().item())

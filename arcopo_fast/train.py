@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -57,8 +57,7 @@ def one_iteration(trainer: Trainer, watch: LearningWatch, iteration: int) -> dic
     lr = trainer.set_learning_rate(iteration)
     with profiling.record(trainer.generator.model.device) as seconds, ExitStack() as stack:
         updates = stack.enter_context(trainer.updates(iteration))
-        for index in trainer.own_groups:
-            judged = trainer.groups.judged(iteration, index)
+        for index, judged in stack.enter_context(closing(trainer.groups.each(iteration, trainer.own_groups))):
             stack.enter_context(judged.group)
             own.append(judged.outcome(index, config))
             updates.learn(index, judged.group, own[-1].advantages, judged.weighted(config))

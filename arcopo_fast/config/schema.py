@@ -27,6 +27,7 @@ from arcopo_fast.config.sections import (
     RunConfig,
     SamplerConfig,
     Section,
+    SwitchesConfig,
     TrainConfig,
     VideoConfig,
 )
@@ -53,6 +54,7 @@ class Config(Section):
     video: VideoConfig
     sampler: SamplerConfig
     cache: CacheConfig = Field(default_factory=CacheConfig)
+    switches: SwitchesConfig = Field(default_factory=SwitchesConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)  # of the objective that `kind` names: see `config_class`
     lora: LoraConfig = Field(default_factory=LoraConfig)
@@ -117,14 +119,6 @@ class Config(Section):
                 f"krea recomputes its context for every chunk: cache.window {cache.window} must be more than the chunk's "
                 f"{video.chunk_frames} latent frames"
             )
-        if rollout.horizon is not None and rollout.horizon >= video.count:
-            raise ValueError(
-                f"rollout.horizon {rollout.horizon} leaves no pivot in a video of L = {video.count} chunks; give at most {video.count - 1}"
-            )
-        pivots = rollout.pivots(video.count)
-        if isinstance(rollout.pivot, int) and not 1 <= rollout.pivot <= pivots:
-            reason = "" if rollout.horizon is None else f" with a horizon of {rollout.horizon}"
-            raise ValueError(f"rollout.pivot {rollout.pivot} is beyond the video of L = {video.count} chunks{reason}; give 1 to {pivots}")
         if (self.train.mode == "on_policy") != (self.train.buffer is None):
             raise ValueError(
                 f"train.mode {self.train.mode} and train.buffer {self.train.buffer or 'null'} do not go together: on_policy makes its "
@@ -133,9 +127,33 @@ class Config(Section):
         if strangers := [name for name in self.reward_servers.addresses if name not in self.rewards]:
             raise ValueError(f"reward_servers.addresses has {strangers[0]!r}, which is not among the rewards {', '.join(self.rewards)}")
         objective.check_group(rollout.group_size)
+        self._check_pivots()
         self._check_windows()
         objective.check_rewards(self.score_weights)
         return self
+
+    def _check_pivots(self) -> None:
+        """Raise ValueError for pivots and prompts that do not fit the video."""
+        rollout, chunks, every = self.rollout, self.video.count, self.switches.every
+        if rollout.horizon is not None and rollout.horizon >= chunks:
+            raise ValueError(
+                f"rollout.horizon {rollout.horizon} leaves no pivot in a video of L = {chunks} chunks; give at most {chunks - 1}"
+            )
+        pivots = rollout.pivots(chunks)
+        if isinstance(rollout.pivot, int) and not 1 <= rollout.pivot <= pivots:
+            reason = "" if rollout.horizon is None else f" with a horizon of {rollout.horizon}"
+            raise ValueError(f"rollout.pivot {rollout.pivot} is beyond the video of L = {chunks} chunks{reason}; give 1 to {pivots}")
+        if rollout.pivots_per_video > (1 if isinstance(rollout.pivot, int) else pivots):
+            advice = "set rollout.pivot=shared" if isinstance(rollout.pivot, int) else f"give at most {pivots}"
+            raise ValueError(
+                f"rollout.pivots_per_video {rollout.pivots_per_video} asks for as many chunks to fork at, and rollout.pivot "
+                f"{rollout.pivot} leaves {1 if isinstance(rollout.pivot, int) else pivots}; {advice}"
+            )
+        if every is not None and every < self.video.chunk_frames:
+            raise ValueError(
+                f"switches.every {every} changes the prompt within a chunk of {self.video.chunk_frames} latent frames; give at least "
+                f"{self.video.chunk_frames}"
+            )
 
     def _check_windows(self) -> None:
         """Raise ValueError for windows that some branch does not reach, or that do not go together with the rewards."""

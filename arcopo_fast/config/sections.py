@@ -178,7 +178,10 @@ class RolloutConfig(Section):
     horizon: int | None = Field(
         None, ge=0, description="H, the chunks that branches go on for after the pivot chunk; null: to the end of the video"
     )
-    prompts_per_iteration: Positive = Field(1, description="groups of an iteration")
+    prompts_per_iteration: Positive = Field(1, description="prompts of an iteration, each of one video; a group for each of its pivots")
+    pivots_per_video: Positive = Field(
+        1, description="groups that fork off one video, at pivots of their own; the video goes on unperturbed and is made once"
+    )
     branches_per_wave: Positive | None = Field(
         None, description="branches that are finished at once; fewer take less memory, and results agree up to rounding; null: all"
     )
@@ -188,6 +191,11 @@ class RolloutConfig(Section):
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         "auto", description="replay the denoising steps of a chunk as one CUDA graph; auto: if launches take longer than arithmetic"
     )
+
+    @property
+    def groups(self) -> int:
+        """The groups of an iteration."""
+        return self.prompts_per_iteration * self.pivots_per_video
 
     def pivots(self, chunks: int) -> int:
         """Return in how many of a video's first chunks a pivot can lie: the horizon follows."""
@@ -285,6 +293,14 @@ class JudgeConfig(Section):
                 f"judge.before {self.before} is of the only window, and judge.windows gives others; give before to each of these instead"
             )
         return self
+
+
+class SwitchesConfig(Section):
+    """Prompts that change within a training video. A set may say so, too: {"prompts": [...], "frames": [0, ...]} in a .jsonl."""
+
+    every: Positive | None = Field(
+        None, description="latent frames after which another training prompt counts, drawn by key; null: one prompt for a video"
+    )
 
 
 class ObjectiveSettings(Section):

@@ -34,7 +34,9 @@ from arcopo_fast.storage.atomic import atomic_path, atomic_write, settle
 from arcopo_fast.storage.identity import require_same, values_digest
 from arcopo_fast.storage.locks import lock
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Formats that are read: of 1, entries have whole prefixes under one prompt and do not say so."""
 FILE = "buffer.json"
 COLLECT = "python -m arcopo_fast.collect"
 
@@ -355,8 +357,10 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
-    if version != FORMAT:
-        raise UserError(f"{file} has format {version!r}, and this version reads {FORMAT}; collect again with {COLLECT}")
+    if version not in READABLE:
+        raise UserError(
+            f"{file} has format {version!r}, and this version reads {' and '.join(map(str, READABLE))}; collect again with {COLLECT}"
+        )
     if not intact:
         raise UserError(f"{file} is damaged, so what made the buffer is unknown; restore the file, or collect into another directory")
     return document

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from arcopo_kernels.paging import GroupPlan
 
-from arcopo_fast.build import pool_pages
+from arcopo_fast.build import pool_pages, switching_chunks
 from arcopo_fast.config.schema import Config, objective_class
 from arcopo_fast.evaluation.judging import videos_at_once
 from arcopo_fast.evaluation.windows import View
@@ -158,7 +158,7 @@ def _kept(config: Config, sizes: GeneratorSizes, ranks: int) -> Estimate:
     shape, buffered = _shape(config, sizes), config.train.buffer is not None
     group, updates, chunks = config.rollout.group_size, config.objective.updates, _branch_chunks(config, sizes)
     adapters = ADAPTER * lora_parameters(config, model)
-    summed = config.rollout.prompts_per_iteration > 1 or ranks > 1
+    summed = config.rollout.groups > 1 or ranks > 1
 
     # The pool is there all the time. What a run on a buffer does not need of it for prefixes, only the evaluations use.
     pages, full_video = pool_pages(config), pool_pages(config, videos=1)
@@ -201,7 +201,8 @@ def _weights(config: Config, model: CausalWanConfig, ranks: int) -> dict[str, in
 def _worst_plan(config: Config, sizes: GeneratorSizes) -> GroupPlan:
     """Return the pages of the pivot whose waves need most."""
     rollout = config.rollout
-    return worst_plan(config.cache, _shape(config, sizes).chunk_frames, rollout.wave_size, horizon=rollout.horizon)
+    chunk_frames, switches = _shape(config, sizes).chunk_frames, switching_chunks(config)
+    return worst_plan(config.cache, chunk_frames, rollout.wave_size, horizon=rollout.horizon, switches=switches)
 
 
 def _making(config: Config, sizes: GeneratorSizes, name: str, states: int) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -277,7 +278,7 @@ def host_bytes(config: Config, sizes: GeneratorSizes) -> tuple[int, int]:
     """Return the most that the host keeps of the reference policy's predictions: of a group, all members at all steps; of a run, all it
     draws."""
     chunk = _chunk(_shape(config, sizes))
-    run_pairs = config.train.iterations * config.rollout.prompts_per_iteration * config.objective.updates * pairs_of(config)
+    run_pairs = config.train.iterations * config.rollout.groups * config.objective.updates * pairs_of(config)
     return config.rollout.group_size * _steps(config) * chunk, run_pairs * chunk
 
 
@@ -286,7 +287,8 @@ def waiting_bytes(config: Config, sizes: GeneratorSizes, ranks: int = 1) -> int:
 
     They wait without keys and values: texts, latents, and the inputs and predictions of the explored chunks' steps.
     """
-    groups, members = ceil(config.rollout.prompts_per_iteration / spread(config, ranks).teams), config.rollout.group_size
+    videos_of_rank = ceil(config.rollout.prompts_per_iteration / spread(config, ranks).teams)
+    groups, members = videos_of_rank * config.rollout.pivots_per_video, config.rollout.group_size
     shape, model = _shape(config, sizes), sizes.transformer
     made, videos = _branch_chunks(config, sizes), 1 if config.train.buffer is not None else members
     latents = members * _states(config, sizes) + videos * made + shape.chunks - made

@@ -183,7 +183,7 @@ def _heading(config: Config, sizes: GeneratorSizes, ranks: int) -> list[str]:
         group, run = (_gigabytes(size) for size in host_bytes(config, sizes))
         lines.insert(1, f"Groups from a buffer; of the old predictions the host keeps {group} GB a group, {run} GB in the run, at most.")
     if waiting := waiting_bytes(config, sizes, ranks):
-        groups = ceil(config.rollout.prompts_per_iteration / spread(config, ranks).teams)
+        groups = ceil(config.rollout.prompts_per_iteration / spread(config, ranks).teams) * config.rollout.pivots_per_video
         lines.insert(
             1, f"{groups} groups of an iteration, one after the other; they wait for its end in {_gigabytes(waiting)} GB of host memory."
         )

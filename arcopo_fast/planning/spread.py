@@ -27,9 +27,9 @@ class Spread(NamedTuple):
     teams: int
     ranks: int
 
-    def groups(self, rank: int, count: int) -> range:
-        """Return the numbers of a rank's groups, of `count` groups in all."""
-        return range(rank // self.ranks, count, self.teams)
+    def groups(self, rank: int, videos: int, pivots: int = 1) -> list[int]:
+        """Return the numbers of a rank's groups, of `pivots` groups of each of `videos` videos in all. A video is one team's."""
+        return [video * pivots + fork for video in range(rank // self.ranks, videos, self.teams) for fork in range(pivots)]
 
     def branches(self, group_size: int) -> list[int]:
         """Return how many branches of a group each rank of a team has."""
@@ -37,8 +37,10 @@ class Spread(NamedTuple):
 
     def work(self, config: Config) -> float:
         """Return the work of the rank that has most, in branches."""
-        rounds = ceil(config.rollout.prompts_per_iteration / self.teams)
-        return rounds * (PREFIX + max(self.branches(config.rollout.group_size)))
+        rollout = config.rollout
+        return ceil(rollout.prompts_per_iteration / self.teams) * (
+            PREFIX + rollout.pivots_per_video * max(self.branches(rollout.group_size))
+        )
 
 
 def spread(config: Config, ranks: int) -> Spread:

@@ -209,11 +209,12 @@ def floors(config: Config, model: CausalWanConfig, vae: VAESizes, ceilings: Ceil
     Counted are iterations of AR-CoPO on its own rollouts, each frame cached once. Matrix products and convolutions at the ceiling of a
     large matrix product, then the passes between them at that of a copy; rewards are not counted.
     """
-    if config.objective.kind != "copo" or config.train.buffer is not None or variant_of(config.cache).recomputed:
+    forks = config.rollout.pivots_per_video > 1  # which share a video
+    if config.objective.kind != "copo" or config.train.buffer is not None or variant_of(config.cache).recomputed or forks:
         return {}
     return {
         pivot + 1: {
-            stage: config.rollout.prompts_per_iteration * ceilings.seconds(work.flops, work.traffic)
+            stage: config.rollout.groups * ceilings.seconds(work.flops, work.traffic)
             for stage, work in iteration(config, model, vae, pivot).items()
         }
         for pivot in range(config.rollout.pivots(config.video.count))

@@ -10,7 +10,7 @@ import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Any, Collection, Iterator, Mapping, Sequence
+from typing import Any, Collection, Generator, Iterator, Mapping, Sequence
 
 import torch
 from arcopo_kernels.paging import GroupPlan
@@ -56,7 +56,7 @@ class Engine(Streamer):
     @torch.no_grad()
     def forks(
         self, text: Tensor, group: GroupId, pivots: Sequence[int], branching: Branching, switches: Mapping[int, Tensor] | None = None
-    ) -> Iterator[Group]:
+    ) -> Generator[Group, None, None]:
         """Yield a group for each of the pivots, all forks of one video, which itself goes on with the shared noises.
 
         Who takes a group releases it. As long as it holds its context, it shares the pages of what the video still sees.

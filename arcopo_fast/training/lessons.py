@@ -70,7 +70,7 @@ class LearningWatch:
         for outcome in outcomes:
             unscored.update({name: int(values.isnan().sum()) for name, values in outcome.rewards.items()})
         failed = ", ".join(f"{name!r} failed for {number}" for name, number in unscored.items() if number)
-        videos = f"of the last one's {config.rollout.prompts_per_iteration * config.rollout.group_size}, {failed}"
+        videos = f"of the last one's {config.rollout.groups * config.rollout.group_size}, {failed}"
         if self.unscored == min(UNSCORED, config.train.iterations):
             raise RewardError(f"not one video of {self.unscored} iterations in a row got all its scores: {videos}")
         if self.alike == min(ALIKE, config.train.iterations):

@@ -44,7 +44,7 @@ COMPANIONS = 3
 def one_group(config: Config) -> Config:
     """Return the recipe with one group, two updates and an evaluation as small as can be; sizes, kernels and precision stay."""
     pivot, middle = config.rollout.pivot, (config.rollout.pivots(config.video.count) + 1) // 2
-    changes = {"prompts_per_iteration": 1, "pivot": pivot if isinstance(pivot, int) else middle}
+    changes = {"prompts_per_iteration": 1, "pivots_per_video": 1, "pivot": pivot if isinstance(pivot, int) else middle}
     rollout = config.rollout.model_copy(update=changes)
     objective = config.objective.model_copy(update={"updates": 2, "anchors": "fresh"})
     train = config.train.model_copy(update={"mode": "on_policy", "buffer": None, "iterations": 1})

@@ -93,7 +93,7 @@ class Trainer:
         self.prompts = load_prompts(config)
         self.generator: Generator = load_generator(config, adapted=True, world=world)
         ahead = [*training_prompts(config, self.prompts.training), *self.prompts.evaluation]
-        encode_ahead(self.generator.encode_text, (prompt.for_generator for prompt in ahead), world)
+        encode_ahead(self.generator.encode_text, (part.for_generator for prompt in ahead for _, part in prompt.parts), world)
         self.held_out = load_held_out(self.generator)
         self.engine: Engine = build_engine(config, self.generator.model, vae=self.generator.decoder.vae)
         self.shape = self.engine.shape
@@ -153,9 +153,10 @@ class Trainer:
         return Updates(self.objective, self.stepper, draw=draw, world=self.world, team=self.team)
 
     @property
-    def own_groups(self) -> range:
+    def own_groups(self) -> list[int]:
         """Numbers of this rank's groups of an iteration."""
-        return self.spread.groups(self.world.rank, self.config.rollout.prompts_per_iteration)
+        rollout = self.config.rollout
+        return self.spread.groups(self.world.rank, rollout.prompts_per_iteration, rollout.pivots_per_video)
 
     def everybodys(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Return the outcomes of an iteration's groups on all ranks, in their order."""

@@ -279,8 +279,8 @@ def test_a_damaged_description(tmp_path: Path) -> None:
         file.write_text(damaged)
         with pytest.raises(UserError, match=r"buffer.json is damaged"):
             Buffer.open(tmp_path, POLICY)
-    file.write_text('{"format": 2}')
-    with pytest.raises(UserError, match="has format 2, and this version reads 1"):
+    file.write_text('{"format": 3}')
+    with pytest.raises(UserError, match="has format 3, and this version reads 1 and 2"):
         Buffer.create(tmp_path, POLICY, RECIPE)
 
 
