@@ -166,7 +166,7 @@ def _kept(config: Config, sizes: GeneratorSizes, ranks: int) -> Estimate:
     tails = pages - (1 + (config.objective.context == "recompute")) * full_video if buffered else branches * worst.tail
     copies, old_predictions = (1, 1) if buffered else (2, int(updates > 1))
     kind = objective_class(config.objective.kind)
-    stored = copies * group * _states(config, sizes) + (shape.chunks if buffered else group * chunks + shape.chunks - chunks)
+    stored = copies * group * _states(config, sizes) + (0 if buffered else group * chunks) + _prefix_chunks(config, sizes)
     others = kind.kept_policies(config.objective) - 1
     return Estimate(
         {
@@ -306,6 +306,13 @@ def _states(config: Config, sizes: GeneratorSizes) -> int:
     """Return the chunks of latents that a group keeps of each member's explored chunks, besides the finished ones."""
     kind, made = objective_class(config.objective.kind), _branch_chunks(config, sizes)
     return kind.states_per_chunk(config.objective, _steps(config)) * min(kind.explored_chunks(config.objective) or made, made)
+
+
+def _prefix_chunks(config: Config, sizes: GeneratorSizes) -> int:
+    """Return the most chunks before the pivot that the device keeps: all, or with a window those in it and those that are decoded."""
+    shape, window, reach, buffered = _shape(config, sizes), config.cache.window, config.judge.reach, config.train.buffer is not None
+    chunks = shape.chunks if buffered else shape.chunks - _branch_chunks(config, sizes)
+    return chunks if window is None or reach is None or buffered else min(chunks, ceil(max(window, reach) / config.video.chunk_frames) + 1)
 
 
 def _chunk(shape: VideoShape) -> int:

@@ -311,9 +311,9 @@ def store(judged: JudgedGroup, shape: VideoShape) -> tuple[dict[str, Tensor], di
 
     Latents are kept, never keys and values: those are rebuilt from the prefix. The tensors are inputs, predictions [T, G, F, C, h, w]: x_t
     and x0hat_t of the pivot chunk, whose first input is eps_i, and inputs/N, predictions/N of explored chunks N after it; initial [F, C, h,
-    w]: eps*; and prefix [F0, C, h, w] float32, the chunks of the video's history, absent at the first chunk. A group without trajectories is
-    stored as its finished chunks, `CLEAN`, in place of inputs and predictions. The metadata say what happened to the prefix: ["append", first
-    frame, frames] and ["switch", frame].
+    w]: eps*; and prefix [F0, C, h, w] float32, the chunks of the video's history, absent at the first chunk. A group without trajectories
+    is stored as its finished chunks, `CLEAN`, in place of inputs and predictions. The metadata say what happened to the prefix:
+    ["append", first frame, frames] and ["switch", frame].
     """
     group, (seed, iteration, index) = judged.group, judged.group.id
     initial = KeyedNoise(shape, group.id).initial(group.pivot)[0]
