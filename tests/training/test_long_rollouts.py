@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import SMALL_COPO
+from support.ranks import run_ranks
 from torch import Tensor
 
 from arcopo_fast.build import load_prompts, pool_pages, switching_chunks
@@ -18,6 +19,7 @@ from arcopo_fast.data.buffer import Buffer
 from arcopo_fast.errors import UserError
 from arcopo_fast.model.lora import adapter_state, load_adapter_state
 from arcopo_fast.rollout.stream import Stream
+from arcopo_fast.runtime.distributed import World
 from arcopo_fast.train import one_iteration
 from arcopo_fast.training.groups import policy_of, recipe_of, restore, store
 from arcopo_fast.training.lessons import LearningWatch
@@ -25,7 +27,7 @@ from arcopo_fast.training.trainer import Trainer
 
 LONG = [
     *SMALL_COPO,
-    *("video.chunks=8", "video.chunk_frames=2", "sampler.steps=[1000,300]", "cache.window=6", "cache.sink=2"),
+    *("video.chunks=6", "video.chunk_frames=2", "sampler.steps=[1000,300]", "cache.window=6", "cache.sink=2"),
     *("rollout.horizon=1", "rollout.pivots_per_video=2", "switches.every=4", "judge.before=2", "judge.warmup=2"),
 ]
 
@@ -50,7 +52,7 @@ def contents(trainer: Trainer, stream: Stream | None) -> Tensor:
 def test_each_gives_the_groups_of_judged(trainer: Trainer) -> None:
     """Two groups of one video, and another video, as they are when each is made alone; so are pages given back when it stops early."""
     rollouts, pivots = trainer.rollouts, [trainer.rollouts.pivot(2, index) for index in range(4)]
-    assert pivots[0] < pivots[1] <= 6 and pivots[2:] == pivots[:2], "a pivot of its own for each group of a video, shared by all videos"
+    assert pivots[0] < pivots[1] <= 4 and pivots[2:] == pivots[:2], "a pivot of its own for each group of a video, shared by all videos"
     together = []
     for index, judged in rollouts.each(2, range(4)):
         together.append(judged)
@@ -62,7 +64,7 @@ def test_each_gives_the_groups_of_judged(trainer: Trainer) -> None:
             group = judged.group
             assert group.pivot == alone.pivot == pivots[index] and group.key == alone.key and group.tails.shape[1] == 4
             torch.testing.assert_close(group.tails, alone.tails, rtol=0, atol=1e-4)
-            assert judged.prompt == rollouts.prompt(2, index) and [turn.frame for turn in judged.prompt.turns] == [4, 8, 12]
+            assert judged.prompt == rollouts.prompt(2, index) and [turn.frame for turn in judged.prompt.turns] == [4, 8]
     assert rollouts.prompt(2, 0) == rollouts.prompt(2, 1) != rollouts.prompt(2, 2)
 
 
@@ -99,6 +101,24 @@ def test_a_run_that_goes_on_has_the_same_iterations(trainer: Trainer) -> None:
     load_adapter_state(trainer.generator.model, start)
 
 
+def learned(world: World, *settings: str) -> tuple[dict[str, float], Tensor]:
+    """Return what an iteration logs, and all of the adapter after it."""
+    trainer = Trainer(load_config("toy", [*LONG, *settings]), world)
+    record = one_iteration(trainer, LearningWatch(trainer.config), 1)
+    assert trainer.engine.pool.pages_in_use == 0 and len(trainer.own_groups) == 2
+    weights = torch.cat([tensor.flatten().double() for tensor in adapter_state(trainer.generator.model).values()])
+    return {name: value for name, value in record.items() if name != "time"}, weights
+
+
+def test_ranks_that_share_the_groups_of_a_video() -> None:
+    """Each makes the video itself, and branches of its own; they learn what one process does."""
+    (record, weights), (other_record, other_weights) = run_ranks(2, learned, "train.spread=branches")
+    alone, expected = learned(World())
+    assert record == other_record and torch.equal(weights, other_weights)
+    assert record.keys() == alone.keys() and record["pivot"] == alone["pivot"]
+    assert (weights - expected).norm() <= 1e-4 * expected.norm()
+
+
 def test_a_set_of_prompts_that_change(tmp_path: Path) -> None:
     """Records of a .jsonl say when; pages are planned for the changes within a horizon, and what does not fit the video is refused."""
     records = [{"prompts": [f"a red ball {number}", "a blue ball"], "frames": [0, frame]} for number, frame in enumerate((4, 6, 6))]
@@ -107,7 +127,7 @@ def test_a_set_of_prompts_that_change(tmp_path: Path) -> None:
     settings = [*LONG, "switches.every=null", f"prompts={source}", "evaluation.prompts=1"]
     config = load_config("toy", settings)
     assert {prompt.turns[0].frame for part in load_prompts(config) for prompt in part} == {4, 6}
-    assert switching_chunks(config) == [(2,), (3,)] and switching_chunks(load_config("toy", LONG)) == [(2, 4, 6)]
+    assert switching_chunks(config) == [(2,), (3,)] and switching_chunks(load_config("toy", LONG)) == [(2, 4)]
     assert pool_pages(config) > pool_pages(load_config("toy", [*LONG, "switches.every=null"]))
     with pytest.raises(UserError, match="switches.every changes prompts, and so does"):
         load_prompts(load_config("toy", [*settings, "switches.every=4"]))
@@ -118,10 +138,10 @@ def test_a_set_of_prompts_that_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings, problem",
     [
-        (["rollout.horizon=8"], "leaves no pivot in a video of L = 8 chunks; give at most 7"),
-        (["rollout.pivot=8", "rollout.pivots_per_video=1"], "with a horizon of 1; give 1 to 7"),
+        (["rollout.horizon=6"], "leaves no pivot in a video of L = 6 chunks; give at most 5"),
+        (["rollout.pivot=6", "rollout.pivots_per_video=1"], "with a horizon of 1; give 1 to 5"),
         (["rollout.pivot=2"], "rollout.pivots_per_video 2 .* set rollout.pivot=shared"),
-        (["rollout.pivots_per_video=8"], "leaves 7; give at most 7"),
+        (["rollout.pivots_per_video=8"], "leaves 5; give at most 5"),
         (["switches.every=1"], "changes the prompt within a chunk of 2 latent frames"),
     ],
 )
