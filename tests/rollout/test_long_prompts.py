@@ -42,6 +42,7 @@ SWITCHES = {
     "often": [2, 6, 8, 12],
     "at the pivot": [4, 14],
 }
+ONE_STEP = SAMPLER.model_copy(update={"steps": [1000]})
 NAME = GroupId(seed=7, iteration=2, group=1)
 TOLERANCE = 1e-5  # latents are float32
 
@@ -49,8 +50,7 @@ TOLERANCE = 1e-5  # latents are float32
 def engine_of(cache: CacheConfig, *, chunks: int = CHUNKS, pages: int = 200, model: Any = None) -> Engine:
     """An engine in float64: what pages of another layout are rounded to is then far below what is asked here."""
     shape = VideoShape((2,) * chunks, 8, 2, 2)
-    sampler = SAMPLER.model_copy(update={"steps": [1000, 500]})
-    return Engine(model or small_model(torch.float64), shape, sampler, cache, pages=pages, reencoder=StandIn())
+    return Engine(model or small_model(torch.float64), shape, ONE_STEP, cache, pages=pages, reencoder=StandIn())
 
 
 def switched(*frames: int) -> dict[int, Tensor]:
@@ -100,8 +100,8 @@ def test_a_later_chunk_is_predicted_under_its_own_prompt() -> None:
     with engine.rollout(random_text(), NAME, pivot=PIVOT, members=2, plan=plan, horizon=2, switches=switches) as group:
         assert list(group.explored) == [PIVOT, PIVOT + 1, PIVOT + 2]
         for chunk, explored in group.explored.items():
-            samples = group.samples(torch.tensor([1, 1]), torch.tensor([0, 1]), chunk)
-            torch.testing.assert_close(engine.predict(group, samples).detach(), explored.predictions[1], rtol=0, atol=TOLERANCE)
+            samples = group.samples(torch.tensor([0, 0]), torch.tensor([0, 1]), chunk)
+            torch.testing.assert_close(engine.predict(group, samples).detach(), explored.predictions[0], rtol=0, atol=TOLERANCE)
             assert engine.pool.pages_in_use == group.prefix.cache.frames
 
 
@@ -154,7 +154,7 @@ def test_a_failure_anywhere_in_the_stream_leaves_no_page(monkeypatch: pytest.Mon
 
         return broken
 
-    for at in (1, 5, 9, 14, 20, 27):
+    for at in (1, 5, 9, 14):
         calls = 0
         monkeypatch.setattr(engine.model, "forward", fails(at))
         groups: list[Group] = []
@@ -184,11 +184,11 @@ def test_a_rebuilt_context_is_the_rollouts(cache: CacheConfig, frames: list[int]
         torch.testing.assert_close(group.tails, whole.tails, rtol=0, atol=TOLERANCE)
         expected = contents(engine, group.prefix)
         assert len(group.history.events) <= len(whole.history.events)
-        rolled_out = engine.predict(group, group.samples(torch.tensor([0, 1]), torch.tensor([0, 1]))).detach()
+        rolled_out = engine.predict(group, group.samples(torch.tensor([0, 0]), torch.tensor([0, 1]))).detach()
         group.put_away()
         engine.bring_back(group)
         torch.testing.assert_close(contents(engine, group.prefix), expected, rtol=0, atol=1e-11)
-        again = engine.predict(group, group.samples(torch.tensor([0, 1]), torch.tensor([0, 1]))).detach()
+        again = engine.predict(group, group.samples(torch.tensor([0, 0]), torch.tensor([0, 1]))).detach()
         torch.testing.assert_close(again, rolled_out, rtol=0, atol=TOLERANCE)
     assert engine.pool.pages_in_use == 0
 
@@ -214,7 +214,7 @@ def test_a_history_that_begins_a_chunk_too_late_gives_another_context(name: str)
 def test_memory_does_not_grow_with_the_video() -> None:
     """Pages, tensors at the peak, and what waits in host memory: the same for 20, 40 and 80 chunks whose prompt changes now and then."""
     cache = CacheConfig(variant="longlive_infinity", window=6, sink=2)
-    model, measured = small_model(), []
+    model, measured = small_model(num_layers=1), []
     for chunks in (8, 20, 40, 80):  # the first one makes the tables that all read
         planned = pages_for(cache, (2,) * chunks, 3, horizon=2, switches=[range(4, chunks, 4)])
         engine = engine_of(cache, chunks=chunks, pages=planned, model=model)
@@ -229,7 +229,7 @@ def test_memory_does_not_grow_with_the_video() -> None:
 
 def test_the_first_ratio_is_one_deep_in_a_video() -> None:
     """Beyond the window, with prompts that change, on two forks of one video; their anchors are drawn apart."""
-    engine = fresh_engine(cache=CACHES["longlive"], shape=VideoShape((2,) * CHUNKS, 8, 4, 6))
+    engine = fresh_engine(cache=CACHES["longlive"], shape=VideoShape((2,) * CHUNKS, 8, 2, 2), sampler=ONE_STEP)
     objective = CopoObjective(engine, CopoSettings(anchors_per_update=3, updates=1))
     stepper = Stepper(torch.optim.AdamW(adapter_parameters(engine.model), lr=1e-3))
     branching = Branching(6, NoisePlan(0.5), horizon=0, kept=0)

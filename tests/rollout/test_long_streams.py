@@ -20,9 +20,9 @@ GROUP = 12
 NAME = GroupId(seed=7, iteration=2, group=1)
 
 
-def engine_of(cache: CacheConfig, chunks: int, chunk_frames: int, pages: int) -> Engine:
+def engine_of(cache: CacheConfig, chunks: int, chunk_frames: int, pages: int, layers: int = 2) -> Engine:
     shape = VideoShape((chunk_frames,) * chunks, 8, 2, 2)
-    return Engine(small_model(), shape, SAMPLER.model_copy(update={"steps": [1000, 500]}), cache, pages=pages)
+    return Engine(small_model(num_layers=layers), shape, SAMPLER.model_copy(update={"steps": [1000, 500]}), cache, pages=pages)
 
 
 @pytest.mark.parametrize("chunks", [20, 40, 80])
@@ -33,7 +33,7 @@ def test_pages_do_not_grow_with_the_video(chunks: int) -> None:
         pages = [pages_for(cache, frames, GROUP, horizon=horizon) for horizon in range(len(expected))]
         late = [plan_pages(cache, frames, chunks - 1 - horizon, GROUP, horizon=horizon).pages for horizon in range(len(expected))]
         assert late == expected and all(most >= page for most, page in zip(pages, late))
-    engine = engine_of(LONGLIVE, chunks, 3, pages=84)
+    engine = engine_of(LONGLIVE, chunks, 3, pages=84, layers=1)
     pivot = chunks - 3
     with engine.rollout(random_text(), NAME, pivot=pivot, members=GROUP, plan=NoisePlan(0.5), horizon=2) as group:
         assert engine.pool.peak_in_use == 84 and group.tails.shape[:2] == (GROUP, 9)
