@@ -42,7 +42,7 @@ class NoUpdates(nullcontext[Any]):
     def __enter__(self) -> NoUpdates:
         return self
 
-    def learn(self, number: int, group: object, advantages: Tensor) -> None:
+    def learn(self, number: int, group: object, advantages: Tensor, *rewards: object) -> None:
         """Take no gradient."""
 
     def finish(self) -> dict[str, float]:
@@ -60,7 +60,9 @@ def trainer_of(scores: Iterable[dict[str, Tensor]], iterations: int, *settings: 
     made.generator = SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu")))
     groups = iter(scores)
     group: Any = NoVideos()
-    made.groups = SimpleNamespace(judged=lambda iteration, index: JudgedGroup(group, Prompt("a boat"), next(groups)))
+    made.groups = SimpleNamespace(
+        each=lambda iteration, numbers: ((number, JudgedGroup(group, Prompt("a boat"), next(groups))) for number in numbers)
+    )
     made.optimizer = SimpleNamespace(param_groups=[{}])
     made.world = made.team = World()
     made.spread = spread(made.config, 1)

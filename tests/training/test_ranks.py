@@ -14,7 +14,7 @@ from support.ranks import run_ranks
 from arcopo_fast import collect
 from arcopo_fast.build import Generator, load_generator
 from arcopo_fast.config.reading import load_config
-from arcopo_fast.evaluation import judging
+from arcopo_fast.evaluation import windows
 from arcopo_fast.model.lora import adapter_state
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.runtime.distributed import World
@@ -185,7 +185,7 @@ def trained_in_float64(world: World, *settings: str) -> dict[str, Any]:
         finally:
             torch.set_default_dtype(torch.float32)
 
-    with patch.object(training, "load_generator", load), patch.object(judging, "score", score):
+    with patch.object(training, "load_generator", load), patch.object(windows, "score", score):
         return trained(world, *settings)
 
 
