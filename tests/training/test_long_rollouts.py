@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 
 import pytest
@@ -148,3 +148,21 @@ def test_a_set_of_prompts_that_change(tmp_path: Path) -> None:
 def test_settings_that_do_not_go_together(settings: list[str], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         load_config("toy", [*LONG, *settings])
+
+
+def test_of_a_long_video_what_rewards_see_is_still_there(trainer: Trainer) -> None:
+    """Under its prompts, though the group has forgotten what lies before the warm-up."""
+    rollouts, index = trainer.rollouts, next(index for index in range(100) if trainer.rollouts.pivot(index // 2, index % 2) == 4)
+    keeping = copy(rollouts)
+    keeping.config = trainer.config.model_copy(update={"judge": load_config("toy", [*LONG[:-1], "judge.warmup=all"]).judge})
+    made = [source.roll_out(source.encode(source.prompt(index // 2, index % 2)), index // 2, index % 2) for source in (rollouts, keeping)]
+    with made[0] as group, made[1] as whole:
+        (view, shared, tails), (exact, prefix, _) = rollouts.seen(group), keeping.seen(whole)
+        assert (view.frames, view.warmup, exact.warmup) == (range(6, 12), 2, 6) and group.prefix_latents.shape[1] < prefix.shape[1] == 8
+        assert torch.equal(shared, prefix[:, 4:]) and torch.equal(tails, whole.tails)
+        prompt = rollouts.prompt(index // 2, index % 2)
+        texts = [prompt.turns[0].prompt.text, prompt.turns[1].prompt.text]
+        assert [(part.frames, part.prompt) for part in rollouts.view(group, prompt).windows[0].parts] == [
+            (range(6, 8), texts[0]),
+            (range(8, 12), texts[1]),
+        ]
