@@ -10,15 +10,17 @@ and on any number of ranks it rounds to the same float32 numbers, up to the rare
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
+from arcopo_fast.rollout.contexts import Contexts
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.runtime.profiling import stage
 
@@ -226,7 +228,7 @@ class Updates:
         weight = 1 / sum(map(len, chunks))
         own = [part for samples in chunks if len(part := samples.part(slice(self.team.rank, None, self.team.size)))]
         if self.lockstep:
-            passes = [(part.chunk, len(self._micro_batches(group, part))) for part in own]
+            passes = [part.chunk for part in self._micro_batches(group, own)]
             advice = "generator.shard asks for equally many: let each rank of a team have as many samples of an update as the others"
             self.world.check_same("number of passes", passes, advice)
         if not own:
@@ -242,40 +244,36 @@ class Updates:
             self.stepper.optimizer.zero_grad(set_to_none=True)
 
     def _gradient(self, group: Group, target: Any, chunks: Sequence[Samples], weight: float) -> list[dict[str, Tensor]]:
-        """Make the gradients those of `weight` times the sum of the samples' losses; return each chunk's statistics."""
+        """Make the gradients those of `weight` times the sum of the samples' losses; return each chunk's statistics.
+
+        Micro-batch by micro-batch: the same members chunk after chunk, so that each context goes on from the one before.
+        """
         self.stepper.optimizer.zero_grad(set_to_none=True)
-        compared = self.objective.compared()
-        unmoved = [name for name in compared if self.policies.is_live(name)]
-        statistics = []
-        for samples in chunks:
-            parts = self._backward(group, target, samples, unmoved, weight)
-            statistics.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        return statistics
-
-    def _backward(self, group: Group, target: Any, samples: Samples, unmoved: Sequence[str], weight: float) -> list[Mapping[str, Tensor]]:
-        """Accumulate the gradient of one chunk's samples, micro-batch by micro-batch; return the statistics of each."""
-        objective, parts = self.objective, self._micro_batches(group, samples)
+        objective, parts = self.objective, self._micro_batches(group, chunks)
         compared = objective.compared()
+        unmoved = [name for name in compared if self.policies.is_live(name)]
         moved = [name for name in compared if name == "reference" or name not in unmoved]
-        apart = self.objective.settings.context == "recompute"  # then every policy makes the context anew for itself
+        apart = objective.settings.context == "recompute"  # then every policy makes the context anew for itself
         ahead = {name: self._predictions(name, group, parts) for name in moved if apart}
-        statistics = []
-        with self._prefix(group) as prefix:
+        statistics: dict[int, list[Mapping[str, Tensor]]] = {samples.chunk: [] for samples in chunks}
+        with self._contexts(group, parts) as context_of:
             for index, part in enumerate(parts):
-                with self._context(group, part, prefix) as context:
-                    known = {name: ahead[name][index] if apart else self._prediction(name, group, part, context) for name in moved}
-                    live = self.engine.predict(group, part, context=context, checkpoint=self.batching.checkpoint)
-                    predictions = {name: known[name] if name in known else live.detach() for name in compared}
-                    loss = objective.loss(group, target, part, live, predictions)
-                    if unmoved and len(unmoved) == len(predictions):
-                        objective.check_unmoved(loss.statistics)
-                    (loss.loss.sum() * weight).backward()
-                statistics.append(loss.statistics)
-        return statistics
+                context = context_of(part)
+                known = {name: ahead[name][index] if apart else self._prediction(name, group, part, context) for name in moved}
+                live = self.engine.predict(group, part, context=context, checkpoint=self.batching.checkpoint)
+                loss = objective.loss(group, target, part, live, {name: known.get(name, live.detach()) for name in compared})
+                if unmoved and len(unmoved) == len(compared):
+                    objective.check_unmoved(loss.statistics)
+                (loss.loss.sum() * weight).backward()
+                statistics[part.chunk].append(loss.statistics)
+        return [{name: torch.cat([part[name] for part in found]) for name in found[0]} for found in statistics.values()]
 
-    def _micro_batches(self, group: Group, samples: Samples) -> list[Samples]:
-        size = min(self.batching.micro_batch or len(samples), self.engine.at_once(group, samples.chunk) or len(samples))
-        return samples.split(size)
+    def _micro_batches(self, group: Group, chunks: Sequence[Samples]) -> list[Samples]:
+        """Return the samples of all chunks in parts: the first part of each chunk, then the second of each, and so on."""
+        limits = [self.batching.micro_batch, *(self.engine.at_once(group, samples.chunk) for samples in chunks)]
+        size = min([max(map(len, chunks)), *(limit for limit in limits if limit)])
+        rows = zip_longest(*(samples.split(size) for samples in chunks))
+        return [part for row in rows for part in row if part is not None]
 
     @torch.no_grad()
     def _prediction(self, policy: str, group: Group, part: Samples, context: Stream) -> Tensor:
@@ -286,25 +284,25 @@ class Updates:
     @torch.no_grad()
     def _predictions(self, policy: str, group: Group, parts: Sequence[Samples]) -> list[Tensor]:
         """Return x0hat of each part under a policy that is compared, in contexts of its own."""
-        predictions = []
-        with self.policies.as_(policy), self._prefix(group) as prefix:
-            for part in parts:
-                with self._context(group, part, prefix) as context:
-                    predictions.append(self.objective.predict_known(policy, group, part, context))
-        return predictions
-
-    def _prefix(self, group: Group) -> AbstractContextManager[Stream | None]:
-        """Give the context of the pivot chunk: the rollout's (None), or recomputed from its latents under the present weights."""
-        return self.engine.recomputed_prefix(group, self.objective.settings.context == "recompute")
+        with self.policies.as_(policy), self._contexts(group, parts) as context_of:
+            return [self.objective.predict_known(policy, group, part, context_of(part)) for part in parts]
 
     @contextmanager
-    def _context(self, group: Group, samples: Samples, prefix: Stream | None) -> Iterator[Stream]:
-        """Give the context that samples were made in: what members made of their own is cached anew under the policy that made it."""
-        rebuilt = samples.chunk > group.pivot and self.objective.settings.context == "rollout"
-        with ExitStack() as stack:
-            with self.policies.as_(self.objective.maker) if rebuilt else nullcontext():
-                context = stack.enter_context(self.engine.context(group, samples.chunk, samples.members, prefix=prefix))
-            yield context
+    def _contexts(self, group: Group, parts: Sequence[Samples]) -> Iterator[Callable[[Samples], Stream]]:
+        """Give a function that returns the context that samples were made in, one at a time.
+
+        That of the pivot chunk is the rollout's, or recomputed under the weights as they are. What members made of their own is cached anew
+        under the policy that made it.
+        """
+        recompute, last = self.objective.settings.context == "recompute", max(part.chunk for part in parts)
+        with self.engine.recomputed_prefix(group, recompute) as prefix, Contexts(self.engine, group, last, prefix) as contexts:
+
+            def context_of(samples: Samples) -> Stream:
+                rebuilt = samples.chunk > group.pivot and not recompute
+                with self.policies.as_(self.objective.maker) if rebuilt else nullcontext():
+                    return contexts.of(samples.chunk, samples.members)
+
+            yield context_of
 
     # What is logged
 

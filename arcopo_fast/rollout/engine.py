@@ -7,7 +7,7 @@ gradient through that chunk only.
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, Collection, Generator, Iterator, Mapping, Sequence
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from arcopo_fast.errors import UserError
 from arcopo_fast.rollout.cache import plan_pages, visible_frames
+from arcopo_fast.rollout.contexts import Contexts
 from arcopo_fast.rollout.group import Branching, Explored, Fork, Group, Samples, Wave
 from arcopo_fast.rollout.history import History
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise
@@ -218,35 +219,9 @@ class Engine(Streamer):
 
     @contextmanager
     def context(self, group: Group, chunk: int, members: Tensor, *, prefix: Stream | None = None) -> Iterator[Stream]:
-        """Give what chunk `chunk` of `members` [N] sees, as long as the block lasts: the group's prefix, then each member's own chunks.
-
-        The members' own chunks are made anew by clean passes of their latents, under the weights as they are, once for each member.
-
-        Args:
-            prefix: instead of the group's own.
-        """
-        prefix = prefix or group.prefix
-        assert prefix is not None, "the group has no context: see bring_back"
-        distinct, rows = members, list(range(len(members)))
-        if chunk > group.pivot:
-            distinct, inverse = members.unique(return_inverse=True)
-            rows = inverse.tolist()
-        with ExitStack() as stack:
-            cache = prefix.cache.fork(len(distinct))
-            stack.callback(cache.release)
-            stream = replace(prefix, cache=cache, latents=list(prefix.latents), history=None)
-            own = {number: latents for number, latents in group.own_chunks(self.shape.chunk_frames).items() if number < chunk}
-            cache.reserve(sum(latents.shape[1] for latents in own.values()))  # consecutive pages, as in the rollout
-            for number in range(group.pivot, chunk + 1):
-                with torch.no_grad():
-                    if number in group.switches:
-                        self.switch_prompt(stream, group.switches[number])
-                    if number in own:
-                        self.append(stream, own[number][distinct], timestep=self.context_noise)
-            if rows != list(range(len(distinct))):
-                stream.cache = cache.of(rows)
-                stack.callback(stream.cache.release)
-            yield stream
+        """Give what chunk `chunk` of `members` [N] sees, as long as the block lasts, see `Contexts`. prefix: instead of the group's own."""
+        with Contexts(self, group, chunk, prefix) as contexts:
+            yield contexts.of(chunk, members)
 
     def predict(self, group: Group, samples: Samples, *, context: Stream | None = None, checkpoint: bool = False) -> Tensor:
         """Predict x0hat of samples, [N, F, C, h, w] float32, under the present weights, with gradient if enabled; the context is constant.

@@ -27,6 +27,7 @@ from arcopo_fast.objectives.advantage import group_advantages, zscore
 from arcopo_fast.objectives.nft import NFTObjective, NFTSettings
 from arcopo_fast.objectives.optimizer import Stepper
 from arcopo_fast.planning.spread import Spread
+from arcopo_fast.rollout.contexts import Contexts
 from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.rollout.group import Group
 from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise
@@ -139,13 +140,37 @@ def test_7_the_training_pass_predicts_what_the_rollout_did(cache: CacheConfig) -
     with engine.rollout(random_text(), GroupId(3), pivot=1, members=GROUP, plan=plan) as group, torch.no_grad():
         trained = objective.samples(group, 0)
         assert [part.chunk for part in trained] == list(group.explored) == [1, 2, 3]
-        for part in trained:
-            explored = group.explored[part.chunk]
-            for step in range(len(explored.steps)):
-                rolled = group.samples(torch.full((GROUP,), step), torch.arange(GROUP), part.chunk)
-                context = engine.context(group, part.chunk, part.members)
-                with context as stream:
-                    assert torch.equal(engine.predict(group, rolled, context=stream), explored.predictions[step])
+        for going_on in (True, False):
+            with Contexts(engine, group, until=3) as contexts:
+                for part in trained:
+                    explored = group.explored[part.chunk]
+                    for step in range(len(explored.steps)):
+                        rolled = group.samples(torch.full((GROUP,), step), torch.arange(GROUP), part.chunk)
+                        context = contexts.of(part.chunk, part.members) if going_on else None
+                        assert torch.equal(engine.predict(group, rolled, context=context), explored.predictions[step])
+        assert engine.pool.pages_in_use == group.prefix.cache.frames
+
+
+def test_each_context_goes_on_from_that_of_the_chunk_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One clean pass for each chunk of a micro-batch, for all policies together; other members begin anew."""
+    engine = adapted_engine()
+    objective, passes, append = objective_of(engine, micro_batch=4), list[int](), engine.append
+    with group_of(objective) as group:
+        monkeypatch.setattr(
+            engine, "append", lambda stream, *given, **named: (passes.append(stream.frame), append(stream, *given, **named))[1]
+        )
+        objective.update([(group, zscore(torch.randn(GROUP)))], Stepper(torch.optim.SGD(adapter_parameters(engine.model), lr=0.1)))
+        assert passes == [2, 4] * 2, "chunks 1 and 2 of four members, then of two"
+        passes.clear()
+        objective.update([(group, zscore(torch.randn(GROUP)))], Stepper(torch.optim.SGD(adapter_parameters(engine.model), lr=0.1)))
+        assert passes == [2, 4] * 2, "the old policy is another one by now"
+        with Contexts(engine, group, until=3) as contexts:
+            contexts.of(3, torch.tensor([0, 1, 2, 3]))
+            passes.clear()
+            for chunk, members in ((3, [3, 2, 2, 1]), (2, [3, 2, 1]), (3, [3, 2, 1])):
+                found = contexts.of(chunk, torch.tensor(members))
+                assert found.frame == 2 * chunk and len(found.cache.tables) == len(members)
+            assert passes == [2, 4, 2, 4], "of members 1 to 3, back for an earlier chunk, and on"
 
 
 # 8 and 9: chunks and precision
