@@ -21,7 +21,9 @@ from support.models import SHAPE, random_text, small_engine, small_model
 from support.recipes import BASE, load, message, write
 from torch import Tensor
 
+from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.sections import CacheConfig
+from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.model.lora import adapter_parameters, adapter_state
 from arcopo_fast.objectives.advantage import group_advantages, zscore
 from arcopo_fast.objectives.nft import NFTObjective, NFTSettings
@@ -100,13 +102,14 @@ def test_3_r_is_the_clamped_advantage_and_one_half_where_nothing_differs() -> No
 @pytest.mark.parametrize("world", [1, 8, 48])
 def test_5_every_group_of_an_iteration_has_a_prompt_of_its_own_on_any_number_of_ranks(world: int) -> None:
     """48 prompts with 24 videos each, of 50,000; the released sampler gives 8 ranks one prompt 384 times."""
-    groups, size, prompts = 48, 24, [f"prompt {number}" for number in range(50_000)]
+    groups, size, prompts = 48, 24, [Prompt(f"prompt {number}") for number in range(50_000)]
+    config = load_config("self_forcing_astrolabe", ["seed=7"])
     spread = Spread(min(world, groups), max(1, world // groups))
     for iteration in (1, 2):
         numbers = [number for rank in range(0, world, spread.ranks) for number in spread.groups(rank, groups)]
-        videos = Counter(prompt_of(7, prompts, iteration, number) for number in numbers for _ in range(size))
+        videos = Counter(prompt_of(config, prompts, iteration, number) for number in numbers for _ in range(size))
         assert sorted(numbers) == list(range(groups)) and len(videos) == groups and set(videos.values()) == {size}
-        assert videos == Counter(prompt_of(7, prompts, iteration, number) for number in range(groups) for _ in range(size))
+        assert videos == Counter(prompt_of(config, prompts, iteration, number) for number in range(groups) for _ in range(size))
 
 
 # 6 and 7: forks and the training pass
@@ -242,14 +245,17 @@ def test_only_so_many_chunks_explore_and_are_trained() -> None:
     objective = objective_of(adapted_engine(), explored_chunks=2)
     with group_of(objective) as group:
         assert [part.chunk for part in objective.samples(group, 0)] == [1, 2]
+    with group_of(objective_of(objective.engine), horizon=1) as group:
+        assert [part.chunk for part in objective_of(objective.engine).samples(group, 0)] == [1, 2], "branches end with the horizon"
         assert objective.noise_plan(0.5).chunks == 2 and objective.noise_plan(0.5).keep == "clean"
 
 
 # The gradient
 
 
-@pytest.mark.parametrize("settings", [{"kl": "none"}, {"kl": "uniform", "kl_weight": 0.3}], ids=["alone", "uniform distance"])
-@pytest.mark.parametrize("micro_batch", [None, 4])
+@pytest.mark.parametrize(
+    ("micro_batch", "settings"), [(4, {"kl": "none"}), (None, {"kl": "uniform", "kl_weight": 0.3})], ids=["alone", "uniform distance"]
+)
 def test_the_gradient_is_that_of_a_plain_loop(micro_batch: int | None, settings: dict[str, Any]) -> None:
     """In float64: each chunk in its member's own context, made by the old policy, and a mean over elements, chunks and members."""
     engine = adapted_engine(F64)

@@ -17,7 +17,8 @@ from support.models import SHAPE, random_text
 from support.ranks import run_ranks
 from torch import Tensor
 
-from arcopo_fast.config.sections import RolloutConfig
+from arcopo_fast.config.reading import load_config
+from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.model.lora import adapter_parameters, adapter_state
 from arcopo_fast.objectives.advantage import group_advantages
 from arcopo_fast.objectives.nft import AVERAGE, REFERENCE, NFTObjective, NFTSettings, old_decay
@@ -199,7 +200,7 @@ def together(world: World, settings: dict[str, Any]) -> tuple[dict[str, Tensor],
     torch.manual_seed(11)
     objective = objective_of(fresh_engine(), kl_max_age=1, evaluation_ema=0.9, **settings)
     stepper = Stepper(torch.optim.AdamW(adapter_parameters(objective.engine.model), lr=1e-3), eps=1e-8)
-    records = [iterate(objective, stepper, iteration, 4, world) for iteration in range(3)]
+    records = [iterate(objective, stepper, iteration, 2, world) for iteration in range(2)]
     return weights_of(objective), objective.state_dict(), records
 
 
@@ -226,7 +227,7 @@ def test_12_policies_move_as_the_table_says(old: str) -> None:
     objective = objective_of(fresh_engine(), old=old, old_ramp=0.2, evaluation_ema=0.3)
     start, expected, average, records = weights_of(objective), weights_of(objective), weights_of(objective), []
     stepper = Stepper(torch.optim.AdamW(adapter_parameters(objective.engine.model), lr=1e-3))
-    for moves, factor in enumerate({"ema": (0.9,) * 4, "ramp": (0.0, 0.2, 0.4, 0.5), "sync": (0.0,) * 4}[old]):
+    for moves, factor in enumerate({"ema": (0.9,) * 2, "ramp": (0.0, 0.2, 0.4, 0.5), "sync": (0.0,) * 2}[old]):
         records.append(iterate(objective, stepper, moves, 1))
         live, slow = weights_of(objective), (0.1, 2 / 11, 0.25, 0.3)[moves]
         expected = {name: factor * tensor + (1 - factor) * live[name] for name, tensor in expected.items()}
@@ -271,14 +272,14 @@ def test_12_the_reference_is_a_copy_of_the_policy_as_it_was() -> None:
 
 def test_12_a_run_that_goes_on_is_the_run_that_was_never_stopped() -> None:
     """Draws have names and no state; policies and controllers are saved, and adapters and records are equal bit for bit."""
-    settings = {**SELECTIVE, "kl_max_age": 2, "evaluation_ema": 0.9, "old": "ramp"}
+    settings = {**SELECTIVE, "kl_max_age": 1, "evaluation_ema": 0.9, "old": "ramp"}
     whole = objective_of(fresh_engine(), **settings)
     parameters = adapter_parameters(whole.engine.model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     stepper = Stepper(optimizer, relative_clip=1.5)
-    trained(whole, range(3), stepper=stepper)
+    trained(whole, range(2), stepper=stepper)
     saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict(), [parameter.detach() for parameter in parameters]))
-    expected = trained(whole, range(3, 5), stepper=stepper)
+    expected = trained(whole, range(2, 4), stepper=stepper)
     weights, state = weights_of(whole), copy.deepcopy(whole.state_dict())
 
     again = objective_of(whole.engine, **settings)
@@ -288,8 +289,8 @@ def test_12_a_run_that_goes_on_is_the_run_that_was_never_stopped() -> None:
             parameter.copy_(value)
     again.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
-    assert trained(again, range(3, 5), stepper=stepper) == expected
-    assert same(weights_of(again), weights) and same(again.state_dict(), state) and again.moves == 5
+    assert trained(again, range(2, 4), stepper=stepper) == expected
+    assert same(weights_of(again), weights) and same(again.state_dict(), state) and again.moves == 4
 
 
 # Who acts
@@ -297,20 +298,20 @@ def test_12_a_run_that_goes_on_is_the_run_that_was_never_stopped() -> None:
 
 def test_the_old_policy_makes_the_groups() -> None:
     objective = objective_of(adapted_engine())
-    engine, config = objective.engine, SimpleNamespace(rollout=RolloutConfig(group_size=GROUP), seed=4)
-    source: Any = SimpleNamespace(config=config, branches=[GROUP], team=World(), objective=objective, engine=engine, pivot=lambda *_: 1)
-    text = random_text()
+    engine, text, prompts = objective.engine, random_text(), SimpleNamespace(training=[Prompt("a prompt")])
+    config = load_config("self_forcing_astrolabe", [f"rollout.group_size={GROUP}", "rollout.pivot=2", "rollout.branches_per_wave=null"])
+    rollouts = Rollouts(config, SimpleNamespace(), engine, objective, prompts, {})  # type: ignore[arg-type]
     assert objective.acting == "live"
-    with Rollouts.roll_out(source, text, 1, 0) as first:
+    with rollouts.roll_out(text, 1, 0) as first:
         objective.begin()
         with torch.no_grad():
             for parameter in adapter_parameters(engine.model):
                 parameter.add_(0.1 * torch.randn_like(parameter))
         live = weights_of(objective)
-        with Rollouts.roll_out(source, text, 1, 0) as second, Rollouts.roll_out(source, text, 1, 0, every_step=True) as whole:
+        with rollouts.roll_out(text, 1, 0) as second, rollouts.roll_out(text, 1, 0, every_step=True) as whole:
             assert torch.equal(first.tails, second.tails) and not second.explored and list(whole.explored) == [1, 2, 3]
         objective.policies.keep("old")
-        with Rollouts.roll_out(source, text, 1, 0) as third:
+        with rollouts.roll_out(text, 1, 0) as third:
             assert not torch.equal(third.tails, second.tails)
     assert same(live, weights_of(objective)) and objective.maker == "old"
 
