@@ -4,7 +4,7 @@ An objective says, each in one place,
 
 * which noises are a member's own: `noise_plan`;
 * which samples (chunk, member, x_t, t) are trained: `samples`; the engine predicts each in the context that it was made in;
-* which policies the live one is compared with: `compared`, and when they move: `begin`, `end`;
+* which policies the live one is compared with: `compared`, and when they move: `begin`, `end`; which one makes the groups: `acting`;
 * the loss of the samples, with its own statistics and charts: `target`, `loss`, `summary`, `charts`.
 
 The update is the same for all, see `objectives.updates`: draw the samples, predict them under the policies that are compared (without

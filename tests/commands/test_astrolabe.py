@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.commands import SMALL, outcome
 
 from arcopo_fast import collect, doctor
@@ -46,6 +47,12 @@ def test_a_run_says_what_it_held_back_and_leaves_the_average(tmp_path: Path) -> 
     assert "Astrolabe (arXiv 2603.17051)" in (tmp_path / "run" / "adapter" / "README.md").read_text()
     state = torch.load(tmp_path / "run" / "checkpoints" / "step-2" / "trainer.pt", weights_only=True)["objective"]
     assert set(state["policies"]) == {"old", "kl_reference", "average"} and state["moves"] == 2
+    left, kept = (
+        load_file(tmp_path / "run" / folder / "adapter_model.safetensors") for folder in ("adapter", "checkpoints/step-2/adapter")
+    )
+    average = list(state["policies"]["average"].values())
+    assert all(any(torch.equal(tensor, other) for other in average) for tensor in left.values())
+    assert any(not torch.equal(left[name], tensor) for name, tensor in kept.items()), "a checkpoint has the policy that learns"
 
 
 def test_a_buffer_keeps_only_finished_chunks(tmp_path: Path) -> None:
