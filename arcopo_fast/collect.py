@@ -20,7 +20,8 @@ from arcopo_fast.runtime.console import Progress
 from arcopo_fast.runtime.distributed import ALONE, World
 from arcopo_fast.runtime.memory import tune_for_cpu
 from arcopo_fast.runtime.rank_console import log_to
-from arcopo_fast.training.groups import Rollouts, policy_of, prompt_of, recipe_of, store
+from arcopo_fast.training.buffered import policy_of, recipe_of, store
+from arcopo_fast.training.groups import Rollouts, prompt_of
 
 
 def collect(config: Config, path: str, groups: int, world: World = ALONE) -> Buffer:

@@ -44,7 +44,8 @@ from arcopo_fast.rollout.engine import Engine
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.storage.identity import checksum, sampled_digest, version_of
 from arcopo_fast.storage.run_dir import RunDirectory, step_of
-from arcopo_fast.training.groups import BufferedGroups, Outcome, Rollouts, policy_of, training_prompts
+from arcopo_fast.training.buffered import BufferedGroups, policy_of, training_prompts
+from arcopo_fast.training.groups import Outcome, Rollouts
 
 
 def check_trainable(config: Config) -> None:

@@ -17,7 +17,7 @@ from arcopo_fast.planning.memory import estimate
 from arcopo_fast.planning.plan import dry_run
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.train import main
-from arcopo_fast.training.groups import policy_of, restore
+from arcopo_fast.training.buffered import policy_of, restore
 from arcopo_fast.training.trainer import Trainer
 
 TINY = [*SMALL, "video.chunks=3", "sampler.steps=[1000, 350]", "run.tensorboard=false", "train.iterations=1"]

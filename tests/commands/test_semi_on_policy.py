@@ -26,7 +26,7 @@ from arcopo_fast.rollout.noise import KeyedNoise
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.toy.text import ToyTextEncoder
 from arcopo_fast.train import main
-from arcopo_fast.training.groups import restore
+from arcopo_fast.training.buffered import restore
 from arcopo_fast.training.trainer import Trainer
 
 GROUPS = 5

@@ -22,7 +22,8 @@ from arcopo_fast.errors import UserError
 from arcopo_fast.evaluation.windows import Part, View, Window, parts
 from arcopo_fast.rewards.base import Reward
 from arcopo_fast.rollout.group import Group
-from arcopo_fast.training.groups import BufferedGroups, JudgedGroup, Rollouts, policy_of, recipe_of, store
+from arcopo_fast.training.buffered import BufferedGroups, policy_of, recipe_of, store
+from arcopo_fast.training.groups import JudgedGroup, Rollouts
 from arcopo_fast.training.lessons import reward_record
 from arcopo_fast.training.trainer import Trainer
 

@@ -21,7 +21,7 @@ from arcopo_fast.model.lora import adapter_state, load_adapter_state
 from arcopo_fast.rollout.stream import Stream
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.train import one_iteration
-from arcopo_fast.training.groups import policy_of, recipe_of, restore, store
+from arcopo_fast.training.buffered import policy_of, recipe_of, restore, store
 from arcopo_fast.training.lessons import LearningWatch
 from arcopo_fast.training.trainer import Trainer
 
