@@ -85,20 +85,20 @@ class Engine(Streamer):
         plans = [self.plan(pivot, branches, horizon=branching.horizon, switches=texts) for pivot in pivots]
         reserved = self.pool.reserve(max(plans, key=lambda plan: plan.pages))  # what does not fit fails before a frame is computed
         stream.cache.reserved = [reserved.prefix]
-        mine: list[Stream] = [stream]
+        held: list[Stream] = [stream]
         try:
             for number, (pivot, plan) in enumerate(zip(pivots, plans)):
                 self._go_on(stream, KeyedNoise(self.shape, group), texts, pivot)
                 if number < len(pivots) - 1:
-                    mine.append(replace(stream, cache=stream.cache.fork(1), latents=list(stream.latents), history=stream.history.copy()))
+                    held.append(replace(stream, cache=stream.cache.fork(1), latents=list(stream.latents), history=stream.history.copy()))
                 later = {chunk: later for chunk, later in texts.items() if chunk > pivot}
-                fork = Fork(mine[-1], branching.chunks(pivot, self.shape.chunks), later, reserved.tails, plan.tail)
+                fork = Fork(held[-1], branching.chunks(pivot, self.shape.chunks), later, reserved.tails, plan.tail)
                 made = self._group(fork, group, branching)
-                mine.pop()
+                held.pop()
                 yield replace(made, fork=number)
         finally:
-            for left in mine:
-                left.cache.release()
+            for trunk in held:
+                trunk.cache.release()
             reserved.release()
 
     def _go_on(self, stream: Stream, noise: KeyedNoise, texts: Mapping[int, Tensor], pivot: int) -> None:
