@@ -86,6 +86,11 @@ class Config(Section):
         """The weight of each score of a group in its weighted total: that of the reward times that of the window."""
         return {score: window * weight for window, weights in self.windows for score, weight in weights.items()}
 
+    @property
+    def anchored(self) -> bool:
+        """Whether every group has an anchor: one more branch, which is judged and is no member."""
+        return self.objective.advantage_baseline == "anchor"
+
     @field_validator("name")
     @classmethod
     def _names_a_directory(cls, name: str) -> str:

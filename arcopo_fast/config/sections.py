@@ -318,6 +318,10 @@ class ObjectiveSettings(Section):
     advantage_std: Literal["population", "sample"] = Field(
         "population", description="standard deviation that a z-score divides by: over G, or over G - 1 as in DanceGRPO"
     )
+    advantage_baseline: Literal["mean", "anchor"] = Field(
+        "mean",
+        description="what rewards are compared with; anchor: those of one more branch, with no noise of its own, which is no member",
+    )
     advantage_std_floor: float = Field(0.0, ge=0, description="lower limit of the spread that advantages are divided by")
     advantage_max: PositiveFloat | None = Field(None, description="largest |A_i|; null: no limit")
     reward_combine: Literal["sum", "per_reward_zscore"] = Field(

@@ -56,7 +56,7 @@ class Judging:
         """Keep the modules among `things` on the device inside the block, if they wait elsewhere."""
         return nullcontext() if self.device is None else resident(self.device, *things, offload=True)
 
-    def decode(self, latents: Tensor, prefix: Tensor | None = None, *, warmup: int = 0) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, prefix: Tensor | None = None, *, warmup: int = 0, anchor: Tensor | None = None) -> Iterator[Tensor]:
         """Yield frames [n, F, 3, H, W] in [0, 1] of a slice after the other, see `decode_branches`.
 
         Delete a slice before the next one is asked for: its memory is needed.
@@ -65,10 +65,12 @@ class Judging:
             latents: of N videos, [N, F, C, h, w].
             prefix: what all of them begin with, [1, F0, C, h, w].
             warmup: how many of its first latent frames have no frames here.
+            anchor: see `decode_branches`.
         """
         videos = len(latents)
-        slices = decode_branches(self.decoder, latents[:1, :0] if prefix is None else prefix, latents, self.at_once, warmup=warmup)
-        for _ in range(math.ceil(videos / (self.at_once or videos))):
+        prefix = latents[:1, :0] if prefix is None else prefix
+        slices = decode_branches(self.decoder, prefix, latents, self.at_once, warmup=warmup, anchor=anchor)
+        for _ in range(math.ceil(videos / (self.at_once or videos)) + (anchor is not None)):
             with profiling.stage("decode"), self.at_work(self.decoder.vae):
                 frames = next(slices)
             yield frames

@@ -30,6 +30,9 @@ def uneven(config: Config, spread: Spread) -> list[tuple[str, str]]:
     if len(set(_parts(spread.branches(rollout.group_size), rollout.branches_per_wave))) > 1:
         waves = f"the {rollout.group_size} branches of a group make more waves on some of the {ranks} ranks of a team than on others"
         problems.append((waves, f"set rollout.group_size to a multiple of {ranks}, or rollout.branches_per_wave=null"))
+    if config.anchored and ranks > 1:
+        advice = "take train.spread=groups, or objective.advantage_baseline=mean"
+        problems.append((f"one of the {ranks} ranks of a team makes the anchor of a group for all of them", advice))
     pairs = pairs_of(config)
     dealt = _parts([len(range(rank, pairs, ranks)) for rank in range(ranks)], config.objective.micro_batch)
     if len(set(dealt)) > 1:

@@ -166,7 +166,8 @@ def _kept(config: Config, sizes: GeneratorSizes, ranks: int) -> Estimate:
     tails = pages - (1 + (config.objective.context == "recompute")) * full_video if buffered else branches * worst.tail
     copies, old_predictions = (1, 1) if buffered else (2, int(updates > 1))
     kind = objective_class(config.objective.kind)
-    stored = copies * group * _states(config, sizes) + (0 if buffered else group * chunks) + _prefix_chunks(config, sizes)
+    made = 0 if buffered else group + config.anchored
+    stored = copies * group * _states(config, sizes) + made * chunks + _prefix_chunks(config, sizes)
     others = kind.kept_policies(config.objective) - 1
     return Estimate(
         {

@@ -118,11 +118,12 @@ def passes(config: Config, sizes: GeneratorSizes, ranks: int = 1) -> Passes:
     if config.train.buffer is not None:
         videos = config.evaluation.prompts * config.evaluation.videos_per_prompt
         wave = finished = videos_at_once(config)
-    slices = ceil(videos / min(finished, settings.decode_branches))
+    anchor = config.anchored and config.train.buffer is None  # a wave and a slice of one branch
+    slices = ceil(videos / min(finished, settings.decode_branches)) + anchor
     return Passes(
         trips=slices if settings.offload else 0,
         repeated=updates * pairs if settings.checkpoint else 0,
-        waves=ceil(videos / wave),
+        waves=ceil(videos / wave) + anchor,
         slices=slices,
         micro_batches=updates * ceil(pairs / settings.micro_batch),
     )

@@ -32,15 +32,14 @@ class Spread(NamedTuple):
         return [video * pivots + fork for video in range(rank // self.ranks, videos, self.teams) for fork in range(pivots)]
 
     def branches(self, group_size: int) -> list[int]:
-        """Return how many branches of a group each rank of a team has."""
+        """Return how many branches of a group each rank of a team has; its anchor is the last one's besides."""
         return [group_size // self.ranks + (rank < group_size % self.ranks) for rank in range(self.ranks)]
 
     def work(self, config: Config) -> float:
         """Return the work of the rank that has most, in branches."""
-        rollout = config.rollout
-        return ceil(rollout.prompts_per_iteration / self.teams) * (
-            PREFIX + rollout.pivots_per_video * max(self.branches(rollout.group_size))
-        )
+        rollout, shares = config.rollout, self.branches(config.rollout.group_size)
+        shares[-1] += config.anchored
+        return ceil(rollout.prompts_per_iteration / self.teams) * (PREFIX + rollout.pivots_per_video * max(shares))
 
 
 def spread(config: Config, ranks: int) -> Spread:

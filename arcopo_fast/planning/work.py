@@ -180,7 +180,7 @@ def iteration(config: Config, model: CausalWanConfig, vae: VAESizes | None, pivo
         return total
 
     kind, horizon = objective_class(objective.kind), config.rollout.horizon
-    stop = shape.chunks if horizon is None else pivot + horizon + 1
+    stop, made = shape.chunks if horizon is None else pivot + horizon + 1, group + config.anchored
     train, old_policy = Work(), Work()
     for chunk in range(pivot, min(pivot + (kind.explored_chunks(objective) or shape.chunks), stop)):
         frames, visible = shape.chunk_frames[chunk], visible_frames(config, model, chunk)
@@ -190,8 +190,8 @@ def iteration(config: Config, model: CausalWanConfig, vae: VAESizes | None, pivo
         old_policy += forward(config, model, frames, visible) * items + text(config, model) * prompts
     stages = {
         "prefix": chunks(0, pivot, False) + chunks(0, pivot, True),
-        "denoise": chunks(pivot, stop, False) * group,
-        "clean": chunks(pivot, stop - 1, True) * group,
+        "denoise": chunks(pivot, stop, False) * made,
+        "clean": chunks(pivot, stop - 1, True) * made,
         "replay": train * objective.updates + old_policy * (objective.updates - 1),
         "optimizer": Work(traffic=ADAMW_PASSES * 4 * lora_parameters(config, model)) * objective.updates,
     }
@@ -199,7 +199,7 @@ def iteration(config: Config, model: CausalWanConfig, vae: VAESizes | None, pivo
         view, before = View.of(config, pivot), sum(shape.chunk_frames[:pivot])
         shared = before - view.frames.start + view.warmup
         tail = decode(vae, shape.height, shape.width, view.frames.stop - before, start=not shared)
-        stages["decode"] = decode(vae, shape.height, shape.width, shared) + tail * group
+        stages["decode"] = decode(vae, shape.height, shape.width, shared) + tail * made
     return {name: work for name, work in stages.items() if work != Work()}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from arcopo_fast.config.schema import Config, objective_class
 from arcopo_fast.reports.results import Record, points
-from arcopo_fast.storage.metrics import TOTAL, Chart
+from arcopo_fast.storage.metrics import ANCHOR, TOTAL, Chart
 
 REWARD = Chart("Reward", "Moving mean. Prompts and pivots change, so single iterations scatter.", TOTAL, smooth=True)
 SPREAD = Chart(
@@ -16,6 +16,13 @@ SPREAD = Chart(
     f"{TOTAL}_std",
     smooth=True,
 )
+BASELINE = (
+    Chart("Reward of the anchor", "Of the branch with no noise of its own, which the candidates are compared with.", ANCHOR, smooth=True),
+    Chart(
+        "Anchor's scores that failed", "A window without its anchor's score teaches its group nothing.", "failed_anchor_scores", if_any=True
+    ),
+)
+"""With `objective.advantage_baseline: anchor`."""
 UPDATES = (
     Chart("Gradient norm", "Before it is clipped.", "gradient_norm"),
     Chart(
@@ -30,7 +37,7 @@ UPDATES = (
 
 def health(config: Config) -> list[Chart]:
     """Return the charts that tell whether a run learns: its objective's own among those of any run."""
-    return [SPREAD, *objective_class(config.objective.kind).charts(config.objective), *UPDATES]
+    return [SPREAD, *(BASELINE if config.anchored else ()), *objective_class(config.objective.kind).charts(config.objective), *UPDATES]
 
 
 def reward_statistics(names: Iterable[str]) -> list[Chart]:

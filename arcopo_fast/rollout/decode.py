@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 def decode_branches(
-    decoder: StreamingDecoder, prefix: Tensor, tails: Tensor, branches_at_once: int | None = None, *, warmup: int = 0
+    decoder: StreamingDecoder,
+    prefix: Tensor,
+    tails: Tensor,
+    branches_at_once: int | None = None,
+    *,
+    warmup: int = 0,
+    anchor: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the frames of a group's latents, a slice of branches at a time: the prefix is decoded once, and the decoder's cache forked
     after it.
@@ -30,6 +36,7 @@ def decode_branches(
             decoder's cache and of frames, all of which are large at full size. The frames are the same up to rounding.
         warmup: the first latent frames of the prefix that are decoded for the decoder's cache alone. Then the first that is seen is not
             decoded as a video's first, and gives as many pixel frames as any other.
+        anchor: one more branch [1, F1, C, h, w], decoded by itself after the others, whose frames are those that they are without it.
 
     Yields:
         frames [branches_at_once or fewer, F, 3, H, W] in [0, 1].
@@ -42,7 +49,7 @@ def decode_branches(
     cache, shared = decoder.warm(prefix[:, :warmup]) if warmup else decoder.start(), None
     if prefix.shape[1] > warmup:
         shared, cache = decoder.decode(prefix[:, warmup:], cache)
-    for part in tails.split(branches_at_once or len(tails)):
+    for part in [*tails.split(branches_at_once or len(tails)), *([] if anchor is None else [anchor])]:
         yield _all_frames(shared, decoder.decode(part, fork(cache, len(part)))[0])
 
 

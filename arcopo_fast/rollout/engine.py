@@ -21,7 +21,7 @@ from arcopo_fast.rollout.cache import plan_pages, visible_frames
 from arcopo_fast.rollout.contexts import Contexts
 from arcopo_fast.rollout.group import Branching, Explored, Fork, Group, Samples, Wave
 from arcopo_fast.rollout.history import History
-from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise, MemberNoise, NoisePlan
 from arcopo_fast.rollout.sampler import Trajectory, predict
 from arcopo_fast.rollout.stream import Stream, Streamer
 from arcopo_fast.runtime.profiling import stage
@@ -123,12 +123,17 @@ class Engine(Streamer):
                 continue
             waves.append(wave)
             part = part[len(noise.members) :]
+        anchor = self._anchor(fork, group) if branching.anchor else None
         fork.prefix.cache.finish()
         explored = {chunk: self._explored(chunk, [wave.trajectories[chunk] for wave in waves]) for chunk in waves[0].trajectories}
         tails, history = torch.cat([wave.tails for wave in waves]), fork.prefix.history
         assert history is not None
         rule = branching.plan.rule or self.rule
-        return Group(group, fork.chunks[0], fork.prefix, history, tails, explored, rule, fork.switches, branching.kept)
+        return Group(group, fork.chunks[0], fork.prefix, history, tails, explored, rule, fork.switches, branching.kept, anchor=anchor)
+
+    def _anchor(self, fork: Fork, group: GroupId) -> Tensor:
+        """Return how the video of a fork goes on with no noise of its own, [1, F1, C, h, w]: a wave of its own, after those of members."""
+        return self._finish(fork, MemberNoise(KeyedNoise(self.shape, group), NoisePlan(0.0, chunks=0), fork.chunks[0], [0])).tails
 
     def _explored(self, chunk: int, waves: Sequence[Trajectory]) -> Explored:
         """Return a chunk of all waves' members as a group keeps it."""

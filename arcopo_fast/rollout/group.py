@@ -26,6 +26,7 @@ class Branching:
         part: make only these members; None: all.
         branches_per_wave: finish at most so many at once; less K/V memory, the same result within rounding. None: all.
         kept: latent frames before the pivot that a group keeps with a window, at least; None: all of them.
+        anchor: make one more branch, with no noise of its own, which is no member.
     """
 
     members: int
@@ -34,6 +35,7 @@ class Branching:
     part: range | None = None
     branches_per_wave: int | None = None
     kept: int | None = None
+    anchor: bool = False
 
     @property
     def wave_size(self) -> int:
@@ -149,6 +151,7 @@ class Group:
         switches: prompts [1, length, text_dim] by the chunk after the pivot that is the first to use them.
         kept: see `Branching`.
         fork: number of the group among those of its video.
+        anchor: the branch with no noise of its own, [1, F1, C, h, w] as `tails`; None: there is none, or it is judged and gone.
     """
 
     id: GroupId
@@ -161,6 +164,7 @@ class Group:
     switches: Mapping[int, Tensor] = field(default_factory=dict)
     kept: int | None = None
     fork: int = 0
+    anchor: Tensor | None = None
 
     @property
     def key(self) -> tuple[int | str, ...]:

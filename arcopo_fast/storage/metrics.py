@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FILE = "metrics.jsonl"
 TOTAL = "reward"  # the weighted sum of the rewards, in metrics.jsonl and evaluation.json
+ANCHOR = "anchor"  # the same of the branches that are the baseline of advantages, in metrics.jsonl
 LARGEST = 1e150  # its square is a float too
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)] | None
 """A measured number; null where it was not finite."""

@@ -36,7 +36,7 @@ class BufferedGroups:
     Every pass over them has an order of its own.
 
     Raises:
-        UserError: the buffer is of another policy, holds no intact entry, or lacks a reward of the recipe.
+        UserError: the buffer is of another policy, holds no intact entry, or lacks a reward or the anchors of the recipe.
     """
 
     def __init__(self, config: Config, generator: Generator, engine: Engine, objective: Objective[Any], buffer: Buffer) -> None:
@@ -46,11 +46,17 @@ class BufferedGroups:
         self.objective = objective
         self.buffer = buffer
         self.indices = buffer.indices  # once: a collection may still be adding to it
-        scored = [name.removeprefix(REWARD) for name in next(buffer.entries(self.indices)).tensors if name.startswith(REWARD)]
+        first = next(buffer.entries(self.indices))
+        scored = [name.removeprefix(REWARD) for name in first.tensors if name.startswith(REWARD)]
         if missing := [name for name in config.score_weights if name not in scored]:
             raise UserError(
                 f"{buffer.path} was not scored by {', '.join(missing)}, only by {', '.join(scored)}; choose rewards among these, "
                 "or collect a buffer with the others"
+            )
+        if config.anchored and not any(name.startswith(ANCHOR) for name in first.tensors):
+            raise UserError(
+                f"the groups of {buffer.path} have no anchor for objective.advantage_baseline=anchor; collect a buffer with that setting, "
+                "or train with objective.advantage_baseline=mean"
             )
 
     def judged(self, iteration: int, index: int) -> JudgedGroup:
@@ -69,6 +75,8 @@ class BufferedGroups:
 
 REWARD = "reward/"
 """Begins the name of scores [G] in a buffer's entry."""
+ANCHOR = "anchor/"
+"""Begins the name of a score [1] of the branch with no noise of its own, in the entry of a group that had one."""
 CLEAN = "clean"
 """Name of the members' chunks from the pivot on, [G, F1, C, h, w], in the entry of a group without trajectories."""
 
@@ -90,6 +98,7 @@ def store(judged: JudgedGroup, shape: VideoShape) -> tuple[dict[str, Tensor], di
     if chunks := group.history.chunks:
         tensors["prefix"] = torch.cat([chunk.latents[0] for chunk in chunks])
     tensors |= {REWARD + name: values for name, values in judged.rewards.items()}
+    tensors |= {ANCHOR + name: torch.tensor([value]) for name, value in (judged.anchor or {}).items()}
     events = [
         ["append", event.frame, event.latents.shape[1]] if isinstance(event, Appended) else ["switch", event.frame]
         for event in group.history.events
@@ -139,7 +148,8 @@ def restore(entry: Entry, generator: Generator, engine: Engine, objective: Objec
         stop = starts[pivot] + tails.shape[1]
         later = {chunk: texts[start] for chunk, start in enumerate(starts) if start in texts and starts[pivot] < start < stop}
         group = Group(name, pivot, prefix, history, tails, explored, rule, later, fork=about.get("fork", 0))
-        return JudgedGroup(group, prompt, {name: entry.tensors[REWARD + name] for name in scores})
+        anchor = {name: entry.tensors[ANCHOR + name].item() for name in scores if ANCHOR + name in entry.tensors}
+        return JudgedGroup(group, prompt, {name: entry.tensors[REWARD + name] for name in scores}, anchor or None)
     except BaseException:
         prefix.cache.release()
         raise
@@ -205,7 +215,10 @@ def policy_of(config: Config, generator: Generator, objective: Objective[Any]) -
 def recipe_of(config: Config, prompts: Prompts, rewards: Mapping[str, Reward]) -> dict[str, Any]:
     """Return everything besides the policy that determines an entry of a buffer; later collectors must match it."""
     forks = config.rollout.pivots_per_video
-    return ({"pivots_per_video": forks} if forks > 1 else {}) | {
+    sometimes: dict[str, Any] = {"pivots_per_video": forks} if forks > 1 else {}
+    if config.anchored:
+        sometimes["advantage_baseline"] = config.objective.advantage_baseline
+    return sometimes | {
         "seed": config.seed,
         "prompts": digest(prompts.training),
         "rewards": {name: reward.fingerprint(name) for name, reward in rewards.items()},

@@ -34,15 +34,24 @@ class JudgedGroup:
         group: its videos.
         prompt: of all of them.
         rewards: scores [G] by name, see `Config.scores_of`; NaN where a reward failed.
+        anchor: the same of the branch with no noise of its own; None: there was none.
     """
 
     group: Group
     prompt: Prompt
     rewards: dict[str, Tensor]
+    anchor: dict[str, float] | None = None
+
+    @classmethod
+    def of(cls, group: Group, prompt: Prompt, scores: dict[str, Tensor]) -> JudgedGroup:
+        """Return a group with its scores by name: [G], or [G + 1], the last of which is its anchor's."""
+        rewards = {name: values[: group.size] for name, values in scores.items()}
+        anchored = any(len(values) > group.size for values in scores.values())
+        return cls(group, prompt, rewards, {name: values[-1].item() for name, values in scores.items()} if anchored else None)
 
     def outcome(self, number: int, config: Config) -> Outcome:
         """Return what its iteration, in which it has a `number`, keeps of it."""
-        return Outcome(number, self.group.pivot, self.rewards, self.advantages(config))
+        return Outcome(number, self.group.pivot, self.rewards, self.advantages(config), self.anchor if config.anchored else None)
 
     def weighted(self, config: Config) -> dict[str, Tensor]:
         """Return each score that has a weight times it, [G] by name, in the recipe's order."""
@@ -60,6 +69,7 @@ class JudgedGroup:
             std_floor=objective.advantage_std_floor,
             std=objective.advantage_std,
             largest=objective.advantage_max,
+            anchor=self.anchor if config.anchored else None,
         )
 
 
@@ -71,12 +81,14 @@ class Outcome(NamedTuple):
         pivot: the chunk at which it forked, counted from 0.
         rewards: scores [G] by name, see `Config.scores_of`; NaN where a reward failed.
         advantages: [G] float64.
+        anchor: scores by name of the branch that is the baseline, NaN where a reward failed; None: the mean of the members is.
     """
 
     number: int
     pivot: int
     rewards: dict[str, Tensor]
     advantages: Tensor
+    anchor: dict[str, float] | None = None
 
 
 def prompt_of(config: Config, prompts: Sequence[Prompt], iteration: int, video: int) -> Prompt:
@@ -137,7 +149,7 @@ class Rollouts:
         for video, numbers in groupby(indices, key=lambda index: index // forks):
             prompt, wanted = self.prompt(iteration, video * forks), list(numbers)
             pivots = [self.pivot(iteration, index) for index in wanted]
-            made = self.engine.forks(self.encode(prompt), self._name(iteration, video), pivots, self._branching(), self._switches(prompt))
+            made = self.engine.forks(self.encode(prompt), self._name(iteration, video), pivots, self._branching(), self.switches(prompt))
             with closing(made):
                 for index in wanted:
                     with self.objective.policies.as_(self.objective.acting):
@@ -148,12 +160,13 @@ class Rollouts:
         """Judge a group, which is released if this fails."""
         with ExitStack() as undo:
             undo.enter_context(group)
-            rewards = self.judge(group, self.decode(group), prompt)
+            scores = self.judge(group, self.decode(group), prompt)
+            group.anchor = None  # of which only the scores are needed
             if not self.team.alone:
-                rewards = joined(self.team.gathered(rewards))
+                scores = joined(self.team.gathered(scores))
                 self._join(group)
             undo.pop_all()
-        return JudgedGroup(group, prompt, rewards)
+        return JudgedGroup.of(group, prompt, scores)
 
     def _join(self, group: Group) -> None:
         """Give a group the branches of all ranks of the team, in their order."""
@@ -190,7 +203,7 @@ class Rollouts:
             every_step: keep the trajectories of chunks that explore, even if the objective needs only the finished chunks.
         """
         video, fork = divmod(index, self.config.rollout.pivots_per_video)
-        pivots, switches = [self.pivot(iteration, index)], self._switches(self.prompt(iteration, index))
+        pivots, switches = [self.pivot(iteration, index)], self.switches(self.prompt(iteration, index))
         with self.objective.policies.as_(self.objective.acting):
             branching = self._branching(every_step=every_step)
             group = next(self.engine.forks(text, self._name(iteration, video), pivots, branching, switches))
@@ -210,9 +223,10 @@ class Rollouts:
             part=range(first, first + self.branches[self.team.rank]),
             branches_per_wave=rollout.branches_per_wave,
             kept=self.config.judge.reach,
+            anchor=self.config.anchored and self.team.rank == self.team.size - 1,  # who has least to do, and whose scores come last
         )
 
-    def _switches(self, prompt: Prompt) -> dict[int, Tensor]:
+    def switches(self, prompt: Prompt) -> dict[int, Tensor]:
         """Return what the generator reads of the prompts that follow a video's first one, by the latent frame from which they count."""
         starts = accumulate(self.engine.shape.chunk_frames[:-1], initial=0)
         return {start: self.encode(later) for start, later in prompt.at_chunks(list(starts)).items() if start}
@@ -229,16 +243,19 @@ class Rollouts:
         return view, prefix[:, view.frames.start - view.warmup - kept.start :], group.tails[:, : view.frames.stop - pivot]
 
     def decode(self, group: Group, at_once: int | None = None) -> Iterator[Tensor]:
-        """Yield frames [n, F, 3, H, W] in [0, 1] of what rewards see of a group's videos, as many at a time as the recipe says.
+        """Yield frames [n, F, 3, H, W] in [0, 1] of what rewards see of a group's videos, as many at a time as the recipe says; those of
+        an anchor last, by itself.
 
         at_once: as many instead.
         """
         judging, (view, shared, tails) = Judging.of(self.config, self.generator), self.seen(group)
-        return replace(judging, at_once=at_once or judging.at_once).decode(tails, shared, warmup=view.warmup)
+        anchor = None if group.anchor is None else group.anchor[:, : tails.shape[1]]
+        return replace(judging, at_once=at_once or judging.at_once).decode(tails, shared, warmup=view.warmup, anchor=anchor)
 
     def judge(self, group: Group, slices: Iterable[Tensor], prompt: Prompt) -> dict[str, Tensor]:
-        """Return the scores [G] of a group's frames by name, see `Config.scores_of`, on the CPU; NaN where a reward failed."""
-        prompts, view = [prompt.text] * self.branches[self.team.rank], self.view(group, prompt)
+        """Return the scores [G], with an anchor [G + 1], of a group's frames by name, see `Config.scores_of`, on the CPU; NaN where a
+        reward failed."""
+        prompts, view = [prompt.text] * (self.branches[self.team.rank] + (group.anchor is not None)), self.view(group, prompt)
         parts: list[dict[str, Tensor]] = []
         for frames, scores in Judging.of(self.config, self.generator).judge(self.rewards, slices, prompts, view):
             del frames  # the next ones need the memory

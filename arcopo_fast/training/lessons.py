@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from math import isfinite, isnan
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from arcopo_fast.config.schema import Config
 from arcopo_fast.objectives.advantage import weighted_total, zscore
 from arcopo_fast.rewards.base import RewardError
+from arcopo_fast.storage.metrics import ANCHOR
 from arcopo_fast.training.groups import Outcome
 
 UNSCORED = 3
@@ -32,22 +34,45 @@ def reward_record(config: Config, outcomes: Sequence[Outcome]) -> dict[str, floa
             if len(scores):
                 logged.setdefault(prefix + name, []).append(scores.mean().item())
                 logged.setdefault(f"{prefix}{name}_std", []).append(scores.std(correction=0).item())
+        for name, score in _anchor_scores(config, outcome).items():
+            if isfinite(score):
+                logged.setdefault(prefix + name, []).append(score)
         logged.setdefault("pivot", []).append(outcome.pivot + 1)
     failed = sum(int(scores.isnan().sum()) for outcome in outcomes for scores in outcome.rewards.values())
     partly = {"partly_scored": sum(_partly_scored(config, outcome) for outcome in outcomes)} if config.judge.windows else {}
-    return {name: sum(values) / len(values) for name, values in logged.items()} | {"failed_scores": failed} | partly
+    means = {name: sum(values) / len(values) for name, values in logged.items()} | {"failed_scores": failed} | partly
+    if not config.anchored:
+        return means
+    return means | {"failed_anchor_scores": sum(isnan(score) for outcome in outcomes for score in (outcome.anchor or {}).values())}
+
+
+def _anchor_scores(config: Config, outcome: Outcome) -> dict[str, float]:
+    """Return the anchor's weighted total and scores by the names that they are logged by; nothing if there is none."""
+    if outcome.anchor is None:
+        return {}
+    total = weighted_total(outcome.anchor, config.score_weights)
+    return {ANCHOR: total} | {f"{ANCHOR}/{name}": score for name, score in outcome.anchor.items()}
 
 
 def _partly_scored(config: Config, outcome: Outcome) -> int:
-    """Count the members whose advantages are those of some windows alone, since in another one a score failed."""
+    """Count the members whose advantages are those of some windows alone, since in another one a score failed, theirs or the anchor's."""
     weights = [{name: weight for name, weight in rewards.items() if weight} for window, rewards in config.windows if window]
-    scored = torch.stack([weighted_total(outcome.rewards, rewards).isfinite() for rewards in weights if rewards])
+    weights, anchor = [rewards for rewards in weights if rewards], outcome.anchor
+    scored = torch.stack([weighted_total(outcome.rewards, rewards).isfinite() for rewards in weights])
+    if anchor is not None:
+        scored &= torch.tensor([isfinite(weighted_total(anchor, rewards)) for rewards in weights])[:, None]
     return int((scored.any(0) & ~scored.all(0)).sum())
 
 
 def _scores(config: Config, outcome: Outcome) -> dict[str, Tensor]:
     total = weighted_total(outcome.rewards, config.score_weights)
     return {"reward": total} | {f"reward/{name}": scores for name, scores in outcome.rewards.items()}
+
+
+def _has_scores(config: Config, outcome: Outcome) -> bool:
+    """Return whether some member has all its scores, and the anchor too if there is one."""
+    anchored = all(map(isfinite, _anchor_scores(config, outcome).values()))
+    return anchored and bool(_scores(config, outcome)["reward"].isfinite().any())
 
 
 class LearningWatch:
@@ -64,15 +89,17 @@ class LearningWatch:
             RewardError: the rewards teach the run nothing, by all signs; the message names them.
         """
         config, scores = self.config, [_scores(self.config, outcome) for outcome in outcomes]
-        self.unscored = 0 if any(scored["reward"].isfinite().any() for scored in scores) else self.unscored + 1
+        self.unscored = 0 if any(_has_scores(config, outcome) for outcome in outcomes) else self.unscored + 1
         self.alike = 0 if any(outcome.advantages.any() for outcome in outcomes) else self.alike + 1
         unscored = Counter[str]()  # videos by the reward that failed
         for outcome in outcomes:
             unscored.update({name: int(values.isnan().sum()) for name, values in outcome.rewards.items()})
+            unscored.update({name: int(isnan(score)) for name, score in (outcome.anchor or {}).items()})
         failed = ", ".join(f"{name!r} failed for {number}" for name, number in unscored.items() if number)
-        videos = f"of the last one's {config.rollout.groups * config.rollout.group_size}, {failed}"
+        videos = f"of the last one's {config.rollout.groups * (config.rollout.group_size + config.anchored)}, {failed}"
         if self.unscored == min(UNSCORED, config.train.iterations):
-            raise RewardError(f"not one video of {self.unscored} iterations in a row got all its scores: {videos}")
+            none = "no video and anchor of one group" if config.anchored else "not one video"
+            raise RewardError(f"{none} of {self.unscored} iterations in a row got all its scores: {videos}")
         if self.alike == min(ALIKE, config.train.iterations):
             telling = {name.removeprefix("reward/") for scored in scores for name, values in scored.items() if _differ(values)}
             alike = ", ".join(repr(name) for name, weight in config.score_weights.items() if weight and name not in telling)

@@ -13,17 +13,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import chain, combinations
+from itertools import chain, combinations, islice
 
 import torch
 from torch import Tensor
 
 from arcopo_fast.config.schema import Config
+from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.evaluation.judging import Judging
 from arcopo_fast.model.lora import adapter_disabled, adapter_state, load_adapter_state
 from arcopo_fast.objectives.optimizer import GradientNotFinite, Stepper
 from arcopo_fast.objectives.ratio import RatioNotOne, RatioObjective
 from arcopo_fast.rollout.group import Samples
+from arcopo_fast.rollout.noise import GroupId, KeyedNoise
 from arcopo_fast.training.findings import Check, Finding, Replayed, ratio_objective
 from arcopo_fast.training.forecast import forecast
 from arcopo_fast.training.groups import JudgedGroup
@@ -60,10 +62,13 @@ def self_test(config: Config) -> Iterator[Finding]:
     trainer = Trainer(one_group(config))
     rollouts, began = trainer.rollouts, time.monotonic()
     prompt = rollouts.prompt(1, 0)
+    unperturbed = _unperturbed(trainer, prompt) if trainer.config.anchored else None
     with rollouts.roll_out(rollouts.encode(prompt), 1, 0, every_step=True) as group:
-        judged = JudgedGroup(group, prompt, rollouts.judge(group, rollouts.decode(group), prompt))
+        judged = JudgedGroup.of(group, prompt, rollouts.judge(group, rollouts.decode(group), prompt))
         forked = f"{group.size} members that fork at chunk {group.pivot + 1} of {trainer.shape.chunks}"
         yield Finding("a group", None, f"{forked}, made and judged in {time.monotonic() - began:.1f} s")
+        if unperturbed is not None:
+            yield from _anchor(judged, unperturbed, trainer.generator.model.dtype)
         advantages = judged.advantages(trainer.config)
         yield from _advantages(trainer, judged, advantages)
         if not advantages.abs().any():  # the checks of the update need something to learn
@@ -84,6 +89,34 @@ def self_test(config: Config) -> Iterator[Finding]:
             yield from _reference(check)
         if replayed is not None:
             yield from forecast(check, replayed)
+
+
+@torch.no_grad()
+def _unperturbed(trainer: Trainer, prompt: Prompt) -> Tensor:
+    """Return the latents [1, F, C, h, w] of the first group's video, made as any video is, as far as the group's branches go."""
+    config, engine, rollouts = trainer.config, trainer.engine, trainer.rollouts
+    pivot, chunks = rollouts.pivot(1, 0), trainer.shape.chunks
+    stop = chunks if config.rollout.horizon is None else pivot + config.rollout.horizon + 1
+    noise = KeyedNoise(trainer.shape, GroupId(config.seed, 1, 0))
+    with trainer.objective.policies.as_(trainer.objective.acting):
+        stream = engine.start(rollouts.encode(prompt).to(engine.model.device))
+        try:
+            made = list(islice(engine.stream(stream, noise, switches=rollouts.switches(prompt)), stop))
+        finally:
+            stream.cache.release()
+    return torch.cat([trajectory.predictions[-1] for trajectory in made], dim=1)
+
+
+def _anchor(judged: JudgedGroup, unperturbed: Tensor, dtype: torch.dtype) -> Iterator[Finding]:
+    """Check that the anchor is the video with no noise of its own, and that it has scores."""
+    made = judged.group.anchor
+    assert made is not None and judged.anchor is not None
+    expected = unperturbed[:, -made.shape[1] :]
+    apart = ((made - expected).square().mean() / expected.square().mean()).sqrt().item()
+    detail = f"is the video in which no noise was changed, {'bit for bit' if apart == 0 else f'within {apart:.1g} of its size'}"
+    yield Finding("the anchor", apart <= (1e-4 if dtype == torch.float32 else 0.05), detail)
+    if failed := [name for name, score in judged.anchor.items() if not math.isfinite(score)]:
+        yield Finding("the anchor's scores", False, f"are not all there: {', '.join(failed)} failed, so the group teaches nothing of them")
 
 
 @torch.no_grad()
