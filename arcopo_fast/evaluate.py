@@ -115,6 +115,19 @@ def command_line() -> RecipeParser:
         help="make only batches I, I + N, I + 2 N, ..., counted from 0: for N processes with the same --batch and no common disk. "
         "Processes with the same --out share the work without this option (default: 0/1)",
     )
+    _add_long_videos(parser)
+    parser.add_argument(
+        "--keep-videos",
+        type=keep_option,
+        metavar="all|none|N",
+        help="scored videos that are written as mp4: all, none, or those of the first N prompts (default: all)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="directory of all results")
+    return parser
+
+
+def _add_long_videos(parser: RecipeParser) -> None:
+    """Add the options that long videos have."""
     parser.add_argument(
         "--frames",
         type=positive_int,
@@ -137,14 +150,6 @@ def command_line() -> RecipeParser:
         help="change to another prompt at this latent frame of every long video, or at the next one that begins a chunk. Repeat the option "
         "for more changes. A set of prompts may have changes of its own: JSON lines of {prompts: [...], frames: [0, ...]}",
     )
-    parser.add_argument(
-        "--keep-videos",
-        type=keep_option,
-        metavar="all|none|N",
-        help="scored videos that are written as mp4: all, none, or those of the first N prompts (default: all)",
-    )
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="directory of all results")
-    return parser
 
 
 def merge_command_line() -> Parser:
