@@ -238,7 +238,7 @@ class WindowConfig(Section):
 
 
 class JudgeConfig(Section):
-    """What rewards see of a group's videos in training. An evaluation judges whole videos."""
+    """The part of a group's videos that rewards see in training. An evaluation judges whole videos."""
 
     before: Natural | None = Field(
         None, description="latent frames before the pivot chunk that rewards see; null: all. With judge.windows: give each window's own"

@@ -1,5 +1,5 @@
-"""What rewards see of a group's videos: the latent frames that are decoded, the windows that are cut from their pixels, and the prompts
-under which they are judged."""
+"""The view that rewards have of a group's videos: which latent frames are decoded, which windows are cut from their pixels, and under which
+prompts they are judged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def parts(frames: range, switches: Mapping[int, str], shortest: int) -> list[Par
 
 @dataclass(frozen=True)
 class Window:
-    """What some rewards see of a video.
+    """The part of a video that some rewards see.
 
     Attributes:
         rewards: their names, by the names of the scores that they give here.

@@ -1,4 +1,4 @@
-"""Where a policy is held back, and to what: selective regularization and a reference that moves (Astrolabe, after GARDO, arXiv 2512.24138).
+"""Selective regularization, and a reference policy that moves (Astrolabe, after GARDO, arXiv 2512.24138).
 
 A video that one reward ranks far above the others has probably fooled that reward. Of all videos of an iteration,
 

@@ -1,4 +1,4 @@
-"""What the chunks of a group's members see when they are predicted again: the shared prefix, then each member's own chunks."""
+"""Contexts in which the chunks of a group's members are predicted again: the shared prefix, then each member's own chunks."""
 
 from __future__ import annotations
 

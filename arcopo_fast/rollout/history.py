@@ -49,7 +49,7 @@ class Replayed(NamedTuple):
 
 @dataclass
 class History:
-    """What happened to a video, or what of it is still needed.
+    """The events of a video in the making, or those of them that are still needed.
 
     Attributes:
         text: the prompt that it began with, [1, length, text_dim].

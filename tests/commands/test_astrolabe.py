@@ -64,8 +64,8 @@ def test_a_buffer_keeps_only_finished_chunks(tmp_path: Path) -> None:
     group = made.rollouts.roll_out(made.rollouts.encode(made.rollouts.prompt(entry.index, 0)), entry.index, 0)
     with group, restore(entry, made.generator, made.engine, made.objective, []).group as stored:
         assert torch.equal(stored.tails, group.tails) and stored.size == 3 and not stored.explored
-        ours, theirs = (made.objective.samples(each, 0) for each in (stored, group))
-        assert [part.chunk for part in ours] == [1, 2] and all(torch.equal(a.x, b.x) for a, b in zip(ours, theirs))
+        restored, made_anew = (made.objective.samples(each, 0) for each in (stored, group))
+        assert [part.chunk for part in restored] == [1, 2] and all(torch.equal(a.x, b.x) for a, b in zip(restored, made_anew))
     main(["toy", *settings, "name=semi", f"run.directory={tmp_path}", "--mode", "semi_on_policy", "--buffer", str(path)])
     (line,) = read_metrics(tmp_path / "semi")
     assert line["update1/drift"] == 0 and "old_decay" not in line, "the old policy is the base, which made the groups"

@@ -46,13 +46,13 @@ def test_json_lines(tmp_path: Path, prompts: list[Prompt]) -> None:
 def test_prompts_that_change_within_a_video(tmp_path: Path, prompts: list[Prompt]) -> None:
     path = tmp_path / "prompts.jsonl"
     frames = sorted(random.sample(range(1, 99), len(prompts) - 1))
-    texts, longer = [one.text for one in prompts], [one.text + " at dusk" for one in prompts]
+    texts, longer = [prompt.text for prompt in prompts], [prompt.text + " at dusk" for prompt in prompts]
     records = [{"prompts": texts, "frames": [0, *frames]}, {"prompts": texts, "frames": [0, *frames], "extended": longer}, {"prompt": "a"}]
     path.write_text("\n".join(map(json.dumps, records)))
     plain, extended, single = read_prompt_set(path, turns=True)
     assert plain == Prompt(texts[0], None, tuple(Turn(frame, Prompt(text)) for frame, text in zip(frames, texts[1:])))
     assert [(frame, one.text, one.for_generator) for frame, one in extended.parts] == list(zip([0, *frames], texts, longer))
-    assert single.parts == ((0, Prompt("a")),) and len({digest([one]) for one in (plain, extended, single, Prompt(texts[0]))}) == 4
+    assert single.parts == ((0, Prompt("a")),) and len({digest([prompt]) for prompt in (plain, extended, single, Prompt(texts[0]))}) == 4
     for refused in (read_prompt_set, read_prompts):
         with pytest.raises(UserError, match="followed by other prompts"):
             refused(path)

@@ -179,7 +179,7 @@ def test_what_a_process_that_ended_has_claimed_is_taken_over(directory: ScoreDir
     with ScoreWriter(directory) as writer:
         for batch, _ in directory.unscored(BATCHES, pause):
             assert (batch == hanging) == bool(waits)
-            writer.append([(one, Prompt(f"prompt {one.prompt}"), VideoScores({"beauty": 0.5})) for one in batch], ADAPTERS)
+            writer.append([(video, Prompt(f"prompt {video.prompt}"), VideoScores({"beauty": 0.5})) for video in batch], ADAPTERS)
             made.append(batch)
     process.join(60)
     assert waits and made == [batch for batch in BATCHES if batch[0] not in done and batch != hanging] + [hanging]

@@ -334,7 +334,7 @@ def test_what_the_command_leaves(judged: Path, generator: Generator) -> None:
     assert listed["compared_with"] == BASE and len(listed["scores"]) == 2 * (3 + len(MEASURES)) and listed["seconds"][0] == [0, 13 / 8]
     entry = next(entry for entry in listed["scores"] if entry["score"] == READ and entry["generator"] == "on@1")
     assert entry["difference"]["drift"] == {"mean": 0, "low": 0, "high": 0} and entry["difference"]["pairs"] == entry["videos"] == 4
-    assert {one["score"] for one in document["results"]} == {"reward", BRIGHT, READ}, "what drifts is no score of the whole"
+    assert {result["score"] for result in document["results"]} == {"reward", BRIGHT, READ}, "what drifts is no score of the whole"
     table, page = (judged / "table.md").read_text(), (judged / "report.html").read_text()
     assert "3 segments of 2 s" in table and "slope per minute" in table and "Difference to base" in table
     assert page.count("<svg") == 2 * (3 + len(MEASURES)) and "<script" not in page

@@ -83,11 +83,11 @@ def test_a_group_with_less_than_two_scores_teaches_nothing(scored: int) -> None:
 def test_two_equal_windows_of_half_a_weight_are_one() -> None:
     rewards = {"a": torch.randn(8), "b": torch.randn(8)}
     weights = {"a": 1.0, "b": -0.5}
-    one = window_advantages(rewards, [(1.0, weights)], largest=1.2)
-    assert torch.equal(one, group_advantages(rewards, weights).clamp(-1.2, 1.2))
+    single = window_advantages(rewards, [(1.0, weights)], largest=1.2)
+    assert torch.equal(single, group_advantages(rewards, weights).clamp(-1.2, 1.2))
     twice = {f"{window}/{name}": scores for window in "uv" for name, scores in rewards.items()}
     halves = [(0.5, {f"{window}/{name}": weight for name, weight in weights.items()}) for window in "uv"]
-    torch.testing.assert_close(window_advantages(twice, halves, largest=1.2), one, rtol=0, atol=1e-12)
+    torch.testing.assert_close(window_advantages(twice, halves, largest=1.2), single, rtol=0, atol=1e-12)
     watched = [(1.0, {"u/a": 1.0, "u/b": 0.0}), (0.0, {"v/a": 1.0}), (3.0, {"v/b": 0.0})]
     assert torch.equal(window_advantages(twice, watched), zscore(rewards["a"])), "no weight, no part in it"
 
