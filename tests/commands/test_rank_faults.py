@@ -20,6 +20,7 @@ from arcopo_fast import train
 from arcopo_fast.objectives.base import Objective
 from arcopo_fast.objectives.optimizer import Step, Stepper
 from arcopo_fast.rollout.engine import Engine
+from arcopo_fast.rollout.noise import MemberNoise
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.storage.run_dir import damage
@@ -89,7 +90,7 @@ def kill() -> None:
 
 MOMENTS: dict[str, tuple[int, Any, str, int]] = {
     "a reduction": (1, World, "sum_", 4),  # of the second iteration's last update
-    "a rollout": (1, Engine, "rollout", 4),
+    "a rollout": (1, Engine, "forks", 4),
     "a save": (0, Objective, "state_dict", 2),  # when the adapter of the second checkpoint is there
 }
 
@@ -115,7 +116,7 @@ def test_a_killed_rank(moment: str, undisturbed: dict[str, Any], tmp_path: Path)
 
 
 def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path: Path) -> None:
-    command = on_rank(1, Engine, "rollout", 2, lambda: time.sleep(13))
+    command = on_rank(1, Engine, "forks", 2, lambda: time.sleep(13))
     first, second = run_commands(2, command, *SMALL, "train.rank_timeout=6", f"run.directory={tmp_path}", within=60)
     assert first.status == 2 and second.status == 2
     assert "rank 1 did not come within 6 s" in first.lines[-1], first.lines
@@ -127,10 +128,10 @@ def test_all_ranks_take_what_one_has_memory_for(undisturbed: dict[str, Any], tmp
     def command(arguments: list[str]) -> None:
         finish, predict = Engine._finish, Engine.predict
 
-        def small_finish(engine: Engine, fork: Any) -> Any:
-            if len(fork.noise.members) > 2:
+        def small_finish(engine: Engine, fork: Any, noise: MemberNoise) -> Any:
+            if len(noise.members) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return finish(engine, fork)
+            return finish(engine, fork, noise)
 
         def small_predict(engine: Engine, group: Any, samples: Any, **named: Any) -> Any:
             if torch.is_grad_enabled() and len(samples) > 2:

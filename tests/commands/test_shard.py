@@ -17,6 +17,7 @@ from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.errors import UserError
+from arcopo_fast.rollout.group import Group
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.storage.metrics import read_metrics
 from arcopo_fast.storage.run_dir import RunDirectory
@@ -37,8 +38,8 @@ def trained(world: World, directory: Path) -> str:
     """Train in every way. The groups of rank 1 have no variance. Return what is said of a recipe that cannot be."""
     original = Rollouts.judge
 
-    def judge(self: Rollouts, slices: Any, prompt: Prompt) -> dict[str, Tensor]:
-        rewards = original(self, slices, prompt)
+    def judge(self: Rollouts, group: Group, slices: Any, prompt: Prompt) -> dict[str, Tensor]:
+        rewards = original(self, group, slices, prompt)
         return {name: torch.zeros_like(values) if world.rank and self.team.alone else values for name, values in rewards.items()}
 
     Rollouts.judge = judge  # type: ignore[method-assign]

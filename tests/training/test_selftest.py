@@ -98,16 +98,16 @@ def test_a_ratio_that_is_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gradient_of_the_wrong_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    update = Updates._backward
+    gradient = Updates._gradient
 
     def wrong(self: Updates, *given: Any) -> Any:
-        result = update(self, *given)
+        result = gradient(self, *given)
         for parameter in self.engine.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.neg_()
         return result
 
-    monkeypatch.setattr(Updates, "_backward", wrong)
+    monkeypatch.setattr(Updates, "_gradient", wrong)
     assert failures() == {"the objective"}
 
 
