@@ -18,8 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from arcopo_fast.errors import UserError
 from arcopo_fast.runtime.console import last_line
 from arcopo_fast.runtime.place import Place
+from arcopo_fast.storage.atomic import atomic_write
 
 LOGS = "logs"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -109,8 +111,8 @@ class Console:
         if place and (path := os.environ.get(ERROR_FILE)):
             # torchrun takes the earliest for the cause, in whole seconds; who only noticed may well write it first.
             about = {"message": text, "extraInfo": {"timestamp": str(int(time.time()) + NOTICED_LATER * secondary)}}
-            with suppress(OSError):
-                Path(path).write_text(json.dumps({"message": about}), encoding="utf-8")
+            with suppress(OSError, UserError):  # whole or absent: torchrun reads it at any moment, and dies of half a file
+                atomic_write(path, json.dumps({"message": about}))
 
     @property
     def kept(self) -> str:

@@ -105,6 +105,22 @@ def test_torchrun_reads_what_has_ended_a_rank_and_which_was_the_first(tmp_path: 
     assert json.loads((tmp_path / "1.json").read_text())["message"]["message"] == "error: the disk is full"
 
 
+def reporting_slowly(arguments: list[str]) -> None:
+    def look(descriptor: int) -> None:
+        """Tell whether torchrun would find a file, at each flush to the disk: the first is that of what it holds."""
+        with Path(arguments[0], f"seen-{rank()}").open("a") as seen:
+            seen.write(f"{Path(os.environ[ERROR_FILE]).exists()} ")
+
+    os.fsync = look
+    reporting(arguments)
+
+
+def test_what_torchrun_reads_is_whole_or_absent(tmp_path: Path) -> None:
+    run_commands(2, reporting_slowly, tmp_path)
+    assert [(tmp_path / f"seen-{number}").read_text().split()[0] for number in range(2)] == ["False", "False"]
+    assert all(json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2))
+
+
 def test_a_process_alone_has_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     streams = sys.stdout, sys.stderr
 
