@@ -43,7 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int, set[tuple[Any, ...]]]] = {
     "Astrolabe, two chunks": ("nft", {"explored_chunks": 2}, 1, renoise(1, 2) | initial(1, 2)),
     "Neighbor GRPO": ("copo", {"distance": "flow_matching"}, 0, initial(0)),
 }
-"""By method: its objective, settings, pivot, and the draws that are a member's own."""
+"""The objective, settings, pivot and own draws of a member, for each method."""
 
 
 def plan_of(engine: Engine, kind: str, settings: dict[str, Any]) -> NoisePlan:
