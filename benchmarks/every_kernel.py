@@ -110,7 +110,20 @@ def norm_silu() -> None:
         norm_silu(new(2, 67, 35, dtype=dtype), new(35, dtype=dtype), out=buffer[:, 2:])
 
 
-OF_OPERATORS = (surrogate, attention, paging, qk_norm_rope, modulation, norm_silu, nft)
+def lora_linear() -> None:
+    from arcopo_kernels.lora_linear import lora_linear, lora_linears
+
+    for dtype in DTYPES:
+        x, down, up = new(67, 35, dtype=dtype, grad=True), new(2, 5, 35, grad=True), new(2, 131, 5, grad=True)
+        weight, bias = new(131, 35, dtype=dtype), new(131, dtype=dtype)
+        for gelu in (False, True):
+            outs = lora_linears(x, [weight, weight], [bias, None], down, up, gelu=gelu)
+            torch.autograd.grad(outs, (x, down, up), [torch.ones_like(out) for out in outs])
+            with torch.no_grad():
+                lora_linear(x, weight, bias, down[0], up[0], gelu=gelu)
+
+
+OF_OPERATORS = (surrogate, attention, paging, qk_norm_rope, modulation, norm_silu, nft, lora_linear)
 CALLS: dict[str, Callable[[], None]] = {call.__name__: call for call in OF_OPERATORS}
 
 

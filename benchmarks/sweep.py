@@ -20,6 +20,7 @@ KNOBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "modulation": (("num_warps",), ()),
     "norm_silu": (("pixels", "num_warps"), ()),
     "nft": (("block", "num_warps"), ()),
+    "lora_linear": (("block_t", "block_out"), ("num_warps",)),
 }
 
 

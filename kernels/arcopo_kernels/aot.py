@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from arcopo_kernels.dispatch import FP_FUSION
 
-OPERATORS = ("surrogate", "attention", "paging", "qk_norm_rope", "modulation", "norm_silu", "nft")
+OPERATORS = ("surrogate", "attention", "paging", "qk_norm_rope", "modulation", "norm_silu", "nft", "lora_linear")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 """A100; RTX 3090 and A6000; RTX 4090 and L40S; H100 and H200; B200; RTX 5090 and PRO 6000; MI300."""
 

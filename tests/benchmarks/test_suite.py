@@ -37,7 +37,7 @@ def test_the_suite_runs_on_a_cpu(tmp_path: Path) -> None:
     cases = {results.case_name(case): case for case in report["cases"]}
     assert len(cases) == len(report["cases"]), "names of cases are unique"
     operators = {"copo_surrogate", "segment_attention", "copy_pages", "qk_norm_rope", "layer_norm_modulate", "norm_silu", "nft_loss"}
-    operators |= {"adapted layer", "vae decoder"}
+    operators |= {"lora_linear", "lora_linears", "adapted layer", "vae decoder"}
     assert operators <= {case["operator"] for case in cases.values()}
     for name, case in cases.items():
         assert "failed" not in case, name

@@ -11,6 +11,7 @@ import torch
 from arcopo_kernels import PagePool, Segment, copo_surrogate, dispatch, nft_loss, segment_attention
 from arcopo_kernels.aot import OPERATORS
 from arcopo_kernels.device import INTERPRETER_TARGET, on_device_of_tensors, target_of
+from arcopo_kernels.lora_linear import lora_linear
 from arcopo_kernels.modulation import gated_residual_layer_norm_modulate
 from arcopo_kernels.norm_silu import norm_silu
 from arcopo_kernels.qk_norm_rope import qk_norm_rope
@@ -68,6 +69,9 @@ def calls(device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     outs = gated_residual_layer_norm_modulate(x, x, gate, scale=gate)
     yield *outs, *torch.autograd.grad(outs[1].square().sum(), (x, gate))
     yield (norm_silu(x.detach(), gate.detach()[0, 0, 0]),)
+    rows, down, up = new(5, 24), new(2, 24), new(7, 2)
+    out = lora_linear(rows, new(7, 24).detach(), None, down, up, gelu=True)
+    yield out, *torch.autograd.grad(out.square().sum(), (rows, down, up))
     pred, old_pred, candidates = new(2, 40), new(2, 40), new(1, 3, 40)
     surrogate = copo_surrogate(pred, old_pred, candidates, torch.tensor([1.0, -1.0, 0.5], device=device))
     yield surrogate.loss, *torch.autograd.grad(surrogate.loss.sum(), pred)

@@ -315,3 +315,52 @@ def test_gradient_through_a_self_forcing_chunk(layers: nn.ModuleList) -> None:
         assert_close(name, ours, theirs, 1e-5)
     with pytest.raises(ValueError, match="gradient"):
         paged_model(x, layers, cache, 4)
+
+
+# A plain nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_linear_against_peft(dtype: torch.dtype) -> None:
+    """Output, gradients of the input and of the adapter, in a model that knows nothing of adapters; all else is frozen."""
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(nn.Linear(24, 40), nn.GELU(approximate="tanh"), nn.ModuleDict({"last": nn.Linear(40, 16)})["last"]).to(dtype)
+    theirs, exact = deepcopy(model), deepcopy(model).double()
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0", "2"], init_lora_weights=False)
+    for other in (theirs, exact):
+        peft.inject_adapter_in_model(config, other)
+        other.to(next(other.parameters()).dtype)
+    parameters = run("LoRALinear")["swap_in"](model, ["0", "2"], rank=4, alpha=6)
+    assert [parameter.shape for parameter in parameters] == [(4, 24), (40, 4), (4, 40), (16, 4)]
+    assert all(parameter.dtype == torch.float32 for parameter in parameters) and (parameters[1] == 0).all()
+    with torch.no_grad():
+        for name, ours in (("0", model[0]), ("2", model[2])):
+            for letter in "AB":
+                source = getattr(ours, f"lora_{letter}").normal_(std=0.3).to(dtype)
+                getattr(ours, f"lora_{letter}").copy_(source)
+                for other in (theirs, exact):
+                    other.get_submodule(f"{name}.lora_{letter}.default").weight.copy_(source)
+    x, grad_out = torch.randn(50, 24).to(dtype), torch.randn(50, 16).to(dtype)
+
+    def differentiated(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+        leaf = x.to(dtype).requires_grad_()
+        out = model(leaf)
+        return [out, *torch.autograd.grad(out, [leaf, *(p for p in model.parameters() if p.requires_grad)], grad_out.to(dtype))]
+
+    results = zip(differentiated(model, dtype), differentiated(theirs, dtype), differentiated(exact, torch.float64))
+    for name, (ours, others, right) in zip(("output", "x", "A", "B", "second A", "second B"), results):
+        if dtype == torch.float32:
+            assert_close(name, ours, others, 1e-5)
+        assert_no_worse(name, ours, others, right)
+
+
+@needs_triton
+def test_a_plain_linear_with_the_kernels(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(24, 40)).to(device)
+    plain, x = deepcopy(model), torch.randn(50, 24, device=device)
+    down, up = run("LoRALinear")["swap_in"](model, ["0"], rank=4, alpha=6)
+    nn.init.normal_(up)
+    with arcopo_kernels.use("triton"):
+        out = model(x)
+    assert dispatch.used("lora_linear").name == "triton"
+    assert_close("output", out, plain(x) + 1.5 * x @ (up @ down).T, 1e-5)
