@@ -5,15 +5,19 @@
     arcopo_kernels.used("copo_surrogate")      what the last eager call ran on, and why
 
 Triton kernels also run on CPU tensors, slowly, in Triton's interpreter: set TRITON_INTERPRET=1 before the first import, and force "triton".
+
+Kernels are operators of PyTorch, registered by `operator`, so that compilers and autograd see them. Where neither looks, they are called
+directly.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 
@@ -118,3 +122,54 @@ def _choice(forced: str, device: torch.device, unsupported: str | None) -> Choic
     if device.type != "cuda":
         return Choice("reference", f"the tensors are on {device.type}, not on a GPU")
     return Choice("triton", "asked for" if forced == "triton" else "the tensors are on a GPU")
+
+
+class Operator:
+    """A registered operator, whose body is called directly where nothing needs the registration.
+
+    The way through PyTorch's dispatcher and its Python wrappers takes longer than most of these kernels run. Compilers, fake tensors and
+    other modes that see every call, transforms and autograd need it; a call without gradient does not.
+
+    Attributes:
+        registered: the operator as PyTorch knows it, for `register_fake`, `register_autograd` and `torch.library.opcheck`.
+        body: the function that computes it.
+        mutated: positions of the arguments that the body writes to.
+    """
+
+    def __init__(self, registered: torch.library.CustomOpDef, body: Callable[..., Any], mutated: Sequence[int]) -> None:
+        self.registered, self.body, self.mutated = registered, body, mutated
+
+    def __call__(self, *arguments: Any) -> Any:
+        if _is_watched(arguments):
+            return self.registered(*arguments)
+        result = self.body(*arguments)
+        for position in self.mutated:  # autograd refuses a saved tensor that was overwritten; a kernel of ours does not tell it
+            torch.autograd.graph.increment_version(arguments[position])
+        return result
+
+
+def operator(name: str, mutates: Sequence[str] = (), schema: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
+    """Return a decorator that registers a function under `arcopo::name`, with the arguments of `torch.library.custom_op`."""
+
+    def register(body: Callable[..., Any]) -> Operator:
+        mutated = [position for position, parameter in enumerate(signature(body).parameters) if parameter in mutates]
+        return Operator(torch.library.custom_op(f"arcopo::{name}", body, mutates_args=mutates, schema=schema), body, mutated)
+
+    return register
+
+
+def _is_watched(arguments: Iterable[Any]) -> bool:
+    """Return whether a compiler, a mode, a transform or autograd must see a call of an operator with these arguments."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    recording = torch.is_grad_enabled()
+    for argument in arguments:
+        for tensor in argument if isinstance(argument, list) else (argument,):
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+                if recording and tensor.requires_grad:
+                    return True
+            elif isinstance(tensor, torch.Tensor):  # a fake one, or another subclass that computes in its own way
+                return True
+    return False

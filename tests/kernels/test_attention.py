@@ -80,7 +80,7 @@ def test_in_double_the_segments_are_the_whole(backend: str) -> None:
 def test_default_on_a_cpu_in_double(batch: int, lengths: list[int]) -> None:
     query, segments = draw(batch, 11, [Run(keys, index % 2 == 0, False) for index, keys in enumerate(lengths)], head_dim=10)
     torch.testing.assert_close(segment_attention(query, segments), dense(query, segments), rtol=0, atol=1e-13)
-    assert dispatch.used("segment_attention") == ("math", "the tensors are on cpu, not on a GPU")
+    assert dispatch.used("segment_attention") == ("cpu", "the first choice")
     torch.testing.assert_close(segment_attention(query, segments, scale=0.7), dense(query * 0.7 * 10**0.5, segments), rtol=0, atol=1e-13)
 
 
@@ -196,6 +196,16 @@ def test_merge_where_queries_see_no_key() -> None:
         merge_attention(list(outs), list(lses[:1]))
 
 
+@pytest.mark.parametrize("parts", range(2, 5))
+def test_merge_pair_by_pair(parts: int) -> None:
+    outs = [torch.randn(3, 5, 2, 40) for _ in range(parts)]
+    lses = [30 * torch.randn(3, 2, 5) for _ in range(parts)]  # of some queries one set of keys outweighs all others
+    out, lse = backends.merge_pairwise(outs, lses)
+    expected, expected_lse = merge_attention([out.double() for out in outs], [lse.double() for lse in lses])
+    assert_close("output", out, expected, 1e-6)
+    assert_close("log-sum-exp", lse, expected_lse, 1e-6)
+
+
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("parts", range(2, 8))
@@ -222,12 +232,12 @@ def test_operator_is_registered_rightly(backend: str, request: pytest.FixtureReq
     query, segments = draw(2, 3, [Run(5, True, True), Run(4, False, False)], torch.float32, heads=1, head_dim=16)
     keys, values = [segment.key for segment in segments], [segment.value for segment in segments]
     frozen = [segment.frozen for segment in segments]
-    torch.library.opcheck(op._forward, (query, keys, values, frozen, 0.25, backend))
+    torch.library.opcheck(op._forward.registered, (query, keys, values, frozen, 0.25, backend))
     keys, values = ([tensor.detach() for tensor in tensors] for tensors in (keys, values))
     query = query.detach()
     out, lse = op._forward(query, keys, values, frozen, 0.25, backend)
     grad_out = torch.randn_like(out)
-    torch.library.opcheck(op._backward, (grad_out, query, keys, values, out, lse, [False, True], 0.25, backend))
+    torch.library.opcheck(op._backward.registered, (grad_out, query, keys, values, out, lse, [False, True], 0.25, backend))
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", pytest.param("triton", marks=needs_triton)])

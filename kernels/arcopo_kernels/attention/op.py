@@ -39,9 +39,9 @@ def segment_attention(query: Tensor, segments: Sequence[Segment], *, scale: floa
             zero tokens are skipped as long as one key is visible.
         scale: factor on the scores; 1/sqrt(D) when None.
         backend: who computes it. "auto": on a GPU in half precision FA4 or FA3 where PyTorch's flash operator has been switched to it, else
-            cuDNN (compute capability 9.0 on), else PyTorch's flash operator, else Triton; everywhere else plain PyTorch, "math", which
-            keeps all scores. Or a name: math, cpu (PyTorch's flash kernel for CPUs), cudnn, flash, fa3, fa4, flash_attn (the package),
-            triton. `arcopo_kernels.used("segment_attention")` says what the last call ran on.
+            cuDNN (compute capability 9.0 on), else PyTorch's flash operator, else Triton; on a CPU PyTorch's flash kernel for CPUs, "cpu";
+            everywhere else plain PyTorch, "math", which keeps all scores. Or a name: math, cpu, cudnn, flash, fa3, fa4, flash_attn (the
+            package), triton. `arcopo_kernels.used("segment_attention")` says what the last call ran on.
 
     Returns:
         [B, Tq, H, D] of the query's dtype.
@@ -91,8 +91,10 @@ def _requested(query: Tensor, backend: str) -> tuple[str, str]:
         name = {"auto": "auto", "reference": "math", "triton": "triton"}[dispatch.forced()]
     if name != "auto":
         return name, "asked for"
+    if query.device.type == "cpu":
+        return "auto", ""
     if query.device.type != "cuda":
-        return "math", f"the tensors are on {query.device.type}, not on a GPU"
+        return "math", f"the tensors are on {query.device.type}, neither on a GPU nor on a CPU"
     if query.dtype not in backends.HALF:
         return "math", f"the fused kernels take float16 and bfloat16, not {query.dtype}"
     return "auto", ""
@@ -101,7 +103,7 @@ def _requested(query: Tensor, backend: str) -> tuple[str, str]:
 # The operator. "auto" is resolved when it runs, so that a compiled graph asks the device it runs on.
 
 
-@torch.library.custom_op("arcopo::segment_attention", mutates_args=())
+@dispatch.operator("segment_attention")
 def _forward(
     query: Tensor, keys: list[Tensor], values: list[Tensor], frozen: list[bool], scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -126,17 +128,19 @@ def _merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         from arcopo_kernels.attention import triton
 
         return triton.merge(outs, lses)
+    if outs[0].device.type == "cpu":
+        return backends.merge_pairwise(outs, lses)
     return merge_attention(outs, lses)
 
 
-@_forward.register_fake
+@_forward.registered.register_fake
 def _(query: Tensor, keys: list[Tensor], values: list[Tensor], frozen: list[bool], scale: float, backend: str) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = query.shape
     lse = query.new_empty((batch, heads, tokens), dtype=torch.promote_types(query.dtype, torch.float32))
     return query.new_empty(query.shape), lse
 
 
-@torch.library.custom_op("arcopo::segment_attention_backward", mutates_args=())
+@dispatch.operator("segment_attention_backward")
 def _backward(
     grad_out: Tensor,
     query: Tensor,
@@ -175,7 +179,7 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-@_backward.register_fake
+@_backward.registered.register_fake
 def _(grad_out: Tensor, query: Tensor, keys: list[Tensor], values: list[Tensor], *rest: Any) -> list[Tensor]:
     _, _, trained, *_ = rest
     grads = [tensor for key, value, is_trained in zip(keys, values, trained) if is_trained for tensor in (key, value)]
@@ -201,4 +205,4 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple
     return grad_query, [key for key, _ in pairs], [value for _, value in pairs], None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_forward.registered.register_autograd(_differentiate, setup_context=_setup_context)
