@@ -144,7 +144,8 @@ class Operator:
             return self.registered(*arguments)
         result = self.body(*arguments)
         for position in self.mutated:  # autograd refuses a saved tensor that was overwritten; a kernel of ours does not tell it
-            torch.autograd.graph.increment_version(arguments[position])
+            if arguments[position] is not None:
+                torch.autograd.graph.increment_version(arguments[position])
         return result
 
 

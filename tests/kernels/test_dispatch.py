@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -26,6 +28,25 @@ def registered_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(op._forward, "registered", recorded)
     return calls
+
+
+OPERATORS = ("attention", "lora_linear", "modulation", "nft", "norm_silu", "paging", "qk_norm_rope", "surrogate")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_is_called_directly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each registration with PyTorch goes through `dispatch.operator`, and a call without gradient arrives at the body."""
+    module = import_module(f"arcopo_kernels.{name}.op")
+    assert "torch.library" not in "".join(line for line in inspect.getsource(module).splitlines() if line.startswith("@"))
+    operators = [value for value in vars(module).values() if isinstance(value, dispatch.Operator)]
+    assert operators
+    for operator in operators:
+        monkeypatch.setattr(operator, "body", lambda *arguments: arguments)
+        target = torch.zeros(2)
+        arguments = [target for _ in range(len(operator.mutated) + 9)]
+        version = target._version
+        assert operator(*arguments) == tuple(arguments)
+        assert target._version == version + len(operator.mutated)
 
 
 def attend(query: Tensor) -> Tensor:

@@ -205,8 +205,8 @@ def test_ranks_beyond_the_kernels_are_plain_pytorch() -> None:
 @needs_triton
 def test_registration(device: torch.device) -> None:
     base, reduced, up = torch.randn(2, 7, 9, device=device), torch.randn(7, 6, device=device), torch.randn(2, 9, 3, device=device)
-    torch.library.opcheck(op._lora_add, (base, reduced, up, 0.5, False, None))
-    torch.library.opcheck(op._lora_add, (base, reduced, up, 0.5, True, torch.empty_like(base)))
+    torch.library.opcheck(op._lora_add.registered, (base, reduced, up, 0.5, False, None))
+    torch.library.opcheck(op._lora_add.registered, (base, reduced, up, 0.5, True, torch.empty_like(base)))
 
 
 @pytest.mark.parametrize("implementation", BOTH)

@@ -274,9 +274,9 @@ def test_offsets_beyond_32_bits() -> None:
 def test_registration(device: torch.device) -> None:
     a = {name: t.detach().requires_grad_() for name, t in draw((1, 2, 1, 12), (1, 2), torch.float32, device).items()}
     x, y, gate, scale, shift, weight, bias = a.values()
-    torch.library.opcheck(op._modulation, (x, None, None, scale, shift, None, None, 1e-6, True))
-    torch.library.opcheck(op._modulation, (x, y, gate.detach(), None, None, None, None, 0.0, False))
-    torch.library.opcheck(op._modulation, (x, y, gate, scale, shift, weight, bias, 1e-6, True))
+    torch.library.opcheck(op._modulation.registered, (x, None, None, scale, shift, None, None, 1e-6, True))
+    torch.library.opcheck(op._modulation.registered, (x, y, gate.detach(), None, None, None, None, 0.0, False))
+    torch.library.opcheck(op._modulation.registered, (x, y, gate, scale, shift, weight, bias, 1e-6, True))
 
 
 @pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_triton)])

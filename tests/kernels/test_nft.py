@@ -125,8 +125,8 @@ def test_two_calls_are_bitwise_equal_and_layout_does_not_matter(device: torch.de
 def test_operator_passes_opcheck(device: torch.device) -> None:
     pytest.importorskip("triton")
     pred, old, target, reward = draw((2, 30), 0.1, (F32, F32, F32), device)
-    torch.library.opcheck(nft_op._nft_loss, (pred, old, target, reward, 0.1, True, True))
-    torch.library.opcheck(nft_op._nft_loss, (pred.detach(), old, target, reward, 0.1, False, False))
+    torch.library.opcheck(nft_op._nft_loss.registered, (pred, old, target, reward, 0.1, True, True))
+    torch.library.opcheck(nft_op._nft_loss.registered, (pred.detach(), old, target, reward, 0.1, False, False))
 
 
 def test_compile_without_graph_breaks(device: torch.device, implementation: str) -> None:

@@ -96,8 +96,8 @@ def test_wrong_arguments_are_named() -> None:
 @needs_triton
 def test_registration(device: torch.device) -> None:
     x, weight = draw((2, 3, 12), torch.float32, device)
-    torch.library.opcheck(op._norm_silu, (x, weight, torch.empty_like(x)))
-    torch.library.opcheck(op._norm_silu, (x, weight, torch.randn(2, 5, 12, device=device)[:, 2:]))
+    torch.library.opcheck(op._norm_silu.registered, (x, weight, torch.empty_like(x)))
+    torch.library.opcheck(op._norm_silu.registered, (x, weight, torch.randn(2, 5, 12, device=device)[:, 2:]))
     with pytest.raises(RuntimeError, match="slice it outside"):  # what compiled code could hand to the kernel
         op._norm_silu(x, weight, x[:, :0])
 

@@ -271,9 +271,9 @@ def test_registration(device: torch.device) -> None:
     query, key, _, query_weight, key_weight = draw(3, 10, (2, 1, 2), torch.float32, device, batch=1)
     a, b, c, d = (t.detach().requires_grad_() for t in (query, key, query_weight, key_weight))
     start = torch.tensor(3, device=device)
-    torch.library.opcheck(op._qk_norm_rope, (a, b, c, d, start, None, 0, 5, 1, 2, 1e-6))
-    torch.library.opcheck(op._qk_norm_rope, (a, None, c.detach(), None, None, None, 0, 0, 0, 0, 1e-6))
-    torch.library.opcheck(op._qk_norm_rope, (a, None, None, None, start, None, 0, 0, 1, 2, 0.0))
+    torch.library.opcheck(op._qk_norm_rope.registered, (a, b, c, d, start, None, 0, 5, 1, 2, 1e-6))
+    torch.library.opcheck(op._qk_norm_rope.registered, (a, None, c.detach(), None, None, None, 0, 0, 0, 0, 1e-6))
+    torch.library.opcheck(op._qk_norm_rope.registered, (a, None, None, None, start, None, 0, 0, 1, 2, 0.0))
 
 
 @pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_triton)])

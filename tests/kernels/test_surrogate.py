@@ -301,8 +301,8 @@ def test_operators_pass_opcheck(kernels: torch.device) -> None:
     inputs = draw(3, 2, 4, (30,), 0.05, (F32, F32, F32)).to(kernels)
     pred = inputs.pred.detach().requires_grad_()
     for step_index in (inputs.step_index, None):
-        torch.library.opcheck(surrogate_op._copo_surrogate, (pred, *inputs[1:4], step_index, 1.0, CLIP, True))
-    torch.library.opcheck(surrogate_op._copo_surrogate, (*inputs, 1.0, None, False))
+        torch.library.opcheck(surrogate_op._copo_surrogate.registered, (pred, *inputs[1:4], step_index, 1.0, CLIP, True))
+    torch.library.opcheck(surrogate_op._copo_surrogate.registered, (*inputs, 1.0, None, False))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

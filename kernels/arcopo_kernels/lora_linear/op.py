@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from arcopo_kernels.dispatch import choose, unsupported
+from arcopo_kernels.dispatch import choose, operator, unsupported
 from arcopo_kernels.lora_linear import reference
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -184,7 +184,7 @@ class _LoRALinears(torch.autograd.Function):
 # Registration.
 
 
-@torch.library.custom_op("arcopo::lora_add", mutates_args=("base", "activated"))
+@operator("lora_add", mutates=("base", "activated"))
 def _lora_add(base: Tensor, reduced: Tensor, up: Tensor, scale: float, gelu: bool, activated: Tensor | None) -> None:
     """Make base [L, T, out] base + s r B^T, or GELU of it; with `activated`, of base's shape, GELU goes there, and its argument stays.
 
@@ -197,6 +197,6 @@ def _lora_add(base: Tensor, reduced: Tensor, up: Tensor, scale: float, gelu: boo
     triton.add(base, reduced, up, scale, gelu, activated)
 
 
-@_lora_add.register_fake
+@_lora_add.registered.register_fake
 def _(base: Tensor, reduced: Tensor, up: Tensor, scale: float, gelu: bool, activated: Tensor | None) -> None:
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from arcopo_kernels.dispatch import choose, unsupported
+from arcopo_kernels.dispatch import choose, operator, unsupported
 from arcopo_kernels.modulation import reference
 from torch import Tensor
 
@@ -141,9 +141,7 @@ def _outputs(
 _PARAMETERS = "Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias"
 
 
-@torch.library.custom_op(
-    "arcopo::modulation", mutates_args=(), schema=f"(Tensor x, Tensor? y, {_PARAMETERS}, float eps, bool norm) -> Tensor[]"
-)
+@operator("modulation", schema=f"(Tensor x, Tensor? y, {_PARAMETERS}, float eps, bool norm) -> Tensor[]")
 def _modulation(*arguments: Any) -> list[Tensor]:
     from arcopo_kernels.modulation import triton
 
@@ -153,7 +151,7 @@ def _modulation(*arguments: Any) -> list[Tensor]:
     return [t for t in (hidden, out) if t is not None]
 
 
-@_modulation.register_fake
+@_modulation.registered.register_fake
 def _(*arguments: Any) -> list[Tensor]:
     *inputs, norm = arguments
     return [t for t in _outputs(norm, *inputs[:5]) if t is not None]
@@ -177,11 +175,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor | None, dict[str, Tensor
 _OF_OUTPUTS = "Tensor? grad_hidden, Tensor? grad_out, Tensor? hidden, Tensor? y"
 
 
-@torch.library.custom_op(
-    "arcopo::modulation_backward",
-    mutates_args=(),
-    schema=f"({_OF_OUTPUTS}, {_PARAMETERS}, float eps, bool parameter_gradients) -> Tensor[]",
-)
+@operator("modulation_backward", schema=f"({_OF_OUTPUTS}, {_PARAMETERS}, float eps, bool parameter_gradients) -> Tensor[]")
 def _modulation_backward(*arguments: Any) -> list[Tensor]:
     from arcopo_kernels.modulation import triton
 
@@ -191,7 +185,7 @@ def _modulation_backward(*arguments: Any) -> list[Tensor]:
     return [grad_x, *([] if grad_y is None else [grad_y]), *parameters.values()]
 
 
-@_modulation_backward.register_fake
+@_modulation_backward.registered.register_fake
 def _(*arguments: Any) -> list[Tensor]:
     grad_x, grad_y, parameters = _gradients(*arguments)
     return [grad_x, *([] if grad_y is None else [grad_y]), *parameters.values()]
@@ -219,4 +213,4 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
     return grad_x.to(x_dtype), None if y_dtype is None else grad_y.to(y_dtype), *grad_parameters, None, None
 
 
-_modulation.register_autograd(_backward, setup_context=_setup_context)
+_modulation.registered.register_autograd(_backward, setup_context=_setup_context)

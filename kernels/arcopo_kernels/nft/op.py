@@ -62,7 +62,7 @@ def nft_loss(
     return NFTOutput(loss, *parts.unbind())
 
 
-@torch.library.custom_op("arcopo::nft_loss", mutates_args=())
+@dispatch.operator("nft_loss")
 def _nft_loss(
     pred: Tensor, old_pred: Tensor, target: Tensor, reward: Tensor, beta: float, mean: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +72,7 @@ def _nft_loss(
     return triton.nft_loss(pred, old_pred, target, reward, beta, mean, with_gradient)
 
 
-@_nft_loss.register_fake
+@_nft_loss.registered.register_fake
 def _(
     pred: Tensor, old_pred: Tensor, target: Tensor, reward: Tensor, beta: float, mean: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,4 +92,4 @@ def _scale_gradient(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None
     return (gradient * grad_loss[:, None]).to(ctx.dtype), *[None] * 6
 
 
-_nft_loss.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+_nft_loss.registered.register_autograd(_scale_gradient, setup_context=_keep_gradient)

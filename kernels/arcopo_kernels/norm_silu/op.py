@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from arcopo_kernels.dispatch import choose, unsupported
+from arcopo_kernels.dispatch import choose, operator, unsupported
 from arcopo_kernels.norm_silu import reference
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def _check(x: Tensor, weight: Tensor, out: Tensor) -> None:
         raise ValueError("norm_silu has no gradient, but x, weight or out carries one; detach them or run under no_grad")
 
 
-@torch.library.custom_op("arcopo::norm_silu", mutates_args=("out",))
+@operator("norm_silu", mutates=("out",))
 def _norm_silu(x: Tensor, weight: Tensor, out: Tensor) -> None:
     from arcopo_kernels.norm_silu import triton
 
@@ -60,6 +60,6 @@ def _norm_silu(x: Tensor, weight: Tensor, out: Tensor) -> None:
     triton.forward(x, weight, out)
 
 
-@_norm_silu.register_fake
+@_norm_silu.registered.register_fake
 def _(x: Tensor, weight: Tensor, out: Tensor) -> None:
     return None

@@ -39,14 +39,14 @@ def copy_pages(keys: Tensor, values: Tensor, sources: Tensor, targets: Tensor) -
         reference.copy_pages(keys, values, sources, targets)
 
 
-@torch.library.custom_op("arcopo::copy_pages", mutates_args=("keys", "values"))
+@dispatch.operator("copy_pages", mutates=("keys", "values"))
 def _copy_pages(keys: Tensor, values: Tensor, sources: Tensor, targets: Tensor) -> None:
     from arcopo_kernels.paging import triton
 
     triton.copy_pages(keys, values, sources, targets)
 
 
-@_copy_pages.register_fake
+@_copy_pages.registered.register_fake
 def _(keys: Tensor, values: Tensor, sources: Tensor, targets: Tensor) -> None:
     return None
 

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from arcopo_kernels.dispatch import choose, unsupported
+from arcopo_kernels.dispatch import choose, operator, unsupported
 from arcopo_kernels.qk_norm_rope import reference
 from torch import Tensor
 
@@ -139,9 +139,7 @@ _WEIGHTS = "Tensor? query_weight, Tensor? key_weight"
 _PLACES = "Tensor? query_start, Tensor? key_start, SymInt query_position, SymInt key_position, SymInt rows, SymInt columns"
 
 
-@torch.library.custom_op(
-    "arcopo::qk_norm_rope", mutates_args=(), schema=f"(Tensor query, Tensor? key, {_WEIGHTS}, {_PLACES}, float eps) -> Tensor[]"
-)
+@operator("qk_norm_rope", schema=f"(Tensor query, Tensor? key, {_WEIGHTS}, {_PLACES}, float eps) -> Tensor[]")
 def _qk_norm_rope(*arguments: Any) -> list[Tensor]:
     from arcopo_kernels.qk_norm_rope import triton
 
@@ -150,7 +148,7 @@ def _qk_norm_rope(*arguments: Any) -> list[Tensor]:
     return outputs
 
 
-@_qk_norm_rope.register_fake
+@_qk_norm_rope.registered.register_fake
 def _(*arguments: Any) -> list[Tensor]:
     return _outputs(*arguments[:4])
 
@@ -173,9 +171,8 @@ def _gradients(
 _GRADIENTS = "Tensor grad_query_out, Tensor? grad_key_out"
 
 
-@torch.library.custom_op(
-    "arcopo::qk_norm_rope_backward",
-    mutates_args=(),
+@operator(
+    "qk_norm_rope_backward",
     schema=f"({_GRADIENTS}, Tensor? query, Tensor? key, {_WEIGHTS}, {_PLACES}, float eps, bool weight_gradients) -> Tensor[]",
 )
 def _qk_norm_rope_backward(*arguments: Any) -> list[Tensor]:
@@ -186,7 +183,7 @@ def _qk_norm_rope_backward(*arguments: Any) -> list[Tensor]:
     return outputs
 
 
-@_qk_norm_rope_backward.register_fake
+@_qk_norm_rope_backward.registered.register_fake
 def _(*arguments: Any) -> list[Tensor]:
     return _gradients(*arguments)
 
@@ -207,4 +204,4 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
     return *of_inputs, *missing, *(of_weights or [None] * ctx.tensors), *missing, *[None] * 7
 
 
-_qk_norm_rope.register_autograd(_backward, setup_context=_setup_context)
+_qk_norm_rope.registered.register_autograd(_backward, setup_context=_setup_context)

@@ -106,7 +106,7 @@ def _unsupported(pred: Tensor, old_pred: Tensor, candidates: Tensor) -> str | No
     return None
 
 
-@torch.library.custom_op("arcopo::copo_surrogate", mutates_args=())
+@dispatch.operator("copo_surrogate")
 def _copo_surrogate(
     pred: Tensor,
     old_pred: Tensor,
@@ -124,7 +124,7 @@ def _copo_surrogate(
     return triton.copo_surrogate(pred, old_pred, candidates, advantages, step_index, tau, clip, with_gradient)
 
 
-@_copo_surrogate.register_fake
+@_copo_surrogate.registered.register_fake
 def _(pred: Tensor, old_pred: Tensor, candidates: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (anchors, size), group, with_gradient = pred.shape, candidates.shape[1], rest[-1]
     return (
@@ -147,4 +147,4 @@ def _scale_gradient(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None
     return (gradient * grad_loss.float()[:, None]).to(ctx.dtype), *[None] * 7
 
 
-_copo_surrogate.register_autograd(_scale_gradient, setup_context=_keep_gradient)
+_copo_surrogate.registered.register_autograd(_scale_gradient, setup_context=_keep_gradient)
