@@ -95,6 +95,15 @@ def bench(benchmark: Any, timer: Timer, ceilings: Ceilings, request: pytest.Fixt
         torch.cuda.empty_cache()
 
 
+@pytest.fixture
+def plain_bench(bench: Bench) -> Bench:
+    """Without torch.compile, and without block sizes to sweep."""
+    if bench.swept:
+        pytest.skip("there are no block sizes here")
+    bench.compiled = False
+    return bench
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     try:

@@ -1,6 +1,6 @@
 """The full size: one AR-CoPO iteration of Wan2.1-1.3B at 480x832 on a GPU, measured in parts, each of which takes minutes.
 
-    python -m benchmarks.full_size PART [PART ...] --write FILE [--rounds N]
+    python -m benchmarks.full_size PART [PART ...] --write FILE [--rounds N] [--small]
 
     engine-pN, reference-pN    an iteration that forks at chunk N, by either path
     profile-pN                 the kernels that it spends its time in, in the rollout, in judging, in the update; and is the GPU ever idle?
@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +33,7 @@ from arcopo_fast.build import generator_sizes
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.config.schema import Config
 from arcopo_fast.model.lora import add_lora
-from arcopo_fast.model.sizes import GeneratorSizes
+from arcopo_fast.model.sizes import GeneratorSizes, VAESizes
 from arcopo_fast.model.untrained import HashedText, untrained_vae, untrained_wan
 from arcopo_fast.rewards.simple import Sharpness, Steadiness
 from arcopo_fast.runtime import profiling
@@ -107,6 +108,23 @@ def card(device: torch.device = shapes.DEVICE) -> int:
         return max(CUTS)
     total = torch.cuda.get_device_properties(device).total_memory / 2**30
     return max((size for size in CUTS if size * USABLE <= total), default=min(CUTS))
+
+
+def small() -> tuple[Config, GeneratorSizes]:
+    """Return the recipe and the sizes of a generator with which every part takes a second on a CPU; nothing else is changed."""
+    sizes = GeneratorSizes()
+    model = replace(sizes.transformer, num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=40, text_dim=20, text_len=7)
+    config = changed(
+        FULL,
+        generator={"dtype": "float32"},
+        video={"chunk_frames": 1, "latent_height": 4, "latent_width": 4},
+        sampler={"steps": [1000.0, 500.0]},
+        rollout={"group_size": 4},
+        objective={"anchors_per_update": 2},
+        lora={"rank": 2},
+    )
+    vae = VAESizes(base_dim=8, dim_mult=(1, 2), num_res_blocks=1, temperal_downsample=(True,))
+    return cut_for(max(CUTS), config), replace(sizes, transformer=model, vae=vae)
 
 
 def full(config: Config | None = None, sizes: GeneratorSizes | None = None, device: torch.device = shapes.DEVICE) -> Scene:
@@ -218,10 +236,14 @@ def limited(gigabytes: int, device: torch.device) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def sample(call: Callable[[], object], timer: Timer, rounds: int) -> list[float]:
-    """Seconds of `rounds` calls, after one that warms up."""
-    call()
-    return [timer.sample(call) for _ in range(rounds)]
+def sample(samples: Samples, timer: Timer, rounds: int) -> list[float]:
+    """Return the seconds of `rounds` iterations, after one that warms up. Each is printed: where the time ends early, that is there."""
+    taken = []
+    for index in range(rounds + 1):
+        taken.append(timer.sample(samples))
+        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in samples.stages[-1].items())
+        print(f"{'warm-up' if index == 0 else f'iteration {index}'}: {taken[-1]:.2f} s: {stages}", flush=True)
+    return taken[1:]
 
 
 KERNELS_KEPT = 25
@@ -285,10 +307,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("parts", nargs="+", metavar="PART", choices=PARTS, help=", ".join(PARTS))
     parser.add_argument("--write", type=Path, required=True, help="the JSON file to write, anew after each part: what each measured")
     parser.add_argument("--rounds", type=int, default=2, help="iterations that are timed (default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="another size, with which the parts take no time and say nothing")
     arguments = parser.parse_args(argv)
     timer = Timer(shapes.DEVICE)
     ceilings = measure_ceilings(timer)
-    scene = full()
+    scene = full(*small()) if arguments.small else full()
     if scene.vae is None:
         print("without the VAE: diffusers is not installed; nothing is decoded, and advantages are random numbers", flush=True)
     measured: dict[str, Any] = {}

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from arcopo_fast.config.schema import Config
-from arcopo_fast.model.sizes import GeneratorSizes
-from benchmarks import full_size, gpu, iteration, results, shapes, tables
+from benchmarks import full_size, gpu, gpu_steps, iteration, results, shapes, tables
+from benchmarks.commands import FAILED, LATE, PASSED, Outcome
 from benchmarks.iteration import changed
 from benchmarks.results import OURS
 from benchmarks.timing import Ceilings, Timer
@@ -70,29 +69,13 @@ def test_the_benchmark_runs_and_says_everything(tmp_path: Path) -> None:
     assert "| 2 of 2 |" in text and all(f"| {row['stage']} |" in text for row in case["stages"])
 
 
-def tiny() -> tuple[Config, GeneratorSizes]:
-    """The full-size recipe, but for its sizes."""
-    sizes = GeneratorSizes()
-    model = replace(sizes.transformer, num_layers=2, num_attention_heads=2, attention_head_dim=12, ffn_dim=40, text_dim=20, text_len=7)
-    config = changed(
-        full_size.FULL,
-        generator={"dtype": "float32"},
-        video={"chunk_frames": 1, "latent_height": 4, "latent_width": 4},
-        sampler={"steps": [1000.0, 500.0]},
-        rollout={"group_size": 4},
-        objective={"anchors_per_update": 2},
-        lora={"rank": 2},
-    )
-    return full_size.cut_for(141, config), replace(sizes, transformer=model)
-
-
 @pytest.fixture(scope="module")
 def parts() -> dict[str, dict[str, Any]]:
     """Some parts of the full-size measurement, at a size at which they take no time."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(full_size, "has_diffusers", lambda: False)
-        scene = full_size.full(*tiny(), torch.device("cpu"))
+        scene = full_size.full(*full_size.small(), torch.device("cpu"))
     assert scene.vae is None
     timer, environment = Timer(torch.device("cpu")), results.environment(shapes.DEVICE)
     names = ["engine-p1", "engine-p4", "reference-p4", "profile-p4", "engine-p7", "reference-p7", "within-80", "sweep-length"]
@@ -142,7 +125,7 @@ def test_the_profile_names_what_takes_long(parts: dict[str, dict[str, Any]]) -> 
 
 def test_the_reference_is_extrapolated_by_branch(parts: dict[str, dict[str, Any]]) -> None:
     """What is measured of 2 of 4 branches counts twice, the replay once."""
-    scene = replace(full_size.full(*tiny(), torch.device("cpu")), vae=None)
+    scene = replace(full_size.full(*full_size.small(), torch.device("cpu")), vae=None)
 
     class Steady(Timer):
         def sample(self, call: Any, host: float = 0.0) -> float:
@@ -162,7 +145,7 @@ def test_the_reference_is_extrapolated_by_branch(parts: dict[str, dict[str, Any]
 
 
 class Process:
-    """Stands for `gpu.Command`: writes what the parts would have measured, and says so; what is broken fails, at `killed` it ends.
+    """Stands for `gpu_steps.Command`: writes what the parts would have measured, and says so; what is broken fails, at `killed` it ends.
 
     deadly: at such a part the process dies; after such as are both, it does once it has said that they failed. started: how many processes.
     """
@@ -183,13 +166,13 @@ class Process:
         measured = {}
         for name in self.names:
             if name == self.killed:
-                self.outcome = gpu.Outcome(None, ["at work"], 0.1)
+                self.outcome = Outcome(None, ["at work"], 0.1)
                 return
             self.ran.append(name)
             yield f"{name}: begun"
             yield f"at {name}"
             if name in self.deadly and name not in self.broken:
-                self.outcome = gpu.Outcome(-11, ["a fault"], 0.1)
+                self.outcome = Outcome(-11, ["a fault"], 0.1)
                 return
             if name not in self.broken or self.parts[name].get("problems"):
                 measured[name] = self.parts[name]
@@ -198,7 +181,7 @@ class Process:
             if name in self.deadly:
                 yield "the device answers no more"
                 break
-        self.outcome = gpu.Outcome(int(bool(self.broken)), [], 0.1)
+        self.outcome = Outcome(int(bool(self.broken)), [], 0.1)
 
 
 def test_the_step_resumes_where_it_was(parts: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -208,29 +191,29 @@ def test_the_step_resumes_where_it_was(parts: dict[str, dict[str, Any]], monkeyp
     def step(chosen: Sequence[str], *broken: str, killed: str = "", deadly: Sequence[str] = ()) -> tuple[str, list[str], dict[str, Any]]:
         nonlocal process
         process = Process(parts, broken, killed, deadly)
-        monkeypatch.setattr(gpu, "Command", process)
-        status = gpu.run_step("iteration", 60.0, gpu.Chosen(parts=chosen, rounds=1))
+        monkeypatch.setattr(gpu_steps, "Command", process)
+        status = gpu.run_step("iteration", 60.0, gpu_steps.Chosen(parts=chosen, rounds=1))
         return status, process.ran, json.loads((tmp_path / "iteration.json").read_text())
 
     everything, process = tuple(parts), Process({})
-    assert step(["engine-p4"])[:2] == (gpu.PASSED, ["engine-p4"])
+    assert step(["engine-p4"])[:2] == (PASSED, ["engine-p4"])
     status, ran, report = step(everything, "engine-p7", killed="reference-p7")
-    assert status == gpu.FAILED and ran == ["engine-p1", "reference-p4", "profile-p4", "engine-p7"]
+    assert status == FAILED and ran == ["engine-p1", "reference-p4", "profile-p4", "engine-p7"]
     states = {part["name"]: part["status"] for part in report["parts"]}
-    assert states["engine-p4"] == states["engine-p1"] == gpu.PASSED and states["engine-p7"] == gpu.FAILED
-    assert states["reference-p7"] == states["sweep-length"] == gpu.LATE
+    assert states["engine-p4"] == states["engine-p1"] == PASSED and states["engine-p7"] == FAILED
+    assert states["reference-p7"] == states["sweep-length"] == LATE
     (failed,) = (part for part in report["parts"] if part["name"] == "engine-p7")
     assert failed["output"] == ["engine-p7: begun", "at engine-p7", "engine-p7: failed"]
     assert report["measured"].keys() == {"engine-p1", "engine-p4", "reference-p4", "profile-p4"}
     status, ran, report = step(everything, "engine-p7", deadly=["engine-p7", "within-80"])
-    assert status == gpu.FAILED and ran == ["engine-p7", "reference-p7", "within-80", "sweep-length"] and process.started == 3
+    assert status == FAILED and ran == ["engine-p7", "reference-p7", "within-80", "sweep-length"] and process.started == 3
     states = {part["name"]: part["status"] for part in report["parts"]}
-    assert [name for name in states if states[name] != gpu.PASSED] == ["engine-p7", "within-80"]
+    assert [name for name in states if states[name] != PASSED] == ["engine-p7", "within-80"]
     (died,) = (part for part in report["parts"] if part["name"] == "within-80")
     assert died["exit"] == -11 and died["output"] == ["a fault"]
     assert report["measured"].keys() == set(everything) - {"engine-p7", "within-80"}
     status, ran, report = step(everything)
-    assert status == gpu.PASSED and ran == ["engine-p7", "within-80"] and process.started == 1
+    assert status == PASSED and ran == ["engine-p7", "within-80"] and process.started == 1
     assert report["measured"].keys() == set(everything) and report["kernels"] == parts["profile-p4"]["kernels"]
     assert [case["pivot"] for case in report["cases"][:3]] == [1, 4, 7]
     assert (tmp_path / "iteration.md").read_text() == tables.markdown(report | {"environment": parts["engine-p1"]["environment"]})
@@ -243,11 +226,11 @@ def test_a_process_that_never_gets_to_work_is_not_started_again(monkeypatch: pyt
     class Broken(Process):
         def __iter__(self) -> Iterator[str]:
             yield "ImportError: no such thing"
-            self.outcome = gpu.Outcome(1, ["ImportError: no such thing"], 0.1)
+            self.outcome = Outcome(1, ["ImportError: no such thing"], 0.1)
 
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(gpu, "Command", process := Broken({}))
-    assert gpu.run_step("iteration", 60.0, gpu.Chosen(parts=["engine-p1", "engine-p4"], rounds=1)) == gpu.FAILED and process.started == 1
+    monkeypatch.setattr(gpu_steps, "Command", process := Broken({}))
+    assert gpu.run_step("iteration", 60.0, gpu_steps.Chosen(parts=["engine-p1", "engine-p4"], rounds=1)) == FAILED and process.started == 1
     first, second = json.loads((tmp_path / "iteration.json").read_text())["parts"]
     assert first["output"] == ["ImportError: no such thing"] and second["output"] == ["not started"]
 
@@ -262,18 +245,18 @@ def test_what_was_measured_other_than_planned_stays_a_failure(
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr("benchmarks.full_size.PARTS", ("engine-p1",))
     for again in (False, True):
-        monkeypatch.setattr(gpu, "Command", process := Process({"engine-p1": other}, ["engine-p1"]))
-        assert gpu.run_step("iteration", 60.0, gpu.Chosen(rounds=1)) == gpu.FAILED
+        monkeypatch.setattr(gpu_steps, "Command", process := Process({"engine-p1": other}, ["engine-p1"]))
+        assert gpu.run_step("iteration", 60.0, gpu_steps.Chosen(rounds=1)) == FAILED
         report = json.loads((tmp_path / "iteration.json").read_text())
-        assert report["parts"][0]["status"] == gpu.FAILED and process.started == int(not again)
+        assert report["parts"][0]["status"] == FAILED and process.started == int(not again)
         assert report["parts"][0]["output"] == ([problem] if again else ["engine-p1: begun", "at engine-p1", "engine-p1: failed"])
         assert report["measured"]["engine-p1"]["problems"] == [problem]
         assert f"**Not as planned**, {case['case']}: {problem}." in (tmp_path / "iteration.md").read_text()
     monkeypatch.setattr("benchmarks.full_size.PARTS", ("engine-p1", "engine-p4"))
-    monkeypatch.setattr(gpu, "Command", Process(parts))
-    assert gpu.run_step("iteration", 60.0, gpu.Chosen(parts=["engine-p4"], rounds=1)) == gpu.PASSED, "which has no problems"
+    monkeypatch.setattr(gpu_steps, "Command", Process(parts))
+    assert gpu.run_step("iteration", 60.0, gpu_steps.Chosen(parts=["engine-p4"], rounds=1)) == PASSED, "which has no problems"
     assert json.loads((tmp_path / "iteration.json").read_text())["measured"].keys() == {"engine-p1", "engine-p4"}
-    assert gpu.run_step("iteration", 60.0, gpu.Chosen(parts=["engine-p1"], rounds=1)) == gpu.PASSED, "by its name it is measured anew"
+    assert gpu.run_step("iteration", 60.0, gpu_steps.Chosen(parts=["engine-p1"], rounds=1)) == PASSED, "by its name it is measured anew"
     assert json.loads((tmp_path / "iteration.json").read_text())["measured"].keys() == {"engine-p1", "engine-p4"}
 
 
@@ -285,7 +268,7 @@ def test_a_part_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(full_size, "measure_part", measure_part)
     monkeypatch.setattr(full_size, "measure_ceilings", lambda timer: CEILINGS)
-    monkeypatch.setattr(full_size, "full", lambda: iteration.Scene("tiny", tiny()[0], None, None, ""))  # type: ignore[arg-type]
+    monkeypatch.setattr(full_size, "full", lambda: iteration.Scene("tiny", full_size.small()[0], None, None, ""))  # type: ignore[arg-type]
     names, file = ["engine-p1", "engine-p4", "engine-p7"], tmp_path / "parts.json"
     assert full_size.main([*names, "--write", str(file)]) == 1
     out, err = capsys.readouterr()
@@ -320,7 +303,7 @@ def test_a_card_takes_the_largest_cut_that_it_has_the_memory_for(monkeypatch: py
 
 def test_less_memory_than_the_cut_needs_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that went on with smaller waves, or an update with smaller micro-batches, did not do what is reported."""
-    scene = replace(full_size.full(*tiny(), torch.device("cpu")), vae=None)
+    scene = replace(full_size.full(*full_size.small(), torch.device("cpu")), vae=None)
     original = iteration.OurPath.iteration
 
     def falls_back(path: iteration.OurPath, advantages: Any = None) -> Any:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import gpu
+from benchmarks import gpu_steps
 
 ROOT = Path(__file__).parents[2]
 ABSENT = {"av", "diffusers", "flash_attn", "ftfy", "hypothesis", "nvtx", "tensorboard", "tqdm", "xdist", "yaml"}
@@ -37,29 +37,29 @@ def run(code: str, absent: set[str] = ABSENT) -> str:
 
 def test_the_benchmarks() -> None:
     """transformers, which the full-size iteration asks for, requires tqdm and PyYAML."""
-    imports = "import benchmarks.gpu, benchmarks.full_size, benchmarks.bench_iteration, benchmarks.every_kernel, benchmarks.sweep"
-    run(imports, ABSENT - {"tqdm", "yaml"})
+    names = ("gpu", "look", "full_size", "bench_iteration", "every_kernel", "sweep")
+    run(f"import {', '.join(f'benchmarks.{name}' for name in names)}", ABSENT - {"tqdm", "yaml"})
 
 
 def test_the_gpu_tests() -> None:
     """The files that the step runs can be imported."""
-    kernels = [path for path in sorted((ROOT / "tests/kernels").glob("test_*.py")) if path.name not in gpu.KERNEL_TESTS_ON_A_CPU]
-    paths = [*(str(path.relative_to(ROOT)) for path in kernels), *gpu.ENGINE_TESTS]
+    kernels = [path for path in sorted((ROOT / "tests/kernels").glob("test_*.py")) if path.name not in gpu_steps.KERNEL_TESTS_ON_A_CPU]
+    paths = [*(str(path.relative_to(ROOT)) for path in kernels), *gpu_steps.ENGINE_TESTS]
     assert len(paths) > 10
     collect = f"import pytest; sys.exit(pytest.main([*{paths!r}, '--collect-only', '-q', '-m', 'gpu', '-p', 'no:cacheprovider']))"
     run(collect, ABSENT - {"tqdm", "yaml"})  # transformers, whose CLIP one of the files tests, requires these two
 
 
-TRAINING = ("bench_iteration", "bench_layers", "bench_scaling")
+TRAINING = ("bench_iteration", "bench_layers", "bench_scaling", "bench_vae")
 """Benchmarks of more than the kernels."""
 
 
 def test_the_kernels_steps_need_no_more_than_kernels_do() -> None:
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py") if path.stem not in TRAINING)
-    imports = ", ".join(f"benchmarks.{name}" for name in ["gpu", "every_kernel", "sweep", *names])
+    imports = ", ".join(f"benchmarks.{name}" for name in ["gpu", "gpu_steps", "look", "every_kernel", "sweep", *names])
     said = f"""
 import {imports}
-print([(part["status"], part["output"]) for part, _ in benchmarks.gpu.iteration(0.0, benchmarks.gpu.Chosen())])
+print([(part["status"], part["output"]) for part, _ in benchmarks.gpu_steps.iteration(0.0, benchmarks.gpu_steps.Chosen())])
 """
     assert "not available" in run(said, ABSENT | OF_TRAINING)
     # Layers need peft and what settings are made of; without them they are skipped, which pytest calls status 5.
