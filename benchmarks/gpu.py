@@ -66,16 +66,17 @@ class Stage(NamedTuple):
     choice: dict[str, Any]
 
 
+FIRST_BENCHMARKS = ("attention", "vae", "lora_linear", "layers")
 MIDDLE_PARTS = ("engine-p4", "profile-p4", "reference-p4")
 SCHEDULE = (
     Stage("look", 40, {}),
     Stage("tests", 150, {}),
     Stage("memcheck", 90, {}),
     Stage("iteration", 150, {"parts": MIDDLE_PARTS, "rounds": 1}),
-    Stage("bench", 120, {"benchmarks": ("attention", "vae", "layers"), "compiled": "never", "seconds": 0.2, "longest": 60.0}),
+    Stage("bench", 120, {"benchmarks": FIRST_BENCHMARKS, "compiled": "never", "seconds": 0.2, "longest": 60.0}),
     # With what is left.
     Stage("iteration", SECONDS, {"rounds": 1}),
-    Stage("bench", SECONDS, {"benchmarks": tuple(name for name in BENCHMARKS if name not in ("attention", "vae", "layers"))}),
+    Stage("bench", SECONDS, {"benchmarks": tuple(name for name in BENCHMARKS if name not in FIRST_BENCHMARKS)}),
     Stage("racecheck", SECONDS, {}),
     Stage("sweep", SECONDS, {}),
 )
