@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from contextlib import ExitStack, closing
 from pathlib import Path
 from socket import gethostname
@@ -114,6 +115,8 @@ def restored(trainer: Trainer, run: RunDirectory) -> int:
             )
         check_inputs(run.path, config, trainer.input_digests, trainer.judges, done=done)
         run.write(DEVICE, json.dumps(trainer.device(), indent=2) + "\n")
+        if slow := trainer.slow_attention():
+            warnings.warn(slow, stacklevel=1)
     done = world.from_main(done)
     if done and not world.is_main:
         trainer.restore(run.checkpoint_path(done))

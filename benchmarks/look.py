@@ -28,9 +28,8 @@ from typing import Any
 
 import torch
 from arcopo_kernels import Segment, dispatch, segment_attention
-from arcopo_kernels.attention import op
-from arcopo_kernels.attention.backends import BACKENDS, choose
-from arcopo_kernels.dispatch import Choice
+from arcopo_kernels.attention import chosen
+from arcopo_kernels.attention.backends import BACKENDS
 from torch import Tensor
 
 from benchmarks import results, shapes
@@ -76,8 +75,7 @@ def backends(timer: Timer) -> dict[str, Any]:
         key = most[:, : frames * MODEL.frame]
         for branches in (1, shapes.GROUP):
             query = most[:, : MODEL.chunk].expand(branches, -1, -1, -1)
-            name, reason = op._requested(query, "auto")
-            choice = choose("auto", query, [(key, key)]) if name == "auto" else Choice(name, reason)
+            choice = chosen(query, [Segment(key, key, frozen=True)])
             frames_of = found.setdefault(f"{choice.name} ({choice.reason})", [])
             frames_of += [frames] if frames not in frames_of else []
     return found

@@ -58,8 +58,16 @@ class _Evaluation(Document):
 _Amount = Annotated[float, Field(ge=0, le=LARGEST)]
 
 
+class _Attention(Document):
+    """The backend of the generator's attention and the reason for it; runs of former versions do not name it."""
+
+    name: str = ""
+    reason: str = ""
+
+
 class _Device(Document):
     device: str
+    attention: _Attention = _Attention()
     dtype: str
     matmul: _Amount
     bandwidth: _Amount

@@ -162,9 +162,11 @@ def _timing_table(seconds: Mapping[str, float], floors: Mapping[str, float]) -> 
 def _floor_note(device: Mapping[str, Any]) -> str:
     rates = f"a {device.get('dtype')} matrix product reaches {number(device.get('matmul')) / 1e12:.3g} TFLOP/s, "
     rates += f"a copy {number(device.get('bandwidth')) / 1e9:.3g} GB/s"
+    backend = device.get("attention", {}).get("name")
+    attention = f" Attention ran on the backend {backend}." if backend else ""
     return escape(
         f"Of floor: the time that a stage's arithmetic and traffic would take at the best rates of the device ({device.get('device')}: "
-        f"{rates}), over the time it took. Rewards are not counted."
+        f"{rates}), over the time it took. Rewards are not counted.{attention}"
     )
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arcopo_kernels import Choice, Segment
+from arcopo_kernels.attention import chosen, slow_on_hopper
 
 from arcopo_fast.build import (
     Generator,
@@ -211,7 +213,21 @@ class Trainer:
         name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else f"{platform.machine()} CPU"
         floor = floors(config, model.config, VAESizes.from_config(self.generator.decoder.vae.config), ceilings)
         versions = {package: version_of(package) for package in ("torch", "arcopo_fast")}
-        return {"device": name, "versions": versions, "dtype": config.generator.dtype, **ceilings._asdict(), "floor": floor}
+        kernels = {"attention": self.attention()._asdict()}
+        return {"device": name, "versions": versions, "dtype": config.generator.dtype, **kernels, **ceilings._asdict(), "floor": floor}
+
+    def attention(self) -> Choice:
+        """Return what the chunks' attention over a cached chunk runs on, and why."""
+        video, model = self.config.video, self.generator.model
+        tokens = video.chunk_frames * model.config.tokens_per_frame(video.latent_height, video.latent_width)
+        size = (1, tokens, model.config.num_attention_heads, model.config.attention_head_dim)
+        query = torch.empty(size, dtype=model.dtype, device=model.device)
+        return chosen(query, [Segment(query, query, frozen=True)])
+
+    def slow_attention(self) -> str | None:
+        """Return what to say if the generator's GPU has a faster attention than this run gets."""
+        device = self.generator.model.device
+        return slow_on_hopper(self.attention(), torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
 
     def over_plan(self) -> str | None:
         """Return what to say if the run has taken more of the device's memory than was planned."""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from arcopo_kernels import dispatch
+from arcopo_kernels.attention import hub
 from arcopo_kernels.dispatch import Choice
 from torch import Tensor
 
@@ -145,14 +146,12 @@ def _cudnn_unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         reason = "it is the faster one from compute capability 9.0 on only"
     reason = reason or cudnn_fault(
         version=torch.backends.cudnn.version() or 0,
-        capability=torch.cuda.get_device_capability(query.device),
         queries=query.shape[1],
-        keys=key.shape[1],
     )
     return reason or _sdpa_refuses(torch.backends.cuda.can_use_cudnn_attention, query, key, value)
 
 
-def cudnn_fault(*, version: int, capability: tuple[int, int], queries: int, keys: int) -> str | None:
+def cudnn_fault(*, version: int, queries: int) -> str | None:
     """Return the known fault of cuDNN's attention, or of PyTorch's way to it, that a call would meet; None if it meets none.
 
     Whether a gradient is wanted makes no difference: a prediction with and one without must come from the same kernel to be compared.
@@ -165,8 +164,7 @@ def cudnn_fault(*, version: int, capability: tuple[int, int], queries: int, keys
     if version <= 91500:
         # pytorch/pytorch issue 169849; PyTorch itself prefers it from 9.15.1 on, but does not refuse it before
         return f"cuDNN {version} may read past the end of sequences that are no multiple of 128 long; 9.15.1 does not"
-    if capability == (9, 0) and version < 92600 and keys % 128 == 64:
-        return "a gradient is NaN for some numbers of keys before cuDNN 9.26"  # pytorch/pytorch issue 196678
+    # pytorch/pytorch issue 196678, a gradient that is NaN where keys % 128 == 64, needs an explicit mask: none is ever passed here.
     if os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1":
         # pytorch/pytorch pull request 155958
         return "TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1 makes PyTorch expect log-sum-exps in another layout"
@@ -227,6 +225,53 @@ def _flash_backward(
     backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
     rest = (None, None, tokens, keys, 0.0, False, state, state)  # ragged lengths, lengths, dropout, causal, random state
     return _through(backward, (grad_out, query, key, value, out), lse, *rest, scale=scale)
+
+
+# PyTorch's memory-efficient operator: slower than flash, but it takes float32, and keeps no scores either.
+
+
+def _efficient_unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    if query.device.type != "cuda":
+        return f"the tensors are on {query.device.type}"
+    if torch.version.hip is not None:
+        return "it is untested on ROCm"
+    if query.dtype not in (*HALF, torch.float32):
+        return f"it takes float16, bfloat16 and float32, not {query.dtype}"
+    multiple = 4 if query.dtype == torch.float32 else 8
+    if query.shape[-1] % multiple:
+        return f"head_dim {query.shape[-1]} is not a multiple of {multiple}"
+    return _sdpa_refuses(torch.backends.cuda.can_use_efficient_attention, query, key, value)
+
+
+def _efficient_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    out, lse, *_ = attend(*_heads_first(query, key, value), None, True, scale=scale)  # log-sum-exps padded to a multiple of 32 queries
+    return out.transpose(1, 2), lse[..., : query.shape[1]]
+
+
+def _efficient_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, trained: bool
+) -> Gradients:
+    # The kernel reads log-sum-exps of queries that are not there: at infinity their weights are zero.
+    padded = torch.nn.functional.pad(lse, (0, -query.shape[1] % 32), value=torch.inf)
+    unused = torch.zeros((), dtype=torch.int64, device=query.device)
+    backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+    grad_out, query, key, value, out = _heads_first(grad_out, query, key, value, out)
+    rest = (unused, unused, 0.0, [True, trained, trained, False])  # seed, offset, dropout, whose gradients
+    grads = backward(grad_out, query, key, value, None, out, padded, *rest, scale=scale)[:3]
+    grad_query, grad_key, grad_value = (grad.transpose(1, 2) if wanted else None for grad, wanted in zip(grads, (True, trained, trained)))
+    assert grad_query is not None
+    return grad_query, grad_key, grad_value
+
+
+# FlashAttention 3 or 4, built by others.
+
+
+def _hub_unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    reason = _half_on_nvidia(query)
+    if reason is None and torch.cuda.get_device_capability(query.device)[0] not in (9, 10):
+        reason = "it needs compute capability 9.x or 10.x"
+    return reason or _unpadded(query) or hub.missing()
 
 
 # The flash-attn package, 2.7 or newer: the same algorithm as PyTorch's flash operator, for who has a build of it that is better.
@@ -296,39 +341,68 @@ BACKENDS = {
     "flash": Backend(_flash_unsupported(None), _flash_forward, _flash_backward),
     "fa3": Backend(_flash_unsupported("FA3", (9,)), _flash_forward, _flash_backward),
     "fa4": Backend(_flash_unsupported("FA4", (9, 10)), _flash_forward, _flash_backward),
+    "kernels": Backend(_hub_unsupported, hub.forward, hub.backward),
+    "efficient": Backend(_efficient_unsupported, _efficient_forward, _efficient_backward),
     "flash_attn": Backend(_flash_attn_unsupported, _flash_attn_forward, _flash_attn_backward),
     "triton": Backend(_triton_unsupported, _triton("forward"), _triton("backward")),
 }
 
-AUTO = ("fa4", "fa3", "cudnn", "flash", "triton", "math")
-"""The order in which "auto" asks, for half precision on a GPU. FA3 and FA4 take a call only where the process has activated them."""
+AUTO = ("kernels", "fa4", "fa3", "cudnn", "flash", "triton", "math")
+"""The order in which "auto" asks, for half precision on a GPU. The first three take a call only where the process has asked for them."""
+
+FASTEST = AUTO[: AUTO.index("flash")]
+"""Those that use what a GPU of compute capability 9.0 or more has for the purpose."""
+
+AUTO_FLOAT32 = ("efficient", "math")
+"""The same for float32 on a GPU. Plain products keep all scores: gigabytes for each layer of a video."""
 
 AUTO_ON_CPU = ("cpu", "math")
 """The same on a CPU, for every dtype. The fused kernel is faster than plain products from 32 queries over 8 keys on."""
 
 
-def choose(requested: str, query: Tensor, segments: Sequence[tuple[Tensor, Tensor]]) -> Choice:
-    """Return the backend of a call: the one requested by name, or for "auto" the first that can take it.
+def choose(requested: str, query: Tensor, segments: Sequence[tuple[Tensor, Tensor]]) -> list[Choice]:
+    """Return the backend of each segment of a call: the one requested by name, or for "auto" the first that can take it.
+
+    The merge by log-sum-exp does not care who attended to what, so that a length that one backend refuses costs that segment alone.
 
     Args:
         query: [B, Tq, H, D].
         segments: key and value [1 or B, Tk, H, D] of each segment.
 
     Returns:
-        The name of the backend and the reason for it.
+        For each segment the name of its backend and the reason for it.
 
     Raises:
         ValueError: the backend requested cannot take this call.
     """
+    return [_choice(requested, folded(query, key), key, value) for key, value in segments]
+
+
+def _choice(requested: str, query: Tensor, key: Tensor, value: Tensor) -> Choice:
+    order = AUTO_ON_CPU if query.device.type != "cuda" else AUTO if query.dtype in HALF else AUTO_FLOAT32
     refusals: list[str] = []
-    order = AUTO if query.device.type == "cuda" else AUTO_ON_CPU
     for name in order if requested == "auto" else (requested,):
-        reasons = (BACKENDS[name].unsupported(folded(query, key), key, value) for key, value in segments)
-        reason = next((reason for reason in reasons if reason is not None), None)
+        reason = BACKENDS[name].unsupported(query, key, value)
         if reason is None:
             return Choice(name, "asked for" if requested == name else "; ".join(refusals) or "the first choice")
         refusals.append(f"not {name}: {reason}")
     raise ValueError(f"segment_attention: {requested!r} was asked for, but {reason}; use 'auto' to let the tensors decide")
+
+
+def together(choices: Sequence[Choice]) -> Choice:
+    """Return what a call as a whole ran on: "cudnn", or "cudnn and flash" with the reason for each."""
+    reasons = {choice.name: choice.reason for choice in choices}
+    if len(reasons) == 1:
+        return choices[0]
+    return Choice(" and ".join(reasons), "; ".join(f"{name} for some segments: {reason}" for name, reason in reasons.items()))
+
+
+def slow_on_hopper(choice: Choice, capability: tuple[int, int]) -> str | None:
+    """Return one line if a GPU of compute capability 9.0 or more attends by a backend that does not use it; None if all is well."""
+    slow = [name for name in choice.name.split(" and ") if name not in FASTEST]
+    if capability < (9, 0) or not slow:
+        return None
+    return f"attention runs on {' and '.join(slow)}, not on cuDNN or better, and takes longer than it need: {choice.reason}"
 
 
 def folded(query: Tensor, key: Tensor) -> Tensor:

@@ -38,10 +38,12 @@ def segment_attention(query: Tensor, segments: Sequence[Segment], *, scale: floa
             frozen segment gets no gradient; backends "math" and "triton" do not compute it, the others compute and drop it. Segments of
             zero tokens are skipped as long as one key is visible.
         scale: factor on the scores; 1/sqrt(D) when None.
-        backend: who computes it. "auto": on a GPU in half precision FA4 or FA3 where PyTorch's flash operator has been switched to it, else
-            cuDNN (compute capability 9.0 on), else PyTorch's flash operator, else Triton; on a CPU PyTorch's flash kernel for CPUs, "cpu";
-            everywhere else plain PyTorch, "math", which keeps all scores. Or a name: math, cpu, cudnn, flash, fa3, fa4, flash_attn (the
-            package), triton. `arcopo_kernels.used("segment_attention")` says what the last call ran on.
+        backend: who computes it, chosen for each segment. "auto": on a GPU in half precision FA4 or FA3 where ARCOPO_FLASH_KERNEL names a
+            build (see `hub`) or PyTorch's flash operator has been switched to it, else cuDNN (compute capability 9.0 on), else PyTorch's
+            flash operator, else Triton; in float32 PyTorch's memory-efficient operator; on a CPU PyTorch's flash kernel for CPUs, "cpu";
+            everywhere else plain PyTorch, "math", which keeps all scores. Or a name: math, cpu, kernels, cudnn, flash, fa3, fa4,
+            efficient, flash_attn (the package), triton. `arcopo_kernels.used("segment_attention")` says what the last call ran on, and
+            `attention.chosen` what one would.
 
     Returns:
         [B, Tq, H, D] of the query's dtype.
@@ -59,6 +61,14 @@ def segment_attention(query: Tensor, segments: Sequence[Segment], *, scale: floa
     keys, values = [segment.key for segment in visible], [segment.value for segment in visible]
     out, _ = _forward(query, keys, values, [segment.frozen for segment in visible], scale, requested)
     return out
+
+
+def chosen(query: Tensor, segments: Sequence[Segment], backend: str = "auto") -> Choice:
+    """Return what `segment_attention` would run on, and why, without running it; the arguments and errors are its own."""
+    name, reason = _requested(query, backend)
+    if name == "math" or not query.numel():
+        return Choice("math", reason)
+    return backends.together(backends.choose(name, query, [(segment.key, segment.value) for segment in segments]))
 
 
 def _check(query: Tensor, segments: Sequence[Segment]) -> None:
@@ -95,8 +105,8 @@ def _requested(query: Tensor, backend: str) -> tuple[str, str]:
         return "auto", ""
     if query.device.type != "cuda":
         return "math", f"the tensors are on {query.device.type}, neither on a GPU nor on a CPU"
-    if query.dtype not in backends.HALF:
-        return "math", f"the fused kernels take float16 and bfloat16, not {query.dtype}"
+    if query.dtype not in (*backends.HALF, torch.float32):
+        return "math", f"the fused kernels take float16, bfloat16 and float32, not {query.dtype}"
     return "auto", ""
 
 
@@ -108,13 +118,12 @@ def _forward(
     query: Tensor, keys: list[Tensor], values: list[Tensor], frozen: list[bool], scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     query = query.contiguous()
-    chosen = backends.choose(backend, query, list(zip(keys, values)))
-    dispatch.record(NAME, chosen)
-    forward = backends.BACKENDS[chosen.name].forward
+    choices = backends.choose(backend, query, list(zip(keys, values)))
+    dispatch.record(NAME, backends.together(choices))
     parts: list[tuple[Tensor, Tensor]] = []
-    for key, value in zip(keys, values):
+    for choice, key, value in zip(choices, keys, values):
         rows = backends.folded(query, key)
-        out, lse = forward(rows, key, value, scale)
+        out, lse = backends.BACKENDS[choice.name].forward(rows, key, value, scale)
         if rows.shape[0] < query.shape[0]:  # [1, H, B * Tq] -> [B, H, Tq]
             lse = lse.squeeze(0).unflatten(-1, query.shape[:2]).transpose(0, 1)
         parts.append((out.reshape(query.shape), lse))
@@ -154,11 +163,11 @@ def _backward(
 ) -> list[Tensor]:
     """Return dQ, then dK and dV of each trained segment."""
     grad_out, query = grad_out.contiguous(), query.contiguous()
-    chosen = backends.choose(backend, query, list(zip(keys, values)))
-    backward = backends.BACKENDS[chosen.name].backward
+    choices = backends.choose(backend, query, list(zip(keys, values)))
     grad_queries: list[Tensor] = []
     grads: list[Tensor] = []
-    for key, value, is_trained in zip(keys, values, trained):
+    for choice, key, value, is_trained in zip(choices, keys, values, trained):
+        backward = backends.BACKENDS[choice.name].backward
         rows_grad, rows, rows_out = (backends.folded(tensor, key) for tensor in (grad_out, query, out))
         rows_lse = lse if rows.shape[0] == query.shape[0] else lse.transpose(0, 1).flatten(1).unsqueeze(0).contiguous()
         grad_query, grad_key, grad_value = backward(rows_grad, rows, key, value, rows_out, rows_lse, scale, is_trained)
