@@ -42,9 +42,14 @@ CACHED_FRAMES = range(1, 25)
 BATCHES = (1, 4, shapes.GROUP) if shapes.DEVICE.type == "cuda" else (1,)
 
 
+def _missing(package: str) -> bool:
+    spec = find_spec(package)
+    return spec is None or spec.origin is None  # a folder of that name is none
+
+
 def machine(timer: Timer) -> dict[str, Any]:
     """Return versions, missing packages, and bytes of memory."""
-    found: dict[str, Any] = {"cudnn": torch.backends.cudnn.version(), "missing": [name for name in PACKAGES if find_spec(name) is None]}
+    found: dict[str, Any] = {"cudnn": torch.backends.cudnn.version(), "missing": [name for name in PACKAGES if _missing(name)]}
     if timer.device.type == "cuda":
         properties = torch.cuda.get_device_properties(timer.device)
         found |= {"memory": properties.total_memory, "multiprocessors": properties.multi_processor_count, "L2": properties.L2_cache_size}
@@ -63,8 +68,12 @@ def random(*shape: int) -> Tensor:
 
 def _segments(batch: int, cached: Sequence[int]) -> list[Segment]:
     """Return a shared frozen segment of so many frames for each of `cached`, and the branches' own chunk."""
-    shared = [Segment(*(random(1, frames * MODEL.frame, MODEL.heads, MODEL.head_dim) for _ in "kv"), frozen=True) for frames in cached]
-    return [*shared, Segment(*(random(batch, MODEL.chunk, MODEL.heads, MODEL.head_dim) for _ in "kv"))]
+
+    def new(rows: int, tokens: int, frozen: bool) -> Segment:
+        size = (rows, tokens, MODEL.heads, MODEL.head_dim)
+        return Segment(random(*size), random(*size), frozen)
+
+    return [*(new(1, frames * MODEL.frame, True) for frames in cached), new(batch, MODEL.chunk, False)]
 
 
 def backends(timer: Timer) -> dict[str, Any]:
@@ -124,14 +133,15 @@ def block(timer: Timer) -> dict[str, Any]:
     from arcopo_fast.model.sizes import CausalWanConfig
     from arcopo_fast.model.untrained import untrained_wan
 
+    past = random(1, 3 * MODEL.chunk, MODEL.heads, MODEL.head_dim)
+
     class Past(ChunkContext):
         """Three chunks that all branches share."""
 
         query_position = key_position = 9
-        runs = [CachedRun(*(random(1, 3 * MODEL.chunk, MODEL.heads, MODEL.head_dim) for _ in "kv"))]
 
         def cached(self, layer: int) -> Sequence[CachedRun]:
-            return self.runs
+            return [CachedRun(past, past)]
 
     config = CausalWanConfig(num_layers=1, num_attention_heads=MODEL.heads, attention_head_dim=MODEL.head_dim)
     if MODEL is shapes.SMALL:

@@ -37,9 +37,7 @@ def build(repository: str) -> Build:
         ImportError: the package `kernels` is missing, there is no build for this PyTorch, or it has no such functions.
     """
     try:
-        from kernels import get_kernel
-
-        module = get_kernel(repository)
+        module = import_module("kernels").get_kernel(repository)
     except Exception as error:  # whatever the network, the hub or a build of another PyTorch raises
         raise ImportError(f"{repository}: {type(error).__name__}: {error}") from error
     for below in MODULES:
@@ -49,7 +47,7 @@ def build(repository: str) -> Build:
             continue
         for four, names in enumerate((("_flash_attn_forward", "_flash_attn_backward"), ("_flash_attn_fwd", "_flash_attn_bwd"))):
             if all(hasattr(place, name) for name in names):
-                return Build(*(getattr(place, name) for name in names), bool(four))
+                return Build(getattr(place, names[0]), getattr(place, names[1]), bool(four))
     raise ImportError(f"{repository} has neither FlashAttention 3's nor 4's functions")
 
 
