@@ -14,6 +14,7 @@ wider, by tables computed in float64 (cos and sin within half a unit in the last
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from arcopo_kernels.qk_norm_rope.table import axis_pairs, computed_rope_table
@@ -35,10 +36,22 @@ def apply_rope(x: Tensor, position: int | Tensor, grid: tuple[int, int, int]) ->
     if x.device.type == "cpu" and x.dtype.itemsize < 4:
         dtype = torch.float64
     # A compiler traces through caches, what inference mode computes could not be used in training, and a graph needs tensors that stay.
-    cached = not (isinstance(position, Tensor) or torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or _capturing(x))
-    cos, sin = (_cached_cos_sin if cached else _cos_sin)(position, grid, x.shape[-1], dtype, x.device)
+    compiling = torch.compiler.is_compiling()
+    cached = not (isinstance(position, Tensor) or compiling or torch.is_inference_mode_enabled() or _capturing(x))
+    arguments = (position, grid, x.shape[-1], dtype, x.device)
+    # A CPU's complex product takes a seventh of the time. No compiler fuses it, and where vectors are not full its rounding is another.
+    if x.device.type == "cpu" and x.shape[-1] % 16 == 0 and not compiling:
+        turned = _pairs(x.to(dtype)) * (_cached_turns if cached else _turns)(*arguments)
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    cos, sin = (_cached_cos_sin if cached else _cos_sin)(*arguments)
     even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """Return the complex numbers [..., D / 2] of adjacent pairs of x [..., D], a view if they are aligned."""
+    aligned = x.stride(-1) == 1 and not x.storage_offset() % 2 and not any(stride % 2 for stride in x.stride()[:-1])
+    return torch.view_as_complex((x if aligned else x.clone(memory_format=torch.contiguous_format)).unflatten(-1, (-1, 2)))
 
 
 def _capturing(x: Tensor) -> bool:
@@ -78,4 +91,10 @@ def _cos_sin(position: int | Tensor, grid: tuple[int, int, int], head_dim: int, 
     return torch.cat(parts, dim=-1).reshape(2, frames * rows * columns, 1, head_dim // 2)
 
 
+def _turns(*arguments: Any) -> Tensor:
+    """Return what `_cos_sin` gives as complex numbers of absolute value 1, [frames * rows * columns, 1, D / 2]."""
+    return torch.complex(*_cos_sin(*arguments))
+
+
+_cached_turns = lru_cache(maxsize=64)(_turns)
 _cached_cos_sin = lru_cache(maxsize=64)(_cos_sin)
