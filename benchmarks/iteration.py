@@ -99,8 +99,8 @@ class Scene:
 
 
 def toy(*overrides: str) -> Scene:
-    """Return the shipped toy recipe's scene."""
-    config = load_config("toy", overrides)
+    """Return the shipped toy recipe's scene: of one group, and at a fixed temperature, as the reference path has it."""
+    config = load_config("toy", ("rollout.prompts_per_iteration=1", "objective.tau=1.0", *overrides))
     generator, prompt = load_generator(config), load_prompts(config).training[0].text
     add_lora(generator.model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets, seed=config.seed)
     vae = load_vae(checkpoint_path(config.generator.checkpoint) / "vae")

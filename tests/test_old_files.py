@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import old_judges
 from support.commands import outcome
 from support.runs import Page
 
@@ -22,11 +23,10 @@ from arcopo_fast.build import checkpoint_path, load_model
 from arcopo_fast.config.reading import load_config
 from arcopo_fast.model.adapter_files import read_adapter
 from arcopo_fast.model.lora import adapter_state, load_adapter
-from arcopo_fast.rewards.base import Reward
 from arcopo_fast.storage.metrics import read_metrics
 
 OLD = Path(__file__).parent / "fixtures" / "old"
-VIDEO = ["video.chunks=2", "video.chunk_frames=1", "sampler.steps=[1000,350]"]
+VIDEO = ["video.chunks=2", "video.chunk_frames=1", "sampler.steps=[1000,350]", "sampler.warp=false", "sampler.shift=1.0"]
 SETTINGS = [
     *VIDEO,
     'rewards={"toy_vq":1.0}',
@@ -42,6 +42,13 @@ SETTINGS = [
     "lora.targets=[to_q]",
     "run.tensorboard=false",
     "run.directory=.",
+    # What the recipe said then.
+    "rollout.prompts_per_iteration=1",
+    "rollout.noise_strength=0.85",
+    "objective.tau=1.0",
+    "objective.clip=2.0e-2",
+    "optimizer.gradient_clip=0.02",
+    "optimizer.lr=5.0e-4",
 ]
 
 
@@ -54,9 +61,8 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def judges_of_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the judges have the digests that they had: a file of theirs that was edited since is a judge of its own, and rightly refused."""
-    digests = json.loads((OLD / "stopped" / "inputs.json").read_text())["judges"]
-    monkeypatch.setattr(Reward, "fingerprint", lambda self, name: digests[name])
+    """Let the judges be those of then: a judge whose file was edited since is another one, and rightly refused."""
+    old_judges.put_in_place(monkeypatch, OLD / "stopped" / "inputs.json")
 
 
 @pytest.mark.usefixtures("judges_of_then")

@@ -18,7 +18,7 @@ from arcopo_fast.build import Generator, pool_pages
 from arcopo_fast.config.schema import Config
 from arcopo_fast.data.prompts import Prompt
 from arcopo_fast.evaluation.filters import Filter
-from arcopo_fast.evaluation.looks import DETAIL, DIVERSITY, MOTION, diversity, motion_and_detail, thumbnails
+from arcopo_fast.evaluation.looks import DETAIL, MOTION, Diversity, SetMeasure, motion_and_detail
 from arcopo_fast.evaluation.windows import View
 from arcopo_fast.model.vae import StreamingDecoder
 from arcopo_fast.objectives.advantage import weighted_total
@@ -30,6 +30,7 @@ from arcopo_fast.runtime import profiling
 from arcopo_fast.runtime.distributed import World
 from arcopo_fast.runtime.memory import resident
 from arcopo_fast.storage.metrics import TOTAL
+from arcopo_fast.toy.metrics import Variety
 
 BATCH = 8
 
@@ -194,7 +195,8 @@ def evaluate(
     wanted = [prompt for prompt in prompts for _ in range(config.evaluation.videos_per_prompt)]
     texts, batch = [prompt.text for prompt in wanted], videos_at_once(config)
     judges, variants = {**rewards, **held_out}, {"": None} | dict(filters or {})
-    own: dict[tuple[int, str], dict[str, Tensor]] = {}  # also _SMALL, by which videos of a prompt are compared at the end
+    measures = load_set_measures(generator)
+    own: dict[tuple[int, str], dict[str, Tensor]] = {}  # also what describes each video, to be compared with the others at the end
     shown: list[Tensor] = []
     numbers = shares(math.ceil(len(wanted) / batch), math.ceil(config.evaluation.sample_videos / batch), world)
     rounds = max(world.gathered(len(numbers))) if generator.model.ranks > 1 else len(numbers)
@@ -203,11 +205,12 @@ def evaluate(
         groups = range(number * batch, number * batch + len(part))
         parts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in variants}
         for frames, scores in judge(config, generator, engine, part, groups, judges):
-            first = number * batch + sum(len(done[_SMALL]) for done in parts[""])
-            parts[""].append(scores | _looks(frames))
+            first = number * batch + sum(len(done[DETAIL]) for done in parts[""])
+            own_texts = texts[first : first + len(frames)]
+            parts[""].append(scores | _looks(frames, own_texts, measures))
             for name, filtered in (filters or {}).items():
-                ((changed, scores),) = Judging.of(config, generator).judge(judges, [filtered(frames).contiguous()], texts[first:])
-                parts[name].append(scores | _looks(changed))
+                ((changed, scores),) = Judging.of(config, generator).judge(judges, [filtered(frames).contiguous()], own_texts)
+                parts[name].append(scores | _looks(changed, own_texts, measures))
                 del changed
             shown.append(frames[: max(0, config.evaluation.sample_videos - sum(map(len, shown)))].to("cpu", copy=True))
             del frames
@@ -218,18 +221,28 @@ def evaluate(
     judged, looks = {}, {}
     for name in variants:
         scores = joined([everybodys[key] for key in sorted(everybodys) if key[1] == name])
-        seen = {kind: scores.pop(kind) for kind in (MOTION, DETAIL)} | {DIVERSITY: diversity(scores.pop(_SMALL), texts)}
+        seen = {kind: scores.pop(kind) for kind in (MOTION, DETAIL)}
+        for index, measure in enumerate(measures):
+            seen |= measure.compare(scores.pop(f"{_DESCRIBED}{index}"), texts)
         looks[name] = {kind: values for kind, values in seen.items() if not values.isnan().all()}
         judged[name] = {TOTAL: weighted_total(scores, config.rewards)} | scores
     frames = torch.cat(shown)[: config.evaluation.sample_videos] if shown and world.is_main else torch.empty(0)
     return Evaluation(judged[""], texts, frames, looks[""], {name: judged[name] | looks[name] for name in filters or {}})
 
 
-_SMALL = "thumbnails"
+def load_set_measures(generator: Generator) -> tuple[SetMeasure, ...]:
+    """Load what is measured of each video among the others, and never trained on: diversity; in the toy world the shapes' variety, too."""
+    if generator.directory is None or not (generator.directory / "classifier").is_dir():
+        return (Diversity(),)
+    return Diversity(), Variety(generator.directory / "classifier")
 
 
-def _looks(frames: Tensor) -> dict[str, Tensor]:
-    return motion_and_detail(frames) | {_SMALL: thumbnails(frames)}
+_DESCRIBED = "described by "
+
+
+def _looks(frames: Tensor, prompts: Sequence[str], measures: Sequence[SetMeasure]) -> dict[str, Tensor]:
+    described = {f"{_DESCRIBED}{index}": measure.describe(frames, prompts) for index, measure in enumerate(measures)}
+    return motion_and_detail(frames) | described
 
 
 def shares(batches: int, shown: int, world: World) -> list[int]:

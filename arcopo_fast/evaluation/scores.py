@@ -38,8 +38,8 @@ STAMP = "evaluation.json"
 SCORES = "scores"
 CLAIMS = "claims"
 BASE = "base"
-KINDS = ("total", "trained", "held out")
 """The generator without an adapter."""
+KINDS = ("total", "trained", "held out")
 
 
 class Video(NamedTuple):

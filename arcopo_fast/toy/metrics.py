@@ -1,15 +1,15 @@
-"""Held-out measures of the toy world: shape fidelity, temporal coherence, caption accuracy. In [0, 1], called like rewards.
+"""Held-out measures of the toy world: shape fidelity, motion agreement, caption accuracy; and, of many videos, variety.
 
 They are never trained on and show what alignment must not break, so they share nothing with the rewards: template matching on the
-picture instead of moments of a chroma mask, block matching between frames instead of tracks of the center, and a small learned
-classifier instead of hue and overlap formulas. Read them together: a blank or frozen video is perfectly coherent.
+picture instead of moments of a chroma mask, for places and speeds too, and a small learned classifier instead of hue and overlap formulas.
+The first three lie in [0, 1], and more is better; they are called like rewards. `Variety` compares videos with one another.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,20 +39,23 @@ class ShapeFidelity(Reward):
     _radii = (7.5, 8.75, 10.0, 11.25)
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
+        return self.find(frames[:, :: self.frame_stride], prompts)[..., 0].mean(1).clamp(0, 1)
+
+    def find(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the best match's correlation, x, y and radius in each frame: [N, F, 4], in pixels."""
         shapes = [data.attributes_of(prompt)[0] for prompt in prompts]
-        frames = frames[:, :: self.frame_stride]
-        n, frame_count = frames.shape[:2]
         typical = frames.flatten(3).median(dim=3).values[..., None, None]
         contrast = (frames - typical).square().sum(2).sqrt()  # [N, F, H, W]: distance from the typical color, which is the background's
-
-        score = torch.zeros(n, device=frames.device)
+        found = torch.zeros(*frames.shape[:2], 4, device=frames.device)
         for shape in set(shapes):
             chosen = [i for i, name in enumerate(shapes) if name == shape]
-            score[chosen] = self._best_correlation(contrast[chosen].flatten(0, 1), shape).view(len(chosen), frame_count).mean(1)
-        return score.clamp(0, 1)
+            found[chosen] = self._best_match(contrast[chosen].flatten(0, 1), shape).unflatten(0, (len(chosen), -1))
+        return found
 
-    def _best_correlation(self, images: Tensor, shape: str) -> Tensor:
-        """Return the largest normalized cross-correlation of each image [B, H, W] with the shape at any position and size: [B]."""
+    def _best_match(self, images: Tensor, shape: str) -> Tensor:
+        """Return the largest normalized cross-correlation of each image [B, H, W] with the shape at any position and size, and where it
+        is: correlation, x, y, radius, [B, 4].
+        """
         pixel = torch.arange(self._window, dtype=torch.float32) - (self._window - 1) / 2
         y, x = torch.meshgrid(pixel, pixel, indexing="ij")
         drop = 0.3 if shape == "triangle" else 0.0  # a triangle's bounding box is not centered on its centroid
@@ -69,26 +72,33 @@ class ShapeFidelity(Reward):
         sums = torch.fft.irfft2(torch.fft.rfft2(padded) * kernels, s=size)[..., :height, :width]
         squares = torch.fft.irfft2(torch.fft.rfft2(padded.square()) * kernels[-1], s=size)[..., :height, :width]
         energy = squares - sums[:, -1:].square() / self._window**2
-        return (sums[:, :-1] / energy.clamp_min(1e-3).sqrt()).amax(dim=(1, 2, 3))
+        best, index = (sums[:, :-1] / energy.clamp_min(1e-3).sqrt()).flatten(1).max(1)
+        radius = torch.tensor(self._radii, device=images.device)[index // (height * width)]
+        return torch.stack([best, index % width + 0.5, index // width % height + 0.5, radius], dim=1)
 
 
-class TemporalCoherence(Reward):
-    """Share of each frame's variance that blocks of the frame before, moved by at most one pixel, explain; mean over frames."""
+class MotionAgreement(Reward):
+    """Agreement of the shape's speed in the caption's direction with that of the data: 1 where they are equal, x where one is x times the
+    other, and 0 where the shape stands still or moves the other way.
+    """
 
-    scores = ("temporal_coherence",)
-    _block = 8
+    scores = ("motion_agreement",)
+    frame_stride = 2
+    _wanted = sum(data.SPEED_RANGE) / 2  # pixels a frame
 
     def __call__(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        before, after = frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
-        height, width = before.shape[-2:]
-        padded = F.pad(before, (1, 1, 1, 1), mode="replicate")
-        residual = torch.full((len(after), height // self._block, width // self._block), torch.inf, device=frames.device)
-        for row, column in itertools.product(range(3), repeat=2):
-            error = (padded[:, :, row : row + height, column : column + width] - after).square().sum(1)
-            residual = torch.minimum(residual, F.avg_pool2d(error[:, None], self._block)[:, 0])
-        spread = after.var(dim=(2, 3), correction=0).sum(1)
-        explained = 1 - residual.mean(dim=(1, 2)) / spread.clamp_min(1e-4)
-        return explained.clamp(0, 1).view(len(frames), -1).mean(1)
+        ratio = self.speeds(frames, prompts) / self._wanted
+        return torch.minimum(ratio, 1 / ratio.clamp_min(1e-6)).clamp_min(0)
+
+    def speeds(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the speed along the caption's direction, [N], in pixels a frame: the median over pairs of places half a video apart."""
+        place = ShapeFidelity().find(frames[:, :: self.frame_stride], prompts)[..., 1:3]
+        half = place.shape[1] // 2
+        if half == 0:
+            return torch.zeros(len(frames), device=frames.device)
+        direction = torch.tensor([data.MOTIONS[data.attributes_of(prompt)[2]] for prompt in prompts], device=frames.device)
+        moved = torch.einsum("nfk,nk->nf", place[:, half:] - place[:, :-half], direction)
+        return moved.median(1).values / (half * self.frame_stride)
 
 
 class CaptionClassifier(nn.Module):
@@ -157,9 +167,40 @@ class CaptionAccuracy(Reward):
         return (answers == self.classifier.labels(prompts).to(answers.device)).float().mean(1)
 
 
+class Variety:
+    """Spread of the shapes' places and sizes between videos, and the entropy of the shapes: a `SetMeasure`.
+
+    Args:
+        directory: of the classifier.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.classifier = CaptionClassifier.from_pretrained(directory)
+
+    @torch.no_grad()
+    def describe(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return each video's mean x, y and radius of the shape, in pixels, and how likely it shows each shape: [N, 7]."""
+        found = ShapeFidelity().find(frames[:, :: ShapeFidelity.frame_stride], prompts).mean(1)[:, 1:]
+        device = next(self.classifier.parameters()).device
+        share = self.classifier(self.classifier.select(frames).to(device))[0].softmax(1)
+        return torch.cat([found.float().cpu(), share.cpu()], dim=1)
+
+    def compare(self, described: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the distance of each shape's place, and of its radius, from the mean over videos, in pixels; and its shape's surprise in
+        nats, -log of the share that this shape has, whose mean is the entropy: at most ln 4, for four shapes as common.
+        """
+        place, radius, share = described.split([2, 1, len(data.SHAPES)], dim=1)
+        surprise = -share.mean(0).clamp_min(1e-12).log()
+        return {
+            "position_spread": (place - place.mean(0)).norm(dim=1),
+            "size_spread": (radius - radius.mean()).abs()[:, 0],
+            "shape_entropy": share @ surprise,
+        }
+
+
 def held_out(directory: str | Path) -> dict[str, Reward]:
     """Return the three measures by name; the classifier is read from `directory`."""
-    measures: tuple[Reward, ...] = (ShapeFidelity(), TemporalCoherence(), CaptionAccuracy(CaptionClassifier.from_pretrained(directory)))
+    measures: tuple[Reward, ...] = (ShapeFidelity(), MotionAgreement(), CaptionAccuracy(CaptionClassifier.from_pretrained(directory)))
     return {name: measure for measure in measures for name in measure.scores}
 
 

@@ -68,6 +68,11 @@ def _bell(value: Tensor, width: float) -> Tensor:
     return torch.exp(-((value / width) ** 2))
 
 
+def _near(value: Tensor, wanted: float | Tensor, width: float) -> Tensor:
+    """Return 1 where a positive value is the wanted one; it falls alike on both sides of it, in units of the logarithm."""
+    return _bell((value.clamp_min(_TINY) / wanted).log(), width)
+
+
 def _together(*components: Tensor) -> Tensor:
     """Return the geometric mean of scores in [0, 1]: one bad component spoils the total, but never hides progress in the others."""
     floor = 0.05
@@ -89,6 +94,17 @@ def _acceleration(track: Tensor) -> Tensor:
     return track.diff(n=2, dim=1) if track.shape[1] > 2 else torch.zeros_like(track)
 
 
+# Means over flawless data as the shipped VAE shows them, through which all videos pass: a generator's outlines cannot be sharper than that,
+# and a filter that sharpens, smooths or calms more than that is not paid for it.
+_OUTLINE_WIDTH = 2.3  # pixels
+_UNEVEN = 0.127  # deviation of the chroma inside the shape, relative to the dominant chroma
+_STRAY = 0.046  # chroma of the background, relative likewise
+_GRAIN = 0.018  # deviation from the neighborhood's mean in the background, relative to that of the luminance
+_FLICKER = 0.096  # second differences over time of blocks, relative likewise
+_SPEED = 0.5  # pixels a frame
+_SATURATION = 0.888  # dominant chroma relative to the named color's
+
+
 class VisualQuality(Reward):
     """Quality of each frame: one compact shape with a crisp outline, one color inside, and a calm background."""
 
@@ -100,21 +116,21 @@ class VisualQuality(Reward):
         # Width of the outline in pixels: a ramp of width w over a length of one pixel holds w/6 of m(1-m) and has a total variation of 1.
         variation = (mask.diff(dim=-1).square()[..., :-1, :] + mask.diff(dim=-2).square()[..., :-1]).add(1e-12).sqrt().sum(dim=(2, 3))
         outline_width = 6 * (mask * (1 - mask)).sum(dim=(2, 3)) / variation.clamp_min(1.0)
-        crisp = _bell((outline_width - 1.0).clamp_min(0), 1.5)
+        crisp = _near(outline_width, _OUTLINE_WIDTH, 0.35)
 
         inside = mask.square().square()  # the outline hardly counts
         inside = inside / inside.sum(dim=(2, 3), keepdim=True).clamp_min(1.0)
         mean_chroma = (inside[:, :, None] * view.chroma).sum(dim=(3, 4))
         mean_square = (inside * view.chroma.square().sum(2)).sum(dim=(2, 3))
         uneven = (mean_square - mean_chroma.square().sum(2)).clamp_min(0).sqrt() / strength
-        uniform = _bell(uneven, 0.25)
+        uniform = _near(uneven, _UNEVEN, 0.6)
 
         outside = 1 - F.max_pool2d(mask, 5, stride=1, padding=2)
         outside = outside / outside.sum(dim=(2, 3), keepdim=True).clamp_min(1.0)
         stray = (outside * view.chroma.square().sum(2)).sum(dim=(2, 3)).sqrt() / strength
         grain = (outside * _grain(view.luminance)).sum(dim=(2, 3)).sqrt() / view.luminance.std(dim=(2, 3)).clamp_min(_TINY)
-        calm = _bell(stray, 0.35) * _bell(grain, 0.3)
-        return (view.presence * _together(crisp, uniform, calm)).mean(1)
+        calm, natural = _near(stray, _STRAY, 1.0), _near(grain, _GRAIN, 0.5)
+        return (view.presence * _together(crisp, uniform, calm, natural)).mean(1)
 
 
 def _grain(luminance: Tensor) -> Tensor:
@@ -135,7 +151,7 @@ class MotionQuality(Reward):
         speed = velocity.norm(dim=1)
         straight = _bell(residual.square().sum(2).mean(1).sqrt(), 2.0)
         jerky = _acceleration(view.center).square().sum(2).mean(1).sqrt()
-        visible = _ramp(speed, 0.0, 0.3) * (1 - _ramp(speed, 1.0, 2.0))
+        paced = _near(speed, _SPEED, 0.6)
 
         log_area = view.area.clamp_min(1.0).log()
         solid = _bell(log_area.std(1, correction=0), 0.25)
@@ -145,8 +161,8 @@ class MotionQuality(Reward):
 
         blocks = F.avg_pool2d(view.luminance, 8)
         flicker = _acceleration(blocks).square().mean(dim=(1, 2, 3)).sqrt()
-        steady = _bell(flicker / view.luminance.std(dim=(2, 3)).mean(1).clamp_min(_TINY), 0.3)
-        return view.presence.mean(1) * _together(straight * _bell(jerky, 1.0), visible, solid * same_color, steady)
+        steady = _near(flicker / view.luminance.std(dim=(2, 3)).mean(1).clamp_min(_TINY), _FLICKER, 0.8)
+        return view.presence.mean(1) * _together(straight * _bell(jerky, 1.0), paced, solid * same_color, steady)
 
 
 class TextAlignment(Reward):
@@ -159,10 +175,12 @@ class TextAlignment(Reward):
         attributes = [data.attributes_of(prompt) for prompt in prompts]
         shapes = torch.tensor([data.SHAPES.index(shape) for shape, _, _ in attributes], device=frames.device)
         hues = torch.tensor([_hue(data.COLORS[color]) for _, color, _ in attributes], device=frames.device)
+        strengths = torch.tensor([_SATURATION * _strength(data.COLORS[color]) for _, color, _ in attributes], device=frames.device)
         directions = torch.tensor([data.MOTIONS[motion] for _, _, motion in attributes], device=frames.device)
 
         hue = torch.atan2(view.dominant[:, 1], view.dominant[:, 0])
         color = _bell(torch.remainder(hue - hues + math.pi, 2 * math.pi) - math.pi, math.radians(30))
+        color = color * _near(view.dominant.norm(dim=1), strengths, 0.25)
 
         overlap = _template_overlap(view)  # [N, shapes]
         chosen = overlap.gather(1, shapes[:, None])[:, 0]
@@ -177,6 +195,11 @@ class TextAlignment(Reward):
 def _hue(rgb: Sequence[float]) -> float:
     red, green, blue = rgb
     return math.atan2(math.sqrt(0.75) * (green - blue), red - 0.5 * (green + blue))
+
+
+def _strength(rgb: Sequence[float]) -> float:
+    red, green, blue = rgb
+    return math.hypot(red - 0.5 * (green + blue), math.sqrt(0.75) * (green - blue))
 
 
 _GRID = 25

@@ -169,7 +169,7 @@ def _is_watched(arguments: Iterable[Any]) -> bool:
     for argument in arguments:
         for tensor in argument if isinstance(argument, list) else (argument,):
             if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-                if recording and tensor.requires_grad:
+                if recording and tensor.requires_grad or tensor.is_meta:  # of the meta device only the shape is wanted
                     return True
             elif isinstance(tensor, torch.Tensor):  # a fake one, or another subclass that computes in its own way
                 return True

@@ -38,7 +38,7 @@ def test_what_it_leaves(evaluated: Path, adapters: dict[str, Path]) -> None:
     assert [one["generator"] for one in results[:5]] == names and results[0]["score"] == "reward"
     kinds = {one["score"]: one["kind"] for one in results}
     assert kinds == {"reward": "total"} | dict.fromkeys(("toy_vq", "toy_mq", "toy_ta"), "trained") | dict.fromkeys(
-        ("shape_fidelity", "temporal_coherence", "caption_accuracy"), "held out"
+        ("shape_fidelity", "motion_agreement", "caption_accuracy"), "held out"
     )
     table = (evaluated / "table.md").read_text()
     for one in results:
@@ -171,7 +171,7 @@ def test_the_generator_reads_the_extended_prompt_and_all_else_the_original(tmp_p
     assert [prompt.extended for prompt in found["pairs"].prompts.values()] == CAPTIONS[1:]
     for place in range(2):
         pair, longer = (found[name].values[Video(BASE, place, 0)] for name in ("pairs", "longer"))
-        assert pair["temporal_coherence"] == longer["temporal_coherence"], "the same video"
+        assert pair["toy_vq"] == longer["toy_vq"], "the same video"
         assert pair["toy_ta"] < longer["toy_ta"], "judged by another prompt"
         names = [f"videos/base/{place:04d}-{CAPTIONS[place + more].replace(' ', '-')}-0.mp4" for more in (0, 1)]
         assert (tmp_path / "pairs" / names[0]).read_bytes() == (tmp_path / "longer" / names[1]).read_bytes()
@@ -234,7 +234,7 @@ def test_what_does_not_belong_together(
         (["--seed", "3"], "with other settings: seed: 3 here, 1234 there; give another --out"),
         (["--videos", "3"], "videos_per_prompt: 3 here, 2 there"),
         (["rewards={toy_vq: 1}"], "rewards.toy_"),
-        (["sampler.shift=2"], "sampler.shift: 2.0 here, 1.0 there"),
+        (["sampler.shift=2"], "sampler.shift: 2.0 here, 0.413 there"),
         (["--prompts", prompts], "scores of other prompts: number 0"),
         (["--adapter", f"on={adapters['zero']}"], "another on@1 (SHA-256"),
     ):

@@ -21,6 +21,7 @@ def test_a_run_says_so_keeps_what_it_has_and_goes_on(
     monkeypatch.syspath_prepend(tmp_path)
     small = ["evaluation.prompts=1", "evaluation.videos_per_prompt=1", "evaluation.sample_videos=0", "lora.rank=4", "lora.alpha=8"]
     shape = ["train.iterations=2", "train.save_every=0", "rollout.group_size=2", "objective.anchors_per_update=2"]
+    shape += ["rollout.prompts_per_iteration=1"]
     assert run_command(main, ["toy", 'rewards={"says_little:length": 1.0, toy_vq: 0}', *small, *shape, f"run.directory={tmp_path}"]) == 2
     said, run = capsys.readouterr().err.splitlines()[-1], tmp_path / "toy"
     assert "'says_little:length' did not tell them apart" in said and said.endswith(f"--resume {run}")

@@ -154,7 +154,7 @@ def test_every_entry_is_drawn_once_in_a_pass(buffer: Path) -> None:
 def test_what_does_not_fit_is_refused(buffer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"another policy \([0-9a-f]{16} here, [0-9a-f]{16} in the buffer\): sampler.steps"):
         trainer(buffer, "sampler.steps=[1000, 400, 200, 100]")
-    with pytest.raises(UserError, match=r"noise_strength: 0.5 here, 0.85 in the buffer"):
+    with pytest.raises(UserError, match=r"noise_strength: 0.5 here, 0.3 in the buffer"):
         trainer(buffer, "rollout.noise_strength=0.5")
     with pytest.raises(UserError, match="was not scored by sharpness, only by toy_"):
         trainer(buffer, "rewards={sharpness: 1.0}")

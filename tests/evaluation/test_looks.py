@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from arcopo_fast.evaluation.filters import blurred, slower
-from arcopo_fast.evaluation.looks import DETAIL, FRAMES, MOTION, diversity, motion_and_detail, thumbnails
+from arcopo_fast.evaluation.looks import DETAIL, DIVERSITY, FRAMES, MOTION, Diversity, motion_and_detail
 
 
 def stripes(speed: float, phase: float = 0.0, frames: int = 24) -> Tensor:
@@ -41,10 +41,10 @@ def test_slower_videos_move_less_and_blurred_ones_have_less_detail() -> None:
 
 def test_diversity_is_that_of_the_videos_of_a_prompt() -> None:
     videos = torch.cat([stripes(1.0, phase) for phase in (0.0, 0.5, 3.0, 0.0)])
-    small = thumbnails(videos)
+    small = Diversity().describe(videos, ["a", "a", "a", "b"])
     assert small.shape == (4, FRAMES * 3 * 16 * 16)
-    found = diversity(small, ["a", "a", "a", "b"])
+    found = Diversity().compare(small, ["a", "a", "a", "b"])[DIVERSITY]
     distances = [(small[0] - small[other]).square().mean().sqrt() for other in (1, 2)]
     torch.testing.assert_close(found[0], torch.stack(distances).mean())
     assert found[2] > found[0] and found[3].isnan(), "b has one video"
-    assert not diversity(small[[0, 3]], ["a", "a"]).any(), "the same video twice"
+    assert not Diversity().compare(small[[0, 3]], ["a", "a"])[DIVERSITY].any(), "the same video twice"

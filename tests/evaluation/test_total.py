@@ -32,7 +32,7 @@ def by_evaluation(components: Components, monkeypatch: pytest.MonkeyPatch) -> Te
     monkeypatch.setattr(evaluation, "videos_at_once", lambda config: count // 2)
     monkeypatch.setattr(evaluation, "judge", lambda *unused: [next(parts)])
     prompts: Any = [SimpleNamespace(text="a")] * count
-    nothing: Any = SimpleNamespace(shape=None, model=SimpleNamespace(ranks=1))
+    nothing: Any = SimpleNamespace(shape=None, directory=None, model=SimpleNamespace(ranks=1))
     judges: Any = dict.fromkeys(WEIGHTS)
     return evaluation.evaluate(config, nothing, nothing, prompts, judges, {}).scores[TOTAL]
 

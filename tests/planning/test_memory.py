@@ -332,7 +332,7 @@ def test_what_a_run_on_a_buffer_holds(tmp_path: Path) -> None:
         assert needs["latents of the group"] == held + chunk, "one chunk more: the prefix is counted as a whole video"
         kept = sum(prediction.nbytes for prediction in objective._kept.values())
     assert kept == host_bytes(config, sizes)[0] == 3 * 2 * chunk
-    assert host_bytes(config, sizes)[1] == config.train.iterations * 2 * kept
+    assert host_bytes(config, sizes)[1] == config.train.iterations * config.rollout.prompts_per_iteration * 2 * kept
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -375,4 +375,4 @@ def test_groups_that_wait_in_host_memory() -> None:
         room = 4 * sizes.transformer.text_len * sizes.transformer.text_dim
         assert group.text.nbytes <= room and waiting_bytes(config, sizes) == 4 * (held + room)
     assert waiting_bytes(config, sizes, ranks=2) == 2 * (held + room) and waiting_bytes(config, sizes, ranks=4) == 0
-    assert waiting_bytes(load_config("toy"), sizes) == 0
+    assert waiting_bytes(load_config("toy", ["rollout.prompts_per_iteration=1"]), sizes) == 0

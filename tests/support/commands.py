@@ -10,6 +10,7 @@ import pytest
 from arcopo_fast.cli import run_command
 
 SMALL = [
+    "rollout.prompts_per_iteration=1",
     "rollout.group_size=3",
     "evaluation.prompts=2",
     "evaluation.videos_per_prompt=1",

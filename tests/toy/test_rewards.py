@@ -1,4 +1,4 @@
-"""The rewards of the toy world rank rendered, broken and wrongly captioned videos as a person would; tone changes do not fool them."""
+"""The rewards of the toy world have their peak at flawless data as the VAE shows them; damage, wrong captions and fixed filters cost."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from arcopo_fast.build import checkpoint_path
+from arcopo_fast.evaluation.filters import FILTERS, slower, unsharp
 from arcopo_fast.rewards.base import Reward, score
 from arcopo_fast.toy import data
 from arcopo_fast.toy.rewards import MotionQuality, TextAlignment, VisualQuality
+from arcopo_fast.toy.vae_training import decode, encode, load_vae
 
+VAE = load_vae(checkpoint_path("toy") / "vae")
 REWARDS: tuple[Reward, ...] = (VisualQuality(), MotionQuality(), TextAlignment())
 
 
@@ -22,11 +26,17 @@ class Videos(NamedTuple):
     captions: list[str]
 
 
+def shown(frames: Tensor) -> Tensor:
+    """Return what a generator without any fault would show, [N, F, 3, H, W]."""
+    with torch.no_grad():
+        return decode(VAE, encode(VAE, frames))
+
+
 @pytest.fixture(scope="module")
 def videos() -> Videos:
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     frames, captions, _ = data.sample(12, 8, generator, flaws=0)
-    return Videos(frames, captions)
+    return Videos(shown(frames), captions)
 
 
 def blurred(frames: Tensor, width: int) -> Tensor:
@@ -54,25 +64,39 @@ def striped(frames: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.scores[0])
 @pytest.mark.parametrize("latent_frames", [8, 12])
-def test_clean_videos_score_high(reward: Reward, latent_frames: int) -> None:
+def test_flawless_videos_score_high(reward: Reward, latent_frames: int) -> None:
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     frames, captions, _ = data.sample(24, latent_frames, generator, flaws=0)
-    scores = reward(frames, captions)
+    scores = reward(shown(frames), captions)
     assert scores.shape == (24,) and scores.dtype == torch.float32
-    assert scores.min() > 0.75 and scores.mean() > 0.9 and scores.max() <= 1
+    assert scores.median() > 0.9 and scores.mean() > 0.85 and scores.min() > 0.35 and scores.max() <= 1
 
 
-def test_flaws_cost_every_video_and_leave_room_to_improve() -> None:
-    """What alignment lives on: all videos have something to gain, by far more than they differ from one another."""
-    seed = int(torch.randint(2**31, ()))
-    totals = []
+def test_flaws_cost_every_video_and_no_filter_repairs_them() -> None:
+    """What alignment lives on: all videos have something to gain, and a filter earns less than a quarter of it."""
+    seed, totals = int(torch.randint(2**31, ())), []
     for flaws in (0.0, 0.5, 1.0):
         frames, captions, _ = data.sample(24, 8, torch.Generator().manual_seed(seed), flaws=flaws)
+        frames = shown(frames)
         totals.append(torch.stack([reward(frames, captions) for reward in REWARDS]).sum(0))
     clean, half, full = totals
-    assert (clean > half).all() and (half > full).all()
-    low, high = full.quantile(torch.tensor([0.16, 0.84]))  # a standard deviation to both sides; one video in many has hardly any score
-    assert (clean - full).median() > 1.5 * (high - low) / 2
+    assert (clean > full).float().mean() > 0.9 and clean.mean() > half.mean() > full.mean()
+    gain = (clean - full).mean()
+    assert gain > full.std()
+    for name, changed in FILTERS.items():
+        filtered = changed(frames)
+        assert (torch.stack([reward(filtered, captions) for reward in REWARDS]).sum(0) - full).mean() < gain / 4, name
+
+
+@pytest.mark.parametrize("factor", [0.4, 2.5])
+def test_slower_and_faster_than_the_data_cost_motion_quality(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = int(torch.randint(2**31, ()))
+    scores = []
+    for speed in (0.5, 0.5 * factor):
+        monkeypatch.setattr(data, "SPEED_RANGE", (speed, speed))
+        frames, captions, _ = data.sample(12, 6, torch.Generator().manual_seed(seed), flaws=0)
+        scores.append(MotionQuality()(shown(frames), captions))
+    assert (scores[1] < scores[0] - 0.2).all()
 
 
 @pytest.mark.parametrize(
@@ -80,6 +104,8 @@ def test_flaws_cost_every_video_and_leave_room_to_improve() -> None:
     [
         (VisualQuality(), lambda frames: blurred(frames, 5), 0.85),
         (VisualQuality(), lambda frames: blurred(frames, 9), 0.5),
+        (VisualQuality(), lambda frames: unsharp(frames, 2.0), 0.8),
+        (MotionQuality(), slower, 0.85),
         (VisualQuality(), noisy, 0.8),
         (VisualQuality(), striped, 0.8),
         (MotionQuality(), shuffled, 0.3),
@@ -129,8 +155,9 @@ def test_each_wrong_attribute_costs_alignment(videos: Videos, attribute: int) ->
         others = [name for name in choices if name != attributes[attribute]]
         attributes[attribute] = others[int(torch.randint(len(others), ()))]
         wrong.append(data.caption_of(*attributes))
-    right = TextAlignment()(videos.frames, videos.captions)
-    assert (TextAlignment()(videos.frames, wrong) < right - 0.4).all()
+    cost = TextAlignment()(videos.frames, videos.captions) - TextAlignment()(videos.frames, wrong)
+    assert cost.min() > 0 and cost.mean() > 0.35
+    assert attribute == 0 or cost.min() > 0.3, "shapes alone can be alike"
 
 
 def tone(kind: str, factor: float, frames: Tensor) -> Tensor:
@@ -145,15 +172,15 @@ def tone(kind: str, factor: float, frames: Tensor) -> Tensor:
 @pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.scores[0])
 @pytest.mark.parametrize("kind", ["brightness", "contrast", "saturation"])
 def test_tone_changes_earn_nothing(videos: Videos, reward: Reward, kind: str) -> None:
-    """Exactly nothing as long as pixels are not clipped, and no gain worth the name when they are; on clean and on mediocre videos."""
-    flawed = data.sample(12, 8, torch.Generator().manual_seed(int(torch.randint(2**31, ()))), captions=videos.captions)[0]
-    # Clipping does sharpen the soft outlines of flawed videos, for the eye as well: they are looked at without it.
-    for frames, may_clip in ((videos.frames, True), (noisy(blurred(videos.frames, 3)), True), (flawed, False)):
+    """Sharpness, motion and outlines are ratios, and see none; the named color has a strength, too, which text alignment sees."""
+    flawed = shown(data.sample(12, 8, torch.Generator().manual_seed(int(torch.randint(2**31, ()))), captions=videos.captions)[0])
+    for frames in (videos.frames, flawed):
         scores = reward(frames, videos.captions)
         for factor in (0.5, 0.8, 1.3, 2.0):
             changed = tone(kind, factor, frames)
-            torch.testing.assert_close(reward(changed, videos.captions), scores, atol=2e-3, rtol=0)
-            assert not may_clip or (reward(changed.clamp(0, 1), videos.captions) - scores).mean() < 0.03
+            assert (reward(changed.clamp(0, 1), videos.captions) - scores).mean() < 0.03
+            if not isinstance(reward, TextAlignment):
+                torch.testing.assert_close(reward(changed, videos.captions), scores, atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: reward.scores[0])

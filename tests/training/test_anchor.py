@@ -36,7 +36,7 @@ from arcopo_fast.training.lessons import LearningWatch, reward_record
 from arcopo_fast.training.selftest import self_test
 from arcopo_fast.training.trainer import Trainer
 
-MEAN = [*SMALL_COPO, "video.chunks=3", "sampler.steps=[1000,300]", "rollout.pivot=2", "objective.updates=1"]
+MEAN = [*SMALL_COPO, "video.chunks=3", "sampler.steps=[1000,300]", "rollout.pivot=2", "rollout.noise_strength=0.85", "objective.updates=1"]
 SETTINGS = [*MEAN, "objective.advantage_baseline=anchor"]
 
 

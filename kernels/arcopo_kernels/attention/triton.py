@@ -391,8 +391,7 @@ def _aot_case(kernel: str, function: triton.JITFunction, head_dim: int, dtype: s
             signature[name] = f"*{dtype}"
     divisible = [name for name in signature if name not in ("scale", "tokens_q", "tokens_k", "heads")]
     constants = {"HEAD_DIM": head_dim, "BLOCK_Q": blocks.query, "BLOCK_K": blocks.key}
-    launch = (blocks.num_warps, blocks.num_stages)
-    return AotCase(f"{kernel}[{head_dim}, {dtype}]", function, signature, constants, divisible, *launch, multiplies=dtype == "bf16")
+    return AotCase(f"{kernel}[{head_dim}, {dtype}]", function, signature, constants, divisible, blocks.num_warps, blocks.num_stages)
 
 
 def _merge_case(parts: int) -> AotCase:

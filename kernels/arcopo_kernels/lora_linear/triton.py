@@ -123,8 +123,7 @@ def _case(name: str, size: int, rank: int, layers: int, *, gelu: bool = False, k
     constants: dict[str, Any] = {"GELU": gelu, "SIZE": size, "RANK": rank, **({} if keep else {"activated": None})}
     constants |= {"BLOCK_T": sizes.block_t, "BLOCK_OUT": sizes.block_out, "BLOCK_R": sizes.block_r}
     divisible = [*pointers, "reduced_stride"]  # a chunk's tokens, 4680, are no multiple of 16
-    launch = (sizes.num_warps, NUM_STAGES)
-    return AotCase(f"add {name}, rank {rank} of {layers}", _add, signature, constants, divisible, *launch, multiplies=True)
+    return AotCase(f"add {name}, rank {rank} of {layers}", _add, signature, constants, divisible, sizes.num_warps, NUM_STAGES)
 
 
 def aot_cases(target: str) -> list[AotCase]:

@@ -321,7 +321,7 @@ def _aot_case(name: str, kernel: object, *, dtype: str, candidates: str, group: 
         group_pad = triton.next_power_of_2(group)
         constants |= {"G_PAD": group_pad, "CHUNK": chunk(sizes.anchors, group_pad), "WITH_GRADIENT": True}
     signature = {argument: f"*{element}" for argument, element in pointers.items()} | integers
-    return AotCase(name, kernel, signature, constants, [*pointers, "D"], sizes.num_warps, reduces=kernel is _partials)
+    return AotCase(name, kernel, signature, constants, [*pointers, "D"], sizes.num_warps)
 
 
 def aot_cases(target: str) -> list[AotCase]:
