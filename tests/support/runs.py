@@ -28,7 +28,8 @@ NAMES = ("shape_fidelity", "toy_mq", "reward", "toy_vq")  # shape_fidelity is he
 
 def settings(folder: Path, *overrides: str) -> Config:
     common = [f"run.directory={folder}", "name=mine", "rewards={toy_vq: 1, toy_mq: 0.5}", f"train.iterations={STEPS}"]
-    common += ["optimizer.lr=5e-4", "objective.tau=1.0", "objective.clip=0.02", "optimizer.gradient_clip=0.02", "rollout.prompts_per_iteration=1"]
+    common += ["optimizer.lr=5e-4", "objective.tau=1.0", "objective.clip=0.02", "optimizer.gradient_clip=0.02"]
+    common += ["rollout.prompts_per_iteration=1"]
     return load_config("toy", [*common, *overrides])
 
 
