@@ -72,7 +72,8 @@ class CopoObjective(RatioObjective[CopoSettings]):
             first, second = torch.triu_indices(len(flat), len(flat), offset=1).unbind()
             squared = (flat[first] - flat[second]).square()
             distances = squared.mean(1) if self.settings.distance_reduction == "mean" else squared.sum(1)
-            tau = distances.median().item()
+            # Where most candidates are alike, the mean; where all are, every tau gives the same.
+            tau = distances.median().item() or distances.mean().item() or 1.0
         return Target(candidates, advantages.to(candidates.device), tau)
 
     def ratio(self, group: Group, target: Target, samples: Samples, new: Tensor, old: Tensor) -> Ratio:

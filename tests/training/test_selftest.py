@@ -198,7 +198,7 @@ def test_an_old_policy_that_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_too_small_for_the_clip() -> None:
-    assert "raise optimizer.lr" in poor("optimizer.lr=1e-7")["the step"]
+    assert "raise optimizer.lr" in poor("optimizer.lr=1e-7", "objective.tau=1.0", "objective.clip=0.02")["the step"]
 
 
 def test_a_clip_that_lets_nothing_through(monkeypatch: pytest.MonkeyPatch) -> None:
