@@ -21,7 +21,7 @@ KEPT_LINES = 60
 """Lines of a part's output, in the step's file, when the part does not pass."""
 
 Part = dict[str, Any]
-"""What a step's file says of a command."""
+"""The record of a command in a step's file."""
 
 _at_work: set[int] = set()  # process groups
 _stopped = Event()

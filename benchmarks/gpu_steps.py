@@ -36,7 +36,7 @@ LONGEST = 180.0
 JOBS = max(1, min(8, (os.cpu_count() or 2) // 2))
 """Processes that run side by side where nothing is timed: a GPU has room for some small tests at once."""
 BENCHMARKS = ("vae", "layers", "attention", *(operator for operator in OPERATORS if operator != "attention"))
-"""What `bench` measures; that in which an iteration spends most of its time comes first."""
+"""The parts of `bench`; the one in which an iteration spends most of its time comes first."""
 
 
 class Chosen(NamedTuple):
@@ -65,7 +65,7 @@ class Chosen(NamedTuple):
 Parts = Iterator[tuple[Part, Mapping[str, Any]]]
 """The yield of a step: each of its parts, with what it measured, an object as the benchmarks write it, or nothing."""
 INTERPRETED = {"TRITON_INTERPRET": "1"}
-"""Where a CPU stands in for the device, what a command needs whose kernels are launched."""
+"""The environment of a command whose kernels are launched, on a CPU that stands in for the device."""
 
 
 def look(deadline: float, chosen: Chosen) -> Parts:

@@ -38,7 +38,7 @@ from benchmarks.timing import Timer, measure_ceilings
 PACKAGES = ("pytest", "pytest_benchmark", "numpy", "peft", "transformers", "safetensors", "pydantic", "diffusers", "kernels", "flash_attn")
 MODEL = shapes.WAN_1_3B if shapes.DEVICE.type == "cuda" else shapes.SMALL
 CACHED_FRAMES = range(1, 25)
-"""What a frame-wise generator, and one of chunks, see of a video of 24 frames at most."""
+"""The context of a frame-wise generator, and of one of chunks, in a video of 24 frames at most."""
 BATCHES = (1, 4, shapes.GROUP) if shapes.DEVICE.type == "cuda" else (1,)
 
 

@@ -1,4 +1,4 @@
-"""What `make gpu` runs, run on a CPU that stands in for the device."""
+"""The commands of `make gpu`, run on a CPU that stands in for the device."""
 
 from __future__ import annotations
 

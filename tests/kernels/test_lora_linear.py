@@ -56,7 +56,7 @@ def exact(a: dict[str, Any], gelu: bool) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def plain(a: dict[str, Any], gelu: bool) -> list[Tensor]:
-    """As plain PyTorch computes it at x's precision, each operation rounded."""
+    """Compute it as plain PyTorch does at x's precision, each operation rounded."""
     x, down, up = a["x"], a["down"].to(a["x"].dtype), a["up"].to(a["x"].dtype)
     layers = zip(a["weights"], a["biases"], down, up)
     outputs = [F.linear(x, weight, bias) + F.linear(F.linear(x, of_a), of_b) * SCALE for weight, bias, of_a, of_b in layers]

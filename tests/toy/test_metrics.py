@@ -74,7 +74,7 @@ def test_the_best_match_says_where_the_shape_is() -> None:
 
 
 def test_motion_agreement_is_that_of_speeds(videos: Videos, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of videos at the data's mean speed, at half of it, at twice, of standing ones and of such that go the other way."""
+    """Compare videos at the data's mean speed, at half of it, at twice, standing ones and such that go the other way."""
     measure, seed, agreement = MotionAgreement(), int(torch.randint(2**31, ())), {}
     for factor in (1.0, 0.5, 2.0):
         speed = factor * sum(data.SPEED_RANGE) / 2

@@ -18,7 +18,7 @@ from torch import Tensor
 
 VARIABLE = "ARCOPO_FLASH_KERNEL"
 MODULES = ("", ".flash_attn_interface", ".interface", ".cute.interface")
-"""Where below a build's own module its functions may lie."""
+"""Submodules of a build in which its functions may lie."""
 
 
 class Build(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives.
+    """The results of a forward pass.
 
     Attributes:
         outputs: y_i, each [T, out].

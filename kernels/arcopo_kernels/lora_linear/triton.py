@@ -18,7 +18,7 @@ from arcopo_kernels.dispatch import FP_FUSION
 from torch import Tensor
 
 NUM_STAGES = 1
-"""Of the loop over ranks, which has one round for up to 64 of them: nothing to be gained from loading ahead."""
+"""Stages of the loop over ranks, which has one round for up to 64 of them: nothing to be gained from loading ahead."""
 
 
 class BlockSizes(NamedTuple):
