@@ -68,8 +68,8 @@ def diffusers_decoder(vae: Any, past: Tensor, latents: Tensor) -> Call:
 @pytest.mark.parametrize("shape", DECODINGS, ids=lambda s: f"B{s.batch}-F{s.frames}")
 def test_decoder(plain_bench: Bench, shape: Decoding) -> None:
     pytest.importorskip("diffusers", exc_type=ImportError)
-    ours, theirs = (untrained_vae(shape.sizes, dtype=shapes.ACTIVATIONS, device=shapes.DEVICE, seed=0) for _ in range(2))
-    decoder = StreamingDecoder(channels_last(ours), shape.frames)
+    streamed, plain = (untrained_vae(shape.sizes, dtype=shapes.ACTIVATIONS, device=shapes.DEVICE, seed=0) for _ in range(2))
+    decoder = StreamingDecoder(channels_last(streamed), shape.frames)
     frame = (shape.sizes.z_dim, shape.height, shape.width)
     past, latents = torch.randn(1, 2, *frame, device=shapes.DEVICE), torch.randn(shape.batch, shape.frames, *frame, device=shapes.DEVICE)
     cache = fork(decoder.decode(past, decoder.start())[1], shape.batch)
@@ -86,8 +86,8 @@ def test_decoder(plain_bench: Bench, shape: Decoding) -> None:
         "vae decoder",
         f"B={shape.batch} F={shape.frames} {shape.height}x{shape.width} latents",
         call,
-        reference=diffusers_decoder(theirs, past.expand(shape.batch, -1, -1, -1, -1), latents),
-        traffic=sum(parameter.nbytes for parameter in ours.decoder.parameters()) + latents.nbytes + call().nbytes,
+        reference=diffusers_decoder(plain, past.expand(shape.batch, -1, -1, -1, -1), latents),
+        traffic=sum(parameter.nbytes for parameter in streamed.decoder.parameters()) + latents.nbytes + call().nbytes,
         flops=shape.batch * decode(shape.sizes, shape.height, shape.width, shape.frames, start=False).vae,
         others={"cudnn.benchmark": Other(by_trial, competes=False)} if latents.is_cuda else {},
     )

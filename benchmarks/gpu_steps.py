@@ -217,13 +217,13 @@ def iteration(deadline: float, chosen: Chosen) -> Parts:
             begun, lines = monotonic(), list[str]()
             for line in command:
                 lines.append(line)
-                said = full_size.SAID.fullmatch(line)
-                if said is None:
+                announced = full_size.SAID.fullmatch(line)
+                if announced is None:
                     continue
-                if said["verdict"] == "begun":
-                    begun, lines, at_work = monotonic(), [line], said["part"]
+                if announced["verdict"] == "begun":
+                    begun, lines, at_work = monotonic(), [line], announced["part"]
                     continue
-                name, failed, at_work = said["part"], said["verdict"] == "failed", ""
+                name, failed, at_work = announced["part"], announced["verdict"] == "failed", ""
                 part = {"name": name, "seconds": round(monotonic() - begun, 1), **verdict(lines if failed else [])}
                 lines = []
                 left.remove(name)

@@ -73,7 +73,7 @@ def test_flawless_videos_score_high(reward: Reward, latent_frames: int) -> None:
 
 
 def test_flaws_cost_every_video_and_no_filter_repairs_them() -> None:
-    """What alignment lives on: all videos have something to gain, and a filter earns less than a quarter of it."""
+    """Alignment lives on it: nearly all videos have something to gain, and a filter earns less than a quarter of that."""
     seed, totals = int(torch.randint(2**31, ())), []
     for flaws in (0.0, 0.5, 1.0):
         frames, captions, _ = data.sample(24, 8, torch.Generator().manual_seed(seed), flaws=flaws)
